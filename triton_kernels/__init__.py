@@ -1,0 +1,7 @@
+"""BlockDialect and SemanticDialect: 4-bit dialect formats, their reference and their kernels."""
+
+from .formatbook import DIALECT_FP4, SEMANTIC_32
+from .ops import dialect_linear, quantize
+from .packed import PackedTensor
+
+__all__ = ["DIALECT_FP4", "SEMANTIC_32", "PackedTensor", "dialect_linear", "quantize"]

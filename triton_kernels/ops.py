@@ -1,0 +1,167 @@
+"""The torch op of the linear layer, its device dispatch and the public functions.
+
+``torch.ops.blockdialect.linear`` takes plain tensors, so that engines can trace and compile through
+it; :func:`dialect_linear` is the same on a :class:`PackedTensor`, with checks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import MutableMapping
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from . import reference
+from .formatbook import DIALECT_FP4, Formatbook, book_by_name
+from .packed import PackedTensor
+
+__all__ = ["dialect_linear", "linear", "quantize"]
+
+_log = logging.getLogger(__name__)
+
+_library = torch.library.Library("blockdialect", "FRAGMENT")
+_library.define(  # type: ignore[no-untyped-call]  # torch.library is not annotated
+    "linear(Tensor x, Tensor codes, Tensor meta, Tensor row_exponent, Tensor? bias, "
+    "SymInt in_features, str book, int block_size, str activation_format, str accumulation) "
+    "-> Tensor"
+)
+
+
+def quantize(
+    x: torch.Tensor,
+    book: Formatbook = DIALECT_FP4,
+    block_size: int = 32,
+    rule: str = "mse",
+    window: int | None = None,
+    name: str = "tensor",
+) -> PackedTensor:
+    """Quantize a matrix; see :func:`dialect_kernels.reference.quantize`, whose bytes it returns."""
+    return reference.quantize(x, book, block_size, rule, window, name)
+
+
+def dialect_linear(
+    x: torch.Tensor,
+    p: PackedTensor,
+    bias: torch.Tensor | None = None,
+    activation_format: str = "dialect",
+    accumulation: str = "default",
+) -> torch.Tensor:
+    """``x @ p.T + bias`` with activations rounded in flight.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K].
+        p: packed weight [N, K] on x's device.
+        bias: [N] or None; added in float32.
+        activation_format: ``"dialect"`` (W4A4: each token is rounded with the weight's book and
+            block size; BlockDialect), ``"fp8"`` (W4A8: E4M3 with a float32 scale per token; ours)
+            or ``"none"`` (W4A16; ours).
+        accumulation: ``"exact"`` (exact block sums, added in float32 in a fixed order: the same
+            bits whatever device, batch or thread count) or ``"default"`` (may be faster; within
+            ``2**-7 * sum |a b|``).
+
+    Returns:
+        [..., N] in x's dtype. A token with NaN or Inf gives a row of NaN (``"none"``: plain IEEE).
+
+    Raises:
+        ValueError: if shapes, dtypes, devices or options do not fit.
+    """
+    reference.check_linear(x, p.shape, bias, activation_format, accumulation)
+    if x.device != p.device:
+        raise ValueError(f"x: is on {x.device}, the weight on {p.device}; move them to one device")
+    y: torch.Tensor = linear(
+        x,
+        p.codes,
+        p.meta,
+        p.row_exponent,
+        bias,
+        p.shape[1],
+        p.book.name,
+        p.block_size,
+        activation_format,
+        accumulation,
+    )
+    return y
+
+
+linear = torch.ops.blockdialect.linear
+"""The op behind :func:`dialect_linear`: the same on plain tensors, without checks."""
+
+
+@torch.library.impl(_library, "linear", "CompositeExplicitAutograd")
+def _linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    meta: torch.Tensor,
+    row_exponent: torch.Tensor,
+    bias: torch.Tensor | None,
+    in_features: int,
+    book: str,
+    block_size: int,
+    activation_format: str,
+    accumulation: str,
+) -> torch.Tensor:
+    shape = (codes.shape[0], in_features)
+    p = PackedTensor(codes, meta, row_exponent, shape, book_by_name(book), block_size)
+    if accumulation == "exact":
+        return reference.dialect_linear(x, p, bias, activation_format, accumulation)
+    return _decoded_linear(x, p, bias, activation_format)
+
+
+@torch.library.register_fake("blockdialect::linear", lib=_library)  # type: ignore[untyped-decorator]
+def _linear_fake(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    meta: torch.Tensor,
+    row_exponent: torch.Tensor,
+    bias: torch.Tensor | None,
+    in_features: int,
+    book: str,
+    block_size: int,
+    activation_format: str,
+    accumulation: str,
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+_decoded: MutableMapping[torch.Tensor, tuple[tuple[int, ...], torch.Tensor]]
+_decoded = WeakTensorKeyDictionary()
+"""codes -> (versions of codes, meta and row exponents, the weight [N, K] in float32)."""
+
+
+def _decoded_linear(
+    x: torch.Tensor, p: PackedTensor, bias: torch.Tensor | None, activation_format: str
+) -> torch.Tensor:
+    """The torch path: a weight is decoded once; exact operands, the library's float32 GEMM."""
+    _say_once("no compiled kernel for this device: the torch path keeps float32 weights in memory")
+    tokens = reference.as_tokens(x)
+    if activation_format == "dialect":
+        y = F.linear(reference.round_activation(tokens, p.book, p.block_size), _decode(p))
+    elif activation_format == "fp8":
+        q, scale = reference.quantize_fp8(tokens)
+        y = F.linear(q.to(torch.float32), _decode(p)) * scale[:, None]
+    else:
+        y = F.linear(tokens.to(torch.float32), _decode(p))
+    if bias is not None:
+        y = y + bias.to(torch.float32)
+    return y.to(x.dtype).view(*x.shape[:-1], p.shape[0])
+
+
+def _decode(p: PackedTensor) -> torch.Tensor:
+    """The weight in float32 [N, K], cached as long as nothing was written into its tensors."""
+    stored = (p.codes, p.meta, p.row_exponent)
+    if any(tensor.is_inference() for tensor in stored):
+        return p.dequantize(torch.float32)  # inference tensors do not count their versions
+    versions = tuple(tensor._version for tensor in stored)
+    cached = _decoded.get(p.codes)
+    if cached is None or cached[0] != versions:
+        cached = (versions, p.dequantize(torch.float32))
+        _decoded[p.codes] = cached
+    return cached[1]
+
+
+@lru_cache(maxsize=None)
+def _say_once(message: str) -> None:
+    _log.info(message)

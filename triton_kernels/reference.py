@@ -1,0 +1,602 @@
+"""The format in plain torch: exact, boring, and what every kernel is compared with.
+
+Everything here follows docs/format.md section by section. The functions of the public API have the
+same names and signatures as in :mod:`dialect_kernels`; they return the same bytes and, in the
+accumulation mode ``exact``, the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+from .formatbook import (
+    CELLS,
+    DIALECT_FP4,
+    E4M3_WINDOW,
+    LARGEST_HALF_UNIT,
+    SMALLEST_RANGE,
+    Formatbook,
+)
+from .packed import (
+    NAN_ROW,
+    PackedTensor,
+    check_block_size,
+    pack_codes,
+    padded_columns,
+    power_of_two,
+)
+
+__all__ = [
+    "ACCUMULATIONS",
+    "ACTIVATION_FORMATS",
+    "blocks_below_window",
+    "dialect_linear",
+    "quantize",
+    "quantize_fp8",
+    "quantize_mxfp4",
+    "quantize_nvfp4",
+    "round_activation",
+]
+
+ACTIVATION_FORMATS = ("dialect", "fp8", "none")
+ACCUMULATIONS = ("default", "exact")
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LOWEST_EXPONENT = -120
+_E4M3_MAX = 448.0
+_CHUNK_ELEMENTS = 1 << 19
+"""Elements rounded at a time: keeps the float64 work arrays in cache and the peak memory flat."""
+
+
+def quantize(
+    x: torch.Tensor,
+    book: Formatbook = DIALECT_FP4,
+    block_size: int = 32,
+    rule: str = "mse",
+    window: int | None = None,
+    name: str = "tensor",
+) -> PackedTensor:
+    """Quantize a matrix to a dialect format, in blocks along its columns.
+
+    Args:
+        x: float32, bfloat16 or float16 [N, K]; computed as float32. K is padded with zeros to
+            whole blocks.
+        book: the formatbook.
+        block_size: 16, 32 or 64.
+        rule: how a block's dialect is selected: ``"mse"`` (exact squared error; BlockDialect for
+            weights), ``"two_stage"`` (BlockDialect for activations; DialectFP4 only) or ``"lut"``
+            (SemanticDialect; 32-dialect book only).
+        window: largest delta below the row's exponent, 0..13 for DialectFP4 and 0..7 for the
+            32-dialect book (whose meta byte has 3 bits for it), default the largest (ours).
+        name: what error messages call the tensor.
+
+    Returns:
+        The packed tensor [N, K].
+
+    Raises:
+        ValueError: if shape, dtype, block size, rule or window are not allowed, or `x` holds NaN
+            or Inf (naming the first position).
+    """
+    window = check_quantize(x, book, block_size, rule, window, name)
+    rounded = _round(x, book, block_size, rule, window)
+    return PackedTensor(
+        pack_codes(rounded.codes),
+        (rounded.delta << book.id_bits) | rounded.dialect,
+        rounded.row_exponent,
+        (x.shape[0], x.shape[1]),
+        book,
+        block_size,
+    )
+
+
+def round_activation(
+    x: torch.Tensor, book: Formatbook = DIALECT_FP4, block_size: int = 32
+) -> torch.Tensor:
+    """Round activations per token as ``dialect_linear`` does in flight.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K]; every row is a token.
+        book: the weight's formatbook; its online rule selects the dialects (``two_stage`` for
+            DialectFP4: BlockDialect; ``lut`` for the 32-dialect book: SemanticDialect).
+        block_size: the weight's block size.
+
+    Returns:
+        float32 [..., K], the rounded values; a token with NaN or Inf is all NaN.
+
+    Raises:
+        ValueError: if dtype or block size are not allowed.
+    """
+    _check_dtype(x, "x")
+    check_block_size(block_size)
+    tokens = as_tokens(x)
+    rounded = _round_tokens(tokens, book, block_size)
+    half_units = _signed_half_units(rounded, book, block_size).to(torch.float32)
+    relative = power_of_two(4 - rounded.delta.to(torch.int32))
+    row_scale = _row_scale(rounded.row_exponent)
+    values = half_units.view(*relative.shape, block_size) * relative[:, :, None]
+    values = values.flatten(1)[:, : x.shape[-1]] * row_scale[:, None]
+    return values.view(x.shape)
+
+
+def blocks_below_window(
+    x: torch.Tensor, block_size: int = 32, window: int = E4M3_WINDOW
+) -> torch.Tensor:
+    """Count, per row, the non-zero blocks that lie more than `window` binades below the row's top.
+
+    Such a block is rounded on the grids at the window's edge (ours, section 2).
+
+    Args:
+        x: finite float32, bfloat16 or float16 [N, K].
+        block_size: 16, 32 or 64.
+        window: 0..13.
+
+    Returns:
+        int64 [N].
+    """
+    check_matrix(x, "x")
+    check_block_size(block_size)
+    largest = _blocks(x, block_size).abs().amax(dim=-1)
+    exponent = _block_exponent(largest)
+    gap = _row_exponent(exponent)[:, None] - exponent
+    below: torch.Tensor = (gap > window) & (largest > 0)
+    return below.sum(dim=1)
+
+
+@dataclass(frozen=True)
+class _Rounded:
+    """A rounded matrix before packing; shapes for N rows, Kp padded columns, blocks of B."""
+
+    codes: torch.Tensor  # uint8 [N, Kp]
+    dialect: torch.Tensor  # uint8 [N, Kp/B]
+    delta: torch.Tensor  # uint8 [N, Kp/B]
+    row_exponent: torch.Tensor  # int8 [N]
+
+
+def _round(x: torch.Tensor, book: Formatbook, block_size: int, rule: str, window: int) -> _Rounded:
+    """Round a finite matrix, a chunk of rows at a time (rows are independent)."""
+    rows, columns = x.shape
+    padded = padded_columns(columns, block_size)
+    out = _Rounded(
+        torch.empty(rows, padded, dtype=torch.uint8, device=x.device),
+        torch.empty(rows, padded // block_size, dtype=torch.uint8, device=x.device),
+        torch.empty(rows, padded // block_size, dtype=torch.uint8, device=x.device),
+        torch.empty(rows, dtype=torch.int8, device=x.device),
+    )
+    for part in _row_chunks(rows, padded):
+        _round_rows(x[part], book, block_size, rule, window, out, part)
+    return out
+
+
+def _round_rows(
+    x: torch.Tensor,
+    book: Formatbook,
+    block_size: int,
+    rule: str,
+    window: int,
+    out: _Rounded,
+    part: slice,
+) -> None:
+    blocks = _blocks(x, block_size)  # [n, Kp/B, B] float32
+    magnitude = blocks.abs()
+    exponent = _block_exponent(magnitude.amax(dim=-1))  # [n, Kp/B]
+    row_exponent = _row_exponent(exponent)  # [n]
+    delta = (row_exponent[:, None] - exponent).clamp(max=window)
+    effective = row_exponent[:, None] - delta
+    quarters = magnitude * power_of_two(2 - effective)[:, :, None]  # 4 m
+    cell = quarters.clamp(max=CELLS - 1).to(torch.int32)  # k: truncation is floor, 4 m >= 0
+    largest_cell = cell.amax(dim=-1)
+
+    if rule == "mse":
+        dialect = _select_by_exact_error(quarters, cell, book)
+    elif rule == "two_stage":
+        dialect = _select_in_two_stages(cell, largest_cell, book)
+    else:
+        dialect = _select_by_lut(cell, largest_cell, book)
+
+    zero_block = largest_cell == 0
+    dialect = dialect.masked_fill_(zero_block, 0)
+    delta = delta.masked_fill_(zero_block, 0)
+    index_lut = _table(book, "index_lut", torch.uint8, x.device)
+    index = _take(index_lut, (dialect * CELLS)[:, :, None] + cell)
+    sign = ((blocks < 0) & (index > 0)).to(torch.uint8) << 3
+
+    out.codes[part] = (index | sign).flatten(1)
+    out.dialect[part] = dialect.to(torch.uint8)
+    out.delta[part] = delta.to(torch.uint8)
+    out.row_exponent[part] = row_exponent.to(torch.int8)
+
+
+def _round_tokens(tokens: torch.Tensor, book: Formatbook, block_size: int) -> _Rounded:
+    """Round [T, K] with the online rule and window 13; rows with NaN or Inf get R = -128."""
+    finite = tokens.isfinite().all(dim=1)
+    clean = torch.where(finite[:, None], tokens, torch.zeros_like(tokens))
+    rounded = _round(clean, book, block_size, book.online_rule, E4M3_WINDOW)
+    rounded.row_exponent.masked_fill_(~finite, NAN_ROW)
+    return rounded
+
+
+def _blocks(x: torch.Tensor, block_size: int) -> torch.Tensor:
+    """float32 [N, Kp/B, B], zero-padded."""
+    rows, columns = x.shape
+    padded = padded_columns(columns, block_size)
+    return F.pad(x.to(torch.float32), (0, padded - columns)).view(
+        rows, padded // block_size, block_size
+    )
+
+
+def _block_exponent(largest: torch.Tensor) -> torch.Tensor:
+    """``e = floor(log2(max)) - 2`` from the float's bits, at least -120; int32, shape kept."""
+    biased: torch.Tensor = largest.contiguous().view(torch.int32) >> 23
+    return (biased - (127 + 2)).clamp(min=_LOWEST_EXPONENT)
+
+
+def _row_exponent(exponent: torch.Tensor) -> torch.Tensor:
+    """R, the largest e of each row, int32 [N]; -120 for rows without columns."""
+    if exponent.shape[1] == 0:
+        return exponent.new_full((exponent.shape[0],), _LOWEST_EXPONENT)
+    return exponent.amax(dim=1)
+
+
+def _select_by_exact_error(
+    quarters: torch.Tensor, cell: torch.Tensor, book: Formatbook
+) -> torch.Tensor:
+    """Rule ``mse``: argmin over all ids of ``C = sum h (h - 4 m)``, ties to the lowest id.
+
+    Per block, the elements are first collected by cell: with ``n_k`` elements in cell k whose
+    scaled magnitudes sum to ``s_k = sum 4 m``, ``C_id = sum_k h_id(k)**2 n_k - h_id(k) s_k``. Every
+    term and partial sum is exact in float64 (at most 38 bits), in whatever order they are added.
+    """
+    rows, count, block_size = cell.shape
+    index = cell.view(-1, block_size).to(torch.int64)
+    values = quarters.view(-1, block_size).to(torch.float64)
+    per_cell = values.new_zeros(2, rows * count, CELLS)
+    per_cell[0].scatter_add_(1, index, torch.ones_like(values))
+    per_cell[1].scatter_add_(1, index, values)
+    rounded = _table(book, "rounded_half_units", torch.float64, cell.device).view(-1, CELLS)
+    cost = per_cell[0] @ rounded.square().T - per_cell[1] @ rounded.T
+    return cost.argmin(dim=1).view(rows, count).to(torch.int32)
+
+
+def _select_in_two_stages(
+    cell: torch.Tensor, largest_cell: torch.Tensor, book: Formatbook
+) -> torch.Tensor:
+    """Rule ``two_stage``: the pair by M, then the larger count of beneficial cells; ties even."""
+    beneficial = _table(book, "beneficial_cells", torch.int32, cell.device)
+    even = 2 * (LARGEST_HALF_UNIT - _range(largest_cell))
+    row = (even * CELLS)[:, :, None] + cell
+    count_even = _take(beneficial, row).sum(dim=-1)
+    count_odd = _take(beneficial, row + CELLS).sum(dim=-1)
+    odd_wins: torch.Tensor = count_odd > count_even
+    return even + odd_wins.to(torch.int32)
+
+
+def _select_by_lut(
+    cell: torch.Tensor, largest_cell: torch.Tensor, book: Formatbook
+) -> torch.Tensor:
+    """Rule ``lut``: the variant of M with the smallest summed LUT error, ties to the smallest."""
+    error = _table(book, "error_lut", torch.int32, cell.device)
+    first = book.variants * (LARGEST_HALF_UNIT - _range(largest_cell))
+    row = (first * CELLS)[:, :, None] + cell
+    cost = torch.stack(
+        [_take(error, row + v * CELLS).sum(dim=-1) for v in range(book.variants)], dim=-1
+    )
+    return first + cost.argmin(dim=-1).to(torch.int32)
+
+
+def _range(largest_cell: torch.Tensor) -> torch.Tensor:
+    """M, the block's largest half-unit."""
+    return ((largest_cell + 1) >> 1).clamp(SMALLEST_RANGE, LARGEST_HALF_UNIT)
+
+
+def dialect_linear(
+    x: torch.Tensor,
+    p: PackedTensor,
+    bias: torch.Tensor | None = None,
+    activation_format: str = "dialect",
+    accumulation: str = "default",
+) -> torch.Tensor:
+    """``x @ p.T + bias`` in the accumulation mode ``exact``, whichever mode is asked for.
+
+    Block sums are formed exactly, scaled and added in float32, blocks ascending; the row and token
+    scales are applied with one rounding to float32, the bias is added in float32 and the result is
+    rounded once to x's dtype.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K].
+        p: packed weight [N, K].
+        bias: [N] or None; taken as float32.
+        activation_format: ``"dialect"`` (W4A4; BlockDialect), ``"fp8"`` (W4A8; ours) or ``"none"``
+            (W4A16; ours).
+        accumulation: ``"default"`` or ``"exact"``.
+
+    Returns:
+        [..., N] in x's dtype. With ``"dialect"`` and ``"fp8"`` a token that holds NaN or Inf gives
+        a row of NaN; ``"none"`` is plain IEEE arithmetic.
+
+    Raises:
+        ValueError: if shapes, dtypes or options do not fit.
+    """
+    check_linear(x, p.shape, bias, activation_format, accumulation)
+    tokens = as_tokens(x)
+    accumulate = {"dialect": _linear_dialect, "fp8": _linear_fp8, "none": _linear_none}
+    y = accumulate[activation_format](tokens, p)
+    if bias is not None:
+        y = y + bias.to(torch.float32)
+    return y.to(x.dtype).view(*x.shape[:-1], p.shape[0])
+
+
+def _linear_dialect(tokens: torch.Tensor, p: PackedTensor) -> torch.Tensor:
+    rounded = _round_tokens(tokens, p.book, p.block_size)
+    operand = _signed_half_units(rounded, p.book, p.block_size).to(torch.float64)
+    y = _sum_blocks(operand, power_of_two(-rounded.delta.to(torch.int32)), p)
+    exponent = rounded.row_exponent.to(torch.int64)[:, None] + p.row_exponent.to(torch.int64)
+    y = (y.to(torch.float64) * _double_power_of_two(exponent - 2)).to(torch.float32)
+    return y.masked_fill(_nan_rows(rounded.row_exponent, p), torch.nan)
+
+
+def _linear_fp8(tokens: torch.Tensor, p: PackedTensor) -> torch.Tensor:
+    q, scale = quantize_fp8(tokens)
+    padding = p.codes.shape[1] * 2 - p.shape[1]
+    operand = F.pad(q.to(torch.float64), (0, padding))
+    y = _sum_blocks(operand, None, p)
+    weight_scale = _double_power_of_two(p.row_exponent.to(torch.int64) - 1)
+    y = (y.to(torch.float64) * (scale.to(torch.float64)[:, None] * weight_scale)).to(torch.float32)
+    return y.masked_fill((p.row_exponent == NAN_ROW)[None, :], torch.nan)
+
+
+def _linear_none(tokens: torch.Tensor, p: PackedTensor) -> torch.Tensor:
+    """Products and block sums in float64, elements ascending; each block sum scaled to float32."""
+    operand = F.pad(tokens.to(torch.float64), (0, p.codes.shape[1] * 2 - p.shape[1]))
+    weight = p.signed_half_units().to(torch.float64)
+    weight_scale = p.block_scale().to(torch.float64)
+    y = torch.zeros(tokens.shape[0], p.shape[0], dtype=torch.float32, device=tokens.device)
+    for block in range(weight_scale.shape[1]):
+        block_sum = y.new_zeros(y.shape, dtype=torch.float64)
+        for i in range(block * p.block_size, (block + 1) * p.block_size):
+            block_sum += operand[:, i, None] * weight[None, :, i]
+        y += (block_sum * weight_scale[None, :, block]).to(torch.float32)
+    return y
+
+
+def _sum_blocks(
+    operand: torch.Tensor, operand_scale: torch.Tensor | None, p: PackedTensor
+) -> torch.Tensor:
+    """Sum of ``float32(block sum) * 2**-(deltas)`` in float32, blocks ascending, [T, N].
+
+    Block sums are exact in float64 in any order: the operands (float64 [T, Kp]) have at most 18
+    significant bits over a block, the weights four.
+    """
+    block_size = p.block_size
+    weight = p.signed_half_units().to(torch.float64)
+    weight_scale = power_of_two(-p.deltas().to(torch.int32))
+    y = torch.zeros(operand.shape[0], p.shape[0], dtype=torch.float32, device=operand.device)
+    for block in range(weight_scale.shape[1]):
+        part = slice(block * block_size, (block + 1) * block_size)
+        block_sum = (operand[:, part] @ weight[:, part].T).to(torch.float32)
+        scale = weight_scale[None, :, block]
+        if operand_scale is not None:
+            scale = operand_scale[:, block, None] * scale
+        y += block_sum * scale
+    return y
+
+
+def _nan_rows(row_exponent: torch.Tensor, p: PackedTensor) -> torch.Tensor:
+    tokens: torch.Tensor = row_exponent == NAN_ROW
+    return tokens[:, None] | (p.row_exponent == NAN_ROW)[None, :]
+
+
+def _signed_half_units(rounded: _Rounded, book: Formatbook, block_size: int) -> torch.Tensor:
+    """Signed half-units of unpacked codes, int8 [N, Kp]."""
+    table = _table(book, "signed_half_units", torch.int8, rounded.codes.device)
+    codes = rounded.codes.view(*rounded.dialect.shape, block_size)
+    index = (rounded.dialect.to(torch.int32) * 16)[:, :, None] + codes
+    return _take(table, index).flatten(1)
+
+
+def _row_scale(row_exponent: torch.Tensor) -> torch.Tensor:
+    """``2**(R - 5)``, float32 [N]; NaN where R marks a NaN row."""
+    exponent = row_exponent.to(torch.int32)
+    scale = power_of_two(exponent.clamp(min=_LOWEST_EXPONENT) - 5)
+    return torch.where(exponent == NAN_ROW, torch.nan, scale)
+
+
+def quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per-token FP8, the activation format ``"fp8"`` (ours).
+
+    ``s = amax / 448`` in float32 (1 for a row of zeros, or where the quotient underflows to 0) and
+    ``q`` = round-to-nearest-even E4M3 of ``x / s``, saturating.
+
+    Args:
+        x: float32, bfloat16 or float16 [T, K].
+
+    Returns:
+        (float8_e4m3fn [T, K], float32 scale [T]); NaN scale and NaN values for a row with NaN or
+        Inf.
+    """
+    check_matrix(x, "x")
+    values = x.to(torch.float32)
+    finite = values.isfinite().all(dim=1)
+    values = torch.where(finite[:, None], values, torch.zeros_like(values))
+    largest = values.abs().amax(dim=1) if x.shape[1] else values.new_zeros(x.shape[0])
+    scale = largest / _E4M3_MAX
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    q = (values / scale[:, None]).clamp(-_E4M3_MAX, _E4M3_MAX)
+    q = torch.where(finite[:, None], q, torch.nan)
+    return q.to(torch.float8_e4m3fn), torch.where(finite, scale, torch.nan)
+
+
+def quantize_mxfp4(x: torch.Tensor, block_size: int = 32) -> torch.Tensor:
+    """OCP MXFP4: a power-of-two (E8M0) scale per block, E2M1 elements, nearest even.
+
+    Args:
+        x: finite float32, bfloat16 or float16 [N, K].
+        block_size: 32 (the standard's), or 16.
+
+    Returns:
+        float32 [N, K], the rounded values.
+
+    Raises:
+        ValueError: if shape or dtype do not fit, or `x` holds NaN or Inf.
+    """
+    check_matrix(x, "x")
+    check_finite(x, "x")
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    for part in _row_chunks(*x.shape):
+        blocks = _blocks(x[part], block_size)
+        largest = blocks.abs().amax(dim=-1, keepdim=True)
+        # frexp is exact for subnormals too: largest = mantissa * 2**power, mantissa in [0.5, 1)
+        exponent = (torch.frexp(largest).exponent - 1 - 2).clamp(min=-127)
+        scale = _double_power_of_two(exponent.to(torch.int64))
+        rounded = _round_to_e2m1(blocks.to(torch.float64) / scale) * scale
+        out[part] = rounded.to(torch.float32).flatten(1)[:, : x.shape[1]]
+    return out
+
+
+def quantize_nvfp4(x: torch.Tensor, block_size: int = 16) -> torch.Tensor:
+    """NVFP4: one float32 scale per tensor, an E4M3 scale per block, E2M1 elements, nearest even.
+
+    Args:
+        x: finite float32, bfloat16 or float16 [N, K].
+        block_size: 16 (the standard's).
+
+    Returns:
+        float32 [N, K], the rounded values.
+
+    Raises:
+        ValueError: if shape or dtype do not fit, or `x` holds NaN or Inf.
+    """
+    check_matrix(x, "x")
+    check_finite(x, "x")
+    largest = x.abs().amax().to(torch.float32) if x.numel() else torch.zeros((), device=x.device)
+    tensor_scale = largest / (_E4M3_MAX * 6)
+    if tensor_scale == 0:
+        tensor_scale = torch.ones_like(tensor_scale)
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    for part in _row_chunks(*x.shape):
+        blocks = _blocks(x[part], block_size)
+        wanted = blocks.abs().amax(dim=-1, keepdim=True) / 6 / tensor_scale
+        block_scale = wanted.clamp(max=_E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
+        scale = block_scale * tensor_scale
+        quotient = torch.where(scale == 0, 0.0, blocks / scale)
+        rounded = _round_to_e2m1(quotient) * scale
+        out[part] = rounded.flatten(1)[:, : x.shape[1]]
+    return out
+
+
+def _round_to_e2m1(x: torch.Tensor) -> torch.Tensor:
+    """Nearest E2M1 value, ties to even, saturating at 6; dtype kept."""
+    magnitude = x.abs()
+    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    # torch.round rounds halves to even, and E2M1's mantissa bit is the parity of x / step
+    return torch.copysign((magnitude / step).round() * step, x).clamp(-6.0, 6.0)
+
+
+def check_matrix(x: torch.Tensor, name: str) -> None:
+    """Raise ValueError unless `x` is 2-D float32, bfloat16 or float16."""
+    _check_dtype(x, name)
+    if x.dim() != 2:
+        raise ValueError(f"{name}: has shape {list(x.shape)}; it must be 2-D [rows, columns]")
+
+
+def check_finite(x: torch.Tensor, name: str) -> None:
+    """Raise ValueError naming the first position if `x` holds NaN or Inf."""
+    finite = x.isfinite()
+    if bool(finite.all()):
+        return
+    position = (~finite).nonzero()[0].tolist()
+    value = float(x[tuple(position)])
+    raise ValueError(
+        f"{name}: {value} at {position}; only finite values can be quantized: repair the tensor or "
+        "leave it in 16 bit"
+    )
+
+
+def check_quantize(
+    x: torch.Tensor,
+    book: Formatbook,
+    block_size: int,
+    rule: str,
+    window: int | None,
+    name: str,
+) -> int:
+    """Return the window to use; raise ValueError unless the arguments of ``quantize`` fit."""
+    check_matrix(x, name)
+    check_block_size(block_size)
+    if rule not in book.rules:
+        allowed = " and ".join(map(repr, book.rules))
+        raise ValueError(f"rule: {rule!r} with book {book.name!r}; allowed are {allowed}")
+    largest = book.largest_stored_delta
+    if window is None:
+        window = largest
+    if not 0 <= window <= largest:
+        raise ValueError(f"window: {window} with book {book.name!r}; allowed are 0..{largest}")
+    check_finite(x, name)
+    return window
+
+
+def check_linear(
+    x: torch.Tensor,
+    shape: tuple[int, int],
+    bias: torch.Tensor | None,
+    activation_format: str,
+    accumulation: str,
+) -> None:
+    """Raise ValueError unless the arguments of ``dialect_linear`` fit a weight of `shape`."""
+    rows, columns = shape
+    _check_dtype(x, "x")
+    if x.dim() == 0 or x.shape[-1] != columns:
+        raise ValueError(
+            f"x: has shape {list(x.shape)}; its last dimension must be the weight's {columns} "
+            "columns"
+        )
+    if bias is not None and tuple(bias.shape) != (rows,):
+        raise ValueError(f"bias: has shape {list(bias.shape)}; it must be [{rows}]")
+    if activation_format not in ACTIVATION_FORMATS:
+        raise ValueError(
+            f"activation_format: {activation_format!r}; allowed are 'dialect', 'fp8' and 'none'"
+        )
+    if accumulation not in ACCUMULATIONS:
+        raise ValueError(f"accumulation: {accumulation!r}; allowed are 'default' and 'exact'")
+
+
+def as_tokens(x: torch.Tensor) -> torch.Tensor:
+    """View or copy [..., K] as [T, K]; unlike ``reshape(-1, K)`` it takes K = 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _check_dtype(x: torch.Tensor, name: str) -> None:
+    if x.dtype not in _DTYPES:
+        raise ValueError(
+            f"{name}: has dtype {x.dtype}; allowed are float32, bfloat16 and float16: convert it "
+            "first"
+        )
+
+
+def _double_power_of_two(exponent: torch.Tensor) -> torch.Tensor:
+    """``2**exponent`` as float64, exact (torch.exp2 need not be), for int64 in -1022..1023."""
+    bits: torch.Tensor = (exponent + 1023) << 52
+    return bits.view(torch.float64)
+
+
+def _row_chunks(rows: int, columns: int) -> Iterator[slice]:
+    """Slices of rows of about `_CHUNK_ELEMENTS` elements each."""
+    step = max(1, _CHUNK_ELEMENTS // max(1, columns))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _take(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``table[index]`` for a 1-D table; index_select is several times faster than indexing."""
+    return table.index_select(0, index.flatten()).view(index.shape)
+
+
+@lru_cache(maxsize=64)
+def _table(book: Formatbook, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """One of the book's tables, flattened, as a tensor."""
+    return torch.tensor(getattr(book, name), dtype=dtype, device=device).flatten()
