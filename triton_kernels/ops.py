@@ -22,8 +22,9 @@ __all__ = ["dialect_linear", "linear", "quantize"]
 
 _log = logging.getLogger(__name__)
 
-_library = torch.library.Library("blockdialect", "FRAGMENT")
-_library.define(  # type: ignore[no-untyped-call]  # torch.library is not annotated
+# torch.library is not annotated
+_library = torch.library.Library("blockdialect", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
     "linear(Tensor x, Tensor codes, Tensor meta, Tensor row_exponent, Tensor? bias, "
     "SymInt in_features, str book, int block_size, str activation_format, str accumulation) "
     "-> Tensor"

@@ -1,0 +1,189 @@
+"""The quantization scheme: what ``quantization_config`` in a config.json may say, typed and closed.
+
+One class serves the converter, the command line and the vLLM plugin. A *packed* checkpoint carries
+a scheme with ``serialized: true`` whose `ignore` and `overrides` are resolved to exact names; an
+*online* scheme (``serialized: false``) is applied to a 16-bit checkpoint while it is loaded.
+
+Layer names are the checkpoint's own (unfused) module names. A pattern is an exact name, or a
+regular expression behind ``re:`` that must match from the name's beginning (vLLM's spelling).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from dialect_kernels.formatbook import BLOCK_SIZES, Formatbook, book_by_name
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+__all__ = [
+    "FORMAT_VERSION",
+    "QUANT_METHOD",
+    "LayerOverride",
+    "Scheme",
+    "SchemeError",
+    "check_patterns",
+    "fitting_block_size",
+    "matches",
+]
+
+QUANT_METHOD = "blockdialect"
+FORMAT_VERSION = 1
+
+BookName = Literal["dialect_fp4", "semantic_32"]
+BlockSize = Literal[16, 32, 64]
+ActivationFormat = Literal["dialect", "fp8", "none"]
+
+
+class SchemeError(ValueError):
+    """A quantization_config that cannot be used; one sentence with field, value and remedy."""
+
+
+class LayerOverride(BaseModel):
+    """What differs from the scheme for the layers a pattern matches."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    block_size: BlockSize
+
+
+class Scheme(BaseModel):
+    """A BlockDialect quantization scheme.
+
+    Attributes:
+        quant_method: always ``"blockdialect"``.
+        format_version: version of the stored format, 1.
+        serialized: True if the weights are stored packed, False to quantize them while loading.
+        book: formatbook of weights and activations.
+        block_size: elements per block, along the reduction dimension.
+        activation_format: ``"dialect"`` (W4A4), ``"fp8"`` (W4A8) or ``"none"`` (W4A16).
+        ignore: patterns of layers that stay in 16 bit.
+        overrides: pattern -> what differs for these layers; an exact name goes before patterns,
+            patterns count in their order.
+        lm_head: whether the output projection is quantized too.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    quant_method: Literal["blockdialect"] = QUANT_METHOD
+    format_version: int = FORMAT_VERSION
+    serialized: bool = True
+    book: BookName = "dialect_fp4"
+    block_size: BlockSize = 32
+    activation_format: ActivationFormat = "dialect"
+    ignore: list[str] = Field(default_factory=list)
+    overrides: dict[str, LayerOverride] = Field(default_factory=dict)
+    lm_head: bool = False
+
+    @field_validator("format_version")
+    @classmethod
+    def _known_version(cls, version: int) -> int:
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"this release reads version {FORMAT_VERSION}; upgrade blockdialect to read it"
+            )
+        if version < 1:
+            raise ValueError("versions begin at 1; convert the model again")
+        return version
+
+    @field_validator("ignore")
+    @classmethod
+    def _ignore_compiles(cls, patterns: list[str]) -> list[str]:
+        _check_expressions(patterns)
+        return patterns
+
+    @field_validator("overrides")
+    @classmethod
+    def _overrides_compile(cls, overrides: dict[str, LayerOverride]) -> dict[str, LayerOverride]:
+        _check_expressions(overrides)
+        return overrides
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any], where: str = "quantization_config") -> Scheme:
+        """Build a scheme from a dict.
+
+        Args:
+            data: e.g. the ``quantization_config`` of a config.json.
+            where: what error messages call it.
+
+        Raises:
+            SchemeError: one sentence for the first fault: unknown key, wrong type or value, or a
+                format_version of a later release.
+        """
+        try:
+            return cls.model_validate(dict(data))
+        except ValidationError as error:
+            raise SchemeError(_one_sentence(error, where)) from None
+
+    @property
+    def formatbook(self) -> Formatbook:
+        """The formatbook called :attr:`book`."""
+        return book_by_name(self.book)
+
+    def is_ignored(self, name: str) -> bool:
+        """Whether the layer `name` stays in 16 bit."""
+        return any(matches(pattern, name) for pattern in self.ignore)
+
+    def block_size_of(self, name: str) -> int:
+        """The block size asked for the layer `name` (not adjusted to its number of columns)."""
+        if name in self.overrides:
+            return self.overrides[name].block_size
+        for pattern, override in self.overrides.items():
+            if matches(pattern, name):
+                return override.block_size
+        return self.block_size
+
+    def to_config(self) -> dict[str, Any]:
+        """The dict to write as ``quantization_config``."""
+        return self.model_dump(mode="json")
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether an exact name or ``re:`` pattern matches a layer name."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    return pattern == name
+
+
+def check_patterns(field: str, patterns: Iterable[str], names: Iterable[str]) -> None:
+    """Raise SchemeError if a pattern matches none of `names`, listing near misses."""
+    known = list(names)
+    for pattern in patterns:
+        if any(matches(pattern, name) for name in known):
+            continue
+        near = get_close_matches(pattern.removeprefix("re:"), known, n=3, cutoff=0.4)
+        hint = f"; near it are {', '.join(near)}" if near else ""
+        raise SchemeError(
+            f"{field}: {pattern!r} matches no layer{hint}; give an exact layer name or "
+            "'re:' and a regular expression"
+        )
+
+
+def fitting_block_size(columns: int, wanted: int) -> int | None:
+    """`wanted` if it divides `columns`, else the largest of 64, 32, 16 that does, else None."""
+    for block_size in (wanted, *sorted(BLOCK_SIZES, reverse=True)):
+        if columns % block_size == 0:
+            return block_size
+    return None
+
+
+def _check_expressions(patterns: Iterable[str]) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
+
+
+def _one_sentence(error: ValidationError, where: str) -> str:
+    first = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"])
+    value = first["input"]
+    if first["type"] == "extra_forbidden":
+        owner = LayerOverride if first["loc"][0] == "overrides" else Scheme
+        known = ", ".join(owner.model_fields)
+        return f"{where}: the key {field!r} is not known; allowed are {known}"
+    reason = first["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
+    return f"{where}: {field} is {value!r}; {reason}"
