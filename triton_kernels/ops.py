@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import MutableMapping
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -163,6 +163,6 @@ def _decode(p: PackedTensor) -> torch.Tensor:
     return cached[1]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _say_once(message: str) -> None:
     _log.info(message)
