@@ -22,7 +22,7 @@ from demo.train.corpus import manifest, module_of, read_sources, split_by_module
 from demo.train.tokenizer import BEGIN, CONTEXT, VOCABULARY
 from demo.train.train import CACHE, Checkpoint, held_out_loss, new_model, prepare
 
-__all__ = ["complete", "export", "main", "plot"]
+__all__ = ["card", "complete", "export", "main", "plot"]
 
 HERE = Path(__file__).resolve().parent
 PROMPTS = ("def read_", "import os\n\nclass ", "    for i in range(")
@@ -95,8 +95,8 @@ def plot(curve: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
-def card(run: dict[str, Any], samples: list[str]) -> str:
-    """The model card, as Markdown."""
+def card(run: dict[str, Any]) -> str:
+    """The model card, as Markdown, from what `run.json` holds."""
     recipe, corpus, model, measured = run["recipe"], run["corpus"], run["model"], run["held_out"]
     rows = [
         ("weights", f"{model['weights']:,}, bfloat16, {model['bytes']:,} bytes"),
@@ -117,7 +117,7 @@ def card(run: dict[str, Any], samples: list[str]) -> str:
                                 f"{measured['bits_per_byte']:.3f} bits per byte"),
     ]  # fmt: skip
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    shown = "\n\n".join(f"```python\n{sample}\n```" for sample in samples)
+    shown = "\n\n".join(f"```python\n{sample}\n```" for sample in run["samples"])
     return f"""---
 license: apache-2.0
 language: code
@@ -177,10 +177,10 @@ def main() -> None:
     progress = checkpoint.progress()
     if progress is None:
         parser.error(f"{args.cache} holds no checkpoint: run `python -m demo.train.train` first")
-    tokenizer, stream, _ = prepare(args.cache)
+    data = prepare(args.cache)
     model = new_model(progress["recipe"]["seed"])
     checkpoint.load_model(model)
-    export(model, tokenizer, args.out)
+    export(model, data.tokenizer, args.out)
     if args.weights_only:
         return
 
@@ -202,7 +202,7 @@ def main() -> None:
         "corpus": {
             "source": split["source"],
             "train_bytes": split["train"]["bytes"],
-            "train_tokens": len(stream),
+            "train_tokens": len(data.stream),
         },
         "model": {
             "weights": model.num_parameters(),
@@ -220,6 +220,7 @@ def main() -> None:
             "perplexity": round(math.exp(loss), 4),
             "bits_per_byte": round(loss * len(ids) / math.log(2) / size, 4),
         },
+        "samples": [complete(model, tokenizer, prompt) for prompt in PROMPTS],
     }
     (HERE / "run.json").write_text(json.dumps(run, indent=1) + "\n")
     with (HERE / "loss.csv").open("w", newline="") as opened:
@@ -227,8 +228,7 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(progress["curve"])
     plot(progress["curve"], HERE / "loss.png")
-    samples = [complete(model, tokenizer, prompt) for prompt in PROMPTS]
-    (args.out / "README.md").write_text(card(run, samples), encoding="utf-8")
+    (args.out / "README.md").write_text(card(run), encoding="utf-8")
     print(
         f"held-out perplexity {math.exp(loss):.4f} on {len(ids):,} tokens; {args.out} is complete"
     )

@@ -15,7 +15,7 @@ import json
 import os
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from demo.train.tokenizer import BEGIN, CONTEXT, END, VOCABULARY, train_tokenize
 __all__ = [
     "CACHE",
     "Checkpoint",
+    "Data",
     "Recipe",
     "batch_at",
     "held_out_loss",
@@ -46,6 +47,7 @@ __all__ = [
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "demo"
 LOG_STEPS = 20
 MEASURE_STEPS = 200
+MEASURED_TOKENS = 8192
 SAVE_STEPS = 100
 
 
@@ -69,7 +71,7 @@ class Recipe:
 
     @property
     def fall_start(self) -> int:
-        return self.steps - round(self.steps * self.fall_share)
+        return self.steps - max(1, round(self.steps * self.fall_share))
 
     def context_at(self, step: int) -> int:
         return self.context if step < self.fall_start else self.final_context
@@ -145,7 +147,8 @@ def new_optimizers(
     model: LlamaForCausalLM, recipe: Recipe
 ) -> list[tuple[torch.optim.Optimizer, float]]:
     """Muon for the layers' matrices, AdamW for the rest, each with its full learning rate."""
-    matrices, others = [], []
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
         (matrices if is_matrix else others).append(parameter)
@@ -201,11 +204,18 @@ class Checkpoint:
             optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def prepare(cache: Path) -> tuple[PreTrainedTokenizerFast, torch.Tensor, list[int]]:
-    """The tokenizer, the training stream (int64, 1-D) and the held-out ids.
+@dataclass(frozen=True)
+class Data:
+    """The tokenizer, the training stream (int64, 1-D) and the held-out text's token ids."""
 
-    Tokenizer and stream are kept in `cache` and made again when the training files change.
-    """
+    tokenizer: PreTrainedTokenizerFast
+    stream: torch.Tensor
+    held_out: list[int]
+
+
+def prepare(cache: Path) -> Data:
+    """Make the data; tokenizer and stream are kept in `cache` until the training files change."""
+    cache.mkdir(parents=True, exist_ok=True)
     split = split_by_module(read_sources())
     key = {"vocabulary": VOCABULARY, "files": {file.path: file.sha256 for file in split.train}}
     recorded = cache / "tokens.json"
@@ -223,7 +233,7 @@ def prepare(cache: Path) -> tuple[PreTrainedTokenizerFast, torch.Tensor, list[in
         recorded.write_text(json.dumps(key))
     held_out = "".join(file.text for file in split.held_out)
     ids = tokenizer(held_out, add_special_tokens=False, verbose=False)["input_ids"]
-    return tokenizer, stream, ids
+    return Data(tokenizer, stream, ids)
 
 
 def versions() -> dict[str, str]:
@@ -237,11 +247,53 @@ def versions() -> dict[str, str]:
     }
 
 
-def train(recipe: Recipe, cache: Path) -> None:
-    """Train by `recipe` in `cache`, from its checkpoint if there is one; prints the loss curve."""
-    cache.mkdir(parents=True, exist_ok=True)
-    tokenizer, stream, held_out = prepare(cache)
-    begin = tokenizer.bos_token_id
+def refuse_other_recipe(recipe: Recipe, progress: dict[str, Any]) -> None:
+    """Raise ValueError unless the run behind `progress` is one that `recipe` would have made."""
+    earlier = Recipe(**progress["recipe"])
+    if replace(earlier, steps=recipe.steps) != recipe:
+        raise ValueError(
+            f"the checkpoint was trained with {earlier}, not with {recipe}: go on with that recipe,"
+            " or remove the checkpoint"
+        )
+    fall_start = min(earlier.fall_start, recipe.fall_start)
+    if earlier.steps != recipe.steps and progress["step"] > fall_start:
+        raise ValueError(
+            f"--steps {recipe.steps} comes too late: the checkpoint is at step {progress['step']},"
+            f" and of {earlier.steps} or {recipe.steps} steps the learning rate falls from step"
+            f" {fall_start} on; use --steps {earlier.steps}"
+        )
+
+
+def take_step(
+    model: LlamaForCausalLM,
+    optimizers: list[tuple[torch.optim.Optimizer, float]],
+    recipe: Recipe,
+    windows: torch.Tensor,
+    share: float,
+) -> float:
+    """One update at `share` of the full learning rates on `windows`; the loss before it."""
+    precision = torch.float32 if recipe.float32 else torch.bfloat16
+    with torch.autocast("cpu", precision, enabled=not recipe.float32):
+        logits = model(input_ids=windows[:, :-1]).logits
+    loss = functional.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
+    for optimizer, rate in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * share
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+def train(recipe: Recipe, data: Data, cache: Path, until: int | None = None) -> None:
+    """Train by `recipe` from the checkpoint in `cache`, if there is one, and leave one there.
+
+    Prints the loss curve. Stops after step `until`, to be resumed, or when the recipe is done.
+    Raises ValueError for a checkpoint that another recipe made.
+    """
+    begin = data.tokenizer.bos_token_id
+    stop = recipe.steps if until is None else min(until, recipe.steps)
     model = new_model(recipe.seed)
     optimizers = new_optimizers(model, recipe)
     checkpoint = Checkpoint(cache)
@@ -249,50 +301,37 @@ def train(recipe: Recipe, cache: Path) -> None:
     if progress is None:
         progress = {"step": 0, "seconds": 0.0, "curve": []}
     else:
+        refuse_other_recipe(recipe, progress)
         checkpoint.load_model(model)
         checkpoint.load_optimizers(optimizers)
-    progress |= {"recipe": asdict(recipe), "versions": versions(), "train_tokens": len(stream)}
+    progress |= {"recipe": asdict(recipe), "versions": versions(), "train_tokens": len(data.stream)}
     print(
-        f"{model.num_parameters():,} weights, {len(stream):,} training tokens,"
-        f" {len(held_out):,} held-out tokens; starting at step {progress['step']}",
+        f"{model.num_parameters():,} weights, {len(data.stream):,} training tokens,"
+        f" {len(data.held_out):,} held-out tokens; starting at step {progress['step']}",
         flush=True,
     )
-    precision = torch.float32 if recipe.float32 else torch.bfloat16
     losses: list[float] = []
     began = time.monotonic() - progress["seconds"]
-    for step in range(progress["step"], recipe.steps):
+    for step in range(progress["step"], stop):
         share = learning_rate_at(recipe, step)
-        for optimizer, rate in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate * share
-        windows = batch_at(recipe, stream, begin, step)
-        with torch.autocast("cpu", precision, enabled=not recipe.float32):
-            logits = model(input_ids=windows[:, :-1]).logits
-        loss = functional.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
-        for optimizer, _ in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
+        windows = batch_at(recipe, data.stream, begin, step)
+        losses.append(take_step(model, optimizers, recipe, windows, share))
         done = step + 1
-        last = done == recipe.steps
+        last = done == stop
         if done % LOG_STEPS == 0 or last:
-            progress["curve"].append(
-                {
-                    "step": done,
-                    "tokens": done * recipe.batch,
-                    "seconds": round(time.monotonic() - began),
-                    "learning_rate_share": round(share, 4),
-                    "train_loss": round(sum(losses) / len(losses), 4),
-                    "held_out_loss": round(
-                        held_out_loss(model, held_out[:8192], begin, recipe.context), 4
-                    )
-                    if done % MEASURE_STEPS == 0 or last
-                    else "",
-                }
-            )
-            print(*progress["curve"][-1].values(), flush=True)
+            row = {
+                "step": done,
+                "tokens": done * recipe.batch,
+                "seconds": round(time.monotonic() - began),
+                "learning_rate_share": round(share, 4),
+                "train_loss": round(sum(losses) / len(losses), 4),
+                "held_out_loss": "",
+            }
+            if done % MEASURE_STEPS == 0 or last:
+                sample = data.held_out[:MEASURED_TOKENS]
+                row["held_out_loss"] = round(held_out_loss(model, sample, begin, recipe.context), 4)
+            progress["curve"].append(row)
+            print(*row.values(), flush=True)
             losses.clear()
         if done % SAVE_STEPS == 0 or last:
             progress |= {"step": done, "seconds": time.monotonic() - began}
@@ -305,9 +344,11 @@ def main() -> None:
     parser.add_argument(
         "--cache", type=Path, default=CACHE, help="folder for checkpoint and tokens"
     )
+    parser.add_argument("--until", type=int, help="stop after this step, to be resumed")
     parser.add_argument("--float32", action="store_true", help="matrix products in float32")
     args = parser.parse_args()
-    train(Recipe(steps=args.steps, float32=args.float32), args.cache)
+    recipe = Recipe(steps=args.steps, float32=args.float32)
+    train(recipe, prepare(args.cache), args.cache, args.until)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""The shipped model and the demonstration that runs on it."""

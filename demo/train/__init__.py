@@ -1,0 +1,1 @@
+"""The model that ships: its text and its training."""
