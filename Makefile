@@ -1,0 +1,41 @@
+# make demo [MODEL=DIR]               quantize a model, serve it, compare it with bf16 and MXFP4
+# make serve MODEL=DIR [ARGS="..."]   serve a model with BlockDialect and leave the server running
+# make test                           all tests
+# make lint                           formatting, lint, types, import directions
+# make clean                          remove what the others made
+PYTHON ?= python3
+MODEL ?= demo/model
+ARGS ?=
+RUN := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test lint clean
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+setup:
+	@$(PYTHON) scripts/setup_env.py
+
+demo: setup
+	@$(RUN) -m demo.run --model "$(MODEL)" $(ARGS)
+
+serve: setup
+	@$(RUN) -m demo.serve --model "$(MODEL)" -- $(ARGS)
+
+test: setup
+	@echo "tests, first stage: everything quick"
+	@$(RUN) -m pytest -m "not slow and not gpu"
+	@echo "tests, second stage: vLLM's engine and server, crashes, wheels"
+	@$(RUN) -m pytest -m "slow and not gpu"
+	@echo "tests, third stage: what needs a GPU"
+	@$(RUN) -m pytest -m gpu || test $$? -eq 5
+
+lint: setup
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+	@.venv/bin/lint-imports
+
+clean:
+	rm -rf .venv .cache build dist *.egg-info
