@@ -10,7 +10,6 @@ import argparse
 import csv
 import json
 import math
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,20 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 
 from demo.train.corpus import manifest, module_of, read_sources, split_by_module
 from demo.train.tokenizer import BEGIN, CONTEXT, VOCABULARY
-from demo.train.train import CACHE, Checkpoint, held_out_loss, new_model, prepare
+from demo.train.train import (
+    CACHE,
+    MEASURED_TOKENS,
+    Checkpoint,
+    held_out_loss,
+    new_model,
+    prepare,
+)
 
 __all__ = ["card", "complete", "export", "main", "plot"]
 
 HERE = Path(__file__).resolve().parent
+# A server adds at least one token to a prompt: BEGIN, the window and that one fill the context.
+WINDOW = CONTEXT - 2
 PROMPTS = ("def read_", "import os\n\nclass ", "    for i in range(")
 
 
@@ -56,7 +64,7 @@ def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Pat
             (folder / file).write_text(json.dumps(values, indent=2) + "\n")
         for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
             path.chmod(0o644)  # safetensors makes its file readable by its owner alone
-            os.replace(path, out / path.name)
+            path.replace(out / path.name)
 
 
 def complete(
@@ -83,7 +91,7 @@ def plot(curve: list[dict[str, Any]], path: Path) -> None:
     axes.plot(
         [row["tokens"] / 1e6 for row in measured],
         [row["held_out_loss"] for row in measured],
-        label="held out",
+        label=f"held out, its first {MEASURED_TOKENS:,} tokens",
         marker=".",
     )
     axes.set_xlabel("tokens seen, millions")
@@ -146,9 +154,9 @@ published under Apache-2.0 like the rest of the project.
 
 ## How the perplexity is measured
 All {measured["tokens"]:,} tokens of `demo/heldout.txt` ({measured["bytes"]:,} bytes, \
-{measured["modules"]} modules, none of them trained on), in windows of {CONTEXT - 1} tokens, each
-predicted from `{BEGIN}` and its own earlier tokens: exp of the mean negative log-likelihood per
-token, bfloat16 weights, float32 arithmetic.
+{measured["modules"]} modules, none of them trained on), in windows of {measured["window"]} tokens,
+each predicted from `{BEGIN}` and its own earlier tokens: exp of the mean negative log-likelihood
+per token, bfloat16 weights, float32 arithmetic.
 
 ## Greedy completions
 
@@ -189,7 +197,7 @@ def main() -> None:
     model = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32).eval()
     text = (HERE.parent / "heldout.txt").read_text(encoding="utf-8")
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    loss = held_out_loss(model, ids, tokenizer.bos_token_id, CONTEXT)
+    loss = held_out_loss(model, ids, tokenizer.bos_token_id, WINDOW + 1)
     config = model.config
     size = len(text.encode())
     run = {
@@ -216,7 +224,7 @@ def main() -> None:
             "bytes": size,
             "tokens": len(ids),
             "modules": len({module_of(path) for path in split["held_out"]["files"]}),
-            "window": CONTEXT - 1,
+            "window": WINDOW,
             "perplexity": round(math.exp(loss), 4),
             "bits_per_byte": round(loss * len(ids) / math.log(2) / size, 4),
         },

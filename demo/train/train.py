@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import time
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +31,7 @@ from demo.train.tokenizer import BEGIN, CONTEXT, END, VOCABULARY, train_tokenize
 
 __all__ = [
     "CACHE",
+    "MEASURED_TOKENS",
     "Checkpoint",
     "Data",
     "Recipe",
@@ -178,7 +178,7 @@ class Checkpoint:
                     tensors[f"optimizer/{i}/{index}/{key}"] = value
         temporary = self._path.with_suffix(".tmp")
         save_file(tensors, temporary, metadata={"progress": json.dumps(progress)})
-        os.replace(temporary, self._path)
+        temporary.replace(self._path)
 
     def progress(self) -> dict[str, Any] | None:
         """What `save` was given: step, seconds, curve, recipe and versions; None without a file."""
