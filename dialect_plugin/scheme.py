@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from dialect_kernels.formatbook import BLOCK_SIZES, Formatbook, book_by_name
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -29,8 +29,8 @@ __all__ = [
     "matches",
 ]
 
-QUANT_METHOD = "blockdialect"
-FORMAT_VERSION = 1
+QUANT_METHOD: Final = "blockdialect"
+FORMAT_VERSION: Final = 1
 
 BookName = Literal["dialect_fp4", "semantic_32"]
 BlockSize = Literal[16, 32, 64]

