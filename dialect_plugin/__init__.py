@@ -1,0 +1,29 @@
+"""BlockDialect for vLLM: checkpoint conversion, command line and the vLLM plugin.
+
+vLLM calls :func:`register` (entry point group ``vllm.general_plugins``) in each of its processes.
+"""
+
+from __future__ import annotations
+
+import logging
+
+__all__ = ["register"]
+
+
+def register() -> None:
+    """Register the quantization methods with vLLM; do nothing else, and never raise.
+
+    vLLM calls plugins without a guard, so that an exception here would stop every model in the
+    environment. On a vLLM that this release does not know, one sentence is logged instead.
+    """
+    try:
+        from . import config
+
+        config.register_configs()
+    except Exception as error:
+        logging.getLogger("vllm.blockdialect").warning(
+            "blockdialect is not available: this vLLM is outside the supported range 0.26 to 0.32 "
+            "(%s: %s); other quantization methods are not affected",
+            type(error).__name__,
+            error,
+        )

@@ -1,0 +1,200 @@
+"""vLLM's linear method for dialect weights, packed or quantized while loading."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from dialect_kernels import PackedTensor, quantize
+from dialect_kernels.formatbook import book_by_name
+from dialect_kernels.ops import linear
+from torch.nn import Module, Parameter
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
+from vllm.model_executor.parameter import (
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    ModelWeightParameter,
+    PackedvLLMParameter,
+)
+from vllm.model_executor.utils import replace_parameter, set_weight_attrs
+
+__all__ = ["BlockDialectLinearMethod", "LinearSpec"]
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_STORED = ("weight_packed", "weight_meta", "weight_row_exponent")
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """How one layer is quantized.
+
+    Attributes:
+        name: vLLM's name of the layer, for messages.
+        serialized: whether the checkpoint holds packed weights.
+        book: name of the formatbook.
+        block_size: 16, 32 or 64.
+        activation_format: ``"dialect"``, ``"fp8"`` or ``"none"``.
+    """
+
+    name: str
+    serialized: bool
+    book: str
+    block_size: int
+    activation_format: str
+
+
+@register_weight_loader_v2_supported_method
+class BlockDialectLinearMethod(LinearMethodBase):
+    """Creates, loads and applies the packed weight of a linear layer or an output projection.
+
+    After loading, the layer holds ``weight_packed`` uint8 [N, K/2], ``weight_meta`` uint8
+    [N, K/B] and ``weight_row_exponent`` int8 [N], N and K being this rank's share.
+    """
+
+    # Online weights are created on the meta device and quantized as soon as their shards are in,
+    # so that only one layer is held in 16 bit at a time.
+    uses_meta_device: bool = True
+
+    def __init__(self, spec: LinearSpec) -> None:
+        self.spec = spec
+        self.uses_meta_device = not spec.serialized
+
+    def create_weights(
+        self,
+        layer: Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register the parameters that the checkpoint's tensors are loaded into.
+
+        Raises:
+            ValueError: if the dtype is not supported, or this rank's share of the columns is not a
+                multiple of the block size.
+        """
+        rows, columns, block_size = (
+            sum(output_partition_sizes),
+            input_size_per_partition,
+            self.spec.block_size,
+        )
+        self._check(params_dtype, columns, input_size)
+        layer.logical_widths = output_partition_sizes
+        loader = extra_weight_attrs.pop("weight_loader")
+        if not self.spec.serialized:
+            weight = ModelWeightParameter(
+                data=torch.empty(rows, columns, dtype=params_dtype, device="meta"),
+                input_dim=1,
+                output_dim=0,
+                weight_loader=loader,
+            )
+            layer.register_parameter("weight", weight)
+            set_weight_attrs(weight, extra_weight_attrs)
+            initialize_online_processing(layer)
+            return
+        layer.register_parameter(
+            "weight_packed",
+            PackedvLLMParameter(
+                data=torch.zeros(rows, columns // 2, dtype=torch.uint8),
+                input_dim=1,
+                output_dim=0,
+                packed_dim=1,
+                packed_factor=2,
+                weight_loader=loader,
+            ),
+        )
+        layer.register_parameter(
+            "weight_meta",
+            GroupQuantScaleParameter(
+                data=torch.zeros(rows, columns // block_size, dtype=torch.uint8),
+                input_dim=1,
+                output_dim=0,
+                weight_loader=loader,
+            ),
+        )
+        layer.register_parameter(
+            "weight_row_exponent",
+            ChannelQuantScaleParameter(
+                data=torch.zeros(rows, dtype=torch.int8), output_dim=0, weight_loader=loader
+            ),
+        )
+
+    def process_weights_after_loading(self, layer: Module) -> None:
+        """Quantize a 16-bit weight, or check a packed one; a second call does nothing.
+
+        Raises:
+            ValueError: if a 16-bit weight holds NaN or Inf, or a packed one reserved values.
+        """
+        if getattr(layer, "_already_called_process_weights_after_loading", False):
+            return
+        if self.spec.serialized:
+            for name in _STORED:
+                replace_parameter(layer, name, getattr(layer, name).data)
+            self._packed(layer).validate(self.spec.name, prefix="weight_")
+        else:
+            weight = layer.weight.data
+            packed = quantize(
+                weight,
+                book_by_name(self.spec.book),
+                self.spec.block_size,
+                name=f"{self.spec.name}.weight",
+            )
+            del layer.weight
+            tensors = (packed.codes, packed.meta, packed.row_exponent)
+            for name, tensor in zip(_STORED, tensors, strict=True):
+                layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+        layer._already_called_process_weights_after_loading = True
+
+    def apply(
+        self, layer: Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``x @ weight.T + bias``, [..., K] -> [..., N] in x's dtype."""
+        return linear(
+            x,
+            layer.weight_packed,
+            layer.weight_meta,
+            layer.weight_row_exponent,
+            bias,
+            layer.weight_packed.shape[1] * 2,
+            self.spec.book,
+            self.spec.block_size,
+            self.spec.activation_format,
+            "default",
+        )
+
+    def _packed(self, layer: Module) -> PackedTensor:
+        codes = layer.weight_packed.data
+        return PackedTensor(
+            codes,
+            layer.weight_meta.data,
+            layer.weight_row_exponent.data,
+            (codes.shape[0], codes.shape[1] * 2),
+            book_by_name(self.spec.book),
+            self.spec.block_size,
+        )
+
+    def _check(self, dtype: torch.dtype, columns: int, all_columns: int) -> None:
+        name, block_size = self.spec.name, self.spec.block_size
+        if dtype not in _DTYPES:
+            raise ValueError(
+                f"{name}: dtype {dtype} is not supported; use --dtype bfloat16, float16 or float32"
+            )
+        if columns % block_size == 0:
+            return
+        if columns == all_columns:
+            raise ValueError(
+                f"{name}: its {columns} input columns are not a multiple of the block size "
+                f"{block_size}; override its block size or ignore the layer"
+            )
+        raise ValueError(
+            f"{name}: {columns} of {all_columns} input columns per tensor-parallel rank are not a "
+            f"multiple of the block size {block_size}; use another --tensor-parallel-size, or "
+            "override the layer's block size"
+        )
