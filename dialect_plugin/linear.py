@@ -9,7 +9,7 @@ import torch
 from dialect_kernels import PackedTensor, quantize
 from dialect_kernels.formatbook import book_by_name
 from dialect_kernels.ops import linear
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     register_weight_loader_v2_supported_method,
@@ -66,7 +66,7 @@ class BlockDialectLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -126,7 +126,7 @@ class BlockDialectLinearMethod(LinearMethodBase):
             ),
         )
 
-    def process_weights_after_loading(self, layer: Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Quantize a 16-bit weight, or check a packed one; a second call does nothing.
 
         Raises:
@@ -152,9 +152,7 @@ class BlockDialectLinearMethod(LinearMethodBase):
                 layer.register_parameter(name, Parameter(tensor, requires_grad=False))
         layer._already_called_process_weights_after_loading = True
 
-    def apply(
-        self, layer: Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``x @ weight.T + bias``, [..., K] -> [..., N] in x's dtype."""
         return linear(
             x,
@@ -169,7 +167,7 @@ class BlockDialectLinearMethod(LinearMethodBase):
             "default",
         )
 
-    def _packed(self, layer: Module) -> PackedTensor:
+    def _packed(self, layer: Any) -> PackedTensor:
         codes = layer.weight_packed.data
         return PackedTensor(
             codes,

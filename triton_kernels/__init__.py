@@ -4,4 +4,13 @@ from .formatbook import DIALECT_FP4, SEMANTIC_32
 from .ops import dialect_linear, quantize
 from .packed import PackedTensor
 
-__all__ = ["DIALECT_FP4", "SEMANTIC_32", "PackedTensor", "dialect_linear", "quantize"]
+__all__ = [
+    "DIALECT_FP4",
+    "SEMANTIC_32",
+    "PackedTensor",
+    "__version__",
+    "dialect_linear",
+    "quantize",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,215 @@
+"""The command ``blockdialect``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from .scheme import LayerOverride
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="blockdialect",
+    help="4-bit dialect formats: convert, inspect and compare checkpoints.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Source = Annotated[str, typer.Argument(help="Directory or hub id of a 16-bit checkpoint.")]
+Packed = Annotated[Path, typer.Argument(help="Directory of a packed checkpoint.")]
+
+
+@app.command()
+def quantize(
+    src: Source,
+    dst: Annotated[Path, typer.Argument(help="Directory to write.")],
+    block_size: Annotated[int, typer.Option(help="16, 32 or 64.")] = 32,
+    book: Annotated[str, typer.Option(help="dialect_fp4 or semantic_32.")] = "dialect_fp4",
+    activation_format: Annotated[
+        str, typer.Option(help="What engines use by default: dialect, fp8 or none.")
+    ] = "dialect",
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Layer, or re:PATTERN, to leave in 16 bit; repeatable.")
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(help="PATTERN=BLOCK_SIZE for the layers that match; repeatable."),
+    ] = None,
+    overrides: Annotated[
+        Path | None, typer.Option(help="File of overrides, as `plan` writes it.")
+    ] = None,
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(help="Layer, or re:PATTERN, to quantize instead of the table; repeatable."),
+    ] = None,
+    lm_head: Annotated[bool, typer.Option(help="Quantize the output projection too.")] = False,
+    strict: Annotated[
+        bool, typer.Option(help="Refuse layers that the block size does not divide.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace what DST holds.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="CPU threads; default all.")] = None,
+) -> None:
+    """Quantize a 16-bit checkpoint; run it again after a crash and it continues."""
+    from .convert import convert
+    from .plan_layers import ConvertOptions
+
+    with _one_sentence_errors(), _RichProgress() as progress:
+        options = ConvertOptions.model_validate(
+            {
+                "block_size": block_size,
+                "book": book,
+                "activation_format": activation_format,
+                "ignore": ignore or [],
+                "overrides": _overrides(override or [], overrides),
+                "targets": targets or [],
+                "lm_head": lm_head,
+                "strict": strict,
+            }
+        )
+        result = convert(src, dst, options, overwrite=overwrite, workers=workers, progress=progress)
+    console = Console()
+    if result.resumed:
+        console.print(f"continued an unfinished conversion ({result.resumed} files were there)")
+    weights = sum(layer.rows * layer.columns for layer in result.layers)
+    bits = 8 * sum(layer.packed_bytes for layer in result.layers) / weights
+    console.print(
+        f"{len(result.layers)} layers at {bits:.3f} bits per weight; tensors "
+        f"{result.source_bytes / 1e6:,.1f} MB -> {result.packed_bytes / 1e6:,.1f} MB"
+    )
+    if result.plan.adapted:
+        console.print("other block size than asked for:", ", ".join(result.plan.adapted))
+    if result.plan.indivisible:
+        console.print("left in 16 bit, not divisible:", ", ".join(result.plan.indivisible))
+    if result.plan.has_experts:
+        console.print("the experts are left in 16 bit: vLLM's plugin does not serve them packed")
+    below = [layer for layer in result.layers if layer.rows_below_window]
+    for layer in below:
+        console.print(
+            f"{layer.name}: {layer.rows_below_window} rows have blocks below the exponent window"
+        )
+    console.print(f"serve it with: vllm serve {dst}", soft_wrap=True)
+
+
+@app.command()
+def inspect(dst: Packed) -> None:
+    """Show a packed checkpoint and verify every byte of it."""
+    from .inspection import inspect_checkpoint, render
+
+    with _one_sentence_errors(), _RichProgress() as progress:
+        found = inspect_checkpoint(dst, progress)
+    Console().print(render(found))
+
+
+@app.command()
+def verify() -> None:
+    """Run the golden vectors against the installed back ends."""
+    from dialect_kernels.verify import verify as run
+    from rich.table import Table
+
+    results = run()
+    table = Table("back end", "case", "result")
+    for result in results:
+        table.add_row(result.backend, result.case, "ok" if result.passed else result.detail)
+    Console().print(table)
+    failed = sum(not result.passed for result in results)
+    print(f"{len(results) - failed} of {len(results)} agree with the golden vectors")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _overrides(options: list[str], file: Path | None) -> dict[str, Any]:
+    """Overrides of a file and of the command line; the command line goes before the file."""
+    from .checkpoint import CheckpointError, read_json
+
+    merged: dict[str, Any] = {}
+    for option in options:
+        pattern, _, size = option.rpartition("=")
+        if not pattern or not size.isdigit():
+            raise CheckpointError(
+                f"--override: {option!r}; it must be PATTERN=BLOCK_SIZE, such as "
+                "'re:.*down_proj=16'"
+            )
+        merged[pattern] = LayerOverride.model_validate({"block_size": int(size)})
+    for pattern, override in (read_json(file) if file else {}).items():
+        merged.setdefault(pattern, override)
+    return merged
+
+
+@contextmanager
+def _one_sentence_errors() -> Iterator[None]:
+    """Turn an expected error into one sentence on stderr and exit status 1."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"]).replace("_", "-")
+        reason = first["msg"].replace("Input should be", "it must be")
+        message = f"--{field}: {first['input']!r}; {reason}"
+    except (ValueError, OSError) as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        message = "interrupted; run the same command again to continue"
+    else:
+        return
+    print(f"blockdialect: {message}", file=sys.stderr)
+    raise typer.Exit(1)
+
+
+class _RichProgress:
+    """A progress bar with tensors, bytes and the time that is left."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[done]}/{task.fields[tensors]} tensors"),
+            DownloadColumn(binary_units=True),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self._task: TaskID | None = None
+        self._done = 0
+
+    def __enter__(self) -> _RichProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def begin(self, what: str, tensors: int, nbytes: int) -> None:
+        """A pass begins: a bar of its own."""
+        self._done = 0
+        self._task = self._progress.add_task(what, total=nbytes, done=0, tensors=tensors)
+
+    def advance(self, nbytes: int) -> None:
+        """One tensor is done."""
+        if self._task is not None:
+            self._done += 1
+            self._progress.update(self._task, advance=nbytes, done=self._done)
+
+
+def main() -> None:
+    """Entry point for ``python -m dialect_plugin.cli``."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
