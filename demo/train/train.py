@@ -2,7 +2,7 @@
 
 The learning rate rises, stays, and falls (a trapezoid over steps), and every batch depends on the
 seed and the step number alone. So a run can be stopped at any time and resumed, and a run whose
-`--steps` was changed before its fall began is the run that had the new number from the start.
+length or fall was changed before the fall began is the run that had the new one from the start.
 Weights, gradients and optimizer are float32; matrix products run in bfloat16 where the CPU has
 them (`--float32` switches that off). Nothing outside the cache folder is written: when training is
 over, `python -m demo.train.publish` makes the model folder, its card and the loss curve.
@@ -62,7 +62,7 @@ class Recipe:
     context: int = CONTEXT // 2
     final_context: int = CONTEXT
     warmup_steps: int = 100
-    fall_share: float = 0.3
+    fall_share: float = 0.42
     adamw_rate: float = 8e-3
     muon_rate: float = 2e-2
     weight_decay: float = 0.1
@@ -250,13 +250,13 @@ def versions() -> dict[str, str]:
 def refuse_other_recipe(recipe: Recipe, progress: dict[str, Any]) -> None:
     """Raise ValueError unless the run behind `progress` is one that `recipe` would have made."""
     earlier = Recipe(**progress["recipe"])
-    if replace(earlier, steps=recipe.steps) != recipe:
+    if replace(earlier, steps=recipe.steps, fall_share=recipe.fall_share) != recipe:
         raise ValueError(
             f"the checkpoint was trained with {earlier}, not with {recipe}: go on with that recipe,"
             " or remove the checkpoint"
         )
     fall_start = min(earlier.fall_start, recipe.fall_start)
-    if earlier.steps != recipe.steps and progress["step"] > fall_start:
+    if earlier != recipe and progress["step"] > fall_start:
         raise ValueError(
             f"--steps {recipe.steps} comes too late: the checkpoint is at step {progress['step']},"
             f" and of {earlier.steps} or {recipe.steps} steps the learning rate falls from step"
