@@ -20,10 +20,11 @@ from typing import Annotated
 
 import torch
 import typer
-from dialect_kernels.formatbook import CELLS, SEMANTIC_32, SMALLEST_RANGE
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
+
+from dialect_kernels.formatbook import CELLS, SEMANTIC_32, SMALLEST_RANGE
 
 BLOCK_SIZE = 32
 

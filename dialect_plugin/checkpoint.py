@@ -14,8 +14,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from dialect_kernels import PackedTensor
 from safetensors import SafetensorError, safe_open
+
+from dialect_kernels import PackedTensor
 
 from .scheme import Scheme, SchemeError
 

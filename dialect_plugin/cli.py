@@ -120,8 +120,9 @@ def inspect(dst: Packed) -> None:
 @app.command()
 def verify() -> None:
     """Run the golden vectors against the installed back ends."""
-    from dialect_kernels.verify import verify as run
     from rich.table import Table
+
+    from dialect_kernels.verify import verify as run
 
     results = run()
     table = Table("back end", "case", "result")

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import save_file
+
 from dialect_kernels import __version__, quantize
 from dialect_kernels.formatbook import Formatbook
 from dialect_kernels.reference import blocks_below_window
-from safetensors.torch import save_file
 
 from .checkpoint import CONFIG, INDEX, Checkpoint, CheckpointError, find_checkpoint, open_checkpoint
 from .model_card import model_card

@@ -6,9 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from dialect_kernels import PackedTensor, quantize
-from dialect_kernels.formatbook import book_by_name
-from dialect_kernels.ops import linear
 from torch.nn import Parameter
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
@@ -22,6 +19,10 @@ from vllm.model_executor.parameter import (
     PackedvLLMParameter,
 )
 from vllm.model_executor.utils import replace_parameter, set_weight_attrs
+
+from dialect_kernels import PackedTensor, quantize
+from dialect_kernels.formatbook import book_by_name
+from dialect_kernels.ops import linear
 
 __all__ = ["BlockDialectLinearMethod", "LinearSpec"]
 

@@ -15,8 +15,9 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, Final, Literal
 
-from dialect_kernels.formatbook import BLOCK_SIZES, Formatbook, book_by_name
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from dialect_kernels.formatbook import BLOCK_SIZES, Formatbook, book_by_name
 
 __all__ = [
     "FORMAT_VERSION",

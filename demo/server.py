@@ -1,0 +1,154 @@
+"""A `vllm serve` process: started, waited for, asked over HTTP, and always stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+__all__ = ["Server", "ServerError", "serve_command", "serve_environment"]
+
+_START_SECONDS = 900
+_STOP_SECONDS = 60
+
+
+class ServerError(RuntimeError):
+    """The server did not start or did not answer; one sentence and the end of its log."""
+
+
+def serve_command(model: Path | str, *arguments: str) -> list[str]:
+    """`vllm serve MODEL ...` of the environment this Python runs in."""
+    return [str(Path(sys.executable).parent / "vllm"), "serve", str(model), *arguments]
+
+
+def serve_environment() -> dict[str, str]:
+    """The environment of a server that downloads nothing and reports nothing."""
+    environment = dict(os.environ)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    environment.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", PATH=path)
+    environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; the default is a share of all RAM
+    # vLLM's CPU workers run on one thread unless they are told
+    environment.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    return environment
+
+
+class Server:
+    """A running server, as a context manager.
+
+    Args:
+        model: directory of the checkpoint.
+        log: file that receives the server's output.
+        arguments: further arguments of `vllm serve`.
+    """
+
+    def __init__(self, model: Path, log: Path, *arguments: str) -> None:
+        self.log = log
+        self.port = _free_port()
+        self._command = serve_command(
+            model, "--host", "127.0.0.1", "--port", str(self.port), *arguments
+        )
+        self._client = httpx.Client(
+            base_url=f"http://127.0.0.1:{self.port}", timeout=600, trust_env=False
+        )
+
+    def __enter__(self) -> Server:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("wb") as output:
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=serve_environment(),
+                start_new_session=True,  # its workers too can then be stopped as one group
+            )
+        try:
+            self._wait_until_healthy()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop the server and its workers; kill what does not go by itself."""
+        self._client.close()
+        group = self._process.pid  # it leads its own session
+        for signal_number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(group, signal_number)
+            except ProcessLookupError:
+                break
+            if self._gone(group):
+                break
+        self._process.wait()
+
+    def complete(self, prompt: str | list[int], **options: Any) -> dict[str, Any]:
+        """POST /v1/completions; the first choice of the answer.
+
+        Raises:
+            ServerError: if the server refuses or does not answer.
+        """
+        body = {"prompt": prompt, "temperature": 0, **options}
+        try:
+            answer = self._client.post("/v1/completions", json=body)
+        except httpx.HTTPError as error:
+            raise ServerError(f"the server did not answer ({error}){self._log_end()}") from None
+        if answer.status_code != httpx.codes.OK:
+            raise ServerError(
+                f"the server answered {answer.status_code}: {answer.text[:300]}{self._log_end()}"
+            )
+        choice: dict[str, Any] = answer.json()["choices"][0]
+        return choice
+
+    def _wait_until_healthy(self) -> None:
+        deadline = time.monotonic() + _START_SECONDS
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                code = self._process.returncode
+                raise ServerError(f"vllm serve ended with status {code}{self._log_end()}")
+            try:
+                if self._client.get("/health", timeout=5).status_code == httpx.codes.OK:
+                    return
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.5)
+        raise ServerError(f"vllm serve was not ready after {_START_SECONDS} s{self._log_end()}")
+
+    def _log_end(self) -> str:
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return "; the end of its log:\n" + "\n".join(f"    {line}" for line in lines[-12:])
+
+    def _gone(self, group: int) -> bool:
+        """Whether the whole group ended within the time allowed."""
+        deadline = time.monotonic() + _STOP_SECONDS
+        while time.monotonic() < deadline:
+            self._process.poll()
+            try:
+                os.killpg(group, 0)
+            except ProcessLookupError:
+                return True
+            time.sleep(0.1)
+        return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
