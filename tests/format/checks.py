@@ -3,6 +3,7 @@
 import brute_force as brute
 import numpy as np
 import torch
+
 from dialect_kernels import DIALECT_FP4, SEMANTIC_32, PackedTensor
 
 BOOKS = {brute.FP4: DIALECT_FP4, brute.SEM: SEMANTIC_32}

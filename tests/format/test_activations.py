@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from checks import BLOCK_SIZES, BOOKS, as_float32, data
+
 from dialect_kernels import DIALECT_FP4
 from dialect_kernels.reference import quantize_fp8, round_activation
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from checks import as_float32, data
+
 from dialect_kernels.reference import quantize_mxfp4, quantize_nvfp4
 
 KINDS = ("gaussian", "one_channel", "lognormal_channels", "student_t2", "wide", "grid")

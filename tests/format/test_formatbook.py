@@ -4,6 +4,7 @@ import dataclasses
 
 import brute_force as brute
 import pytest
+
 from dialect_kernels import DIALECT_FP4, SEMANTIC_32
 from dialect_kernels.formatbook import book_by_name
 

@@ -1,11 +1,12 @@
 """`dialect_linear`: bit for bit in accumulation `exact`, within its bound in `default`."""
 
 import brute_force as brute
-import dialect_kernels
 import numpy as np
 import pytest
 import torch
 from checks import BLOCK_SIZES, as_float32, data, to_packed
+
+import dialect_kernels
 from dialect_kernels import DIALECT_FP4, SEMANTIC_32, dialect_linear, quantize, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

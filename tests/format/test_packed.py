@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from checks import BLOCK_SIZES, BOOKS, RULES, as_float32, assert_same, data, to_packed
+
 from dialect_kernels import DIALECT_FP4, SEMANTIC_32, PackedTensor, quantize
 from dialect_kernels.packed import NAN_ROW
 

@@ -1,14 +1,15 @@
 """`quantize` against the brute force: every byte, for all books, rules, block sizes, windows."""
 
 import brute_force as brute
-import dialect_kernels
 import numpy as np
 import pytest
 import torch
 from checks import BLOCK_SIZES, BOOKS, RULES, as_float32, assert_same, data
-from dialect_kernels import DIALECT_FP4, SEMANTIC_32, quantize, reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import dialect_kernels
+from dialect_kernels import DIALECT_FP4, SEMANTIC_32, quantize, reference
 
 KINDS = ("gaussian", "lognormal_channels", "student_t2", "wide", "grid")
 

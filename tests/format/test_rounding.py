@@ -12,6 +12,7 @@ import brute_force as brute
 import numpy as np
 import pytest
 import torch
+
 from dialect_kernels import DIALECT_FP4, reference
 
 DIALECTS = sorted(set(brute.SEM.grids) | set(brute.FP4.grids), reverse=True)

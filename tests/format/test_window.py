@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from checks import BOOKS, as_float32, data
+
 from dialect_kernels import DIALECT_FP4, quantize
 from dialect_kernels.formatbook import Formatbook
 from dialect_kernels.reference import blocks_below_window, round_activation

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+
 from dialect_kernels import PackedTensor, ops
 from dialect_kernels.packed import NAN_ROW
 from dialect_kernels.verify import (
@@ -18,8 +20,6 @@ from dialect_kernels.verify import (
     verify,
     verify_one,
 )
-from safetensors import safe_open
-
 from dialect_plugin.checkpoint import open_packed
 
 HERE = Path(__file__).parent
