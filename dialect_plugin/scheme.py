@@ -179,12 +179,15 @@ def _check_expressions(patterns: Iterable[str]) -> None:
 
 
 def _one_sentence(error: ValidationError, where: str) -> str:
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    first = min(errors, key=lambda fault: fault["type"] != "extra_forbidden")
     field = ".".join(str(part) for part in first["loc"])
     value = first["input"]
     if first["type"] == "extra_forbidden":
         owner = LayerOverride if first["loc"][0] == "overrides" else Scheme
         known = ", ".join(owner.model_fields)
         return f"{where}: the key {field!r} is not known; allowed are {known}"
+    if first["type"] == "missing":
+        return f"{where}: {field} is missing"
     reason = first["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
     return f"{where}: {field} is {value!r}; {reason}"

@@ -1,0 +1,35 @@
+"""Environment of all tests: nothing is downloaded or reported, and vLLM stays in one process."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_CPU_KVCACHE_SPACE="1",  # GiB; the default is a share of all memory
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine in this process: a third of the start-up time
+    VLLM_DISABLE_COMPILE_CACHE="1",
+)
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+# pytest's importlib mode puts no folder on the path; helpers beside the tests need this line
+sys.path.append(str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A function that makes tiny random checkpoints, each once per session."""
+    from tiny_models import make_model
+
+    made = {}
+
+    def make(architecture="LlamaForCausalLM", **options):
+        key = (architecture, tuple(sorted(options.items())))
+        if key not in made:
+            made[key] = make_model(tmp_path_factory.mktemp(architecture), architecture, **options)
+        return made[key]
+
+    return make
