@@ -1,0 +1,1 @@
+"""Every script that prints a number which the documentation shows; see README.md."""

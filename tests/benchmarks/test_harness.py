@@ -1,0 +1,115 @@
+"""The benchmark harness: gate first, honest captions, timings side by side."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from pydantic import ValidationError
+
+from benchmarks import harness
+from benchmarks.harness import Machine, Result, Timing, measure_result, ratio, time_calls
+from benchmarks.memory import PeakMemory
+
+
+def test_nothing_is_measured_while_the_gate_finds_faults():
+    measured = []
+    with pytest.raises(SystemExit, match=r"(?s)bench: not measured.*two rows differ"):
+        measure_result("bench", lambda: ["two rows differ"], lambda: measured.append(1) or {})
+    assert not measured
+
+
+def test_a_result_names_command_commit_machine_and_versions(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench_x.py", "--rows", "5"])
+    result = measure_result("x", list, lambda: {"seconds": 1.5})
+    assert result.command == "python -m benchmarks.bench_x --rows 5"
+    assert result.machine == Machine.here()
+    assert result.figures == {"seconds": 1.5}
+    assert set(result.versions) >= {"python", "torch"}
+    for part in (result.command, result.machine.cpu, result.commit, result.date):
+        assert part in result.caption
+
+
+def test_main_writes_what_read_result_reads(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["/anywhere/bench_speed.py"])
+    harness.main(list, lambda: {"ratio": 0.1 + 0.2})
+    (path,) = tmp_path.iterdir()
+    assert harness.read_result(path).figures == {"ratio": 0.1 + 0.2}
+    renamed = path.rename(tmp_path / "other.json")
+    with pytest.raises(ValueError, match="holds the result of 'speed'"):
+        harness.read_result(renamed)
+
+
+def test_a_result_with_an_unknown_field_is_refused():
+    result = measure_result("x", list, dict)
+    with pytest.raises(ValidationError, match="host"):
+        Result.model_validate(result.model_dump() | {"host": "somewhere"})
+
+
+def test_uncommitted_code_is_marked(monkeypatch, tmp_path):
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.example"]
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True)
+
+    measured = tmp_path / "triton_kernels" / "ops.py"
+    measured.parent.mkdir()
+    measured.write_text("1\n", encoding="utf-8")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    clean = harness.commit()
+    assert len(clean) == 12
+    (tmp_path / "README.md").write_text("not measured\n", encoding="utf-8")
+    assert harness.commit() == clean
+    measured.write_text("2\n", encoding="utf-8")
+    assert harness.commit() == f"{clean}-dirty"
+
+
+def test_calls_are_timed_in_turn():
+    order = []
+    timings = time_calls(
+        {"ours": lambda: order.append("o"), "peer": lambda: order.append("p")}, rounds=3, warmup=2
+    )
+    assert "".join(order) == "op" * 5
+    assert [len(timing.rounds_s) for timing in timings.values()] == [3, 3]
+
+
+def test_timing_and_ratio_are_taken_round_by_round():
+    ours, peer = Timing.of([1.0, 2.0, 4.0]), Timing.of([2.0, 2.0, 12.0])
+    assert (ours.median_s, ours.fastest_s, ours.slowest_s) == (2.0, 1.0, 4.0)
+    assert ratio(peer, ours).rounds_s == [2.0, 1.0, 3.0]
+    with pytest.raises(ValueError, match="argument 2"):
+        ratio(peer, Timing.of([1.0]))
+
+
+def test_peak_memory_counts_child_processes_and_keeps_the_peak():
+    child = (
+        "x = bytearray(200 << 20); print(flush=True); input(); del x; print(flush=True); input()"
+    )
+    parent = (
+        "import subprocess, sys; "
+        f"subprocess.run([sys.executable, '-c', {child!r}], stdin=sys.stdin, stdout=sys.stdout)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        process.stdout.readline()
+        with PeakMemory(process.pid, interval_s=0.01) as peak:
+            while peak.samples == 0:
+                time.sleep(0.01)
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+            process.stdout.readline()
+        process.communicate(b"\n")
+    assert 200 << 20 < peak.anonymous < 260 << 20
+    assert 200 << 20 < peak.pss < 300 << 20
+
+
+def test_peak_memory_of_a_process_that_has_ended_is_zero():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    peak = PeakMemory(process.pid)
+    peak.sample()
+    assert (peak.pss, peak.anonymous, peak.samples) == (0, 0, 1)
