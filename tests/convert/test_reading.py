@@ -1,6 +1,5 @@
 """Reading packed checkpoints: every fault is ours to name, and nothing crashes or hangs."""
 
-import contextlib
 import json
 import random
 import shutil
@@ -41,6 +40,15 @@ def packed(packed_model, tmp_path):
 
 def read_all(path):
     return inspect_checkpoint(path, Silent())
+
+
+def fault_of(path):
+    """The sentence a reader says of it, or an empty one; an error not of ours goes through."""
+    try:
+        read_all(path)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def damage(path, change):
@@ -138,13 +146,9 @@ def test_single_flipped_bits_in_the_header(packed):
         bit = draw.randrange(header * 8)
         whole[bit // 8] ^= 1 << bit % 8
         file.write_bytes(whole)
-        with contextlib.suppress(ValueError):  # ours; anything else fails the test
-            try:
-                read_all(packed)
-            except ValueError as error:
-                sentences.append(str(error))
-                raise
+        sentences.append(fault_of(packed))
         whole[bit // 8] ^= 1 << bit % 8
+    sentences = [sentence for sentence in sentences if sentence]
     assert len(sentences) > 150
     assert not [sentence for sentence in sentences if "\n" in sentence]
 
