@@ -27,6 +27,16 @@ from dialect_kernels.formatbook import Formatbook
 from dialect_kernels.reference import blocks_below_window
 
 from .checkpoint import CONFIG, INDEX, Checkpoint, CheckpointError, find_checkpoint, open_checkpoint
+from .files import (
+    check_destination,
+    check_disk_space,
+    copied_files,
+    is_temporary,
+    remove_temporary,
+    sync_directory,
+    write_file,
+    write_text,
+)
 from .model_card import model_card
 from .plan_layers import ConvertOptions, LayerPlan, plan_layers
 from .scheme import FORMAT_VERSION
@@ -34,9 +44,6 @@ from .scheme import FORMAT_VERSION
 __all__ = ["ConversionResult", "LayerRecord", "Progress", "convert"]
 
 JOURNAL = ".blockdialect-journal.json"
-_TEMPORARY = ".blockdialect-tmp"
-_COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
-_COPIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 
 
 class Progress(Protocol):
@@ -128,7 +135,7 @@ def convert(
     destination = Path(destination)
     checkpoint = open_checkpoint(find_checkpoint(source))
     plan = plan_layers(checkpoint, options)
-    _check_destination(checkpoint.path, destination)
+    check_destination(checkpoint.path, destination)
     fingerprint = _fingerprint(checkpoint, options)
     journal = _open_journal(destination, fingerprint, overwrite)
     with _threads(workers):
@@ -137,7 +144,7 @@ def convert(
         if overwrite and not journal["shards"]:
             _empty(destination)
         destination.mkdir(parents=True, exist_ok=True)
-        _remove_temporary(destination)
+        remove_temporary(destination)
         resumed = len(journal["shards"])
         _write_journal(destination, journal)
         _convert_shards(checkpoint, plan, destination, journal, progress)
@@ -161,7 +168,7 @@ def _convert_shards(
             continue
         tensors, records = _convert_shard(checkpoint, shard, plan, progress)
         stored = {name: tensor.nbytes for name, tensor in tensors.items()}
-        _write(destination / shard, partial(save_file, tensors, metadata={"format": "pt"}))
+        write_file(destination / shard, partial(save_file, tensors, metadata={"format": "pt"}))
         del tensors
         journal["shards"][shard] = {"records": [asdict(r) for r in records], "tensors": stored}
         _write_journal(destination, journal)
@@ -251,39 +258,22 @@ def _finish(
         packed_bytes=sum(nbytes for _, nbytes in stored.values()),
         resumed=resumed,
     )
-    for file in sorted(checkpoint.path.iterdir()):
-        if file.is_file() and _is_copied(file.name):
-            _write(destination / file.name, partial(shutil.copyfile, file))
-    _write_text(destination / "README.md", model_card(checkpoint, result.layers, plan))
+    for file in copied_files(checkpoint.path):
+        write_file(destination / file.name, partial(shutil.copyfile, file))
+    write_text(destination / "README.md", model_card(checkpoint, result.layers, plan))
     config = dict(checkpoint.config)
     config.pop("auto_map", None)  # names Python files, which are never copied
     config["quantization_config"] = plan.scheme.to_config()
-    _write_text(destination / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_text(destination / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     if (checkpoint.path / INDEX).exists():
         index = {
             "metadata": {"total_size": result.packed_bytes},
             "weight_map": {name: shard for name, (shard, _) in sorted(stored.items())},
         }
-        _write_text(destination / INDEX, json.dumps(index, indent=2) + "\n")
+        write_text(destination / INDEX, json.dumps(index, indent=2) + "\n")
     (destination / JOURNAL).unlink()
-    _sync_directory(destination)
+    sync_directory(destination)
     return result
-
-
-def _is_copied(name: str) -> bool:
-    if name in {CONFIG, INDEX} or name.startswith("."):
-        return False
-    return Path(name).suffix in _COPIED_SUFFIXES or name.startswith(_COPIED_NAMES)
-
-
-def _check_destination(source: Path, destination: Path) -> None:
-    inside, outside = destination.resolve(), source.resolve()
-    if inside == outside or outside in inside.parents or inside in outside.parents:
-        raise CheckpointError(
-            f"{destination}: is the source or overlaps it; choose another directory"
-        )
-    if destination.exists() and not destination.is_dir():
-        raise CheckpointError(f"{destination}: is a file; choose a directory")
 
 
 def _open_journal(destination: Path, fingerprint: str, overwrite: bool) -> dict[str, Any]:
@@ -293,7 +283,7 @@ def _open_journal(destination: Path, fingerprint: str, overwrite: bool) -> dict[
         CheckpointError: if the destination holds anything else and `overwrite` is not given.
     """
     fresh: dict[str, Any] = {"fingerprint": fingerprint, "shards": {}}
-    if not destination.exists() or all(_is_temporary(path) for path in destination.iterdir()):
+    if not destination.exists() or all(is_temporary(path) for path in destination.iterdir()):
         return fresh
     try:
         journal = json.loads((destination / JOURNAL).read_text(encoding="utf-8"))
@@ -355,13 +345,7 @@ def _check_disk_space(checkpoint: Checkpoint, plan: LayerPlan, destination: Path
             needed += rows * (columns // 2 + columns // plan.block_sizes[layer] + 1)
         else:
             needed += info.nbytes
-    existing = next(p for p in (destination, *destination.resolve().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise CheckpointError(
-            f"{destination}: {free / 2**30:.1f} GiB are free, the packed checkpoint takes "
-            f"{needed / 2**30:.1f}; free some space or choose another disk"
-        )
+    check_disk_space(destination, needed)
 
 
 def _empty(destination: Path) -> None:
@@ -377,42 +361,8 @@ def _empty(destination: Path) -> None:
             entry.unlink()
 
 
-def _remove_temporary(destination: Path) -> None:
-    for path in destination.iterdir():
-        if _is_temporary(path):
-            path.unlink()
-
-
-def _is_temporary(path: Path) -> bool:
-    """Whether a killed run left this unfinished file."""
-    return path.name.endswith(_TEMPORARY)
-
-
 def _write_journal(destination: Path, journal: dict[str, Any]) -> None:
-    _write_text(destination / JOURNAL, json.dumps(journal))
-
-
-def _write_text(path: Path, text: str) -> None:
-    _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that it is there whole or not at all, even after a power failure."""
-    temporary = path.with_name(path.name + _TEMPORARY)
-    write(temporary)
-    temporary.chmod(0o644)  # safetensors creates files that only their owner may read
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_text(destination / JOURNAL, json.dumps(journal))
 
 
 @contextmanager
