@@ -16,11 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from dialect_kernels import DIALECT_FP4, SEMANTIC_32, quantize
 from dialect_kernels.formatbook import Formatbook
 from dialect_kernels.reference import quantize_mxfp4, quantize_nvfp4
 from dialect_kernels.verify import verify
+
+from .harness import Table, main
 
 ROWS, COLUMNS = 256, 4096
 SEEDS = range(5)
@@ -101,3 +104,45 @@ def measure() -> dict[str, Any]:
 def relative_mse(x: torch.Tensor, rounded: torch.Tensor) -> float:
     error = (x.double() - rounded.double()).square().sum()
     return float(error / x.double().square().sum())
+
+
+_SHOWN = {"gaussian": "Gaussian", "laplace": "Laplace", "student_t4": "Student-t4"}
+
+
+def tables(figures: dict[str, Any]) -> dict[str, Table]:
+    """``formats``: relative MSE and SQNR of every format."""
+    head = ["format", "bits"]
+    for shown in _SHOWN.values():
+        head += [f"{shown}: relative MSE", "SQNR"]
+    rows = [head]
+    for name, measured in figures["formats"].items():
+        row = [name, f"{measured['bits_per_element']:.3f}"]
+        for distribution in _SHOWN:
+            loss = measured[distribution]
+            row += [f"{loss['relative_mse']:.4f}", f"{loss['sqnr_db']:.2f} dB"]
+        rows.append(row)
+    return {"formats": rows}
+
+
+def plots(figures: dict[str, Any]) -> dict[str, Figure]:
+    """``bits``: SQNR against bits per element, one panel per distribution."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(_SHOWN), sharex=True)
+    families: dict[str, list[dict[str, Any]]] = {}
+    for name, measured in figures["formats"].items():
+        family, _, rest = name.rpartition("-")
+        rule = rest.partition(" ")[2]
+        families.setdefault(f"{family} {rule}".strip(), []).append(measured)
+    for panel, (distribution, shown) in zip(panels, _SHOWN.items(), strict=True):
+        for family, points in families.items():
+            bits = [point["bits_per_element"] for point in points]
+            panel.plot(bits, [p[distribution]["sqnr_db"] for p in points], "o-", label=family)
+        panel.set(title=shown, xlabel="bits per element")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("SQNR in dB")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return {"bits": figure}
+
+
+if __name__ == "__main__":
+    main(gate, measure)
