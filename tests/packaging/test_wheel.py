@@ -1,0 +1,85 @@
+"""The built wheel: what it makes importable, and that installing it disturbs nothing."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, built from the files that git tracks."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+    for name in filter(None, tracked.stdout.decode().split("\0")):
+        if (ROOT / name).is_file() and not name.startswith(("tests/", "demo/", "docs/")):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [*PIP, "wheel", "--no-deps", "--no-build-isolation", "-w", str(out), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(out.glob("blockdialect-*.whl"))
+
+
+def test_contents(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    info = next(top for top in tops if top.endswith(".dist-info"))
+    assert tops == {"dialect_kernels", "dialect_plugin", info}
+    assert {"dialect_kernels/py.typed", "dialect_plugin/py.typed"} <= set(names)
+    assert any(name.startswith("dialect_kernels/golden/") for name in names)
+    entry_points = zipfile.ZipFile(wheel).read(f"{info}/entry_points.txt").decode()
+    assert "[vllm.general_plugins]\nblockdialect = dialect_plugin:register" in entry_points
+    assert "[console_scripts]\nblockdialect = dialect_plugin.cli:app" in entry_points
+    assert f"{info}/licenses/LICENSE" in names
+
+
+def test_triton_kernels_is_not_importable(wheel, tmp_path):
+    """vLLM would take a top-level `triton_kernels` for OpenAI's package."""
+    install = [*PIP, "install", "--no-deps", "--target", str(tmp_path), str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    code = (
+        "import importlib.util, sys; sys.path.insert(0, sys.argv[1]); import dialect_kernels;"
+        "assert dialect_kernels.__file__.startswith(sys.argv[1]), dialect_kernels.__file__;"
+        "assert importlib.util.find_spec('triton_kernels') is None;"
+        "from dialect_kernels.verify import verify;"
+        "assert all(r.passed for r in verify())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_works_without_triton(wheel):
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, dialect_kernels as d\n"
+        "p = d.quantize(torch.randn(4, 64)); d.dialect_linear(torch.randn(2, 64), p)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_installing_changes_no_installed_version(wheel, tmp_path):
+    """Beside vLLM, every requirement of the wheel is met by what is there."""
+    report = tmp_path / "report.json"
+    metadata = zipfile.ZipFile(wheel)
+    info = next(n for n in metadata.namelist() if n.endswith("METADATA"))
+    required = [
+        line.removeprefix("Requires-Dist: ")
+        for line in metadata.read(info).decode().splitlines()
+        if line.startswith("Requires-Dist: ") and "extra ==" not in line
+    ]
+    assert required
+    command = [*PIP, "install", "--dry-run", "--report", str(report), *required]
+    subprocess.run(command, check=True, capture_output=True)
+    assert json.loads(report.read_text())["install"] == []
