@@ -1,0 +1,358 @@
+"""The CPU kernel: quantizer, decoder and linear layer in C++, called through ctypes.
+
+The library is built when the package is installed. In a source tree, or where that was not possible
+then, it is built on first use into the user's cache folder. Without a compiler :func:`available` is
+false, one log line says why, and callers use torch. ``BLOCKDIALECT_CPU_KERNEL=0`` asks for that.
+
+Every function returns the bytes of its counterpart in :mod:`dialect_kernels.reference`, whatever
+the processor, the batch and the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..formatbook import CELLS, LARGEST_HALF_UNIT, SMALLEST_RANGE, Formatbook
+from ..packed import padded_columns
+from .build import CompilerError, build, library_name
+
+__all__ = [
+    "INSTRUCTIONS",
+    "Quantized",
+    "available",
+    "dequantize",
+    "features",
+    "linear",
+    "quantize",
+    "why_not",
+]
+
+INSTRUCTIONS = ("scalar", "avx2")
+"""What the kernel can be run with; the position is its number in C++."""
+
+_log = logging.getLogger(__name__)
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_FORMATS = {"dialect": 0, "fp8": 1, "none": 2}
+_SWITCH = "BLOCKDIALECT_CPU_KERNEL"
+
+
+class Quantized(NamedTuple):
+    """A quantized matrix [N, K]; Kp is K rounded up to blocks of B."""
+
+    codes: torch.Tensor
+    """uint8 [N, Kp/2]."""
+    meta: torch.Tensor
+    """uint8 [N, Kp/B]."""
+    row_exponent: torch.Tensor
+    """int8 [N]."""
+    blocks_below_window: torch.Tensor
+    """int64 [N], as :func:`dialect_kernels.reference.blocks_below_window`."""
+
+
+def available() -> bool:
+    """Whether the kernel can be used; builds and loads it on the first call."""
+    return _library().handle is not None
+
+
+def why_not() -> str | None:
+    """Why the kernel cannot be used, or None."""
+    return _library().problem
+
+
+def features() -> str:
+    """The instruction set the kernel uses on this processor, one of :data:`INSTRUCTIONS`."""
+    return INSTRUCTIONS[_handle().dialect_features()]
+
+
+def quantize(
+    x: torch.Tensor,
+    book: Formatbook,
+    block_size: int,
+    rule: str,
+    window: int,
+    threads: int | None = None,
+) -> Quantized:
+    """Quantize a matrix as ``reference.quantize`` does.
+
+    Args:
+        x: float32, bfloat16 or float16 [N, K] on CPU. The caller refuses NaN and Inf; here they
+            make a row with the exponent -128.
+        book: the formatbook.
+        block_size: 16, 32 or 64.
+        rule: one of the book's rules.
+        window: largest delta, 0..book.largest_stored_delta.
+        threads: default: as many as torch uses.
+    """
+    if rule not in book.rules or not 0 <= window <= book.largest_stored_delta:
+        raise ValueError(f"rule {rule!r}, window {window}: not defined for book {book.name!r}")
+    x = x.contiguous()
+    rows, columns = x.shape
+    padded = padded_columns(columns, block_size)
+    out = Quantized(
+        torch.empty(rows, padded // 2, dtype=torch.uint8),
+        torch.empty(rows, padded // block_size, dtype=torch.uint8),
+        torch.empty(rows, dtype=torch.int8),
+        torch.empty(rows, dtype=torch.int64),
+    )
+    _call(
+        "dialect_quantize",
+        x.data_ptr(),
+        _DTYPES[x.dtype],
+        rows,
+        columns,
+        ctypes.byref(_book(book)),
+        block_size,
+        int(rule == book.online_rule),
+        window,
+        *(tensor.data_ptr() for tensor in out),
+        _threads(threads),
+    )
+    return out
+
+
+def linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    meta: torch.Tensor,
+    row_exponent: torch.Tensor,
+    columns: int,
+    book: Formatbook,
+    block_size: int,
+    activation_format: str,
+    bias: torch.Tensor | None = None,
+    threads: int | None = None,
+    instructions: str | None = None,
+) -> torch.Tensor:
+    """``x @ weight.T + bias`` as ``reference.dialect_linear`` computes it in mode ``exact``.
+
+    Args:
+        x: float32, bfloat16 or float16 [T, K] on CPU.
+        codes, meta, row_exponent: the packed weight [N, K]; any bytes are safe.
+        columns: K.
+        book: the weight's formatbook.
+        block_size: the weight's block size.
+        activation_format: ``"dialect"``, ``"fp8"`` or ``"none"``.
+        bias: [N] or None.
+        threads: default: as many as torch uses.
+        instructions: default: the best this processor has, see :func:`features`.
+
+    Returns:
+        [T, N] in x's dtype.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit.
+    """
+    rows = codes.shape[0]
+    weight, kept = _weight(codes, meta, row_exponent, columns, block_size)
+    if x.dim() != 2 or x.shape[1] != columns:
+        raise ValueError(f"x: has shape {list(x.shape)}; it must be [T, {columns}]")
+    if bias is not None:
+        if tuple(bias.shape) != (rows,):
+            raise ValueError(f"bias: has shape {list(bias.shape)}; it must be [{rows}]")
+        bias = bias.to(torch.float32).contiguous()
+    x = x.contiguous()
+    y = x.new_empty(x.shape[0], rows)
+    chosen = features() if instructions is None else instructions
+    _call(
+        "dialect_linear",
+        x.data_ptr(),
+        _DTYPES[x.dtype],
+        x.shape[0],
+        ctypes.byref(weight),
+        ctypes.byref(_book(book)),
+        _FORMATS[activation_format],
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        _threads(threads),
+        INSTRUCTIONS.index(chosen),
+    )
+    del kept
+    return y
+
+
+def dequantize(
+    codes: torch.Tensor,
+    meta: torch.Tensor,
+    row_exponent: torch.Tensor,
+    columns: int,
+    book: Formatbook,
+    block_size: int,
+    threads: int | None = None,
+) -> torch.Tensor:
+    """The values of a packed tensor, float32 [N, K]; a row with exponent -128 is NaN."""
+    weight, kept = _weight(codes, meta, row_exponent, columns, block_size)
+    out = torch.empty(codes.shape[0], columns, dtype=torch.float32)
+    _call(
+        "dialect_dequantize",
+        ctypes.byref(weight),
+        ctypes.byref(_book(book)),
+        out.data_ptr(),
+        _threads(threads),
+    )
+    del kept
+    return out
+
+
+class _Book(ctypes.Structure):
+    """Tables of a formatbook; the same layout as `Book` in the C++ file."""
+
+    _fields_ = (
+        ("dialects", ctypes.c_int32),
+        ("id_bits", ctypes.c_int32),
+        ("variants", ctypes.c_int32),
+        ("thresholds", ctypes.c_uint8 * 7 * 32),
+        ("steps", ctypes.c_uint8 * 7 * 32),
+        ("index", ctypes.c_uint8 * CELLS * 32),
+        ("half_units", ctypes.c_int8 * 16 * 32),
+        ("online_cost", ctypes.c_uint64 * CELLS * 8),
+    )
+
+
+class _Weight(ctypes.Structure):
+    """A packed weight; the same layout as `Weight` in the C++ file."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("meta", ctypes.c_void_p),
+        ("row_exponent", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("block", ctypes.c_int32),
+    )
+
+
+def _weight(
+    codes: torch.Tensor,
+    meta: torch.Tensor,
+    row_exponent: torch.Tensor,
+    columns: int,
+    block_size: int,
+) -> tuple[_Weight, tuple[torch.Tensor, ...]]:
+    """The weight as C++ sees it, and the tensors it points into.
+
+    Raises:
+        ValueError: if the shapes or dtypes do not fit.
+    """
+    rows = codes.shape[0]
+    padded = padded_columns(columns, block_size)
+    for name, tensor, dtype, shape in (
+        ("codes", codes, torch.uint8, (rows, padded // 2)),
+        ("meta", meta, torch.uint8, (rows, padded // block_size)),
+        ("row_exponent", row_exponent, torch.int8, (rows,)),
+    ):
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape or tensor.device.type != "cpu":
+            raise ValueError(
+                f"{name}: {tensor.dtype} {list(tensor.shape)} on {tensor.device} does not fit a "
+                f"weight of {rows} x {columns}; it must be {dtype} {list(shape)} on cpu"
+            )
+    kept = (codes.contiguous(), meta.contiguous(), row_exponent.contiguous())
+    pointers = (tensor.data_ptr() for tensor in kept)
+    return _Weight(*pointers, rows, columns, block_size), kept
+
+
+@cache
+def _book(book: Formatbook) -> _Book:
+    out = _Book(dialects=len(book), id_bits=book.id_bits, variants=book.variants)
+    for id_, (thresholds, dialect, index, signed) in enumerate(
+        zip(
+            book.thresholds, book.half_units, book.index_lut, book.signed_half_units, strict=True
+        )
+    ):
+        out.thresholds[id_][:] = thresholds
+        out.steps[id_][:] = [high - low for low, high in pairwise(dialect)]
+        out.index[id_][:] = index
+        out.half_units[id_][:] = signed
+    for group in range(LARGEST_HALF_UNIT - SMALLEST_RANGE + 1):
+        lanes = _online_costs(book, group)
+        out.online_cost[group][:] = [
+            sum(cost << (16 * v) for v, cost in enumerate(of_cell))
+            for of_cell in zip(*lanes, strict=True)
+        ]
+    return out
+
+
+def _online_costs(book: Formatbook, group: int) -> tuple[tuple[int, ...], ...]:
+    """What an element in each cell costs each variant of one M; the least sum wins.
+
+    For the two-stage rule the cost of a dialect is 1 in its partner's beneficial cells: the larger
+    count wins and a tie goes to the even id, as the rule says.
+    """
+    first = book.variants * group
+    if book.online_rule == "two_stage":
+        return (book.beneficial_cells[first + 1], book.beneficial_cells[first])
+    return book.error_lut[first : first + book.variants]
+
+
+def _threads(threads: int | None) -> int:
+    return torch.get_num_threads() if threads is None else threads
+
+
+@dataclass(frozen=True)
+class _Library:
+    handle: ctypes.CDLL | None
+    problem: str | None
+
+
+def _call(function: str, *arguments: object) -> None:
+    if getattr(_handle(), function)(*arguments):
+        raise MemoryError(f"{function}: no memory for the rounded activations")
+
+
+def _handle() -> ctypes.CDLL:
+    library = _library()
+    if library.handle is None:
+        raise RuntimeError(f"the CPU kernel cannot be used: {library.problem}")
+    return library.handle
+
+
+@cache
+def _library() -> _Library:
+    if os.environ.get(_SWITCH) == "0":
+        return _Library(None, f"{_SWITCH}=0")
+    try:
+        handle = ctypes.CDLL(str(_find()))
+        _declare(handle)
+    except (OSError, CompilerError) as error:
+        _log.warning("the CPU kernel is not available, torch does its work: %s", error)
+        return _Library(None, str(error))
+    return _Library(handle, None)
+
+
+def _find() -> Path:
+    """The library beside this file, or in the cache folder, where it is built if need be."""
+    name = library_name()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockdialect"
+    for known in (Path(__file__).with_name(name), folder / name):
+        if known.is_file():
+            return known
+    _log.info("building the CPU kernel in %s", folder)
+    return build(folder)
+
+
+def _declare(handle: ctypes.CDLL) -> None:
+    pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    signatures = {
+        "dialect_features": (),
+        "dialect_quantize": (
+            *(pointer, i32, i64, i64, pointer, i32, i32, i32),
+            *(pointer, pointer, pointer, pointer, i32),
+        ),
+        "dialect_linear": (
+            *(pointer, i32, i64, pointer, pointer, i32, pointer, pointer, i32, i32),
+        ),
+        "dialect_dequantize": (pointer, pointer, pointer, i32),
+    }
+    for name, arguments in signatures.items():
+        function = getattr(handle, name)
+        function.argtypes = arguments
+        function.restype = i32

@@ -1,0 +1,1040 @@
+// The dialect formats on CPU: quantizer, decoder and linear layer behind a plain C interface.
+//
+// Numbers follow docs/format.md: quantized bytes, and in accumulation `exact` every output bit, are
+// those of reference.py, whatever the instruction set, batch and thread count. The book's tables
+// come from formatbook.py through `Book`; this file holds no format data of its own.
+//
+// How the integer product ("dialect") runs on AVX2, for 8 output rows and one block of 32:
+//
+//     codes of rows p and p+4  ->  one register: row p in the low, row p+4 in the high half
+//     low nibbles, high nibbles ->  pshufb with each half's own dialect: 16 half-units + 16 each
+//     x: even elements, odd elements (rearranged once a call) -> broadcast to both halves
+//     maddubs(even) + maddubs(odd), madd, pack, madd, pack, madd -> 8 block sums, rows in order
+//     minus 16 * sum(x), to float32, times 2^-(deltas), added to 8 float32 accumulators
+//
+// Half-units are stored + 16 because maddubs wants one unsigned operand. No sum leaves int16.
+// The other two activation formats multiply in float64 (products of a float32 and a half-unit are
+// exact there), 16 rows side by side, elements ascending.
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <dirent.h>
+#include <pthread.h>
+#include <sched.h>
+#include <cstdlib>
+#endif
+#include <unistd.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define DIALECT_X86 1
+#define AVX2 __attribute__((target("avx2,fma")))
+#define AVX2_INLINE __attribute__((target("avx2,fma"), always_inline)) inline
+#endif
+
+extern "C" {
+
+// Tables of one formatbook; the same layout as _Book in __init__.py.
+struct Book {
+    int32_t dialects;              // 16 or 32: any id that fits into id_bits
+    int32_t id_bits;
+    int32_t variants;              // dialects per largest half-unit M
+    uint8_t thresholds[32][7];
+    uint8_t steps[32][7];          // half-unit i+1 minus half-unit i
+    uint8_t index[32][32];         // [dialect][cell]
+    int8_t half_units[32][16];     // [dialect][code], signed
+    uint64_t online_cost[8][32];   // [15 - M][cell], one 16-bit lane per variant; smallest sum wins
+};
+
+// Element types, rules, activation formats and instruction sets as numbers.
+enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum Rule : int32_t { EXACT_ERROR = 0, ONLINE = 1 };
+enum Format : int32_t { DIALECT = 0, FP8 = 1, NONE = 2 };
+enum Features : int32_t { SCALAR = 0, AVX2_FMA = 1 };
+
+// A packed weight [rows, columns]; `padded` columns are stored.
+struct Weight {
+    const uint8_t* codes;
+    const uint8_t* meta;
+    const int8_t* row_exponent;
+    int64_t rows;
+    int64_t columns;
+    int32_t block;
+};
+
+}  // extern "C"
+
+namespace {
+
+constexpr int kWindow = 13;            // deltas 14 and 15 are read as this
+constexpr int kLowestExponent = -120;
+constexpr int kNanRow = -128;
+constexpr int kCells = 32;
+constexpr int kTile = 96;              // tokens that share one decoded panel of weights
+constexpr int kLanes = 16;             // rows handled together by the float64 product
+constexpr uint32_t kInfinity = 0x7f800000u;
+
+// ---- numbers -----------------------------------------------------------------------------------
+
+uint32_t bits_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+float float_of(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+// 2^exponent for -126..127.
+float power_of_two(int exponent) { return float_of(uint32_t(exponent + 127) << 23); }
+
+// 2^exponent for -1022..1023.
+double double_power_of_two(int exponent) {
+    const uint64_t bits = uint64_t(exponent + 1023) << 52;
+    double x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+float from_half(uint16_t half) {
+    const uint32_t shifted = uint32_t(half & 0x7fff) << 13;
+    const uint32_t sign = uint32_t(half & 0x8000) << 16;
+    if ((half & 0x7c00) == 0x7c00) return float_of(sign | shifted | kInfinity);
+    if ((half & 0x7c00) == 0) return float_of(sign | bits_of(float(half & 0x3ff) * 0x1p-24f));
+    return float_of(sign | (shifted + (112u << 23)));
+}
+
+uint16_t to_half(float x) {
+    const uint32_t bits = bits_of(x);
+    const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+    uint32_t magnitude = bits & 0x7fffffffu;
+    if (magnitude > kInfinity) return sign | 0x7e00;
+    if (magnitude >= 0x47800000u) return sign | 0x7c00;  // 2^16
+    if (magnitude < 0x38800000u)  // 2^-14: adding 0.5 rounds to multiples of 2^-24
+        return sign | uint16_t(bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f));
+    magnitude += 0xfff + (magnitude >> 13 & 1);
+    return sign | uint16_t((magnitude - (112u << 23)) >> 13);
+}
+
+uint16_t to_bfloat16(float x) {
+    const uint32_t bits = bits_of(x);
+    if ((bits & 0x7fffffffu) > kInfinity) return uint16_t(bits >> 16 | 0x40);
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Copies `count` elements as float32 and pads with zeros up to `padded`.
+void load_row(const void* x, int dtype, int64_t offset, int64_t count, int64_t padded, float* out) {
+    if (dtype == FLOAT32) {
+        if (count) std::memcpy(out, static_cast<const float*>(x) + offset, count * sizeof(float));
+    } else if (dtype == BFLOAT16) {
+        const uint16_t* from = static_cast<const uint16_t*>(x) + offset;
+        for (int64_t i = 0; i < count; i++) out[i] = float_of(uint32_t(from[i]) << 16);
+    } else {
+        const uint16_t* from = static_cast<const uint16_t*>(x) + offset;
+        for (int64_t i = 0; i < count; i++) out[i] = from_half(from[i]);
+    }
+    std::fill(out + count, out + padded, 0.0f);
+}
+
+void store(void* y, int dtype, int64_t at, float value) {
+    if (dtype == FLOAT32)
+        static_cast<float*>(y)[at] = value;
+    else
+        static_cast<uint16_t*>(y)[at] = dtype == BFLOAT16 ? to_bfloat16(value) : to_half(value);
+}
+
+// Largest magnitude as float bits (they are ordered like the magnitudes).
+uint32_t largest_bits(const float* x, int64_t count) {
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < count; i++) largest = std::max(largest, bits_of(x[i]) & 0x7fffffffu);
+    return largest;
+}
+
+// Nearest E4M3 value, ties to even, of a float in -448..448.
+float round_to_e4m3(float x) {
+    const uint32_t bits = bits_of(x);
+    uint32_t magnitude = bits & 0x7fffffffu;
+    if (magnitude < 0x3c800000u) {  // 2^-6: adding 2^14 rounds to multiples of 2^-9
+        const float rounded = (float_of(magnitude) + 0x1p14f) - 0x1p14f;
+        magnitude = bits_of(rounded);
+    } else {
+        magnitude = (magnitude + 0x7ffff + (magnitude >> 20 & 1)) & ~0xfffffu;
+    }
+    return float_of(magnitude | (bits & 0x80000000u));
+}
+
+// ---- threads -----------------------------------------------------------------------------------
+
+#if defined(__linux__)
+using CpuMask = unsigned long[128];  // 8192 CPUs
+
+int count_cpus(const CpuMask mask) {
+    int count = 0;
+    for (size_t i = 0; i < 128; i++) count += __builtin_popcountl(mask[i]);
+    return count;
+}
+
+// The CPUs that any thread of this process may use. A new thread inherits its creator's pin, and
+// an engine may have pinned that one to a single core; but the union stays inside what the process
+// was given.
+bool cpus_of_process(CpuMask mask) {
+    std::memset(mask, 0, sizeof(CpuMask));
+    DIR* tasks = opendir("/proc/self/task");
+    if (!tasks) return false;
+    while (const dirent* task = readdir(tasks)) {
+        const int id = std::atoi(task->d_name);
+        CpuMask own = {};
+        if (id > 0 && sched_getaffinity(id, sizeof own, reinterpret_cast<cpu_set_t*>(own)) == 0)
+            for (size_t i = 0; i < 128; i++) mask[i] |= own[i];
+    }
+    closedir(tasks);
+    CpuMask caller = {};
+    if (sched_getaffinity(0, sizeof caller, reinterpret_cast<cpu_set_t*>(caller)) == 0 &&
+        count_cpus(caller) == 1 && count_cpus(mask) > 1)
+        for (size_t i = 0; i < 128; i++) mask[i] &= ~caller[i];  // the caller works there itself
+    return true;
+}
+#endif
+
+// Persistent threads without OpenMP: a second OpenMP runtime would inherit the first one's limits.
+class Pool {
+  public:
+    Pool() : owner_(getpid()) {}
+
+    int owner() const { return owner_; }
+
+    // Runs work(i) for i in 0..count-1 on up to `threads` threads, the caller among them.
+    template <class Work>
+    void run(int threads, int64_t count, const Work& work) {
+        std::lock_guard<std::mutex> one_call(call_);
+        grow(int(std::min<int64_t>(threads, count)) - 1);
+        const Task task = [](const void* context, int64_t i) {
+            (*static_cast<const Work*>(context))(i);
+        };
+        {
+            std::lock_guard<std::mutex> lock(state_);
+            task_ = task;
+            context_ = &work;
+            count_ = count;
+            next_.store(0, std::memory_order_relaxed);
+            wanted_ = threads - 1;
+            job_++;
+        }
+        wake_.notify_all();
+        take(task, &work, count);
+        std::unique_lock<std::mutex> lock(state_);
+        task_ = nullptr;  // a thread that wakes up only now finds nothing to do
+        done_.wait(lock, [&] { return active_ == 0; });
+    }
+
+  private:
+    using Task = void (*)(const void*, int64_t);
+
+    void take(Task task, const void* context, int64_t count) {
+        for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;)
+            task(context, i);
+    }
+
+    void grow(int helpers) {
+        if (helpers <= size_) return;
+#if defined(__linux__)
+        CpuMask mask;
+        const bool known = cpus_of_process(mask);
+#endif
+        try {
+            while (size_ < helpers) {
+                std::thread helper([this, number = size_] { serve(number); });
+#if defined(__linux__)
+                if (known)
+                    pthread_setaffinity_np(helper.native_handle(), sizeof mask,
+                                           reinterpret_cast<cpu_set_t*>(mask));
+#endif
+                helper.detach();
+                size_++;
+            }
+        } catch (const std::system_error&) {
+            // no more threads to be had: those that exist share the work
+        }
+    }
+
+    void serve(int number) {
+        uint64_t seen = 0;
+        std::unique_lock<std::mutex> lock(state_);
+        for (;;) {
+            wake_.wait(lock, [&] { return job_ != seen; });
+            seen = job_;
+            if (!task_ || number >= wanted_) continue;
+            const Task task = task_;
+            const void* const context = context_;
+            const int64_t count = count_;
+            active_++;
+            lock.unlock();
+            take(task, context, count);
+            lock.lock();
+            if (--active_ == 0) done_.notify_all();
+        }
+    }
+
+    const int owner_;
+    std::mutex call_, state_;
+    std::condition_variable wake_, done_;
+    int size_ = 0;
+    Task task_ = nullptr;
+    const void* context_ = nullptr;
+    int64_t count_ = 0;
+    std::atomic<int64_t> next_{0};
+    int wanted_ = 0, active_ = 0;
+    uint64_t job_ = 0;
+};
+
+// Never destroyed: its threads live as long as the process. After a fork the child has none of
+// them (and perhaps a locked mutex), so it starts a pool of its own.
+std::atomic<Pool*> the_pool{nullptr};
+
+Pool& pool() {
+    Pool* current = the_pool.load();
+    if (current && current->owner() == getpid()) return *current;
+    Pool* fresh = new Pool;
+    if (the_pool.compare_exchange_strong(current, fresh)) return *fresh;
+    delete fresh;  // another thread was faster
+    return *current;
+}
+
+template <class Work>
+void parallel(int threads, int64_t count, const Work& work) {
+    if (threads > 1 && count > 1)
+        pool().run(threads, count, work);
+    else
+        for (int64_t i = 0; i < count; i++) work(i);
+}
+
+// ---- rounding ----------------------------------------------------------------------------------
+
+struct RoundedBlock {
+    int id;
+    int delta;
+};
+
+// Cost of a dialect by exact error. With G(k) = k * n - s, where the n elements in cells >= k have
+// scaled magnitudes that sum to s = sum 4m, the cost sum h (h - 4m) is sum_i step_i * G(t_i): going
+// from half-unit i to i+1 costs step * (t - 4m), for every element at or above the threshold. All
+// in units of 2^-23, exact in int64.
+int least_error(const int32_t* fixed, int block, const Book& book) {
+    int64_t cells[2][kCells] = {};  // count << 40 | sum; two, so that equal cells do not wait
+    for (int i = 0; i < block; i += 2) {
+        cells[0][fixed[i] >> 23] += fixed[i] + (int64_t(1) << 40);
+        cells[1][fixed[i + 1] >> 23] += fixed[i + 1] + (int64_t(1) << 40);
+    }
+    int64_t gain[kCells];
+    int64_t above = 0;
+    for (int k = kCells - 1; k > 0; k--) {
+        above += cells[0][k] + cells[1][k];
+        gain[k] = (above >> 40) * (int64_t(k) << 23) - (above & ((int64_t(1) << 40) - 1));
+    }
+    int best = 0;
+    int64_t least = std::numeric_limits<int64_t>::max();
+    for (int id = 0; id < book.dialects; id++) {
+        int64_t cost = 0;
+        for (int i = 0; i < 7; i++) cost += book.steps[id][i] * gain[book.thresholds[id][i]];
+        if (cost < least) {
+            least = cost;
+            best = id;
+        }
+    }
+    return best;
+}
+
+int least_online_cost(const int32_t* fixed, int block, int largest_cell, const Book& book) {
+    const int range = std::min(15, std::max(8, (largest_cell + 1) >> 1));
+    const uint64_t* cost = book.online_cost[15 - range];
+    uint64_t sum = 0;  // a lane reaches 64 * 121
+    for (int i = 0; i < block; i++) sum += cost[fixed[i] >> 23];
+    int best = 0;
+    for (int v = 1; v < book.variants; v++)
+        if ((sum >> 16 * v & 0xffff) < (sum >> 16 * best & 0xffff)) best = v;
+    return book.variants * (15 - range) + best;
+}
+
+// Rounds one block of finite values; `codes` gets one byte per element.
+RoundedBlock round_block(const float* x, int block, int row_exponent, int exponent, int rule,
+                         int window, const Book& book, uint8_t* codes) {
+    const int delta = std::min(row_exponent - exponent, window);
+    // 4m in units of 2^-23, truncated: exact from 4m = 1 on; below, the element is 0 everywhere
+    const float scale = power_of_two(2 - (row_exponent - delta));
+    int32_t fixed[64];
+    int32_t largest = 0;
+    for (int i = 0; i < block; i++) {
+        fixed[i] = int32_t(float_of(bits_of(x[i]) & 0x7fffffffu) * scale * 0x1p23f);
+        largest = std::max(largest, fixed[i]);
+    }
+    if (largest >> 23 == 0) {
+        std::memset(codes, 0, block);
+        return {0, 0};
+    }
+    const int id = rule == EXACT_ERROR ? least_error(fixed, block, book)
+                                       : least_online_cost(fixed, block, largest >> 23, book);
+    const uint8_t* index = book.index[id];
+    for (int i = 0; i < block; i++) {
+        const uint8_t magnitude = index[fixed[i] >> 23];
+        codes[i] = magnitude | (magnitude && bits_of(x[i]) >> 31 ? 8 : 0);
+    }
+    return {id, delta};
+}
+
+int block_exponent(uint32_t largest) {
+    return std::max(int(largest >> 23) - (127 + 2), kLowestExponent);
+}
+
+// Exponents of a row's blocks and, as the result, of the row; kNanRow for NaN or Inf.
+int row_exponents(const float* x, int64_t blocks, int block, uint32_t* largest) {
+    uint32_t top = 0;
+    for (int64_t b = 0; b < blocks; b++) {
+        largest[b] = largest_bits(x + b * block, block);
+        top = std::max(top, largest[b]);
+    }
+    return top >= kInfinity ? kNanRow : block_exponent(top);
+}
+
+// ---- activations -------------------------------------------------------------------------------
+
+template <class T>
+struct Aligned {  // uninitialised, on a cache line
+    explicit Aligned(int64_t count)
+        : memory(new char[std::max<int64_t>(count, 0) * sizeof(T) + 64]) {}
+    T* get() const {
+        const uintptr_t at = reinterpret_cast<uintptr_t>(memory.get());
+        return reinterpret_cast<T*>((at + 63) / 64 * 64);
+    }
+    std::unique_ptr<char[]> memory;
+};
+
+// Position inside a block: every 32 (or 16) elements are stored as their even, then their odd ones,
+// the order in which the nibbles of the codes come out of the decoder.
+int64_t plane(int64_t i, int block) {
+    const int chunk = std::min(block, 32);
+    return i / chunk * chunk + (i & 1) * (chunk / 2) + i % chunk / 2;
+}
+
+// Tokens rounded to half-units.
+struct Rounded {
+    Rounded(int64_t tokens, int64_t padded, int block)
+        : padded(padded), blocks(padded / block), half_units(tokens * padded),
+          scale(tokens * blocks), offset(tokens * blocks), exponent(tokens) {}
+    int64_t padded, blocks;
+    Aligned<int8_t> half_units;  // [T, Kp], in planes
+    Aligned<float> scale;        // [T, Kp/B], 2^-delta
+    Aligned<int32_t> offset;     // [T, Kp/B], 16 * sum of the block's half-units
+    Aligned<int32_t> exponent;   // [T], R
+};
+
+void round_token(const void* x, int dtype, int64_t token, int64_t columns, int block,
+                 const Book& book, float* row, uint32_t* largest, Rounded& out) {
+    load_row(x, dtype, token * columns, columns, out.padded, row);
+    const int row_exponent = row_exponents(row, out.blocks, block, largest);
+    out.exponent.get()[token] = row_exponent;
+    if (row_exponent == kNanRow) std::fill(row, row + out.padded, 0.0f);
+    for (int64_t b = 0; b < out.blocks; b++) {
+        uint8_t codes[64];
+        RoundedBlock rounded = {0, 0};
+        if (row_exponent == kNanRow)
+            std::memset(codes, 0, sizeof codes);
+        else
+            rounded = round_block(row + b * block, block, row_exponent, block_exponent(largest[b]),
+                                  ONLINE, kWindow, book, codes);
+        int8_t* half_units = out.half_units.get() + token * out.padded + b * block;
+        const int8_t* table = book.half_units[rounded.id];
+        int sum = 0;
+        for (int i = 0; i < block; i++) {
+            const int8_t h = table[codes[i]];
+            half_units[plane(i, block)] = h;
+            sum += h;
+        }
+        out.scale.get()[token * out.blocks + b] = power_of_two(-rounded.delta);
+        out.offset.get()[token * out.blocks + b] = 16 * sum;
+    }
+}
+
+// Tokens as float64: their own values, or E4M3 values with a scale.
+struct Wide {
+    Wide(int64_t tokens, int64_t padded)
+        : padded(padded), values(tokens * padded), scale(tokens) {}
+    int64_t padded;
+    Aligned<double> values;  // [T, Kp]
+    Aligned<float> scale;    // [T]; NaN for a token with NaN or Inf
+};
+
+void widen_token(const void* x, int dtype, int64_t token, int64_t columns, int format, float* row,
+                 Wide& out) {
+    load_row(x, dtype, token * columns, columns, out.padded, row);
+    float scale = 1.0f;
+    if (format == FP8) {
+        const uint32_t largest = largest_bits(row, columns);
+        if (largest >= kInfinity) {
+            scale = std::numeric_limits<float>::quiet_NaN();
+            std::fill(row, row + out.padded, 0.0f);
+        } else {
+            scale = float_of(largest) / 448.0f;
+            if (scale == 0.0f) scale = 1.0f;
+            for (int64_t i = 0; i < columns; i++)
+                row[i] = round_to_e4m3(std::min(448.0f, std::max(-448.0f, row[i] / scale)));
+        }
+    }
+    out.scale.get()[token] = scale;
+    double* values = out.values.get() + token * out.padded;
+    for (int64_t i = 0; i < out.padded; i++) values[i] = row[i];
+}
+
+// ---- weights -----------------------------------------------------------------------------------
+
+struct Reader {
+    Reader(const Weight& w, const Book& book)
+        : w(w), book(book), padded((w.columns + w.block - 1) / w.block * w.block),
+          blocks(padded / w.block), id_mask((1 << book.id_bits) - 1) {
+        for (int id = 0; id < 32; id++)
+            for (int code = 0; code < 16; code++)
+                unsigned_half_units[id][code] = uint8_t(book.half_units[id][code] + 16);
+    }
+    const uint8_t* codes(int64_t row) const { return w.codes + row * (padded / 2); }
+    const uint8_t* meta(int64_t row) const { return w.meta + row * blocks; }
+    int id(uint8_t meta) const { return meta & id_mask; }
+    int delta(uint8_t meta) const { return std::min(meta >> book.id_bits, kWindow); }
+
+    // What a block's float64 sum is multiplied with.
+    double block_scale(int format, int64_t row, uint8_t meta) const {
+        if (format == FP8) return double_power_of_two(-delta(meta));
+        const int exponent = w.row_exponent[row];
+        if (exponent == kNanRow) return std::numeric_limits<double>::quiet_NaN();
+        return double_power_of_two(std::max(exponent, kLowestExponent) - delta(meta) - 1);
+    }
+
+    const Weight& w;
+    const Book& book;
+    const int64_t padded, blocks;
+    const int id_mask;
+    alignas(16) uint8_t unsigned_half_units[32][16];  // + 16
+};
+
+// Where the outputs go: the last float32 sum, scaled, biased and rounded once.
+struct Output {
+    void* y;
+    int dtype;
+    int64_t rows;
+    const float* bias;
+    const int8_t* row_exponent;
+
+    void put(int64_t token, int64_t row, float value) const {
+        if (bias) value += bias[row];
+        store(y, dtype, token * rows + row, value);
+    }
+
+    void put_dialect(int64_t token, int64_t row, float sum, int token_exponent) const {
+        const int exponent = row_exponent[row];
+        const bool nan = token_exponent == kNanRow || exponent == kNanRow;
+        const double scale = double_power_of_two(token_exponent + exponent - 2);
+        put(token, row,
+            nan ? std::numeric_limits<float>::quiet_NaN() : float(double(sum) * scale));
+    }
+
+    void put_wide(int64_t token, int64_t row, float sum, float token_scale, int format) const {
+        if (format == NONE) return put(token, row, sum);
+        const int exponent = row_exponent[row];
+        const double scale = double(token_scale) * double_power_of_two(exponent - 1);
+        put(token, row,
+            exponent == kNanRow ? std::numeric_limits<float>::quiet_NaN()
+                                : float(double(sum) * scale));
+    }
+};
+
+// ---- portable products -------------------------------------------------------------------------
+
+void dialect_row(const Reader& r, const Rounded& x, const Output& out, int64_t row, int64_t first,
+                 int64_t tokens) {
+    const int block = r.w.block, chunk = std::min(block, 32);
+    const uint8_t* meta = r.meta(row);
+    for (int64_t t = first; t < first + tokens; t++) {
+        const int8_t* half_units = x.half_units.get() + t * x.padded;
+        const float* scale = x.scale.get() + t * x.blocks;
+        const uint8_t* codes = r.codes(row);
+        float sum = 0.0f;
+        for (int64_t b = 0; b < r.blocks; b++) {
+            const int8_t* table = r.book.half_units[r.id(meta[b])];
+            int32_t block_sum = 0;
+            for (int c = 0; c < block; c += chunk, half_units += chunk, codes += chunk / 2)
+                for (int j = 0; j < chunk / 2; j++)
+                    block_sum += table[codes[j] & 15] * half_units[j] +
+                                 table[codes[j] >> 4] * half_units[chunk / 2 + j];
+            sum += float(block_sum) * (scale[b] * power_of_two(-r.delta(meta[b])));
+        }
+        out.put_dialect(t, row, sum, x.exponent.get()[t]);
+    }
+}
+
+void wide_row(const Reader& r, const Wide& x, const Output& out, int format, int64_t row,
+              int64_t first, int64_t tokens) {
+    const int block = r.w.block;
+    const uint8_t* meta = r.meta(row);
+    for (int64_t t = first; t < first + tokens; t++) {
+        const double* values = x.values.get() + t * x.padded;
+        const uint8_t* codes = r.codes(row);
+        float sum = 0.0f;
+        for (int64_t b = 0; b < r.blocks; b++) {
+            const int8_t* table = r.book.half_units[r.id(meta[b])];
+            double block_sum = 0.0;
+            for (int i = 0; i < block; i += 2, codes++, values += 2) {
+                block_sum += values[0] * table[*codes & 15];
+                block_sum += values[1] * table[*codes >> 4];
+            }
+            sum += float(block_sum * r.block_scale(format, row, meta[b]));
+        }
+        out.put_wide(t, row, sum, x.scale.get()[t], format);
+    }
+}
+
+// ---- AVX2 products -----------------------------------------------------------------------------
+#if DIALECT_X86
+
+// The eight (or fewer, the last one repeated) rows that are worked on together.
+struct RowGroup {
+    RowGroup(const Reader& r, int64_t first) {
+        for (int i = 0; i < 8; i++) {
+            row[i] = std::min(first + i, r.w.rows - 1);
+            codes[i] = r.codes(row[i]);
+            meta[i] = r.meta(row[i]);
+        }
+        count = int(std::min<int64_t>(8, r.w.rows - first));
+    }
+    int64_t row[8];
+    const uint8_t* codes[8];
+    const uint8_t* meta[8];
+    int count;
+};
+
+AVX2_INLINE __m128i table_of(const Reader& r, uint8_t meta) {
+    return _mm_load_si128(
+        reinterpret_cast<const __m128i*>(r.unsigned_half_units[meta & r.id_mask]));
+}
+
+// A block of rows p and p+4 as half-units + 16. For B = 16 one register holds, per row, 8 even and
+// 8 odd elements; otherwise two registers per 32 elements hold 16 of each.
+template <int B>
+AVX2_INLINE void decode_pair(const Reader& r, const RowGroup& g, int p, int64_t b, __m256i* out) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    const __m256i table = _mm256_set_m128i(table_of(r, g.meta[p + 4][b]), table_of(r, g.meta[p][b]));
+    const uint8_t* low = g.codes[p] + b * (B / 2);
+    const uint8_t* high = g.codes[p + 4] + b * (B / 2);
+    if constexpr (B == 16) {
+        const __m256i codes = _mm256_set_m128i(_mm_loadl_epi64((const __m128i*)high),
+                                               _mm_loadl_epi64((const __m128i*)low));
+        const __m256i both = _mm256_unpacklo_epi64(codes, _mm256_srli_epi16(codes, 4));
+        out[0] = _mm256_shuffle_epi8(table, _mm256_and_si256(both, nibble));
+    } else {
+        for (int c = 0; c < B / 32; c++) {
+            const __m256i codes =
+                _mm256_set_m128i(_mm_loadu_si128((const __m128i*)(high + 16 * c)),
+                                 _mm_loadu_si128((const __m128i*)(low + 16 * c)));
+            const __m256i odd = _mm256_srli_epi16(codes, 4);
+            out[2 * c] = _mm256_shuffle_epi8(table, _mm256_and_si256(codes, nibble));
+            out[2 * c + 1] = _mm256_shuffle_epi8(table, _mm256_and_si256(odd, nibble));
+        }
+    }
+}
+
+template <int B>
+constexpr int kPieces = B / 16;  // registers per pair of rows and block
+
+// The block sums of 8 rows with one token, rows in order, still too large by `offset`.
+template <int B>
+AVX2_INLINE __m256i block_sums(const __m256i* weights, const int8_t* x) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i sums[4];
+    for (int p = 0; p < 4; p++) {
+        __m256i sum = _mm256_setzero_si256();
+        for (int c = 0; c < kPieces<B>; c++) {
+            const __m256i values =
+                _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)(x + 16 * c)));
+            const __m256i part = _mm256_maddubs_epi16(weights[p * kPieces<B> + c], values);
+            sum = c ? _mm256_add_epi16(sum, part) : part;
+        }
+        sums[p] = _mm256_madd_epi16(sum, ones);
+    }
+    const __m256i first = _mm256_madd_epi16(_mm256_packs_epi32(sums[0], sums[1]), ones);
+    const __m256i second = _mm256_madd_epi16(_mm256_packs_epi32(sums[2], sums[3]), ones);
+    return _mm256_madd_epi16(_mm256_packs_epi32(first, second), ones);
+}
+
+// 2^-delta of 8 rows for `count` blocks from `b`, [count][8].
+AVX2 void weight_scales(const Reader& r, const RowGroup& g, int64_t b, int count, float* out) {
+    alignas(16) uint8_t by_block[16][8];
+    for (int start = 0; start < count; start += 16) {
+        const int part = std::min(16, count - start);
+        for (int i = 0; i < 8; i++)
+            for (int j = 0; j < part; j++) by_block[j][i] = g.meta[i][b + start + j];
+        for (int j = 0; j < part; j++) {
+            __m256i delta = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)by_block[j]));
+            delta = _mm256_srl_epi32(delta, _mm_cvtsi32_si128(r.book.id_bits));
+            delta = _mm256_min_epi32(delta, _mm256_set1_epi32(kWindow));
+            const __m256i bits =
+                _mm256_slli_epi32(_mm256_sub_epi32(_mm256_set1_epi32(127), delta), 23);
+            _mm256_storeu_ps(out + 8 * (start + j), _mm256_castsi256_ps(bits));
+        }
+    }
+}
+
+AVX2_INLINE __m256 add_block(__m256 sum, __m256i sums, int32_t offset, __m256 weight_scale,
+                             float scale) {
+    const __m256 exact = _mm256_cvtepi32_ps(_mm256_sub_epi32(sums, _mm256_set1_epi32(offset)));
+    return _mm256_fmadd_ps(exact, _mm256_mul_ps(weight_scale, _mm256_set1_ps(scale)), sum);
+}
+
+// Eight rows with tokens first..first+tokens-1 (at most kTile).
+template <int B>
+AVX2 void dialect_rows_avx2(const Reader& r, const Rounded& x, const Output& out, int64_t row,
+                            int64_t first, int64_t tokens) {
+    constexpr int kBlocks = 1024 / B;  // blocks decoded at a time
+    constexpr int kRegisters = 4 * kPieces<B>;
+    const RowGroup g(r, row);
+    alignas(32) float sums[kTile][8] = {};
+    alignas(32) float scales[kBlocks * 8];
+    alignas(32) __m256i panel[kBlocks * kRegisters];
+    for (int64_t b0 = 0; b0 < r.blocks; b0 += kBlocks) {
+        const int count = int(std::min<int64_t>(kBlocks, r.blocks - b0));
+        weight_scales(r, g, b0, count, scales);
+        if (tokens > 1)
+            for (int j = 0; j < count; j++)
+                for (int p = 0; p < 4; p++)
+                    decode_pair<B>(r, g, p, b0 + j, panel + j * kRegisters + p * kPieces<B>);
+        for (int64_t t = 0; t < tokens; t++) {
+            const int64_t at = (first + t) * x.blocks + b0;
+            const int8_t* values = x.half_units.get() + at * B;
+            const float* scale = x.scale.get() + at;
+            const int32_t* offset = x.offset.get() + at;
+            __m256 sum = _mm256_load_ps(sums[t]);
+            if (tokens > 1) {
+                for (int j = 0; j < count; j++)
+                    sum = add_block(sum, block_sums<B>(panel + j * kRegisters, values + j * B),
+                                    offset[j], _mm256_load_ps(scales + 8 * j), scale[j]);
+            } else {
+                for (int j = 0; j < count; j++) {
+                    __m256i weights[kRegisters];
+                    for (int p = 0; p < 4; p++)
+                        decode_pair<B>(r, g, p, b0 + j, weights + p * kPieces<B>);
+                    sum = add_block(sum, block_sums<B>(weights, values + j * B), offset[j],
+                                    _mm256_load_ps(scales + 8 * j), scale[j]);
+                }
+            }
+            _mm256_store_ps(sums[t], sum);
+        }
+    }
+    for (int64_t t = 0; t < tokens; t++)
+        for (int i = 0; i < g.count; i++)
+            out.put_dialect(first + t, g.row[i], sums[t][i], x.exponent.get()[first + t]);
+}
+
+// 8 rows x 16 elements of int8 -> float64 [16][8], written with a stride of kLanes.
+AVX2_INLINE void transpose_to_double(const __m128i* rows, double* out) {
+    __m128i a[8], b[8];
+    for (int i = 0; i < 4; i++) {
+        a[i] = _mm_unpacklo_epi8(rows[2 * i], rows[2 * i + 1]);      // elements 0..7
+        a[i + 4] = _mm_unpackhi_epi8(rows[2 * i], rows[2 * i + 1]);  // elements 8..15
+    }
+    for (int half = 0; half < 2; half++)
+        for (int i = 0; i < 2; i++) {
+            b[4 * half + i] = _mm_unpacklo_epi16(a[4 * half + 2 * i], a[4 * half + 2 * i + 1]);
+            b[4 * half + 2 + i] = _mm_unpackhi_epi16(a[4 * half + 2 * i], a[4 * half + 2 * i + 1]);
+        }
+    for (int quarter = 0; quarter < 4; quarter++) {
+        const __m128i low = b[2 * quarter], high = b[2 * quarter + 1];
+        const __m128i pairs[2] = {_mm_unpacklo_epi32(low, high), _mm_unpackhi_epi32(low, high)};
+        for (int i = 0; i < 4; i++) {
+            const __m128i bytes = i & 1 ? _mm_srli_si128(pairs[i / 2], 8) : pairs[i / 2];
+            double* to = out + (4 * quarter + i) * kLanes;
+            _mm256_store_pd(to, _mm256_cvtepi32_pd(_mm_cvtepi8_epi32(bytes)));
+            _mm256_store_pd(to + 4,
+                            _mm256_cvtepi32_pd(_mm_cvtepi8_epi32(_mm_srli_si128(bytes, 4))));
+        }
+    }
+}
+
+// One block of 8 rows as float64 half-units, [B][kLanes].
+template <int B>
+AVX2_INLINE void decode_to_double(const Reader& r, const RowGroup& g, int64_t b, double* out) {
+    const __m128i nibble = _mm_set1_epi8(15), bias = _mm_set1_epi8(16);
+    constexpr int kChunks = B == 16 ? 1 : B / 32;
+    for (int c = 0; c < kChunks; c++) {
+        __m128i low[8], high[8];
+        for (int i = 0; i < 8; i++) {
+            const uint8_t* at = g.codes[i] + b * (B / 2) + 16 * c;
+            const __m128i codes = B == 16 ? _mm_loadl_epi64((const __m128i*)at)
+                                          : _mm_loadu_si128((const __m128i*)at);
+            const __m128i table = _mm_sub_epi8(table_of(r, g.meta[i][b]), bias);
+            const __m128i even = _mm_shuffle_epi8(table, _mm_and_si128(codes, nibble));
+            const __m128i odd =
+                _mm_shuffle_epi8(table, _mm_and_si128(_mm_srli_epi16(codes, 4), nibble));
+            low[i] = _mm_unpacklo_epi8(even, odd);
+            high[i] = _mm_unpackhi_epi8(even, odd);
+        }
+        transpose_to_double(low, out + 32 * c * kLanes);
+        if (B > 16) transpose_to_double(high, out + (32 * c + 16) * kLanes);
+    }
+}
+
+// NT tokens with one decoded block of 16 rows; elements ascending in float64, then one float32 add.
+template <int B, int NT>
+AVX2_INLINE void add_wide_block(const double* panel, const double* block_scale, const double* x,
+                                int64_t stride, float (*sums)[kLanes]) {
+    __m256d part[NT][4];
+    for (int t = 0; t < NT; t++)
+        for (int q = 0; q < 4; q++) part[t][q] = _mm256_setzero_pd();
+    for (int k = 0; k < B; k++) {
+        __m256d weights[4];
+        for (int q = 0; q < 4; q++) weights[q] = _mm256_load_pd(panel + k * kLanes + 4 * q);
+        for (int t = 0; t < NT; t++) {
+            const __m256d value = _mm256_broadcast_sd(x + t * stride + k);
+            for (int q = 0; q < 4; q++)  // an exact product: one rounding, as without fma
+                part[t][q] = _mm256_fmadd_pd(value, weights[q], part[t][q]);
+        }
+    }
+    for (int t = 0; t < NT; t++)
+        for (int q = 0; q < 4; q++) {
+            const __m256d scaled = _mm256_mul_pd(part[t][q], _mm256_load_pd(block_scale + 4 * q));
+            float* sum = sums[t] + 4 * q;
+            _mm_store_ps(sum, _mm_add_ps(_mm_load_ps(sum), _mm256_cvtpd_ps(scaled)));
+        }
+}
+
+// Sixteen rows with tokens first..first+tokens-1 (at most kTile).
+template <int B>
+AVX2 void wide_rows_avx2(const Reader& r, const Wide& x, const Output& out, int format, int64_t row,
+                         int64_t first, int64_t tokens) {
+    const RowGroup g[2] = {RowGroup(r, row), RowGroup(r, std::min(row + 8, r.w.rows - 1))};
+    const int rows = int(std::min<int64_t>(kLanes, r.w.rows - row));
+    alignas(32) float sums[kTile][kLanes] = {};
+    alignas(32) double panel[B * kLanes];
+    alignas(32) double block_scale[kLanes];
+    for (int64_t b = 0; b < r.blocks; b++) {
+        for (int half = 0; half < 2; half++) {
+            decode_to_double<B>(r, g[half], b, panel + 8 * half);
+            for (int i = 0; i < 8; i++)
+                block_scale[8 * half + i] =
+                    r.block_scale(format, g[half].row[i], g[half].meta[i][b]);
+        }
+        const double* values = x.values.get() + first * x.padded + b * B;
+        int64_t t = 0;
+        for (; t + 3 <= tokens; t += 3)
+            add_wide_block<B, 3>(panel, block_scale, values + t * x.padded, x.padded, sums + t);
+        for (; t < tokens; t++)
+            add_wide_block<B, 1>(panel, block_scale, values + t * x.padded, x.padded, sums + t);
+    }
+    for (int64_t t = 0; t < tokens; t++)
+        for (int i = 0; i < rows; i++)
+            out.put_wide(first + t, row + i, sums[t][i], x.scale.get()[first + t], format);
+}
+
+#endif  // DIALECT_X86
+
+// ---- the three entry points --------------------------------------------------------------------
+
+// Rows of float32 and block maxima, one pair per task: tasks allocate nothing.
+struct Scratch {
+    Scratch(int64_t tasks, int64_t padded, int64_t blocks)
+        : padded(padded), blocks(blocks), rows(tasks * padded), largest(tasks * blocks) {}
+    float* row(int64_t task) const { return rows.get() + task * padded; }
+    uint32_t* maxima(int64_t task) const { return largest.get() + task * blocks; }
+    int64_t padded, blocks;
+    Aligned<float> rows;
+    Aligned<uint32_t> largest;
+};
+
+// Splits `count` rows into at most 8 tasks a thread and calls work(scratch row, maxima, row).
+template <class Work>
+void for_each_row(int64_t count, int64_t padded, int block, int threads, const Work& work) {
+    const int64_t tasks = std::min<int64_t>(count, threads > 1 ? 8 * int64_t(threads) : 1);
+    const Scratch scratch(tasks, padded, padded / block);
+    parallel(threads, tasks, [&](int64_t task) {
+        for (int64_t row = count * task / tasks; row < count * (task + 1) / tasks; row++)
+            work(scratch.row(task), scratch.maxima(task), row);
+    });
+}
+
+// Calls work(first row, first token, tokens) for groups of `lanes` rows and tiles of tokens.
+template <class Work>
+void for_each_tile(const Reader& r, int64_t tokens, int lanes, int threads, const Work& work) {
+    const int64_t groups = (r.w.rows + lanes - 1) / lanes;
+    const int64_t tiles = (tokens + kTile - 1) / kTile;
+    const int64_t cost = std::max<int64_t>(1, lanes * r.padded * std::min<int64_t>(tokens, kTile));
+    const int64_t together = std::max<int64_t>(1, (1 << 18) / cost);  // groups in one task
+    const int64_t tasks = (groups + together - 1) / together;
+    parallel(threads, tasks * tiles, [&](int64_t i) {
+        const int64_t first = i / tasks * kTile;
+        const int64_t start = i % tasks * together;
+        for (int64_t group = start; group < std::min(groups, start + together); group++)
+            work(group * lanes, first, std::min<int64_t>(kTile, tokens - first));
+    });
+}
+
+void linear_dialect(const void* x, int64_t tokens, const Reader& r, const Output& out, int threads,
+                    int features) {
+    const int block = r.w.block;
+    Rounded rounded(tokens, r.padded, block);
+    for_each_row(tokens, r.padded, block, threads, [&](float* row, uint32_t* maxima, int64_t t) {
+        round_token(x, out.dtype, t, r.w.columns, block, r.book, row, maxima, rounded);
+    });
+#if DIALECT_X86
+    if (features >= AVX2_FMA) {
+        const auto rows = block == 16   ? dialect_rows_avx2<16>
+                          : block == 32 ? dialect_rows_avx2<32>
+                                        : dialect_rows_avx2<64>;
+        for_each_tile(r, tokens, 8, threads, [&](int64_t row, int64_t first, int64_t count) {
+            rows(r, rounded, out, row, first, count);
+        });
+        return;
+    }
+#endif
+    for_each_tile(r, tokens, 1, threads, [&](int64_t row, int64_t first, int64_t count) {
+        dialect_row(r, rounded, out, row, first, count);
+    });
+}
+
+void linear_wide(const void* x, int64_t tokens, const Reader& r, const Output& out, int format,
+                 int threads, int features) {
+    const int block = r.w.block;
+    Wide wide(tokens, r.padded);
+    for_each_row(tokens, r.padded, block, threads, [&](float* row, uint32_t*, int64_t t) {
+        widen_token(x, out.dtype, t, r.w.columns, format, row, wide);
+    });
+#if DIALECT_X86
+    if (features >= AVX2_FMA) {
+        const auto rows = block == 16   ? wide_rows_avx2<16>
+                          : block == 32 ? wide_rows_avx2<32>
+                                        : wide_rows_avx2<64>;
+        for_each_tile(r, tokens, kLanes, threads, [&](int64_t row, int64_t first, int64_t count) {
+            rows(r, wide, out, format, row, first, count);
+        });
+        return;
+    }
+#endif
+    for_each_tile(r, tokens, 1, threads, [&](int64_t row, int64_t first, int64_t count) {
+        wide_row(r, wide, out, format, row, first, count);
+    });
+}
+
+void quantize_row(const void* x, int dtype, int64_t row, int64_t columns, int64_t padded, int block,
+                  int rule, int window, const Book& book, float* values, uint32_t* maxima,
+                  uint8_t* codes, uint8_t* meta, int8_t* row_exponent, int64_t* below_window) {
+    const int64_t blocks = padded / block;
+    load_row(x, dtype, row * columns, columns, padded, values);
+    const int exponent = row_exponents(values, blocks, block, maxima);
+    *row_exponent = int8_t(exponent);
+    *below_window = 0;
+    for (int64_t b = 0; b < blocks; b++, codes += block / 2) {
+        uint8_t unpacked[64] = {};
+        RoundedBlock rounded = {0, 0};
+        if (exponent != kNanRow) {
+            const int own = block_exponent(maxima[b]);
+            rounded = round_block(values + b * block, block, exponent, own, rule, window, book,
+                                  unpacked);
+            *below_window += exponent - own > window && maxima[b] > 0;
+        }
+        meta[b] = uint8_t(rounded.delta << book.id_bits | rounded.id);
+        for (int j = 0; j < block / 2; j++)
+            codes[j] = uint8_t(unpacked[2 * j] | unpacked[2 * j + 1] << 4);
+    }
+}
+
+template <class Call>
+int32_t guarded(const Call& call) {
+    try {
+        call();
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// The best instruction set of this processor that this file has code for.
+int32_t dialect_features() {
+#if DIALECT_X86
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2_FMA;
+#endif
+    return SCALAR;
+}
+
+// x [rows, columns] -> codes [rows, padded/2], meta [rows, padded/block], row_exponent [rows] and
+// the number of non-zero blocks below the window [rows]. A row with NaN or Inf gets R = -128.
+// Returns 0, or 1 if memory ran out (all three functions).
+int32_t dialect_quantize(const void* x, int32_t dtype, int64_t rows, int64_t columns,
+                         const Book* book, int32_t block, int32_t rule, int32_t window,
+                         uint8_t* codes, uint8_t* meta, int8_t* row_exponent,
+                         int64_t* below_window, int32_t threads) {
+    const int64_t padded = (columns + block - 1) / block * block;
+    return guarded([&] {
+        for_each_row(rows, padded, block, threads, [&](float* values, uint32_t* maxima, int64_t n) {
+            quantize_row(x, dtype, n, columns, padded, block, rule, window, *book, values, maxima,
+                         codes + n * (padded / 2), meta + n * (padded / block), row_exponent + n,
+                         below_window + n);
+        });
+    });
+}
+
+// y [tokens, weight rows] = x [tokens, weight columns] times the weight, plus bias (or null); both
+// x and y of `dtype`.
+int32_t dialect_linear(const void* x, int32_t dtype, int64_t tokens, const Weight* weight,
+                       const Book* book, int32_t format, const float* bias, void* y,
+                       int32_t threads, int32_t features) {
+    return guarded([&] {
+        const Reader r(*weight, *book);
+        const Output out = {y, dtype, weight->rows, bias, weight->row_exponent};
+        if (format == DIALECT)
+            linear_dialect(x, tokens, r, out, threads, features);
+        else
+            linear_wide(x, tokens, r, out, format, threads, features);
+    });
+}
+
+// The weight as float32 [rows, columns].
+int32_t dialect_dequantize(const Weight* weight, const Book* book, float* out, int32_t threads) {
+    return guarded([&] {
+        const Reader r(*weight, *book);
+        const int64_t columns = weight->columns;
+        const int block = weight->block;
+        const int64_t tasks = std::min<int64_t>(weight->rows, 8 * int64_t(threads));
+        parallel(threads, tasks, [&](int64_t task) {
+            const int64_t end = weight->rows * (task + 1) / tasks;
+            for (int64_t row = weight->rows * task / tasks; row < end; row++)
+                for (int64_t b = 0; b < r.blocks; b++) {
+                    const uint8_t meta = r.meta(row)[b];
+                    const float scale = float(r.block_scale(NONE, row, meta));
+                    const int8_t* half_units = book->half_units[r.id(meta)];
+                    float table[16];
+                    for (int code = 0; code < 16; code++) table[code] = half_units[code] * scale;
+                    table[8] = -table[0];
+                    const uint8_t* codes = r.codes(row) + b * (block / 2);
+                    const int64_t stop = std::min<int64_t>(block, columns - b * block);
+                    float* to = out + row * columns + b * block;
+                    for (int64_t i = 0; i < stop; i++)
+                        to[i] = table[i & 1 ? codes[i / 2] >> 4 : codes[i / 2] & 15];
+                }
+        });
+    });
+}
+
+}  // extern "C"
