@@ -118,6 +118,26 @@ def inspect(dst: Packed) -> None:
 
 
 @app.command()
+def export(
+    src: Packed,
+    dst: Annotated[Path, typer.Argument(help="Directory to write; new or empty.")],
+    to: Annotated[str, typer.Option(help="fp8: a compressed-tensors FP8 checkpoint.")] = "fp8",
+) -> None:
+    """Write a packed checkpoint, bit for bit, for engines that do not know the format."""
+    from .checkpoint import CheckpointError, open_packed
+    from .export import export_fp8
+
+    with _one_sentence_errors(), _RichProgress() as progress:
+        if to != "fp8":
+            raise CheckpointError(f"--to: {to!r}; allowed is fp8")
+        result = export_fp8(open_packed(src), dst, progress)
+    Console().print(
+        f"{result.layers} layers in FP8, no weight changed; tensors "
+        f"{result.source_bytes / 1e6:,.1f} MB -> {result.exported_bytes / 1e6:,.1f} MB"
+    )
+
+
+@app.command()
 def verify() -> None:
     """Run the golden vectors against the installed back ends."""
     from rich.table import Table
