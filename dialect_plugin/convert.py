@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -37,6 +37,7 @@ from .files import (
     write_file,
     write_text,
 )
+from .loss import signal_and_noise
 from .model_card import model_card
 from .plan_layers import ConvertOptions, LayerPlan, plan_layers
 from .scheme import FORMAT_VERSION
@@ -201,7 +202,7 @@ def _quantize_layer(
     weight: torch.Tensor, layer: str, book: Formatbook, block_size: int
 ) -> tuple[dict[str, torch.Tensor], LayerRecord]:
     packed = quantize(weight, book, block_size, name=f"{layer}.weight")
-    signal, noise = _signal_and_noise(weight, packed.dequantize)
+    signal, noise = signal_and_noise(weight, packed.dequantize)
     below = blocks_below_window(weight, block_size, book.largest_stored_delta)
     record = LayerRecord(
         name=layer,
@@ -219,17 +220,6 @@ def _quantize_layer(
         f"{layer}.weight_row_exponent": packed.row_exponent,
     }
     return tensors, record
-
-
-def _signal_and_noise(
-    weight: torch.Tensor, dequantize: Callable[[], torch.Tensor]
-) -> tuple[float, float]:
-    """Sums of x**2 and (x - x_hat)**2, row sums added in float64: the same for any thread count."""
-    exact = weight.to(torch.float32)
-    error = dequantize().sub_(exact)
-    rows = torch.stack([exact.square().sum(dim=1), error.square_().sum(dim=1)])
-    signal, noise = rows.to(torch.float64).cumsum(dim=1)[:, -1].tolist() if rows.numel() else (0, 0)
-    return float(signal), float(noise)
 
 
 def _finish(

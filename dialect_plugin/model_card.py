@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dialect_kernels import __version__
 
 from .checkpoint import Checkpoint
+from .loss import sqnr
 from .plan_layers import LayerPlan
 
 if TYPE_CHECKING:
     from .convert import LayerRecord
 
-__all__ = ["model_card", "sqnr"]
+__all__ = ["model_card"]
 
 _FORMATS = {"dialect": "W4A4", "fp8": "W4A8", "none": "W4A16"}
-
-
-def sqnr(signal: float, noise: float) -> float:
-    """Signal to quantization noise, in dB; infinite without noise."""
-    return 10 * math.log10(signal / noise) if noise and signal else math.inf
 
 
 def model_card(checkpoint: Checkpoint, layers: Sequence[LayerRecord], plan: LayerPlan) -> str:
