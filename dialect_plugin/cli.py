@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -22,6 +23,11 @@ from rich.progress import (
 
 from .scheme import LayerOverride
 
+if TYPE_CHECKING:
+    from dialect_kernels.verify import CheckResult
+
+    from .report import Format, LayerReport
+
 __all__ = ["app", "main"]
 
 app = typer.Typer(
@@ -34,6 +40,20 @@ app = typer.Typer(
 
 Source = Annotated[str, typer.Argument(help="Directory or hub id of a 16-bit checkpoint.")]
 Packed = Annotated[Path, typer.Argument(help="Directory of a packed checkpoint.")]
+Ignore = Annotated[
+    list[str] | None, typer.Option(help="Layer, or re:PATTERN, to leave in 16 bit; repeatable.")
+]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(help="Layer, or re:PATTERN, to quantize instead of the table; repeatable."),
+]
+LmHead = Annotated[bool, typer.Option(help="Quantize the output projection too.")]
+MaxRows = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Measure at most so many rows of a layer, evenly spread; default all."
+    ),
+]
 
 
 @app.command()
@@ -45,9 +65,7 @@ def quantize(
     activation_format: Annotated[
         str, typer.Option(help="What engines use by default: dialect, fp8 or none.")
     ] = "dialect",
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="Layer, or re:PATTERN, to leave in 16 bit; repeatable.")
-    ] = None,
+    ignore: Ignore = None,
     override: Annotated[
         list[str] | None,
         typer.Option(help="PATTERN=BLOCK_SIZE for the layers that match; repeatable."),
@@ -55,11 +73,8 @@ def quantize(
     overrides: Annotated[
         Path | None, typer.Option(help="File of overrides, as `plan` writes it.")
     ] = None,
-    targets: Annotated[
-        list[str] | None,
-        typer.Option(help="Layer, or re:PATTERN, to quantize instead of the table; repeatable."),
-    ] = None,
-    lm_head: Annotated[bool, typer.Option(help="Quantize the output projection too.")] = False,
+    targets: Targets = None,
+    lm_head: LmHead = False,
     strict: Annotated[
         bool, typer.Option(help="Refuse layers that the block size does not divide.")
     ] = False,
@@ -118,6 +133,74 @@ def inspect(dst: Packed) -> None:
 
 
 @app.command()
+def report(
+    src: Source,
+    html: Annotated[
+        Path | None, typer.Option(help="Write table and plots as one HTML page.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead of the table.")
+    ] = False,
+    ignore: Ignore = None,
+    targets: Targets = None,
+    lm_head: LmHead = False,
+    max_rows: MaxRows = None,
+) -> None:
+    """Compare 4-bit formats on a checkpoint's weights, layer by layer."""
+    from .checkpoint import find_checkpoint
+    from .files import write_text
+    from .report import FORMATS, Report, render
+    from .report_page import report_page
+
+    with _one_sentence_errors():
+        layers = _measured(src, FORMATS, ignore, targets, lm_head, max_rows)
+        name = find_checkpoint(src).resolve().name
+        found = Report(name, tuple(entry.name for entry in FORMATS), layers)
+        if html is not None:
+            write_text(html, report_page(found))
+    if as_json:
+        print(json.dumps(found.to_json(), indent=1, allow_nan=False))
+    else:
+        Console().print(render(found))
+
+
+@app.command()
+def plan(
+    src: Source,
+    bits: Annotated[float, typer.Option(help="Bits per weight, scales included, on average.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File for `quantize --overrides`.")
+    ] = None,
+    objective: Annotated[
+        str, typer.Option(help="What to make small, summed over the layers: error or relative.")
+    ] = "error",
+    ignore: Ignore = None,
+    targets: Targets = None,
+    lm_head: LmHead = False,
+    max_rows: MaxRows = None,
+) -> None:
+    """Choose blocks of 16, 32 or 64 for every layer under a bit budget."""
+    from dialect_kernels.formatbook import BLOCK_SIZES
+
+    from .files import write_text
+    from .plan import plan_bits, render
+    from .report import dialect_format
+
+    with _one_sentence_errors():
+        if objective not in ("error", "relative"):
+            raise ValueError(f"--objective: {objective!r}; allowed are error and relative")
+        formats = [dialect_format(block_size) for block_size in BLOCK_SIZES]
+        layers = _measured(src, formats, ignore, targets, lm_head, max_rows)
+        found = plan_bits(layers, bits, objective)
+        if output is not None:
+            write_text(output, json.dumps(found.overrides(), indent=1) + "\n")
+    console = Console()
+    console.print(render(found))
+    if output is not None:
+        console.print(f"use it with: blockdialect quantize {src} DST --overrides {output}")
+
+
+@app.command()
 def export(
     src: Packed,
     dst: Annotated[Path, typer.Argument(help="Directory to write; new or empty.")],
@@ -140,19 +223,42 @@ def export(
 @app.command()
 def verify() -> None:
     """Run the golden vectors against the installed back ends."""
-    from rich.table import Table
 
     from dialect_kernels.verify import verify as run
 
-    results = run()
-    table = Table("back end", "case", "result")
-    for result in results:
-        table.add_row(result.backend, result.case, "ok" if result.passed else result.detail)
-    Console().print(table)
-    failed = sum(not result.passed for result in results)
-    print(f"{len(results) - failed} of {len(results)} agree with the golden vectors")
+    by_backend: dict[str, list[CheckResult]] = {}
+    for result in run():
+        by_backend.setdefault(result.backend, []).append(result)
+    failed = 0
+    for backend, results in by_backend.items():
+        wrong = [result for result in results if not result.passed]
+        failed += len(wrong)
+        for result in wrong:
+            print(f"{backend}: {result.case}: {result.detail}")
+        agreed = len(results) - len(wrong)
+        print(f"{backend}: {agreed} of {len(results)} agree with the golden vectors")
     if failed:
         raise typer.Exit(1)
+
+
+def _measured(
+    src: str,
+    formats: Sequence[Format],
+    ignore: list[str] | None,
+    targets: list[str] | None,
+    lm_head: bool,
+    max_rows: int | None,
+) -> tuple[LayerReport, ...]:
+    """The losses of the layers that a conversion with these options would quantize."""
+    from .checkpoint import find_checkpoint, open_checkpoint
+    from .plan_layers import ConvertOptions, plan_layers
+    from .report import measure_layers
+
+    checkpoint = open_checkpoint(find_checkpoint(src))
+    options = ConvertOptions(ignore=ignore or [], targets=targets or [], lm_head=lm_head)
+    layers = list(plan_layers(checkpoint, options).block_sizes)
+    with _RichProgress() as progress:
+        return measure_layers(checkpoint, layers, formats, progress, max_rows)
 
 
 def _overrides(options: list[str], file: Path | None) -> dict[str, Any]:

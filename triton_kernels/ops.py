@@ -7,14 +7,12 @@ it; :func:`dialect_linear` is the same on a :class:`PackedTensor`, with checks.
 from __future__ import annotations
 
 import logging
-from collections.abc import MutableMapping
 from functools import cache
 
 import torch
 import torch.nn.functional as F
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import reference
+from . import cpu, reference
 from .formatbook import DIALECT_FP4, Formatbook, book_by_name
 from .packed import PackedTensor
 
@@ -104,8 +102,22 @@ def _linear(
     activation_format: str,
     accumulation: str,
 ) -> torch.Tensor:
+    formatbook = book_by_name(book)
+    if x.device.type == "cpu" and cpu.available():
+        y = cpu.linear(
+            reference.as_tokens(x),
+            codes,
+            meta,
+            row_exponent,
+            in_features,
+            formatbook,
+            block_size,
+            activation_format,
+            bias,
+        )
+        return y.view(*x.shape[:-1], codes.shape[0])
     shape = (codes.shape[0], in_features)
-    p = PackedTensor(codes, meta, row_exponent, shape, book_by_name(book), block_size)
+    p = PackedTensor(codes, meta, row_exponent, shape, formatbook, block_size)
     if accumulation == "exact":
         return reference.dialect_linear(x, p, bias, activation_format, accumulation)
     return _decoded_linear(x, p, bias, activation_format)
@@ -127,42 +139,32 @@ def _linear_fake(
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
-_decoded: MutableMapping[torch.Tensor, tuple[tuple[int, ...], torch.Tensor]]
-_decoded = WeakTensorKeyDictionary()
-"""codes -> (versions of codes, meta and row exponents, the weight [N, K] in float32)."""
-
-
 def _decoded_linear(
     x: torch.Tensor, p: PackedTensor, bias: torch.Tensor | None, activation_format: str
 ) -> torch.Tensor:
-    """The torch path: a weight is decoded once; exact operands, the library's float32 GEMM."""
-    _say_once("no compiled kernel for this device: the torch path keeps float32 weights in memory")
+    """The torch path: exact operands, the library's float32 GEMM.
+
+    The weight is decoded in every call: a decoded copy kept beside the packed one could not see
+    that an engine has written other weights into the same memory.
+    """
+    _say_once(
+        "no compiled kernel for this device: weights are decoded in every call, which is slow"
+    )
     tokens = reference.as_tokens(x)
+    weight = p.dequantize(torch.float32)
     if activation_format == "dialect":
-        y = F.linear(reference.round_activation(tokens, p.book, p.block_size), _decode(p))
+        y = F.linear(reference.round_activation(tokens, p.book, p.block_size), weight)
     elif activation_format == "fp8":
         q, scale = reference.quantize_fp8(tokens)
-        y = F.linear(q.to(torch.float32), _decode(p)) * scale[:, None]
+        # the scale goes first: tiny activations times huge weights must not overflow on the way
+        y = F.linear(q.to(torch.float32) * scale[:, None], weight)
     else:
-        y = F.linear(tokens.to(torch.float32), _decode(p))
+        y = F.linear(tokens.to(torch.float32), weight)
     if bias is not None:
         y = y + bias.to(torch.float32)
     return y.to(x.dtype).view(*x.shape[:-1], p.shape[0])
 
 
-def _decode(p: PackedTensor) -> torch.Tensor:
-    """The weight in float32 [N, K], cached as long as nothing was written into its tensors."""
-    stored = (p.codes, p.meta, p.row_exponent)
-    if any(tensor.is_inference() for tensor in stored):
-        return p.dequantize(torch.float32)  # inference tensors do not count their versions
-    versions = tuple(tensor._version for tensor in stored)
-    cached = _decoded.get(p.codes)
-    if cached is None or cached[0] != versions:
-        cached = (versions, p.dequantize(torch.float32))
-        _decoded[p.codes] = cached
-    return cached[1]
-
-
 @cache
 def _say_once(message: str) -> None:
-    _log.info(message)
+    _log.warning(message)

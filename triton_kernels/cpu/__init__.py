@@ -23,7 +23,7 @@ import torch
 
 from ..formatbook import CELLS, LARGEST_HALF_UNIT, SMALLEST_RANGE, Formatbook
 from ..packed import padded_columns
-from .build import CompilerError, build, library_name
+from .build import build, library_name
 
 __all__ = [
     "INSTRUCTIONS",
@@ -36,7 +36,7 @@ __all__ = [
     "why_not",
 ]
 
-INSTRUCTIONS = ("scalar", "avx2")
+INSTRUCTIONS = ("scalar", "avx2", "avx512_vnni")
 """What the kernel can be run with; the position is its number in C++."""
 
 _log = logging.getLogger(__name__)
@@ -264,9 +264,7 @@ def _weight(
 def _book(book: Formatbook) -> _Book:
     out = _Book(dialects=len(book), id_bits=book.id_bits, variants=book.variants)
     for id_, (thresholds, dialect, index, signed) in enumerate(
-        zip(
-            book.thresholds, book.half_units, book.index_lut, book.signed_half_units, strict=True
-        )
+        zip(book.thresholds, book.half_units, book.index_lut, book.signed_half_units, strict=True)
     ):
         out.thresholds[id_][:] = thresholds
         out.steps[id_][:] = [high - low for low, high in pairwise(dialect)]
@@ -322,7 +320,7 @@ def _library() -> _Library:
     try:
         handle = ctypes.CDLL(str(_find()))
         _declare(handle)
-    except (OSError, CompilerError) as error:
+    except (OSError, RuntimeError) as error:
         _log.warning("the CPU kernel is not available, torch does its work: %s", error)
         return _Library(None, str(error))
     return _Library(handle, None)

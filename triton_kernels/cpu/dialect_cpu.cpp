@@ -37,6 +37,9 @@
 #endif
 #include <unistd.h>
 
+// Portable functions that are compiled a second time inside an AVX2 function.
+#define INLINE __attribute__((always_inline)) inline
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define DIALECT_X86 1
@@ -62,7 +65,7 @@ struct Book {
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Rule : int32_t { EXACT_ERROR = 0, ONLINE = 1 };
 enum Format : int32_t { DIALECT = 0, FP8 = 1, NONE = 2 };
-enum Features : int32_t { SCALAR = 0, AVX2_FMA = 1 };
+enum Features : int32_t { SCALAR = 0, AVX2_FMA = 1, AVX512_VNNI = 2 };
 
 // A packed weight [rows, columns]; `padded` columns are stored.
 struct Weight {
@@ -88,20 +91,20 @@ constexpr uint32_t kInfinity = 0x7f800000u;
 
 // ---- numbers -----------------------------------------------------------------------------------
 
-uint32_t bits_of(float x) {
+INLINE uint32_t bits_of(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
     return bits;
 }
 
-float float_of(uint32_t bits) {
+INLINE float float_of(uint32_t bits) {
     float x;
     std::memcpy(&x, &bits, sizeof x);
     return x;
 }
 
 // 2^exponent for -126..127.
-float power_of_two(int exponent) { return float_of(uint32_t(exponent + 127) << 23); }
+INLINE float power_of_two(int exponent) { return float_of(uint32_t(exponent + 127) << 23); }
 
 // 2^exponent for -1022..1023.
 double double_power_of_two(int exponent) {
@@ -111,7 +114,7 @@ double double_power_of_two(int exponent) {
     return x;
 }
 
-float from_half(uint16_t half) {
+INLINE float from_half(uint16_t half) {
     const uint32_t shifted = uint32_t(half & 0x7fff) << 13;
     const uint32_t sign = uint32_t(half & 0x8000) << 16;
     if ((half & 0x7c00) == 0x7c00) return float_of(sign | shifted | kInfinity);
@@ -138,7 +141,7 @@ uint16_t to_bfloat16(float x) {
 }
 
 // Copies `count` elements as float32 and pads with zeros up to `padded`.
-void load_row(const void* x, int dtype, int64_t offset, int64_t count, int64_t padded, float* out) {
+INLINE void load_row(const void* x, int dtype, int64_t offset, int64_t count, int64_t padded, float* out) {
     if (dtype == FLOAT32) {
         if (count) std::memcpy(out, static_cast<const float*>(x) + offset, count * sizeof(float));
     } else if (dtype == BFLOAT16) {
@@ -159,14 +162,14 @@ void store(void* y, int dtype, int64_t at, float value) {
 }
 
 // Largest magnitude as float bits (they are ordered like the magnitudes).
-uint32_t largest_bits(const float* x, int64_t count) {
+INLINE uint32_t largest_bits(const float* x, int64_t count) {
     uint32_t largest = 0;
     for (int64_t i = 0; i < count; i++) largest = std::max(largest, bits_of(x[i]) & 0x7fffffffu);
     return largest;
 }
 
 // Nearest E4M3 value, ties to even, of a float in -448..448.
-float round_to_e4m3(float x) {
+INLINE float round_to_e4m3(float x) {
     const uint32_t bits = bits_of(x);
     uint32_t magnitude = bits & 0x7fffffffu;
     if (magnitude < 0x3c800000u) {  // 2^-6: adding 2^14 rounds to multiples of 2^-9
@@ -334,7 +337,7 @@ struct RoundedBlock {
 // scaled magnitudes that sum to s = sum 4m, the cost sum h (h - 4m) is sum_i step_i * G(t_i): going
 // from half-unit i to i+1 costs step * (t - 4m), for every element at or above the threshold. All
 // in units of 2^-23, exact in int64.
-int least_error(const int32_t* fixed, int block, const Book& book) {
+INLINE int least_error(const int32_t* fixed, int block, const Book& book) {
     int64_t cells[2][kCells] = {};  // count << 40 | sum; two, so that equal cells do not wait
     for (int i = 0; i < block; i += 2) {
         cells[0][fixed[i] >> 23] += fixed[i] + (int64_t(1) << 40);
@@ -359,7 +362,7 @@ int least_error(const int32_t* fixed, int block, const Book& book) {
     return best;
 }
 
-int least_online_cost(const int32_t* fixed, int block, int largest_cell, const Book& book) {
+INLINE int least_online_cost(const int32_t* fixed, int block, int largest_cell, const Book& book) {
     const int range = std::min(15, std::max(8, (largest_cell + 1) >> 1));
     const uint64_t* cost = book.online_cost[15 - range];
     uint64_t sum = 0;  // a lane reaches 64 * 121
@@ -371,7 +374,7 @@ int least_online_cost(const int32_t* fixed, int block, int largest_cell, const B
 }
 
 // Rounds one block of finite values; `codes` gets one byte per element.
-RoundedBlock round_block(const float* x, int block, int row_exponent, int exponent, int rule,
+INLINE RoundedBlock round_block(const float* x, int block, int row_exponent, int exponent, int rule,
                          int window, const Book& book, uint8_t* codes) {
     const int delta = std::min(row_exponent - exponent, window);
     // 4m in units of 2^-23, truncated: exact from 4m = 1 on; below, the element is 0 everywhere
@@ -396,12 +399,12 @@ RoundedBlock round_block(const float* x, int block, int row_exponent, int expone
     return {id, delta};
 }
 
-int block_exponent(uint32_t largest) {
+INLINE int block_exponent(uint32_t largest) {
     return std::max(int(largest >> 23) - (127 + 2), kLowestExponent);
 }
 
 // Exponents of a row's blocks and, as the result, of the row; kNanRow for NaN or Inf.
-int row_exponents(const float* x, int64_t blocks, int block, uint32_t* largest) {
+INLINE int row_exponents(const float* x, int64_t blocks, int block, uint32_t* largest) {
     uint32_t top = 0;
     for (int64_t b = 0; b < blocks; b++) {
         largest[b] = largest_bits(x + b * block, block);
@@ -425,7 +428,7 @@ struct Aligned {  // uninitialised, on a cache line
 
 // Position inside a block: every 32 (or 16) elements are stored as their even, then their odd ones,
 // the order in which the nibbles of the codes come out of the decoder.
-int64_t plane(int64_t i, int block) {
+INLINE int64_t plane(int64_t i, int block) {
     const int chunk = std::min(block, 32);
     return i / chunk * chunk + (i & 1) * (chunk / 2) + i % chunk / 2;
 }
@@ -608,35 +611,83 @@ void wide_row(const Reader& r, const Wide& x, const Output& out, int format, int
 // ---- AVX2 products -----------------------------------------------------------------------------
 #if DIALECT_X86
 
-// The eight (or fewer, the last one repeated) rows that are worked on together.
+// Eight rows that are worked on together. Near the end of a matrix that is no multiple of 8 the group
+// moves back, and its first `skip` rows are somebody else's to write.
 struct RowGroup {
-    RowGroup(const Reader& r, int64_t first) {
-        for (int i = 0; i < 8; i++) {
-            row[i] = std::min(first + i, r.w.rows - 1);
-            codes[i] = r.codes(row[i]);
-            meta[i] = r.meta(row[i]);
-        }
-        count = int(std::min<int64_t>(8, r.w.rows - first));
-    }
-    int64_t row[8];
-    const uint8_t* codes[8];
-    const uint8_t* meta[8];
-    int count;
+    RowGroup(const Reader& r, int64_t wanted)
+        : first(std::min(wanted, r.w.rows - 8)), skip(int(std::min<int64_t>(8, wanted - first))),
+          codes(r.codes(first)), meta(r.meta(first)), stride(r.padded / 2), meta_stride(r.blocks) {}
+    int64_t first;
+    int skip;
+    const uint8_t* codes;
+    const uint8_t* meta;
+    int64_t stride, meta_stride;
 };
 
-AVX2_INLINE __m128i table_of(const Reader& r, uint8_t meta) {
-    return _mm_load_si128(
-        reinterpret_cast<const __m128i*>(r.unsigned_half_units[meta & r.id_mask]));
+// 8 rows of 16 bytes -> columns of 8 bytes: out[i] holds columns 2i and 2i + 1.
+AVX2_INLINE void transpose_bytes(const __m128i* rows, __m128i* out) {
+    __m128i a[8], b[8];
+    for (int i = 0; i < 4; i++) {
+        a[i] = _mm_unpacklo_epi8(rows[2 * i], rows[2 * i + 1]);      // columns 0..7
+        a[i + 4] = _mm_unpackhi_epi8(rows[2 * i], rows[2 * i + 1]);  // columns 8..15
+    }
+    for (int half = 0; half < 8; half += 4)
+        for (int i = 0; i < 2; i++) {
+            b[half + i] = _mm_unpacklo_epi16(a[half + 2 * i], a[half + 2 * i + 1]);
+            b[half + 2 + i] = _mm_unpackhi_epi16(a[half + 2 * i], a[half + 2 * i + 1]);
+        }
+    for (int i = 0; i < 8; i += 2) {
+        out[i] = _mm_unpacklo_epi32(b[i], b[i + 1]);
+        out[i + 1] = _mm_unpackhi_epi32(b[i], b[i + 1]);
+    }
+}
+
+// The meta bytes of 8 rows and 16 blocks, taken apart: [block][row].
+struct BlockMeta {
+    alignas(32) float scale[16][8];      // 2^-delta
+    alignas(32) uint16_t table[16][8];   // where the dialect's table starts
+};
+
+AVX2 void read_meta(const Reader& r, const RowGroup& g, int64_t b, int count, BlockMeta& out) {
+    __m128i rows[8], columns[8];
+    for (int i = 0; i < 8; i++) {
+        const uint8_t* at = g.meta + i * g.meta_stride + b;
+        if (count >= 16) {
+            rows[i] = _mm_loadu_si128((const __m128i*)at);
+        } else {
+            alignas(16) uint8_t bytes[16] = {};
+            std::memcpy(bytes, at, count);
+            rows[i] = _mm_load_si128((const __m128i*)bytes);
+        }
+    }
+    transpose_bytes(rows, columns);
+    const __m128i shift = _mm_cvtsi32_si128(r.book.id_bits);
+    for (int j = 0; j < 16; j++) {
+        const __m128i bytes = j & 1 ? _mm_srli_si128(columns[j / 2], 8) : columns[j / 2];
+        const __m256i delta = _mm256_min_epi32(_mm256_srl_epi32(_mm256_cvtepu8_epi32(bytes), shift),
+                                               _mm256_set1_epi32(kWindow));
+        const __m256i bits =
+            _mm256_slli_epi32(_mm256_sub_epi32(_mm256_set1_epi32(127), delta), 23);
+        _mm256_store_ps(out.scale[j], _mm256_castsi256_ps(bits));
+        const __m128i id = _mm_and_si128(bytes, _mm_set1_epi8(char(r.id_mask)));
+        _mm_store_si128((__m128i*)out.table[j], _mm_slli_epi16(_mm_cvtepu8_epi16(id), 4));
+    }
+}
+
+AVX2_INLINE __m128i load_table(const Reader& r, int offset) {
+    return _mm_load_si128((const __m128i*)(r.unsigned_half_units[0] + offset));
 }
 
 // A block of rows p and p+4 as half-units + 16. For B = 16 one register holds, per row, 8 even and
 // 8 odd elements; otherwise two registers per 32 elements hold 16 of each.
 template <int B>
-AVX2_INLINE void decode_pair(const Reader& r, const RowGroup& g, int p, int64_t b, __m256i* out) {
+AVX2_INLINE void decode_pair(const Reader& r, const RowGroup& g, const uint16_t* tables, int p,
+                             int64_t b, __m256i* out) {
     const __m256i nibble = _mm256_set1_epi8(15);
-    const __m256i table = _mm256_set_m128i(table_of(r, g.meta[p + 4][b]), table_of(r, g.meta[p][b]));
-    const uint8_t* low = g.codes[p] + b * (B / 2);
-    const uint8_t* high = g.codes[p + 4] + b * (B / 2);
+    const __m256i table =
+        _mm256_set_m128i(load_table(r, tables[p + 4]), load_table(r, tables[p]));
+    const uint8_t* low = g.codes + p * g.stride + b * (B / 2);
+    const uint8_t* high = low + 4 * g.stride;
     if constexpr (B == 16) {
         const __m256i codes = _mm256_set_m128i(_mm_loadl_epi64((const __m128i*)high),
                                                _mm_loadl_epi64((const __m128i*)low));
@@ -658,7 +709,7 @@ template <int B>
 constexpr int kPieces = B / 16;  // registers per pair of rows and block
 
 // The block sums of 8 rows with one token, rows in order, still too large by `offset`.
-template <int B>
+template <int B, bool Vnni>
 AVX2_INLINE __m256i block_sums(const __m256i* weights, const int8_t* x) {
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i sums[4];
@@ -667,57 +718,55 @@ AVX2_INLINE __m256i block_sums(const __m256i* weights, const int8_t* x) {
         for (int c = 0; c < kPieces<B>; c++) {
             const __m256i values =
                 _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)(x + 16 * c)));
-            const __m256i part = _mm256_maddubs_epi16(weights[p * kPieces<B> + c], values);
-            sum = c ? _mm256_add_epi16(sum, part) : part;
+            const __m256i piece = weights[p * kPieces<B> + c];
+            if constexpr (Vnni) {
+                // four products at once, in int32; as text, so that one function serves both sets
+                asm("vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(piece), "x"(values));
+            } else {
+                const __m256i part = _mm256_maddubs_epi16(piece, values);
+                sum = c ? _mm256_add_epi16(sum, part) : part;
+            }
         }
-        sums[p] = _mm256_madd_epi16(sum, ones);
+        sums[p] = Vnni ? sum : _mm256_madd_epi16(sum, ones);
     }
     const __m256i first = _mm256_madd_epi16(_mm256_packs_epi32(sums[0], sums[1]), ones);
     const __m256i second = _mm256_madd_epi16(_mm256_packs_epi32(sums[2], sums[3]), ones);
     return _mm256_madd_epi16(_mm256_packs_epi32(first, second), ones);
 }
 
-// 2^-delta of 8 rows for `count` blocks from `b`, [count][8].
-AVX2 void weight_scales(const Reader& r, const RowGroup& g, int64_t b, int count, float* out) {
-    alignas(16) uint8_t by_block[16][8];
-    for (int start = 0; start < count; start += 16) {
-        const int part = std::min(16, count - start);
-        for (int i = 0; i < 8; i++)
-            for (int j = 0; j < part; j++) by_block[j][i] = g.meta[i][b + start + j];
-        for (int j = 0; j < part; j++) {
-            __m256i delta = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)by_block[j]));
-            delta = _mm256_srl_epi32(delta, _mm_cvtsi32_si128(r.book.id_bits));
-            delta = _mm256_min_epi32(delta, _mm256_set1_epi32(kWindow));
-            const __m256i bits =
-                _mm256_slli_epi32(_mm256_sub_epi32(_mm256_set1_epi32(127), delta), 23);
-            _mm256_storeu_ps(out + 8 * (start + j), _mm256_castsi256_ps(bits));
-        }
-    }
-}
-
-AVX2_INLINE __m256 add_block(__m256 sum, __m256i sums, int32_t offset, __m256 weight_scale,
+AVX2_INLINE __m256 add_block(__m256 sum, __m256i sums, int32_t offset, const float* weight_scale,
                              float scale) {
     const __m256 exact = _mm256_cvtepi32_ps(_mm256_sub_epi32(sums, _mm256_set1_epi32(offset)));
-    return _mm256_fmadd_ps(exact, _mm256_mul_ps(weight_scale, _mm256_set1_ps(scale)), sum);
+    const __m256 both = _mm256_mul_ps(_mm256_load_ps(weight_scale), _mm256_set1_ps(scale));
+    return _mm256_fmadd_ps(exact, both, sum);  // an exact product: one rounding, as without fma
+}
+
+// Starts to read the next group of rows: as many bytes of it as block b of this one has.
+template <int B>
+AVX2_INLINE void fetch_ahead(const uint8_t* next_group, int64_t b) {
+    for (int line = 0; line < 4 * B; line += 64)
+        _mm_prefetch((const char*)(next_group + b * 4 * B + line), _MM_HINT_T1);
 }
 
 // Eight rows with tokens first..first+tokens-1 (at most kTile).
-template <int B>
-AVX2 void dialect_rows_avx2(const Reader& r, const Rounded& x, const Output& out, int64_t row,
-                            int64_t first, int64_t tokens) {
-    constexpr int kBlocks = 1024 / B;  // blocks decoded at a time
+template <int B, bool Vnni>
+AVX2 void dialect_rows(const Reader& r, const Rounded& x, const Output& out, int64_t row,
+                       int64_t first, int64_t tokens) {
     constexpr int kRegisters = 4 * kPieces<B>;
     const RowGroup g(r, row);
+    const uint8_t* ahead = g.codes + 8 * g.stride;
     alignas(32) float sums[kTile][8] = {};
-    alignas(32) float scales[kBlocks * 8];
-    alignas(32) __m256i panel[kBlocks * kRegisters];
-    for (int64_t b0 = 0; b0 < r.blocks; b0 += kBlocks) {
-        const int count = int(std::min<int64_t>(kBlocks, r.blocks - b0));
-        weight_scales(r, g, b0, count, scales);
-        if (tokens > 1)
-            for (int j = 0; j < count; j++)
-                for (int p = 0; p < 4; p++)
-                    decode_pair<B>(r, g, p, b0 + j, panel + j * kRegisters + p * kPieces<B>);
+    alignas(32) __m256i panel[16 * kRegisters];
+    BlockMeta meta;
+    for (int64_t b0 = 0; b0 < r.blocks; b0 += 16) {
+        const int count = int(std::min<int64_t>(16, r.blocks - b0));
+        read_meta(r, g, b0, count, meta);
+        for (int j = 0; j < count && tokens > 1; j++) {
+            fetch_ahead<B>(ahead, b0 + j);
+            for (int p = 0; p < 4; p++)
+                decode_pair<B>(r, g, meta.table[j], p, b0 + j,
+                               panel + j * kRegisters + p * kPieces<B>);
+        }
         for (int64_t t = 0; t < tokens; t++) {
             const int64_t at = (first + t) * x.blocks + b0;
             const int8_t* values = x.half_units.get() + at * B;
@@ -726,47 +775,35 @@ AVX2 void dialect_rows_avx2(const Reader& r, const Rounded& x, const Output& out
             __m256 sum = _mm256_load_ps(sums[t]);
             if (tokens > 1) {
                 for (int j = 0; j < count; j++)
-                    sum = add_block(sum, block_sums<B>(panel + j * kRegisters, values + j * B),
-                                    offset[j], _mm256_load_ps(scales + 8 * j), scale[j]);
+                    sum = add_block(sum, block_sums<B, Vnni>(panel + j * kRegisters, values + j * B),
+                                    offset[j], meta.scale[j], scale[j]);
             } else {
                 for (int j = 0; j < count; j++) {
+                    fetch_ahead<B>(ahead, b0 + j);
                     __m256i weights[kRegisters];
                     for (int p = 0; p < 4; p++)
-                        decode_pair<B>(r, g, p, b0 + j, weights + p * kPieces<B>);
-                    sum = add_block(sum, block_sums<B>(weights, values + j * B), offset[j],
-                                    _mm256_load_ps(scales + 8 * j), scale[j]);
+                        decode_pair<B>(r, g, meta.table[j], p, b0 + j, weights + p * kPieces<B>);
+                    sum = add_block(sum, block_sums<B, Vnni>(weights, values + j * B), offset[j],
+                                    meta.scale[j], scale[j]);
                 }
             }
             _mm256_store_ps(sums[t], sum);
         }
     }
     for (int64_t t = 0; t < tokens; t++)
-        for (int i = 0; i < g.count; i++)
-            out.put_dialect(first + t, g.row[i], sums[t][i], x.exponent.get()[first + t]);
+        for (int i = g.skip; i < 8; i++)
+            out.put_dialect(first + t, g.first + i, sums[t][i], x.exponent.get()[first + t]);
 }
 
 // 8 rows x 16 elements of int8 -> float64 [16][8], written with a stride of kLanes.
 AVX2_INLINE void transpose_to_double(const __m128i* rows, double* out) {
-    __m128i a[8], b[8];
-    for (int i = 0; i < 4; i++) {
-        a[i] = _mm_unpacklo_epi8(rows[2 * i], rows[2 * i + 1]);      // elements 0..7
-        a[i + 4] = _mm_unpackhi_epi8(rows[2 * i], rows[2 * i + 1]);  // elements 8..15
-    }
-    for (int half = 0; half < 2; half++)
-        for (int i = 0; i < 2; i++) {
-            b[4 * half + i] = _mm_unpacklo_epi16(a[4 * half + 2 * i], a[4 * half + 2 * i + 1]);
-            b[4 * half + 2 + i] = _mm_unpackhi_epi16(a[4 * half + 2 * i], a[4 * half + 2 * i + 1]);
-        }
-    for (int quarter = 0; quarter < 4; quarter++) {
-        const __m128i low = b[2 * quarter], high = b[2 * quarter + 1];
-        const __m128i pairs[2] = {_mm_unpacklo_epi32(low, high), _mm_unpackhi_epi32(low, high)};
-        for (int i = 0; i < 4; i++) {
-            const __m128i bytes = i & 1 ? _mm_srli_si128(pairs[i / 2], 8) : pairs[i / 2];
-            double* to = out + (4 * quarter + i) * kLanes;
-            _mm256_store_pd(to, _mm256_cvtepi32_pd(_mm_cvtepi8_epi32(bytes)));
-            _mm256_store_pd(to + 4,
-                            _mm256_cvtepi32_pd(_mm_cvtepi8_epi32(_mm_srli_si128(bytes, 4))));
-        }
+    __m128i columns[8];
+    transpose_bytes(rows, columns);
+    for (int i = 0; i < 16; i++, out += kLanes) {
+        const __m128i bytes = i & 1 ? _mm_srli_si128(columns[i / 2], 8) : columns[i / 2];
+        const __m256i wide = _mm256_cvtepi8_epi32(bytes);
+        _mm256_store_pd(out, _mm256_cvtepi32_pd(_mm256_castsi256_si128(wide)));
+        _mm256_store_pd(out + 4, _mm256_cvtepi32_pd(_mm256_extracti128_si256(wide, 1)));
     }
 }
 
@@ -778,10 +815,11 @@ AVX2_INLINE void decode_to_double(const Reader& r, const RowGroup& g, int64_t b,
     for (int c = 0; c < kChunks; c++) {
         __m128i low[8], high[8];
         for (int i = 0; i < 8; i++) {
-            const uint8_t* at = g.codes[i] + b * (B / 2) + 16 * c;
+            const uint8_t* at = g.codes + i * g.stride + b * (B / 2) + 16 * c;
             const __m128i codes = B == 16 ? _mm_loadl_epi64((const __m128i*)at)
                                           : _mm_loadu_si128((const __m128i*)at);
-            const __m128i table = _mm_sub_epi8(table_of(r, g.meta[i][b]), bias);
+            const int id = r.id(g.meta[i * g.meta_stride + b]);
+            const __m128i table = _mm_sub_epi8(load_table(r, 16 * id), bias);
             const __m128i even = _mm_shuffle_epi8(table, _mm_and_si128(codes, nibble));
             const __m128i odd =
                 _mm_shuffle_epi8(table, _mm_and_si128(_mm_srli_epi16(codes, 4), nibble));
@@ -819,10 +857,9 @@ AVX2_INLINE void add_wide_block(const double* panel, const double* block_scale, 
 
 // Sixteen rows with tokens first..first+tokens-1 (at most kTile).
 template <int B>
-AVX2 void wide_rows_avx2(const Reader& r, const Wide& x, const Output& out, int format, int64_t row,
+AVX2 void wide_rows(const Reader& r, const Wide& x, const Output& out, int format, int64_t row,
                          int64_t first, int64_t tokens) {
-    const RowGroup g[2] = {RowGroup(r, row), RowGroup(r, std::min(row + 8, r.w.rows - 1))};
-    const int rows = int(std::min<int64_t>(kLanes, r.w.rows - row));
+    const RowGroup g[2] = {RowGroup(r, row), RowGroup(r, row + 8)};
     alignas(32) float sums[kTile][kLanes] = {};
     alignas(32) double panel[B * kLanes];
     alignas(32) double block_scale[kLanes];
@@ -830,8 +867,8 @@ AVX2 void wide_rows_avx2(const Reader& r, const Wide& x, const Output& out, int 
         for (int half = 0; half < 2; half++) {
             decode_to_double<B>(r, g[half], b, panel + 8 * half);
             for (int i = 0; i < 8; i++)
-                block_scale[8 * half + i] =
-                    r.block_scale(format, g[half].row[i], g[half].meta[i][b]);
+                block_scale[8 * half + i] = r.block_scale(
+                    format, g[half].first + i, g[half].meta[i * g[half].meta_stride + b]);
         }
         const double* values = x.values.get() + first * x.padded + b * B;
         int64_t t = 0;
@@ -841,8 +878,17 @@ AVX2 void wide_rows_avx2(const Reader& r, const Wide& x, const Output& out, int 
             add_wide_block<B, 1>(panel, block_scale, values + t * x.padded, x.padded, sums + t);
     }
     for (int64_t t = 0; t < tokens; t++)
-        for (int i = 0; i < rows; i++)
-            out.put_wide(first + t, row + i, sums[t][i], x.scale.get()[first + t], format);
+        for (int half = 0; half < 2; half++)
+            for (int i = g[half].skip; i < 8; i++)
+                out.put_wide(first + t, g[half].first + i, sums[t][8 * half + i],
+                             x.scale.get()[first + t], format);
+}
+
+template <bool Vnni>
+auto dialect_rows_of(int block) {
+    return block == 16   ? dialect_rows<16, Vnni>
+           : block == 32 ? dialect_rows<32, Vnni>
+                         : dialect_rows<64, Vnni>;
 }
 
 #endif  // DIALECT_X86
@@ -895,10 +941,9 @@ void linear_dialect(const void* x, int64_t tokens, const Reader& r, const Output
         round_token(x, out.dtype, t, r.w.columns, block, r.book, row, maxima, rounded);
     });
 #if DIALECT_X86
-    if (features >= AVX2_FMA) {
-        const auto rows = block == 16   ? dialect_rows_avx2<16>
-                          : block == 32 ? dialect_rows_avx2<32>
-                                        : dialect_rows_avx2<64>;
+    if (features >= AVX2_FMA && r.w.rows >= 8) {
+        const auto rows = features == AVX512_VNNI ? dialect_rows_of<true>(block)
+                                                  : dialect_rows_of<false>(block);
         for_each_tile(r, tokens, 8, threads, [&](int64_t row, int64_t first, int64_t count) {
             rows(r, rounded, out, row, first, count);
         });
@@ -918,10 +963,10 @@ void linear_wide(const void* x, int64_t tokens, const Reader& r, const Output& o
         widen_token(x, out.dtype, t, r.w.columns, format, row, wide);
     });
 #if DIALECT_X86
-    if (features >= AVX2_FMA) {
-        const auto rows = block == 16   ? wide_rows_avx2<16>
-                          : block == 32 ? wide_rows_avx2<32>
-                                        : wide_rows_avx2<64>;
+    if (features >= AVX2_FMA && r.w.rows >= 8) {
+        const auto rows = block == 16   ? wide_rows<16>
+                          : block == 32 ? wide_rows<32>
+                                        : wide_rows<64>;
         for_each_tile(r, tokens, kLanes, threads, [&](int64_t row, int64_t first, int64_t count) {
             rows(r, wide, out, format, row, first, count);
         });
@@ -973,7 +1018,10 @@ extern "C" {
 // The best instruction set of this processor that this file has code for.
 int32_t dialect_features() {
 #if DIALECT_X86
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2_FMA;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl")
+                   ? AVX512_VNNI
+                   : AVX2_FMA;
 #endif
     return SCALAR;
 }
