@@ -359,8 +359,15 @@ def _write_journal(destination: Path, journal: dict[str, Any]) -> None:
 def _threads(workers: int | None) -> Iterator[None]:
     """Run with `workers` CPU threads (default: all this process may use)."""
     before = torch.get_num_threads()
-    torch.set_num_threads(workers or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(workers or _usable_cores())
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _usable_cores() -> int:
+    """Cores this process may use; systems other than Linux do not tell, so all of them there."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
-from .checkpoint import CONFIG, INDEX, CheckpointError
+from .checkpoint import CONFIG, CheckpointError
 
 __all__ = [
+    "ShardWriter",
+    "StoredTensor",
     "check_destination",
     "check_disk_space",
     "copied_files",
@@ -23,6 +27,64 @@ __all__ = [
 _TEMPORARY = ".blockdialect-tmp"
 _COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 _COPIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
+_HEADER_ALIGNMENT = 8
+
+
+class StoredTensor(NamedTuple):
+    """What a safetensors header says of a tensor.
+
+    Attributes:
+        dtype: safetensors' name of the dtype, e.g. ``"BF16"``.
+        shape: its dimensions.
+        nbytes: its size.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+class ShardWriter:
+    """Writes a safetensors file tensor by tensor, without holding any of them whole.
+
+    The safetensors library writes a dict of whole tensors; a shard of one large tensor would then
+    need its size several times over. The layout is the library's: an 8-byte header length, the
+    JSON header padded with spaces, the data without holes, wide dtypes first.
+
+    Args:
+        file: the file, open for writing.
+        tensors: what will be written.
+    """
+
+    def __init__(self, file: BinaryIO, tensors: Mapping[str, StoredTensor]) -> None:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        self._file = file
+        self._spans: dict[str, tuple[int, int]] = {}
+        end = 0
+        for name, tensor in sorted(tensors.items(), key=_by_width):
+            begin, end = end, end + tensor.nbytes
+            offsets = [begin, end]
+            header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
+            self._spans[name] = (begin, end)
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+        file.write(len(text).to_bytes(8, "little") + text)
+        self._data = 8 + len(text)
+
+    def append(self, name: str, data: bytes | memoryview) -> None:
+        """Write the next bytes of the tensor `name`."""
+        begin, end = self._spans[name]
+        if begin + len(data) > end:
+            raise ValueError(f"{name}: is given more bytes than its shape and dtype take")
+        self._file.seek(self._data + begin)
+        self._file.write(data)
+        self._spans[name] = (begin + len(data), end)
+
+    def finish(self) -> None:
+        """Raise ValueError if a tensor is not complete."""
+        for name, (begin, end) in self._spans.items():
+            if begin != end:
+                raise ValueError(f"{name}: {end - begin} of its bytes were not written")
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -48,6 +110,8 @@ def write_text(path: Path, text: str) -> None:
 
 def sync_directory(path: Path) -> None:
     """Flush the directory's entries to disk."""
+    if os.name == "nt":
+        return  # Windows cannot open directories
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -98,6 +162,16 @@ def check_disk_space(destination: Path, needed: int) -> None:
 
 
 def _is_copied(name: str) -> bool:
-    if name in {CONFIG, INDEX} or name.startswith("."):
+    suffix = Path(name).suffix
+    if name == CONFIG or name.startswith(".") or name.endswith(".index.json") or suffix == ".py":
         return False
-    return Path(name).suffix in _COPIED_SUFFIXES or name.startswith(_COPIED_NAMES)
+    return suffix in _COPIED_SUFFIXES or name.startswith(_COPIED_NAMES)
+
+
+def _by_width(item: tuple[str, StoredTensor]) -> tuple[int, str]:
+    """Wide elements first, so that every tensor begins at a multiple of its width; then names."""
+    name, tensor = item
+    elements = 1
+    for dimension in tensor.shape:
+        elements *= dimension
+    return (-(tensor.nbytes // elements) if elements else 0, name)
