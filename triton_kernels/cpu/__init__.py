@@ -81,6 +81,7 @@ def quantize(
     rule: str,
     window: int,
     threads: int | None = None,
+    instructions: str | None = None,
 ) -> Quantized:
     """Quantize a matrix as ``reference.quantize`` does.
 
@@ -92,6 +93,7 @@ def quantize(
         rule: one of the book's rules.
         window: largest delta, 0..book.largest_stored_delta.
         threads: default: as many as torch uses.
+        instructions: default: the best this processor has, see :func:`features`.
     """
     if rule not in book.rules or not 0 <= window <= book.largest_stored_delta:
         raise ValueError(f"rule {rule!r}, window {window}: not defined for book {book.name!r}")
@@ -116,6 +118,7 @@ def quantize(
         window,
         *(tensor.data_ptr() for tensor in out),
         _threads(threads),
+        _instructions(instructions),
     )
     return out
 
@@ -162,7 +165,6 @@ def linear(
         bias = bias.to(torch.float32).contiguous()
     x = x.contiguous()
     y = x.new_empty(x.shape[0], rows)
-    chosen = features() if instructions is None else instructions
     _call(
         "dialect_linear",
         x.data_ptr(),
@@ -174,7 +176,7 @@ def linear(
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
         _threads(threads),
-        INSTRUCTIONS.index(chosen),
+        _instructions(instructions),
     )
     del kept
     return y
@@ -295,6 +297,16 @@ def _threads(threads: int | None) -> int:
     return torch.get_num_threads() if threads is None else threads
 
 
+def _instructions(name: str | None) -> int:
+    best: int = _handle().dialect_features()
+    if name is None:
+        return best
+    if name not in INSTRUCTIONS[: best + 1]:
+        allowed = ", ".join(map(repr, INSTRUCTIONS[: best + 1]))
+        raise ValueError(f"instructions: {name!r}; this processor has {allowed}")
+    return INSTRUCTIONS.index(name)
+
+
 @dataclass(frozen=True)
 class _Library:
     handle: ctypes.CDLL | None
@@ -343,7 +355,7 @@ def _declare(handle: ctypes.CDLL) -> None:
         "dialect_features": (),
         "dialect_quantize": (
             *(pointer, i32, i64, i64, pointer, i32, i32, i32),
-            *(pointer, pointer, pointer, pointer, i32),
+            *(pointer, pointer, pointer, pointer, i32, i32),
         ),
         "dialect_linear": (
             *(pointer, i32, i64, pointer, pointer, i32, pointer, pointer, i32, i32),

@@ -115,11 +115,10 @@ double double_power_of_two(int exponent) {
 }
 
 INLINE float from_half(uint16_t half) {
-    const uint32_t shifted = uint32_t(half & 0x7fff) << 13;
-    const uint32_t sign = uint32_t(half & 0x8000) << 16;
-    if ((half & 0x7c00) == 0x7c00) return float_of(sign | shifted | kInfinity);
-    if ((half & 0x7c00) == 0) return float_of(sign | bits_of(float(half & 0x3ff) * 0x1p-24f));
-    return float_of(sign | (shifted + (112u << 23)));
+    const uint32_t exponent = half & 0x7c00, shifted = uint32_t(half & 0x7fff) << 13;
+    const uint32_t normal = shifted + (112u << 23) + (exponent == 0x7c00 ? 112u << 23 : 0);
+    const uint32_t subnormal = bits_of(float(int(half & 0x3ff)) * 0x1p-24f);
+    return float_of(uint32_t(half & 0x8000) << 16 | (exponent ? normal : subnormal));
 }
 
 uint16_t to_half(float x) {
@@ -141,7 +140,8 @@ uint16_t to_bfloat16(float x) {
 }
 
 // Copies `count` elements as float32 and pads with zeros up to `padded`.
-INLINE void load_row(const void* x, int dtype, int64_t offset, int64_t count, int64_t padded, float* out) {
+INLINE void load_row(const void* x, int dtype, int64_t offset, int64_t count, int64_t padded,
+                     float* out) {
     if (dtype == FLOAT32) {
         if (count) std::memcpy(out, static_cast<const float*>(x) + offset, count * sizeof(float));
     } else if (dtype == BFLOAT16) {
@@ -163,9 +163,10 @@ void store(void* y, int dtype, int64_t at, float value) {
 
 // Largest magnitude as float bits (they are ordered like the magnitudes).
 INLINE uint32_t largest_bits(const float* x, int64_t count) {
-    uint32_t largest = 0;
-    for (int64_t i = 0; i < count; i++) largest = std::max(largest, bits_of(x[i]) & 0x7fffffffu);
-    return largest;
+    int32_t largest = 0;
+    for (int64_t i = 0; i < count; i++)
+        largest = std::max(largest, int32_t(bits_of(x[i]) & 0x7fffffffu));
+    return uint32_t(largest);
 }
 
 // Nearest E4M3 value, ties to even, of a float in -448..448.
@@ -337,9 +338,10 @@ struct RoundedBlock {
 // scaled magnitudes that sum to s = sum 4m, the cost sum h (h - 4m) is sum_i step_i * G(t_i): going
 // from half-unit i to i+1 costs step * (t - 4m), for every element at or above the threshold. All
 // in units of 2^-23, exact in int64.
-INLINE int least_error(const int32_t* fixed, int block, const Book& book) {
+template <int B>
+INLINE int least_error(const int32_t* fixed, const Book& book) {
     int64_t cells[2][kCells] = {};  // count << 40 | sum; two, so that equal cells do not wait
-    for (int i = 0; i < block; i += 2) {
+    for (int i = 0; i < B; i += 2) {
         cells[0][fixed[i] >> 23] += fixed[i] + (int64_t(1) << 40);
         cells[1][fixed[i + 1] >> 23] += fixed[i + 1] + (int64_t(1) << 40);
     }
@@ -362,11 +364,12 @@ INLINE int least_error(const int32_t* fixed, int block, const Book& book) {
     return best;
 }
 
-INLINE int least_online_cost(const int32_t* fixed, int block, int largest_cell, const Book& book) {
+template <int B>
+INLINE int least_online_cost(const int32_t* fixed, int largest_cell, const Book& book) {
     const int range = std::min(15, std::max(8, (largest_cell + 1) >> 1));
     const uint64_t* cost = book.online_cost[15 - range];
     uint64_t sum = 0;  // a lane reaches 64 * 121
-    for (int i = 0; i < block; i++) sum += cost[fixed[i] >> 23];
+    for (int i = 0; i < B; i++) sum += cost[fixed[i] >> 23];
     int best = 0;
     for (int v = 1; v < book.variants; v++)
         if ((sum >> 16 * v & 0xffff) < (sum >> 16 * best & 0xffff)) best = v;
@@ -374,28 +377,28 @@ INLINE int least_online_cost(const int32_t* fixed, int block, int largest_cell, 
 }
 
 // Rounds one block of finite values; `codes` gets one byte per element.
-INLINE RoundedBlock round_block(const float* x, int block, int row_exponent, int exponent, int rule,
-                         int window, const Book& book, uint8_t* codes) {
+template <int B>
+INLINE RoundedBlock round_block(const float* x, int row_exponent, int exponent, int rule,
+                                int window, const Book& book, uint8_t* codes) {
     const int delta = std::min(row_exponent - exponent, window);
     // 4m in units of 2^-23, truncated: exact from 4m = 1 on; below, the element is 0 everywhere
     const float scale = power_of_two(2 - (row_exponent - delta));
-    int32_t fixed[64];
-    int32_t largest = 0;
-    for (int i = 0; i < block; i++) {
+    int32_t fixed[B];
+    int32_t any = 0;
+    for (int i = 0; i < B; i++) {
         fixed[i] = int32_t(float_of(bits_of(x[i]) & 0x7fffffffu) * scale * 0x1p23f);
-        largest = std::max(largest, fixed[i]);
+        any |= fixed[i];
     }
-    if (largest >> 23 == 0) {
-        std::memset(codes, 0, block);
+    if (any >> 23 == 0) {
+        std::memset(codes, 0, B);
         return {0, 0};
     }
-    const int id = rule == EXACT_ERROR ? least_error(fixed, block, book)
-                                       : least_online_cost(fixed, block, largest >> 23, book);
-    const uint8_t* index = book.index[id];
-    for (int i = 0; i < block; i++) {
-        const uint8_t magnitude = index[fixed[i] >> 23];
-        codes[i] = magnitude | (magnitude && bits_of(x[i]) >> 31 ? 8 : 0);
-    }
+    int32_t largest = 0;
+    for (int i = 0; i < B; i++) largest = std::max(largest, fixed[i]);
+    const int id = rule == EXACT_ERROR ? least_error<B>(fixed, book)
+                                       : least_online_cost<B>(fixed, largest >> 23, book);
+    for (int i = 0; i < B; i++) codes[i] = book.index[id][fixed[i] >> 23];
+    for (int i = 0; i < B; i++) codes[i] |= codes[i] && bits_of(x[i]) >> 31 ? 8 : 0;
     return {id, delta};
 }
 
@@ -404,10 +407,11 @@ INLINE int block_exponent(uint32_t largest) {
 }
 
 // Exponents of a row's blocks and, as the result, of the row; kNanRow for NaN or Inf.
-INLINE int row_exponents(const float* x, int64_t blocks, int block, uint32_t* largest) {
+template <int B>
+INLINE int row_exponents(const float* x, int64_t blocks, uint32_t* largest) {
     uint32_t top = 0;
     for (int64_t b = 0; b < blocks; b++) {
-        largest[b] = largest_bits(x + b * block, block);
+        largest[b] = largest_bits(x + b * B, B);
         top = std::max(top, largest[b]);
     }
     return top >= kInfinity ? kNanRow : block_exponent(top);
@@ -426,47 +430,43 @@ struct Aligned {  // uninitialised, on a cache line
     std::unique_ptr<char[]> memory;
 };
 
-// Position inside a block: every 32 (or 16) elements are stored as their even, then their odd ones,
-// the order in which the nibbles of the codes come out of the decoder.
-INLINE int64_t plane(int64_t i, int block) {
-    const int chunk = std::min(block, 32);
-    return i / chunk * chunk + (i & 1) * (chunk / 2) + i % chunk / 2;
-}
-
 // Tokens rounded to half-units.
 struct Rounded {
     Rounded(int64_t tokens, int64_t padded, int block)
         : padded(padded), blocks(padded / block), half_units(tokens * padded),
           scale(tokens * blocks), offset(tokens * blocks), exponent(tokens) {}
     int64_t padded, blocks;
-    Aligned<int8_t> half_units;  // [T, Kp], in planes
+    // Every 32 (B = 16: 16) elements are stored as their even, then their odd ones, the order in
+    // which the nibbles of the codes come out of the decoder.
+    Aligned<int8_t> half_units;  // [T, Kp]
     Aligned<float> scale;        // [T, Kp/B], 2^-delta
     Aligned<int32_t> offset;     // [T, Kp/B], 16 * sum of the block's half-units
     Aligned<int32_t> exponent;   // [T], R
 };
 
-void round_token(const void* x, int dtype, int64_t token, int64_t columns, int block,
-                 const Book& book, float* row, uint32_t* largest, Rounded& out) {
+template <int B>
+INLINE void round_token_in(const void* x, int dtype, int64_t token, int64_t columns,
+                           const Book& book, float* row, uint32_t* largest, Rounded& out) {
+    constexpr int kChunk = B < 32 ? B : 32;
     load_row(x, dtype, token * columns, columns, out.padded, row);
-    const int row_exponent = row_exponents(row, out.blocks, block, largest);
+    const int row_exponent = row_exponents<B>(row, out.blocks, largest);
     out.exponent.get()[token] = row_exponent;
-    if (row_exponent == kNanRow) std::fill(row, row + out.padded, 0.0f);
     for (int64_t b = 0; b < out.blocks; b++) {
-        uint8_t codes[64];
+        uint8_t codes[B] = {};
         RoundedBlock rounded = {0, 0};
-        if (row_exponent == kNanRow)
-            std::memset(codes, 0, sizeof codes);
-        else
-            rounded = round_block(row + b * block, block, row_exponent, block_exponent(largest[b]),
-                                  ONLINE, kWindow, book, codes);
-        int8_t* half_units = out.half_units.get() + token * out.padded + b * block;
+        if (row_exponent != kNanRow)
+            rounded = round_block<B>(row + b * B, row_exponent, block_exponent(largest[b]), ONLINE,
+                                     kWindow, book, codes);
+        int8_t* half_units = out.half_units.get() + token * out.padded + b * B;
         const int8_t* table = book.half_units[rounded.id];
         int sum = 0;
-        for (int i = 0; i < block; i++) {
-            const int8_t h = table[codes[i]];
-            half_units[plane(i, block)] = h;
-            sum += h;
-        }
+        for (int c = 0; c < B; c += kChunk)
+            for (int i = 0; i < kChunk / 2; i++) {
+                const int8_t even = table[codes[c + 2 * i]], odd = table[codes[c + 2 * i + 1]];
+                half_units[c + i] = even;
+                half_units[c + kChunk / 2 + i] = odd;
+                sum += even + odd;
+            }
         out.scale.get()[token * out.blocks + b] = power_of_two(-rounded.delta);
         out.offset.get()[token * out.blocks + b] = 16 * sum;
     }
@@ -481,8 +481,8 @@ struct Wide {
     Aligned<float> scale;    // [T]; NaN for a token with NaN or Inf
 };
 
-void widen_token(const void* x, int dtype, int64_t token, int64_t columns, int format, float* row,
-                 Wide& out) {
+INLINE void widen_token_in(const void* x, int dtype, int64_t token, int64_t columns, int format,
+                           float* row, Wide& out) {
     load_row(x, dtype, token * columns, columns, out.padded, row);
     float scale = 1.0f;
     if (format == FP8) {
@@ -501,6 +501,67 @@ void widen_token(const void* x, int dtype, int64_t token, int64_t columns, int f
     double* values = out.values.get() + token * out.padded;
     for (int64_t i = 0; i < out.padded; i++) values[i] = row[i];
 }
+
+// Where a quantized matrix goes; rows of padded / 2 codes and padded / block meta bytes.
+struct Packed {
+    uint8_t* codes;
+    uint8_t* meta;
+    int8_t* row_exponent;
+    int64_t* below_window;
+};
+
+template <int B>
+INLINE void quantize_row_in(const void* x, int dtype, int64_t row, int64_t columns, int64_t padded,
+                            int rule, int window, const Book& book, float* values,
+                            uint32_t* largest, const Packed& out) {
+    const int64_t blocks = padded / B;
+    load_row(x, dtype, row * columns, columns, padded, values);
+    const int exponent = row_exponents<B>(values, blocks, largest);
+    int64_t below_window = 0;
+    for (int64_t b = 0; b < blocks; b++) {
+        uint8_t unpacked[B] = {};
+        RoundedBlock rounded = {0, 0};
+        if (exponent != kNanRow) {
+            const int own = block_exponent(largest[b]);
+            rounded = round_block<B>(values + b * B, exponent, own, rule, window, book, unpacked);
+            below_window += exponent - own > window && largest[b] > 0;
+        }
+        out.meta[row * blocks + b] = uint8_t(rounded.delta << book.id_bits | rounded.id);
+        uint8_t* codes = out.codes + (row * padded + b * B) / 2;
+        for (int j = 0; j < B / 2; j++)
+            codes[j] = uint8_t(unpacked[2 * j] | unpacked[2 * j + 1] << 4);
+    }
+    out.row_exponent[row] = int8_t(exponent);
+    out.below_window[row] = below_window;
+}
+
+// The row functions by block size, compiled for any processor and for AVX2: the same operations.
+#define ROW_FUNCTIONS(suffix, target)                                                   \
+    template <class... Rest>                                                            \
+    target void round_token##suffix(int block, Rest&&... rest) {                        \
+        if (block == 16) return round_token_in<16>(rest...);                            \
+        if (block == 32) return round_token_in<32>(rest...);                            \
+        return round_token_in<64>(rest...);                                             \
+    }                                                                                   \
+    template <class... Rest>                                                            \
+    target void quantize_row##suffix(int block, Rest&&... rest) {                       \
+        if (block == 16) return quantize_row_in<16>(rest...);                           \
+        if (block == 32) return quantize_row_in<32>(rest...);                           \
+        return quantize_row_in<64>(rest...);                                            \
+    }                                                                                   \
+    template <class... Rest>                                                            \
+    target void widen_token##suffix(Rest&&... rest) {                                   \
+        widen_token_in(rest...);                                                        \
+    }
+
+ROW_FUNCTIONS(_portable, )
+#if DIALECT_X86
+ROW_FUNCTIONS(_avx2, AVX2)
+#define BY_FEATURES(function, features, ...) \
+    ((features) >= AVX2_FMA ? function##_avx2(__VA_ARGS__) : function##_portable(__VA_ARGS__))
+#else
+#define BY_FEATURES(function, features, ...) function##_portable(__VA_ARGS__)
+#endif
 
 // ---- weights -----------------------------------------------------------------------------------
 
@@ -938,7 +999,8 @@ void linear_dialect(const void* x, int64_t tokens, const Reader& r, const Output
     const int block = r.w.block;
     Rounded rounded(tokens, r.padded, block);
     for_each_row(tokens, r.padded, block, threads, [&](float* row, uint32_t* maxima, int64_t t) {
-        round_token(x, out.dtype, t, r.w.columns, block, r.book, row, maxima, rounded);
+        BY_FEATURES(round_token, features, block, x, out.dtype, t, r.w.columns, r.book, row, maxima,
+                    rounded);
     });
 #if DIALECT_X86
     if (features >= AVX2_FMA && r.w.rows >= 8) {
@@ -960,7 +1022,7 @@ void linear_wide(const void* x, int64_t tokens, const Reader& r, const Output& o
     const int block = r.w.block;
     Wide wide(tokens, r.padded);
     for_each_row(tokens, r.padded, block, threads, [&](float* row, uint32_t*, int64_t t) {
-        widen_token(x, out.dtype, t, r.w.columns, format, row, wide);
+        BY_FEATURES(widen_token, features, x, out.dtype, t, r.w.columns, format, row, wide);
     });
 #if DIALECT_X86
     if (features >= AVX2_FMA && r.w.rows >= 8) {
@@ -976,29 +1038,6 @@ void linear_wide(const void* x, int64_t tokens, const Reader& r, const Output& o
     for_each_tile(r, tokens, 1, threads, [&](int64_t row, int64_t first, int64_t count) {
         wide_row(r, wide, out, format, row, first, count);
     });
-}
-
-void quantize_row(const void* x, int dtype, int64_t row, int64_t columns, int64_t padded, int block,
-                  int rule, int window, const Book& book, float* values, uint32_t* maxima,
-                  uint8_t* codes, uint8_t* meta, int8_t* row_exponent, int64_t* below_window) {
-    const int64_t blocks = padded / block;
-    load_row(x, dtype, row * columns, columns, padded, values);
-    const int exponent = row_exponents(values, blocks, block, maxima);
-    *row_exponent = int8_t(exponent);
-    *below_window = 0;
-    for (int64_t b = 0; b < blocks; b++, codes += block / 2) {
-        uint8_t unpacked[64] = {};
-        RoundedBlock rounded = {0, 0};
-        if (exponent != kNanRow) {
-            const int own = block_exponent(maxima[b]);
-            rounded = round_block(values + b * block, block, exponent, own, rule, window, book,
-                                  unpacked);
-            *below_window += exponent - own > window && maxima[b] > 0;
-        }
-        meta[b] = uint8_t(rounded.delta << book.id_bits | rounded.id);
-        for (int j = 0; j < block / 2; j++)
-            codes[j] = uint8_t(unpacked[2 * j] | unpacked[2 * j + 1] << 4);
-    }
 }
 
 template <class Call>
@@ -1032,13 +1071,13 @@ int32_t dialect_features() {
 int32_t dialect_quantize(const void* x, int32_t dtype, int64_t rows, int64_t columns,
                          const Book* book, int32_t block, int32_t rule, int32_t window,
                          uint8_t* codes, uint8_t* meta, int8_t* row_exponent,
-                         int64_t* below_window, int32_t threads) {
+                         int64_t* below_window, int32_t threads, int32_t features) {
     const int64_t padded = (columns + block - 1) / block * block;
+    const Packed out = {codes, meta, row_exponent, below_window};
     return guarded([&] {
         for_each_row(rows, padded, block, threads, [&](float* values, uint32_t* maxima, int64_t n) {
-            quantize_row(x, dtype, n, columns, padded, block, rule, window, *book, values, maxima,
-                         codes + n * (padded / 2), meta + n * (padded / block), row_exponent + n,
-                         below_window + n);
+            BY_FEATURES(quantize_row, features, block, x, dtype, n, columns, padded, rule, window,
+                        *book, values, maxima, out);
         });
     });
 }
