@@ -23,6 +23,7 @@ from demo.train.train import (
     CACHE,
     MEASURED_TOKENS,
     Checkpoint,
+    Recipe,
     held_out_loss,
     new_model,
     prepare,
@@ -106,6 +107,18 @@ def plot(curve: list[dict[str, Any]], path: Path) -> None:
 def card(run: dict[str, Any]) -> str:
     """The model card, as Markdown, from what `run.json` holds."""
     recipe, corpus, model, measured = run["recipe"], run["corpus"], run["model"], run["held_out"]
+    plan = Recipe(**recipe)
+    schedule = (
+        f"up in {plan.warmup_steps} steps, level to step {plan.fall_start:,}, then on a line that "
+        f"reaches zero at step {plan.steps:,}"
+    )
+    command = f"python -m demo.train.train --steps {plan.steps}"
+    if plan.landing is not None:
+        schedule += (
+            f", landed earlier: on top of it a line from step {plan.end - plan.landing_steps:,} to "
+            f"zero at step {plan.end:,}, where the run ended"
+        )
+        command += f" --landing {plan.landing}"
     rows = [
         ("weights", f"{model['weights']:,}, bfloat16, {model['bytes']:,} bytes"),
         ("shape", model["shape"]),
@@ -114,10 +127,11 @@ def card(run: dict[str, Any]) -> str:
         ("text", f"{corpus['source']}, {corpus['train_bytes']:,} bytes, "
                  f"{corpus['train_tokens']:,} tokens"),
         ("training", f"{run['steps']:,} steps of {recipe['batch']:,} tokens = {run['tokens']:,} "
-                     f"tokens, {run['seconds'] / 60:.0f} minutes on at most two cores"),
-        ("optimizer", f"Muon (rate {recipe['muon_rate']}) for the layers' matrices, AdamW "
-                      f"({recipe['adamw_rate']}) for the rest; up in {recipe['warmup_steps']} "
-                      f"steps, down over the last {recipe['fall_share']:.0%}"),
+                     f"tokens, {run['seconds'] / 60:.0f} minutes on two cores with other work"),
+        ("precision", "float32" if plan.float32 else "float32, matrix products in bfloat16"),
+        ("optimizer", f"Muon (rate {plan.muon_rate}) for the layers' matrices, AdamW "
+                      f"({plan.adamw_rate}) for the rest, weight decay {plan.weight_decay}"),
+        ("learning rate", schedule),
         ("seed", recipe["seed"]),
         ("versions", ", ".join(f"{name} {value}" for name, value in run["versions"].items())),
         ("last training loss", f"{run['train_loss']:.3f} nats per token"),
@@ -154,9 +168,9 @@ published under Apache-2.0 like the rest of the project.
 
 ## How the perplexity is measured
 All {measured["tokens"]:,} tokens of `demo/heldout.txt` ({measured["bytes"]:,} bytes, \
-{measured["modules"]} modules, none of them trained on), in windows of {measured["window"]} tokens,
-each predicted from `{BEGIN}` and its own earlier tokens: exp of the mean negative log-likelihood
-per token, bfloat16 weights, float32 arithmetic.
+{measured["modules"]} modules, none of them trained on),
+in windows of {measured["window"]} tokens, each predicted from `{BEGIN}` and its own earlier tokens:
+exp of the mean negative log-likelihood per token, bfloat16 weights, float32 arithmetic.
 
 ## Greedy completions
 
@@ -165,7 +179,7 @@ per token, bfloat16 weights, float32 arithmetic.
 ## Making it again
 ```
 python -m demo.train.corpus                    # manifest.json and heldout.txt
-python -m demo.train.train --steps {run["steps"]}
+{command}
 python -m demo.train.publish                   # this folder, loss.csv, loss.png, run.json
 ```
 The text, the tokenizer, the first weights and every batch follow from the seed. The weights will

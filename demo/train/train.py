@@ -63,6 +63,10 @@ class Recipe:
     final_context: int = CONTEXT
     warmup_steps: int = 100
     fall_share: float = 0.42
+    # A run that is out of time may land earlier: its last `landing_steps` end at step `landing`,
+    # and there the rates fall to zero on top of the fall.
+    landing: int | None = None
+    landing_steps: int = 100
     adamw_rate: float = 8e-3
     muon_rate: float = 2e-2
     weight_decay: float = 0.1
@@ -73,6 +77,10 @@ class Recipe:
     def fall_start(self) -> int:
         return self.steps - max(1, round(self.steps * self.fall_share))
 
+    @property
+    def end(self) -> int:
+        return self.steps if self.landing is None else self.landing
+
     def context_at(self, step: int) -> int:
         return self.context if step < self.fall_start else self.final_context
 
@@ -81,7 +89,8 @@ def learning_rate_at(recipe: Recipe, step: int) -> float:
     """Share of the full learning rate used at `step`: 0..1, up, level, then down to zero."""
     rise = (step + 1) / recipe.warmup_steps
     fall = (recipe.steps - step) / (recipe.steps - recipe.fall_start)
-    return min(1.0, rise, fall)
+    landing = 1.0 if recipe.landing is None else (recipe.landing - step) / recipe.landing_steps
+    return min(1.0, rise, fall) * min(1.0, landing)
 
 
 def batch_at(recipe: Recipe, stream: torch.Tensor, begin: int, step: int) -> torch.Tensor:
@@ -250,18 +259,21 @@ def versions() -> dict[str, str]:
 def refuse_other_recipe(recipe: Recipe, progress: dict[str, Any]) -> None:
     """Raise ValueError unless the run behind `progress` is one that `recipe` would have made."""
     earlier = Recipe(**progress["recipe"])
-    if replace(earlier, steps=recipe.steps, fall_share=recipe.fall_share) != recipe:
+    plan = ("steps", "fall_share", "landing", "landing_steps")
+    if replace(earlier, **{name: getattr(recipe, name) for name in plan}) != recipe:
         raise ValueError(
             f"the checkpoint was trained with {earlier}, not with {recipe}: go on with that recipe,"
             " or remove the checkpoint"
         )
-    fall_start = min(earlier.fall_start, recipe.fall_start)
-    if earlier != recipe and progress["step"] > fall_start:
-        raise ValueError(
-            f"--steps {recipe.steps} comes too late: the checkpoint is at step {progress['step']},"
-            f" and of {earlier.steps} or {recipe.steps} steps the learning rate falls from step"
-            f" {fall_start} on; use --steps {earlier.steps}"
+    for step in range(progress["step"]):
+        was, would_be = (
+            (learning_rate_at(one, step), one.context_at(step)) for one in (earlier, recipe)
         )
+        if was != would_be:
+            raise ValueError(
+                f"the checkpoint is at step {progress['step']}, and from step {step} on it was"
+                f" trained otherwise than {recipe} says: go on with {earlier}"
+            )
 
 
 def take_step(
@@ -293,7 +305,7 @@ def train(recipe: Recipe, data: Data, cache: Path, until: int | None = None) -> 
     Raises ValueError for a checkpoint that another recipe made.
     """
     begin = data.tokenizer.bos_token_id
-    stop = recipe.steps if until is None else min(until, recipe.steps)
+    stop = recipe.end if until is None else min(until, recipe.end)
     model = new_model(recipe.seed)
     optimizers = new_optimizers(model, recipe)
     checkpoint = Checkpoint(cache)
@@ -344,10 +356,11 @@ def main() -> None:
     parser.add_argument(
         "--cache", type=Path, default=CACHE, help="folder for checkpoint and tokens"
     )
+    parser.add_argument("--landing", type=int, help="end at this step, before --steps")
     parser.add_argument("--until", type=int, help="stop after this step, to be resumed")
     parser.add_argument("--float32", action="store_true", help="matrix products in float32")
     args = parser.parse_args()
-    recipe = Recipe(steps=args.steps, float32=args.float32)
+    recipe = Recipe(steps=args.steps, landing=args.landing, float32=args.float32)
     train(recipe, prepare(args.cache), args.cache, args.until)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,12 @@ def test_learning_rate_rises_stays_and_falls() -> None:
     recipe = Recipe(steps=10, warmup_steps=4, fall_share=0.4)
     shares = [learning_rate_at(recipe, step) for step in range(10)]
     assert shares == [0.25, 0.5, 0.75, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+
+
+def test_learning_rate_lands_early() -> None:
+    recipe = Recipe(steps=10, warmup_steps=1, fall_share=0.4, landing=8, landing_steps=2)
+    shares = [learning_rate_at(recipe, step) for step in range(recipe.end)]
+    assert shares == [1, 1, 1, 1, 1, 1, 1, 0.75 / 2]
 
 
 @pytest.mark.parametrize(("step", "context"), [(0, 256), (2, 512)])
@@ -86,8 +93,8 @@ def test_a_stopped_run_resumes_bit_for_bit(data: Data, tmp_path: Path) -> None:
 def test_another_recipe_is_refused(data: Data, tmp_path: Path) -> None:
     train(RECIPE, data, tmp_path, until=3)
     before = (tmp_path / "checkpoint.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="--steps 8 comes too late: the checkpoint is at step 3"):
-        train(Recipe(**{**vars(RECIPE), "steps": 8}), data, tmp_path)
+    with pytest.raises(ValueError, match="at step 3, and from step 2 on it was trained otherwise"):
+        train(replace(RECIPE, steps=8), data, tmp_path)
     with pytest.raises(ValueError, match="go on with that recipe, or remove the checkpoint"):
-        train(Recipe(**{**vars(RECIPE), "seed": 1}), data, tmp_path)
+        train(replace(RECIPE, seed=1), data, tmp_path)
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
