@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from pydantic import ValidationError
@@ -172,7 +172,8 @@ def plan(
         Path | None, typer.Option("--output", "-o", help="File for `quantize --overrides`.")
     ] = None,
     objective: Annotated[
-        str, typer.Option(help="What to make small, summed over the layers: error or relative.")
+        Literal["error", "relative"],
+        typer.Option(help="Make the summed squared error small, or that relative to each layer."),
     ] = "error",
     ignore: Ignore = None,
     targets: Targets = None,
@@ -187,8 +188,6 @@ def plan(
     from .report import dialect_format
 
     with _one_sentence_errors():
-        if objective not in ("error", "relative"):
-            raise ValueError(f"--objective: {objective!r}; allowed are error and relative")
         formats = [dialect_format(block_size) for block_size in BLOCK_SIZES]
         layers = _measured(src, formats, ignore, targets, lm_head, max_rows)
         found = plan_bits(layers, bits, objective)
