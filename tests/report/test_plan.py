@@ -139,12 +139,12 @@ def test_a_budget_below_the_largest_blocks_is_refused():
 def test_the_command_writes_what_quantize_takes(tiny_model, tmp_path):
     file, packed = tmp_path / "overrides.json", tmp_path / "packed"
     source = str(tiny_model())
-    arguments = ["plan", source, "--bits", "4.31", "--output", str(file)]
+    arguments = ["plan", source, "--bits", "4.35", "--output", str(file)]
     planned = CliRunner().invoke(app, arguments)
     assert planned.exit_code == 0, planned.stderr
     assert "gain +" in planned.stdout
     overrides = json.loads(file.read_text())
-    assert {entry["block_size"] for entry in overrides.values()} == {16, 64}
+    assert {"block_size": 16} in overrides.values()
     done = CliRunner().invoke(app, ["quantize", source, str(packed), "--overrides", str(file)])
     assert done.exit_code == 0, done.stderr
     written = open_packed(packed)
@@ -154,14 +154,14 @@ def test_the_command_writes_what_quantize_takes(tiny_model, tmp_path):
         assert weight.block_size == overrides.get(name, {"block_size": 32})["block_size"]
         weights += weight.shape[0] * weight.shape[1]
         bits += 8 * weight.nbytes
-    assert 4.30 < bits / weights <= 4.31
+    assert 4.31 < bits / weights <= 4.35
     assert f"{bits / weights:.4f} bits per weight" in " ".join(planned.stdout.split())
 
 
 def test_the_command_refuses_what_cannot_be_done(tiny_model, tmp_path):
     file = tmp_path / "overrides.json"
     for arguments, sentence in (
-        (["--bits", "4.0"], "the largest blocks need 4.17"),
+        (["--bits", "4.0"], "the largest blocks need 4.1806"),
         (["--bits", "4.3", "--targets", "nothing"], "matches no layer"),
     ):
         refused = CliRunner().invoke(app, ["plan", str(tiny_model()), "-o", str(file), *arguments])
