@@ -1,89 +1,99 @@
 """Emulation in transformers: the layers a packed checkpoint names, in another number format.
 
 The server's numbers are checked against it, and MXFP4, which no CPU engine serves, is measured by
-it. Activations between the layers have the model's own dtype, as in the server.
+it. It is made of the reference's rounding and torch's float32 products only, so that it shares no
+kernel with the server. Activations between the layers are bfloat16, as in the server.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
-from dialect_kernels import PackedTensor, dialect_linear
-from dialect_kernels.reference import quantize_mxfp4
-from dialect_plugin.checkpoint import open_packed
+from dialect_kernels import reference
+from dialect_plugin.checkpoint import PackedCheckpoint, open_packed
 
-__all__ = ["emulate_blockdialect", "emulate_mxfp4", "load_bf16"]
+__all__ = ["RoundedLinear", "emulate_blockdialect", "emulate_mxfp4", "load_bf16"]
 
-Emulated = Callable[[torch.nn.Linear, str], torch.nn.Module]
+Rounding = Callable[[torch.Tensor], torch.Tensor]
+"""[T, K] in any dtype -> the rounded values, float32 [T, K]."""
 
 
-class _DialectLayer(torch.nn.Module):
-    """The packed weight of one layer, applied to rounded activations."""
+class RoundedLinear(torch.nn.Module):
+    """A linear layer on rounded operands: products and bias in float32, one rounding at the end.
 
-    def __init__(self, packed: PackedTensor, bias: torch.Tensor | None, fmt: str) -> None:
+    Args:
+        weight: the weight's rounded values, float32 [N, K].
+        bias: [N] or None.
+        rounding: what is done to the activations.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rounding: Rounding) -> None:
         super().__init__()
-        self.packed, self.bias, self.activation_format = packed, bias, fmt
+        self.weight = weight
+        self.bias = None if bias is None else bias.detach().float()
+        self.rounding = rounding
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., K] -> [..., N]."""
-        return dialect_linear(x, self.packed, self.bias, self.activation_format)
-
-
-class _Mxfp4Layer(torch.nn.Module):
-    """W4A4 in MXFP4-32: weights and activations rounded, products in float32."""
-
-    def __init__(self, layer: torch.nn.Linear) -> None:
-        super().__init__()
-        self.weight, self.bias = quantize_mxfp4(layer.weight.detach()), layer.bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., K] -> [..., N]."""
-        rounded = quantize_mxfp4(x.reshape(-1, x.shape[-1]))
-        bias = None if self.bias is None else self.bias.float()
-        y = F.linear(rounded, self.weight, bias)
+        """[..., K] -> [..., N] in x's dtype."""
+        y = F.linear(self.rounding(x.reshape(-1, x.shape[-1])), self.weight, self.bias)
         return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
 
 def load_bf16(model: Path) -> PreTrainedModel:
-    """The 16-bit model."""
+    """The model in bfloat16."""
+    logging.disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(
         model, dtype=torch.bfloat16, local_files_only=True
     ).eval()
 
 
-def emulate_blockdialect(model: Path, packed: Path, activation_format: str) -> PreTrainedModel:
-    """The model with the packed checkpoint's layers.
+def emulate_blockdialect(model: Path, packed: Path) -> PreTrainedModel:
+    """The model in W4A4: the packed checkpoint's weights, activations rounded per token.
 
     Args:
         model: directory of the 16-bit checkpoint.
         packed: directory that ``blockdialect quantize`` made of it.
-        activation_format: ``"dialect"``, ``"fp8"`` or ``"none"``.
     """
     checkpoint = open_packed(packed)
 
-    def emulated(layer: torch.nn.Linear, name: str) -> torch.nn.Module:
-        return _DialectLayer(checkpoint.read(name), layer.bias, activation_format)
+    def rounded(layer: torch.nn.Linear, name: str) -> RoundedLinear:
+        p = checkpoint.read(name)
+        rounding = partial(reference.round_activation, book=p.book, block_size=p.block_size)
+        return RoundedLinear(p.dequantize(torch.float32), layer.bias, rounding)
 
-    return _replace(load_bf16(model), checkpoint.layers, emulated)
+    return _replace(load_bf16(model), checkpoint, rounded)
 
 
 def emulate_mxfp4(model: Path, packed: Path) -> PreTrainedModel:
-    """The model with MXFP4-32 weights and activations in the layers that `packed` names."""
-    return _replace(
-        load_bf16(model), open_packed(packed).layers, lambda layer, _: _Mxfp4Layer(layer)
-    )
+    """The model in W4A4 MXFP4-32, in the layers that `packed` names."""
+
+    def rounded(layer: torch.nn.Linear, _: str) -> RoundedLinear:
+        weight = reference.quantize_mxfp4(layer.weight.detach())
+        return RoundedLinear(weight, layer.bias, reference.quantize_mxfp4)
+
+    return _replace(load_bf16(model), open_packed(packed), rounded)
 
 
 def _replace(
-    model: PreTrainedModel, layers: tuple[str, ...], emulated: Emulated
+    model: PreTrainedModel,
+    checkpoint: PackedCheckpoint,
+    rounded: Callable[[torch.nn.Linear, str], RoundedLinear],
 ) -> PreTrainedModel:
-    for name in layers:
+    modules = dict(model.named_modules())
+    for name in checkpoint.layers:
+        layer = modules.get(name)
+        if not isinstance(layer, torch.nn.Linear):
+            raise ValueError(
+                f"{checkpoint.checkpoint.path}: transformers has no linear layer {name} in this "
+                "architecture, so it cannot be emulated; serve the model with make serve"
+            )
         parent, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        setattr(owner, leaf, emulated(getattr(owner, leaf), name))
+        setattr(modules[parent], leaf, rounded(layer, name))
     return model

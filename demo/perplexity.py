@@ -1,60 +1,83 @@
-"""Perplexity of a text, by a running server or by a model in this process, counted alike.
+"""Log-probabilities of a text's tokens, by a running server or by a model in this process.
 
-The text is cut into windows that do not overlap; in each, every token but the first is predicted
-from those before it. Perplexity is ``exp`` of the mean negative log-probability.
+The text is cut into windows that do not overlap. In each, every token but the first is predicted
+from those before it; where the tokenizer has a begin token, that is the first of every window.
+Perplexity is ``exp`` of the mean negative log-probability.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from .server import Server
 
-__all__ = ["model_perplexity", "server_perplexity", "windows"]
+__all__ = ["model_logprobs", "perplexity", "predicted", "server_logprobs", "windows"]
+
+Windows = Sequence[list[int]]
 
 
-def windows(tokens: list[int], length: int, limit: int) -> list[list[int]]:
-    """Cut the first `limit` tokens into windows of `length`; a last one of one token is dropped."""
-    parts = [tokens[i : min(i + length, limit)] for i in range(0, min(len(tokens), limit), length)]
+def windows(
+    tokens: list[int], length: int, limit: int, begin: int | None = None
+) -> list[list[int]]:
+    """Cut the first `limit` tokens into windows; a window that predicts nothing is dropped.
+
+    Args:
+        tokens: token ids of the text.
+        length: most tokens in a window, `begin` included.
+        limit: how many of `tokens` to use.
+        begin: token id to begin every window with, or None.
+    """
+    head = [] if begin is None else [begin]
+    step = length - len(head)
+    used = tokens[:limit]
+    parts = [head + used[i : i + step] for i in range(0, len(used), step)]
     return [part for part in parts if len(part) > 1]
 
 
-def server_perplexity(
-    server: Server, parts: Iterable[list[int]], done: Callable[[], object] = lambda: None
-) -> float:
-    """Perplexity from the prompt log-probabilities of a running server.
+def predicted(parts: Windows) -> int:
+    """How many tokens of the windows are predicted."""
+    return sum(len(part) - 1 for part in parts)
+
+
+def perplexity(logprobs: torch.Tensor) -> float:
+    """``exp`` of the mean of ``-logprobs``."""
+    return math.exp(-float(logprobs.double().mean()))
+
+
+def server_logprobs(
+    server: Server, parts: Windows, done: Callable[[], object] = lambda: None
+) -> torch.Tensor:
+    """Natural log-probabilities of the predicted tokens, from a running server over HTTP.
 
     Args:
         server: the server.
         parts: windows of token ids.
         done: called after each window.
+
+    Returns:
+        float64 [number of predicted tokens].
     """
-    total, count = 0.0, 0
+    found: list[float] = []
     for part in parts:
         choice = server.complete(part, max_tokens=1, prompt_logprobs=0)
         scored = zip(part[1:], choice["prompt_logprobs"][1:], strict=True)
-        total += sum(by_token[str(token)]["logprob"] for token, by_token in scored)
-        count += len(part) - 1
+        found += [by_token[str(token)]["logprob"] for token, by_token in scored]
         done()
-    return math.exp(-total / count)
+    return torch.tensor(found, dtype=torch.float64)
 
 
 @torch.inference_mode()
-def model_perplexity(
-    model: torch.nn.Module,
-    parts: Iterable[list[int]],
-    done: Callable[[], object] = lambda: None,
-) -> float:
-    """Perplexity of a transformers model; `done` is called after each window."""
-    total, count = 0.0, 0
+def model_logprobs(
+    model: torch.nn.Module, parts: Windows, done: Callable[[], object] = lambda: None
+) -> torch.Tensor:
+    """The same from a transformers model in this process."""
+    found: list[torch.Tensor] = []
     for part in parts:
         tokens = torch.tensor([part])
         logits = model(tokens).logits[0, :-1].float()
-        chosen = logits.log_softmax(dim=-1).gather(1, tokens[0, 1:, None])
-        total += float(chosen.double().sum())
-        count += len(part) - 1
+        found.append(logits.log_softmax(dim=-1).gather(1, tokens[0, 1:, None])[:, 0].double())
         done()
-    return math.exp(-total / count)
+    return torch.cat(found)

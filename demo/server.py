@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +19,10 @@ __all__ = ["Server", "ServerError", "serve_command", "serve_environment"]
 
 _START_SECONDS = 900
 _STOP_SECONDS = 60
+_KILL_SECONDS = 10
+_SHOWN_LINES = 12
+_FAULT = re.compile(r"\b(?:[A-Z]\w*(?:Error|Exception)): .*")
+_CONSEQUENCE = "Engine core initialization failed"  # what vLLM's API server says of any such fault
 
 
 class ServerError(RuntimeError):
@@ -41,7 +46,7 @@ def serve_environment() -> dict[str, str]:
 
 
 class Server:
-    """A running server, as a context manager.
+    """A server, running inside a ``with`` block.
 
     Args:
         model: directory of the checkpoint.
@@ -70,11 +75,6 @@ class Server:
                 env=serve_environment(),
                 start_new_session=True,  # its workers too can then be stopped as one group
             )
-        try:
-            self._wait_until_healthy()
-        except BaseException:
-            self.stop()
-            raise
         return self
 
     def __exit__(
@@ -86,17 +86,24 @@ class Server:
         self.stop()
 
     def stop(self) -> None:
-        """Stop the server and its workers; kill what does not go by itself."""
+        """Stop the server and its workers; kill what does not go by itself, or if interrupted.
+
+        Raises:
+            ServerError: if something still listens on its port.
+        """
         self._client.close()
         group = self._process.pid  # it leads its own session
-        for signal_number in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(group, signal_number)
-            except ProcessLookupError:
-                break
-            if self._gone(group):
-                break
-        self._process.wait()
+        try:
+            self._end(group, signal.SIGTERM, _STOP_SECONDS)
+        finally:
+            self._end(group, signal.SIGKILL, _KILL_SECONDS)
+            self._process.wait()
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                raise ServerError(
+                    f"the server was stopped, but something still listens on port {self.port}; "
+                    "see which process does"
+                )
 
     def complete(self, prompt: str | list[int], **options: Any) -> dict[str, Any]:
         """POST /v1/completions; the first choice of the answer.
@@ -116,7 +123,12 @@ class Server:
         choice: dict[str, Any] = answer.json()["choices"][0]
         return choice
 
-    def _wait_until_healthy(self) -> None:
+    def wait_until_ready(self) -> None:
+        """Return as soon as the server answers.
+
+        Raises:
+            ServerError: if it ends before, or takes longer than a quarter of an hour.
+        """
         deadline = time.monotonic() + _START_SECONDS
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
@@ -131,20 +143,26 @@ class Server:
         raise ServerError(f"vllm serve was not ready after {_START_SECONDS} s{self._log_end()}")
 
     def _log_end(self) -> str:
+        """The last fault that the log names, and the log's last lines."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return "; the end of its log:\n" + "\n".join(f"    {line}" for line in lines[-12:])
+        faults = [
+            found[0] for line in lines if _CONSEQUENCE not in line if (found := _FAULT.search(line))
+        ]
+        reason = f" ({faults[-1]})" if faults else ""
+        shown = "\n".join(f"    {line}" for line in lines[-_SHOWN_LINES:])
+        return f"{reason}; the end of {self.log}:\n{shown}"
 
-    def _gone(self, group: int) -> bool:
-        """Whether the whole group ended within the time allowed."""
-        deadline = time.monotonic() + _STOP_SECONDS
-        while time.monotonic() < deadline:
-            self._process.poll()
-            try:
+    def _end(self, group: int, signal_number: int, seconds: float) -> None:
+        """Signal the whole group, if there is one left, and wait until it is gone."""
+        deadline = time.monotonic() + seconds
+        try:
+            os.killpg(group, signal_number)
+            while time.monotonic() < deadline:
+                self._process.poll()
                 os.killpg(group, 0)
-            except ProcessLookupError:
-                return True
-            time.sleep(0.1)
-        return False
+                time.sleep(0.1)
+        except ProcessLookupError:
+            return
 
 
 def _free_port() -> int:

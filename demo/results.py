@@ -1,0 +1,86 @@
+"""What a demonstration finds, and how it is shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["Demonstration", "Figures", "completions_table", "figures_table"]
+
+
+@dataclass
+class Figures:
+    """One format's row.
+
+    Attributes:
+        name: the format.
+        bytes: of the tensors on disk; computed for MXFP4, which is not stored.
+        perplexity: on the held-out text.
+        source: ``"server"`` or ``"emulated"``: where `perplexity` comes from.
+        completions: greedy continuations of the prompts, by the server.
+        emulated_perplexity: the emulation's, where it was compared with the server's.
+    """
+
+    name: str
+    bytes: int
+    perplexity: float
+    source: str
+    completions: list[str]
+    emulated_perplexity: float | None = None
+
+
+@dataclass
+class Demonstration:
+    """The result of one run.
+
+    Attributes:
+        model: the model's name.
+        text: name of the held-out text.
+        tokens: how many tokens were predicted.
+        window: most tokens in a window.
+        prompts: what was completed.
+        rows: one a format.
+    """
+
+    model: str
+    text: str
+    tokens: int
+    window: int
+    prompts: list[str]
+    rows: list[Figures]
+
+
+def completions_table(result: Demonstration, prompt: int) -> Table:
+    """The continuations of one prompt, one under the other."""
+    table = Table(title=f"prompt {escape(repr(result.prompts[prompt]))}", title_justify="left")
+    table.add_column("served as", no_wrap=True)
+    table.add_column("continuation")
+    for row in result.rows:
+        if row.completions:
+            table.add_row(row.name, Text(row.completions[prompt]), end_section=True)
+    return table
+
+
+def figures_table(result: Demonstration) -> Table:
+    """Size and perplexity of every format; the change against bf16 where that was served."""
+    base = next((row.perplexity for row in result.rows if row.name == "bf16"), None)
+    table = Table(
+        title=f"{escape(result.model)}, {result.tokens:,} tokens of {escape(result.text)}",
+        title_justify="left",
+    )
+    for column in ("format", "MB", "perplexity", "to bf16", "measured by", "emulation says"):
+        table.add_column(column, justify="left" if column in {"format", "measured by"} else "right")
+    for row in result.rows:
+        check = row.emulated_perplexity
+        table.add_row(
+            row.name,
+            f"{row.bytes / 1e6:.2f}",
+            f"{row.perplexity:.3f}",
+            "" if base is None else f"{row.perplexity / base - 1:+.2%}",
+            row.source,
+            "" if check is None else f"{check:.3f}",
+        )
+    return table
