@@ -23,7 +23,8 @@ import torch
 
 from ..formatbook import CELLS, LARGEST_HALF_UNIT, SMALLEST_RANGE, Formatbook
 from ..packed import padded_columns
-from .build import build, library_name
+from .build import build as _build
+from .build import library_name
 
 __all__ = [
     "INSTRUCTIONS",
@@ -164,7 +165,7 @@ def linear(
             raise ValueError(f"bias: has shape {list(bias.shape)}; it must be [{rows}]")
         bias = bias.to(torch.float32).contiguous()
     x = x.contiguous()
-    y = x.new_empty(x.shape[0], rows)
+    y = torch.empty(x.shape[0], rows, dtype=x.dtype)
     _call(
         "dialect_linear",
         x.data_ptr(),
@@ -346,7 +347,7 @@ def _find() -> Path:
         if known.is_file():
             return known
     _log.info("building the CPU kernel in %s", folder)
-    return build(folder)
+    return _build(folder)
 
 
 def _declare(handle: ctypes.CDLL) -> None:

@@ -1,0 +1,173 @@
+"""How the CPU kernel is compiled and found; and the kernel under the sanitizers."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dialect_kernels
+import dialect_kernels.cpu.build as build_module
+
+PACKAGE = Path(dialect_kernels.__file__).parent
+COMPILER = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+
+STATE = "from dialect_kernels import cpu; print(cpu.available(), cpu.why_not())"
+LOGGED = "import logging; logging.basicConfig(level='INFO');"
+
+
+@pytest.fixture
+def source_tree(tmp_path) -> Path:
+    """The package as it lies in a source tree: without a library."""
+    shutil.copytree(
+        PACKAGE,
+        tmp_path / "tree" / "dialect_kernels",
+        ignore=shutil.ignore_patterns("*.so", "__pycache__", ".*"),
+    )
+    return tmp_path / "tree"
+
+
+def run(script: str, tree: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in a fresh interpreter that imports the package from `tree`."""
+    environment = {"PYTHONPATH": str(tree), "XDG_CACHE_HOME": str(tree / "cache")} | environment
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tree,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_built_on_first_use_into_the_cache_folder(source_tree):
+    """Two processes at once; afterwards the folder holds one finished library and nothing else."""
+    script = f"import sys; {STATE}; print(cpu.__file__)"
+    environment = os.environ | {
+        "PYTHONPATH": str(source_tree),
+        "XDG_CACHE_HOME": str(source_tree / "cache"),
+    }
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=source_tree,
+        )
+        for _ in range(2)
+    ]
+    for process in both:
+        state, file = process.communicate()[0].splitlines()
+        assert state == "True None"
+        assert Path(file).is_relative_to(source_tree)
+    folder = source_tree / "cache" / "blockdialect"
+    assert [path.name for path in folder.iterdir()] == [build_module.library_name()]
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_library_beside_the_package_needs_no_compiler(source_tree):
+    """As a package build leaves it; the optimizer is off to save time."""
+    built = build_module.build(source_tree / "dialect_kernels" / "cpu", ("-O0",))
+    assert built.name == build_module.library_name()
+    assert run(STATE, source_tree, CXX="/nonexistent").stdout == "True None\n"
+
+
+def test_without_compiler_one_line_says_why(source_tree):
+    script = LOGGED + STATE + "; cpu.available()"
+    done = run(script, source_tree, CXX="/nonexistent/c++")
+    assert done.stdout.startswith("False /nonexistent/c++ cannot be run")
+    assert done.stderr.count("the CPU kernel is not available, torch does its work") == 1
+
+
+def test_switched_off_by_the_environment(source_tree):
+    done = run(LOGGED + STATE, source_tree, BLOCKDIALECT_CPU_KERNEL="0")
+    assert done.stdout == "False BLOCKDIALECT_CPU_KERNEL=0\n"
+    assert not (source_tree / "cache").exists()
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", f"{sys.executable} -c 'import sys; sys.exit(\"no such flag\")'")
+    with pytest.raises(build_module.CompilerError, match="failed:\nno such flag"):
+        build_module.build(tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_no_compiler_at_all(tmp_path, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(build_module.CompilerError, match="no C\\+\\+ compiler"):
+        build_module.build(tmp_path / "out")
+
+
+def test_the_build_module_loads_by_path_and_without_torch(tmp_path):
+    """As a package build does it."""
+    script = (
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('b', {build_module.__file__!r})\n"
+        "b = importlib.util.module_from_spec(spec); spec.loader.exec_module(b)\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(b.library_name())"
+    )
+    assert run(script, tmp_path).stdout.strip() == build_module.library_name()
+
+
+SANITIZED = """
+from itertools import product
+import torch
+from dialect_kernels import DIALECT_FP4, SEMANTIC_32, cpu, reference
+torch.manual_seed(0)
+assert cpu.available(), cpu.why_not()
+best = cpu.INSTRUCTIONS.index(cpu.features())
+for book, block_size in product((DIALECT_FP4, SEMANTIC_32), (16, 32, 64)):
+    for rows, columns, tokens in ((1, 1, 1), (9, 33, 3), (8, 95, 100), (35, 640, 2), (0, 0, 0)):
+        w = torch.randn(rows, columns) * torch.randn(columns).exp()
+        for rule in book.rules:
+            q = cpu.quantize(w, book, block_size, rule, book.largest_stored_delta)
+            assert torch.equal(q.codes, reference.quantize(w, book, block_size, rule).codes)
+        weights = [tuple(q[:3])]
+        weights.append(tuple(torch.randint(0, 256, t.shape).to(t.dtype) for t in weights[0]))
+        for weight, dtype in product(weights, (torch.float32, torch.float16, torch.bfloat16)):
+            cpu.dequantize(*weight, columns, book, block_size)
+            x = torch.randn(tokens, columns).to(dtype)
+            if tokens > 2:
+                x[1, 0], x[2, -1] = torch.nan, torch.inf
+            for format, instructions in product(
+                ("dialect", "fp8", "none"), cpu.INSTRUCTIONS[: best + 1]
+            ):
+                options = {"threads": 3, "instructions": instructions}
+                cpu.linear(x, *weight, columns, book, block_size, format, **options)
+"""
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_address_and_undefined_behaviour_sanitizers(source_tree):
+    """Reads and writes past a tensor, misaligned and overflowing arithmetic end the process."""
+    libraries = [
+        subprocess.run(
+            [str(COMPILER), f"-print-file-name=lib{name}.so"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for name in ("asan", "ubsan", "stdc++")
+    ]
+    if missing := [name for name in libraries if not Path(name).is_file()]:
+        pytest.skip(f"the compiler has no {', '.join(missing)}")
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
+    build_module.build(source_tree / "dialect_kernels" / "cpu", flags)
+    run(
+        SANITIZED,
+        source_tree,
+        LD_PRELOAD=" ".join(libraries),
+        ASAN_OPTIONS="detect_leaks=0",  # the interpreter keeps its memory until the end
+    )
