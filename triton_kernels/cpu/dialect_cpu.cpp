@@ -13,8 +13,9 @@
 //     minus 16 * sum(x), to float32, times 2^-(deltas), added to 8 float32 accumulators
 //
 // Half-units are stored + 16 because maddubs wants one unsigned operand. No sum leaves int16.
-// The other two activation formats multiply in float64 (products of a float32 and a half-unit are
-// exact there), 16 rows side by side, elements ascending.
+// "fp8": an E4M3 number is an integer of 18 bits times 2^-9, here three signed digits of 7 bits; the
+// same product for each digit, put together as an exact int32. "none": float64, where the product of
+// a float32 and a half-unit is exact, 16 rows side by side, elements ascending.
 
 #include <algorithm>
 #include <atomic>
@@ -430,19 +431,22 @@ struct Aligned {  // uninitialised, on a cache line
     std::unique_ptr<char[]> memory;
 };
 
-// Tokens rounded to half-units.
+// Tokens as small signed integers: half-units, or E4M3 numbers in three digits of 7 bits.
 struct Rounded {
-    Rounded(int64_t tokens, int64_t padded, int block)
-        : padded(padded), blocks(padded / block), half_units(tokens * padded),
-          scale(tokens * blocks), offset(tokens * blocks), exponent(tokens) {}
+    Rounded(int64_t tokens, int64_t padded, int block, int digits)
+        : padded(padded), blocks(padded / block), digits(digits), values(tokens * digits * padded),
+          scale(tokens * blocks), offset(tokens * blocks), token_scale(tokens) {}
     int64_t padded, blocks;
+    int digits;
     // Every 32 (B = 16: 16) elements are stored as their even, then their odd ones, the order in
     // which the nibbles of the codes come out of the decoder.
-    Aligned<int8_t> half_units;  // [T, Kp]
-    Aligned<float> scale;        // [T, Kp/B], 2^-delta
-    Aligned<int32_t> offset;     // [T, Kp/B], 16 * sum of the block's half-units
-    Aligned<int32_t> exponent;   // [T], R
+    Aligned<int8_t> values;       // [T, digits, Kp], least significant digit first
+    Aligned<float> scale;         // [T, Kp/B], of the block relative to the token
+    Aligned<int32_t> offset;      // [T, Kp/B], 16 * sum of the block's integers
+    Aligned<double> token_scale;  // [T], twice the value of 1; NaN for a token with NaN or Inf
 };
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 template <int B>
 INLINE void round_token_in(const void* x, int dtype, int64_t token, int64_t columns,
@@ -450,14 +454,15 @@ INLINE void round_token_in(const void* x, int dtype, int64_t token, int64_t colu
     constexpr int kChunk = B < 32 ? B : 32;
     load_row(x, dtype, token * columns, columns, out.padded, row);
     const int row_exponent = row_exponents<B>(row, out.blocks, largest);
-    out.exponent.get()[token] = row_exponent;
+    out.token_scale.get()[token] =
+        row_exponent == kNanRow ? kNan : double_power_of_two(row_exponent - 1);
     for (int64_t b = 0; b < out.blocks; b++) {
         uint8_t codes[B] = {};
         RoundedBlock rounded = {0, 0};
         if (row_exponent != kNanRow)
             rounded = round_block<B>(row + b * B, row_exponent, block_exponent(largest[b]), ONLINE,
                                      kWindow, book, codes);
-        int8_t* half_units = out.half_units.get() + token * out.padded + b * B;
+        int8_t* half_units = out.values.get() + token * out.padded + b * B;
         const int8_t* table = book.half_units[rounded.id];
         int sum = 0;
         for (int c = 0; c < B; c += kChunk)
@@ -472,34 +477,41 @@ INLINE void round_token_in(const void* x, int dtype, int64_t token, int64_t colu
     }
 }
 
-// Tokens as float64: their own values, or E4M3 values with a scale.
-struct Wide {
-    Wide(int64_t tokens, int64_t padded)
-        : padded(padded), values(tokens * padded), scale(tokens) {}
-    int64_t padded;
-    Aligned<double> values;  // [T, Kp]
-    Aligned<float> scale;    // [T]; NaN for a token with NaN or Inf
-};
-
-INLINE void widen_token_in(const void* x, int dtype, int64_t token, int64_t columns, int format,
-                           float* row, Wide& out) {
+template <int B>
+INLINE void digits_of_token_in(const void* x, int dtype, int64_t token, int64_t columns, float* row,
+                               Rounded& out) {
+    constexpr int kChunk = B < 32 ? B : 32;
     load_row(x, dtype, token * columns, columns, out.padded, row);
-    float scale = 1.0f;
-    if (format == FP8) {
-        const uint32_t largest = largest_bits(row, columns);
-        if (largest >= kInfinity) {
-            scale = std::numeric_limits<float>::quiet_NaN();
-            std::fill(row, row + out.padded, 0.0f);
-        } else {
-            scale = float_of(largest) / 448.0f;
-            if (scale == 0.0f) scale = 1.0f;
-            for (int64_t i = 0; i < columns; i++)
-                row[i] = round_to_e4m3(std::min(448.0f, std::max(-448.0f, row[i] / scale)));
+    const uint32_t largest = largest_bits(row, columns);
+    const bool finite = largest < kInfinity;
+    float scale = float_of(largest) / 448.0f;
+    if (scale == 0.0f) scale = 1.0f;
+    out.token_scale.get()[token] = finite ? double(scale) * 0x1p-9 : kNan;
+    int8_t* values = out.values.get() + token * 3 * out.padded;
+    for (int64_t b = 0; b < out.blocks; b++, row += B) {
+        int32_t integers[B] = {};
+        int32_t sum = 0;
+        for (int i = 0; i < B && finite; i++) {
+            const float quotient = std::min(448.0f, std::max(-448.0f, row[i] / scale));
+            integers[i] = int32_t(round_to_e4m3(quotient) * 512.0f);
+            sum += integers[i];
         }
+        for (int digit = 0; digit < 3; digit++)
+            for (int i = 0; i < B; i++) {
+                const int32_t low = ((integers[i] + 64) & 127) - 64;
+                integers[i] = (integers[i] - low) >> 7;
+                const int at = i / kChunk * kChunk + (i & 1) * (kChunk / 2) + i % kChunk / 2;
+                values[digit * out.padded + b * B + at] = int8_t(low);
+            }
+        out.scale.get()[token * out.blocks + b] = 1.0f;
+        out.offset.get()[token * out.blocks + b] = 16 * sum;
     }
-    out.scale.get()[token] = scale;
-    double* values = out.values.get() + token * out.padded;
-    for (int64_t i = 0; i < out.padded; i++) values[i] = row[i];
+}
+
+INLINE void widen_token_in(const void* x, int dtype, int64_t token, int64_t columns, int64_t padded,
+                           float* row, double* out) {
+    load_row(x, dtype, token * columns, columns, padded, row);
+    for (int64_t i = 0; i < padded; i++) out[token * padded + i] = row[i];
 }
 
 // Where a quantized matrix goes; rows of padded / 2 codes and padded / block meta bytes.
@@ -550,6 +562,12 @@ INLINE void quantize_row_in(const void* x, int dtype, int64_t row, int64_t colum
         return quantize_row_in<64>(rest...);                                            \
     }                                                                                   \
     template <class... Rest>                                                            \
+    target void digits_of_token##suffix(int block, Rest&&... rest) {                    \
+        if (block == 16) return digits_of_token_in<16>(rest...);                        \
+        if (block == 32) return digits_of_token_in<32>(rest...);                        \
+        return digits_of_token_in<64>(rest...);                                         \
+    }                                                                                   \
+    template <class... Rest>                                                            \
     target void widen_token##suffix(Rest&&... rest) {                                   \
         widen_token_in(rest...);                                                        \
     }
@@ -578,11 +596,10 @@ struct Reader {
     int id(uint8_t meta) const { return meta & id_mask; }
     int delta(uint8_t meta) const { return std::min(meta >> book.id_bits, kWindow); }
 
-    // What a block's float64 sum is multiplied with.
-    double block_scale(int format, int64_t row, uint8_t meta) const {
-        if (format == FP8) return double_power_of_two(-delta(meta));
+    // The value of one half-unit.
+    double block_scale(int64_t row, uint8_t meta) const {
         const int exponent = w.row_exponent[row];
-        if (exponent == kNanRow) return std::numeric_limits<double>::quiet_NaN();
+        if (exponent == kNanRow) return kNan;
         return double_power_of_two(std::max(exponent, kLowestExponent) - delta(meta) - 1);
     }
 
@@ -606,66 +623,59 @@ struct Output {
         store(y, dtype, token * rows + row, value);
     }
 
-    void put_dialect(int64_t token, int64_t row, float sum, int token_exponent) const {
+    void put_scaled(int64_t token, int64_t row, float sum, double token_scale) const {
         const int exponent = row_exponent[row];
-        const bool nan = token_exponent == kNanRow || exponent == kNanRow;
-        const double scale = double_power_of_two(token_exponent + exponent - 2);
-        put(token, row,
-            nan ? std::numeric_limits<float>::quiet_NaN() : float(double(sum) * scale));
-    }
-
-    void put_wide(int64_t token, int64_t row, float sum, float token_scale, int format) const {
-        if (format == NONE) return put(token, row, sum);
-        const int exponent = row_exponent[row];
-        const double scale = double(token_scale) * double_power_of_two(exponent - 1);
-        put(token, row,
-            exponent == kNanRow ? std::numeric_limits<float>::quiet_NaN()
-                                : float(double(sum) * scale));
+        const double scale = token_scale * double_power_of_two(exponent - 1);
+        put(token, row, exponent == kNanRow ? float(kNan) : float(double(sum) * scale));
     }
 };
 
 // ---- portable products -------------------------------------------------------------------------
 
-void dialect_row(const Reader& r, const Rounded& x, const Output& out, int64_t row, int64_t first,
+void integer_row(const Reader& r, const Rounded& x, const Output& out, int64_t row, int64_t first,
                  int64_t tokens) {
-    const int block = r.w.block, chunk = std::min(block, 32);
+    const int block = r.w.block, half = std::min(block, 32) / 2;
     const uint8_t* meta = r.meta(row);
     for (int64_t t = first; t < first + tokens; t++) {
-        const int8_t* half_units = x.half_units.get() + t * x.padded;
-        const float* scale = x.scale.get() + t * x.blocks;
-        const uint8_t* codes = r.codes(row);
         float sum = 0.0f;
         for (int64_t b = 0; b < r.blocks; b++) {
             const int8_t* table = r.book.half_units[r.id(meta[b])];
             int32_t block_sum = 0;
-            for (int c = 0; c < block; c += chunk, half_units += chunk, codes += chunk / 2)
-                for (int j = 0; j < chunk / 2; j++)
-                    block_sum += table[codes[j] & 15] * half_units[j] +
-                                 table[codes[j] >> 4] * half_units[chunk / 2 + j];
-            sum += float(block_sum) * (scale[b] * power_of_two(-r.delta(meta[b])));
+            for (int digit = 0; digit < x.digits; digit++) {
+                const uint8_t* codes = r.codes(row) + b * block / 2;
+                const int8_t* values =
+                    x.values.get() + (t * x.digits + digit) * x.padded + b * block;
+                int32_t digit_sum = 0;
+                for (int c = 0; c < block; c += 2 * half, codes += half, values += 2 * half)
+                    for (int j = 0; j < half; j++)
+                        digit_sum += table[codes[j] & 15] * values[j] +
+                                     table[codes[j] >> 4] * values[half + j];
+                block_sum += digit_sum * (1 << 7 * digit);
+            }
+            const float scale = x.scale.get()[t * x.blocks + b];
+            sum += float(block_sum) * (scale * power_of_two(-r.delta(meta[b])));
         }
-        out.put_dialect(t, row, sum, x.exponent.get()[t]);
+        out.put_scaled(t, row, sum, x.token_scale.get()[t]);
     }
 }
 
-void wide_row(const Reader& r, const Wide& x, const Output& out, int format, int64_t row,
-              int64_t first, int64_t tokens) {
-    const int block = r.w.block;
+void wide_row(const Reader& r, const double* x, const Output& out, int64_t row, int64_t first,
+              int64_t tokens) {
     const uint8_t* meta = r.meta(row);
     for (int64_t t = first; t < first + tokens; t++) {
-        const double* values = x.values.get() + t * x.padded;
+        const double* values = x + t * r.padded;
         const uint8_t* codes = r.codes(row);
         float sum = 0.0f;
         for (int64_t b = 0; b < r.blocks; b++) {
             const int8_t* table = r.book.half_units[r.id(meta[b])];
             double block_sum = 0.0;
-            for (int i = 0; i < block; i += 2, codes++, values += 2) {
+            for (int i = 0; i < r.w.block; i += 2, codes++, values += 2) {
                 block_sum += values[0] * table[*codes & 15];
                 block_sum += values[1] * table[*codes >> 4];
             }
-            sum += float(block_sum * r.block_scale(format, row, meta[b]));
+            sum += float(block_sum * r.block_scale(row, meta[b]));
         }
-        out.put_wide(t, row, sum, x.scale.get()[t], format);
+        out.put(t, row, sum);
     }
 }
 
@@ -769,9 +779,9 @@ AVX2_INLINE void decode_pair(const Reader& r, const RowGroup& g, const uint16_t*
 template <int B>
 constexpr int kPieces = B / 16;  // registers per pair of rows and block
 
-// The block sums of 8 rows with one token, rows in order, still too large by `offset`.
-template <int B, bool Vnni>
-AVX2_INLINE __m256i block_sums(const __m256i* weights, const int8_t* x) {
+// The block sums of 8 rows with one digit of a token, rows in order; half-units are still + 16.
+template <int B, bool Vnni, bool Wide>
+AVX2_INLINE __m256i digit_sums(const __m256i* weights, const int8_t* x) {
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i sums[4];
     for (int p = 0; p < 4; p++) {
@@ -792,7 +802,18 @@ AVX2_INLINE __m256i block_sums(const __m256i* weights, const int8_t* x) {
     }
     const __m256i first = _mm256_madd_epi16(_mm256_packs_epi32(sums[0], sums[1]), ones);
     const __m256i second = _mm256_madd_epi16(_mm256_packs_epi32(sums[2], sums[3]), ones);
+    if (Wide && B == 64) return _mm256_hadd_epi32(first, second);  // 32 * 64 * 31 leaves int16
     return _mm256_madd_epi16(_mm256_packs_epi32(first, second), ones);
+}
+
+template <int B, bool Vnni, int Digits>
+AVX2_INLINE __m256i block_sums(const __m256i* weights, const int8_t* x, int64_t stride) {
+    __m256i sums = digit_sums<B, Vnni, (Digits > 1)>(weights, x);
+    for (int digit = 1; digit < Digits; digit++) {
+        const __m256i more = digit_sums<B, Vnni, (Digits > 1)>(weights, x + digit * stride);
+        sums = _mm256_add_epi32(sums, _mm256_slli_epi32(more, 7 * digit));
+    }
+    return sums;
 }
 
 AVX2_INLINE __m256 add_block(__m256 sum, __m256i sums, int32_t offset, const float* weight_scale,
@@ -810,8 +831,8 @@ AVX2_INLINE void fetch_ahead(const uint8_t* next_group, int64_t b) {
 }
 
 // Eight rows with tokens first..first+tokens-1 (at most kTile).
-template <int B, bool Vnni>
-AVX2 void dialect_rows(const Reader& r, const Rounded& x, const Output& out, int64_t row,
+template <int B, bool Vnni, int Digits>
+AVX2 void integer_rows(const Reader& r, const Rounded& x, const Output& out, int64_t row,
                        int64_t first, int64_t tokens) {
     constexpr int kRegisters = 4 * kPieces<B>;
     const RowGroup g(r, row);
@@ -830,22 +851,26 @@ AVX2 void dialect_rows(const Reader& r, const Rounded& x, const Output& out, int
         }
         for (int64_t t = 0; t < tokens; t++) {
             const int64_t at = (first + t) * x.blocks + b0;
-            const int8_t* values = x.half_units.get() + at * B;
+            const int8_t* values = x.values.get() + (first + t) * Digits * x.padded + b0 * B;
             const float* scale = x.scale.get() + at;
             const int32_t* offset = x.offset.get() + at;
             __m256 sum = _mm256_load_ps(sums[t]);
             if (tokens > 1) {
-                for (int j = 0; j < count; j++)
-                    sum = add_block(sum, block_sums<B, Vnni>(panel + j * kRegisters, values + j * B),
-                                    offset[j], meta.scale[j], scale[j]);
+                for (int j = 0; j < count; j++) {
+                    const __m256i* weights = panel + j * kRegisters;
+                    const __m256i block =
+                        block_sums<B, Vnni, Digits>(weights, values + j * B, x.padded);
+                    sum = add_block(sum, block, offset[j], meta.scale[j], scale[j]);
+                }
             } else {
                 for (int j = 0; j < count; j++) {
                     fetch_ahead<B>(ahead, b0 + j);
                     __m256i weights[kRegisters];
                     for (int p = 0; p < 4; p++)
                         decode_pair<B>(r, g, meta.table[j], p, b0 + j, weights + p * kPieces<B>);
-                    sum = add_block(sum, block_sums<B, Vnni>(weights, values + j * B), offset[j],
-                                    meta.scale[j], scale[j]);
+                    const __m256i block =
+                        block_sums<B, Vnni, Digits>(weights, values + j * B, x.padded);
+                    sum = add_block(sum, block, offset[j], meta.scale[j], scale[j]);
                 }
             }
             _mm256_store_ps(sums[t], sum);
@@ -853,7 +878,7 @@ AVX2 void dialect_rows(const Reader& r, const Rounded& x, const Output& out, int
     }
     for (int64_t t = 0; t < tokens; t++)
         for (int i = g.skip; i < 8; i++)
-            out.put_dialect(first + t, g.first + i, sums[t][i], x.exponent.get()[first + t]);
+            out.put_scaled(first + t, g.first + i, sums[t][i], x.token_scale.get()[first + t]);
 }
 
 // 8 rows x 16 elements of int8 -> float64 [16][8], written with a stride of kLanes.
@@ -918,8 +943,8 @@ AVX2_INLINE void add_wide_block(const double* panel, const double* block_scale, 
 
 // Sixteen rows with tokens first..first+tokens-1 (at most kTile).
 template <int B>
-AVX2 void wide_rows(const Reader& r, const Wide& x, const Output& out, int format, int64_t row,
-                         int64_t first, int64_t tokens) {
+AVX2 void wide_rows(const Reader& r, const double* x, const Output& out, int64_t row, int64_t first,
+                    int64_t tokens) {
     const RowGroup g[2] = {RowGroup(r, row), RowGroup(r, row + 8)};
     alignas(32) float sums[kTile][kLanes] = {};
     alignas(32) double panel[B * kLanes];
@@ -929,27 +954,31 @@ AVX2 void wide_rows(const Reader& r, const Wide& x, const Output& out, int forma
             decode_to_double<B>(r, g[half], b, panel + 8 * half);
             for (int i = 0; i < 8; i++)
                 block_scale[8 * half + i] = r.block_scale(
-                    format, g[half].first + i, g[half].meta[i * g[half].meta_stride + b]);
+                    g[half].first + i, g[half].meta[i * g[half].meta_stride + b]);
         }
-        const double* values = x.values.get() + first * x.padded + b * B;
+        const double* values = x + first * r.padded + b * B;
         int64_t t = 0;
         for (; t + 3 <= tokens; t += 3)
-            add_wide_block<B, 3>(panel, block_scale, values + t * x.padded, x.padded, sums + t);
+            add_wide_block<B, 3>(panel, block_scale, values + t * r.padded, r.padded, sums + t);
         for (; t < tokens; t++)
-            add_wide_block<B, 1>(panel, block_scale, values + t * x.padded, x.padded, sums + t);
+            add_wide_block<B, 1>(panel, block_scale, values + t * r.padded, r.padded, sums + t);
     }
     for (int64_t t = 0; t < tokens; t++)
         for (int half = 0; half < 2; half++)
             for (int i = g[half].skip; i < 8; i++)
-                out.put_wide(first + t, g[half].first + i, sums[t][8 * half + i],
-                             x.scale.get()[first + t], format);
+                out.put(first + t, g[half].first + i, sums[t][8 * half + i]);
 }
 
-template <bool Vnni>
-auto dialect_rows_of(int block) {
-    return block == 16   ? dialect_rows<16, Vnni>
-           : block == 32 ? dialect_rows<32, Vnni>
-                         : dialect_rows<64, Vnni>;
+template <bool Vnni, int Digits>
+auto integer_rows_of(int block) {
+    return block == 16   ? integer_rows<16, Vnni, Digits>
+           : block == 32 ? integer_rows<32, Vnni, Digits>
+                         : integer_rows<64, Vnni, Digits>;
+}
+
+auto integer_rows_of(int block, bool vnni, int digits) {
+    if (vnni) return digits == 1 ? integer_rows_of<true, 1>(block) : integer_rows_of<true, 3>(block);
+    return digits == 1 ? integer_rows_of<false, 1>(block) : integer_rows_of<false, 3>(block);
 }
 
 #endif  // DIALECT_X86
@@ -994,18 +1023,21 @@ void for_each_tile(const Reader& r, int64_t tokens, int lanes, int threads, cons
     });
 }
 
-void linear_dialect(const void* x, int64_t tokens, const Reader& r, const Output& out, int threads,
-                    int features) {
-    const int block = r.w.block;
-    Rounded rounded(tokens, r.padded, block);
+void linear_integer(const void* x, int64_t tokens, const Reader& r, const Output& out, int format,
+                    int threads, int features) {
+    const int block = r.w.block, digits = format == FP8 ? 3 : 1;
+    Rounded rounded(tokens, r.padded, block, digits);
     for_each_row(tokens, r.padded, block, threads, [&](float* row, uint32_t* maxima, int64_t t) {
-        BY_FEATURES(round_token, features, block, x, out.dtype, t, r.w.columns, r.book, row, maxima,
-                    rounded);
+        if (format == FP8)
+            BY_FEATURES(digits_of_token, features, block, x, out.dtype, t, r.w.columns, row,
+                        rounded);
+        else
+            BY_FEATURES(round_token, features, block, x, out.dtype, t, r.w.columns, r.book, row,
+                        maxima, rounded);
     });
 #if DIALECT_X86
     if (features >= AVX2_FMA && r.w.rows >= 8) {
-        const auto rows = features == AVX512_VNNI ? dialect_rows_of<true>(block)
-                                                  : dialect_rows_of<false>(block);
+        const auto rows = integer_rows_of(block, features == AVX512_VNNI, digits);
         for_each_tile(r, tokens, 8, threads, [&](int64_t row, int64_t first, int64_t count) {
             rows(r, rounded, out, row, first, count);
         });
@@ -1013,16 +1045,16 @@ void linear_dialect(const void* x, int64_t tokens, const Reader& r, const Output
     }
 #endif
     for_each_tile(r, tokens, 1, threads, [&](int64_t row, int64_t first, int64_t count) {
-        dialect_row(r, rounded, out, row, first, count);
+        integer_row(r, rounded, out, row, first, count);
     });
 }
 
-void linear_wide(const void* x, int64_t tokens, const Reader& r, const Output& out, int format,
-                 int threads, int features) {
+void linear_wide(const void* x, int64_t tokens, const Reader& r, const Output& out, int threads,
+                 int features) {
     const int block = r.w.block;
-    Wide wide(tokens, r.padded);
+    const Aligned<double> wide(tokens * r.padded);
     for_each_row(tokens, r.padded, block, threads, [&](float* row, uint32_t*, int64_t t) {
-        BY_FEATURES(widen_token, features, x, out.dtype, t, r.w.columns, format, row, wide);
+        BY_FEATURES(widen_token, features, x, out.dtype, t, r.w.columns, r.padded, row, wide.get());
     });
 #if DIALECT_X86
     if (features >= AVX2_FMA && r.w.rows >= 8) {
@@ -1030,13 +1062,13 @@ void linear_wide(const void* x, int64_t tokens, const Reader& r, const Output& o
                           : block == 32 ? wide_rows<32>
                                         : wide_rows<64>;
         for_each_tile(r, tokens, kLanes, threads, [&](int64_t row, int64_t first, int64_t count) {
-            rows(r, wide, out, format, row, first, count);
+            rows(r, wide.get(), out, row, first, count);
         });
         return;
     }
 #endif
     for_each_tile(r, tokens, 1, threads, [&](int64_t row, int64_t first, int64_t count) {
-        wide_row(r, wide, out, format, row, first, count);
+        wide_row(r, wide.get(), out, row, first, count);
     });
 }
 
@@ -1090,10 +1122,10 @@ int32_t dialect_linear(const void* x, int32_t dtype, int64_t tokens, const Weigh
     return guarded([&] {
         const Reader r(*weight, *book);
         const Output out = {y, dtype, weight->rows, bias, weight->row_exponent};
-        if (format == DIALECT)
-            linear_dialect(x, tokens, r, out, threads, features);
+        if (format == NONE)
+            linear_wide(x, tokens, r, out, threads, features);
         else
-            linear_wide(x, tokens, r, out, format, threads, features);
+            linear_integer(x, tokens, r, out, format, threads, features);
     });
 }
 
@@ -1109,7 +1141,7 @@ int32_t dialect_dequantize(const Weight* weight, const Book* book, float* out, i
             for (int64_t row = weight->rows * task / tasks; row < end; row++)
                 for (int64_t b = 0; b < r.blocks; b++) {
                     const uint8_t meta = r.meta(row)[b];
-                    const float scale = float(r.block_scale(NONE, row, meta));
+                    const float scale = float(r.block_scale(row, meta));
                     const int8_t* half_units = book->half_units[r.id(meta)];
                     float table[16];
                     for (int code = 0; code < 16; code++) table[code] = half_units[code] * scale;
