@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["current_architectures", "is_expert_layer", "tied_embeddings"]
+__all__ = [
+    "current_architectures",
+    "is_expert_layer",
+    "loads_through_loaders",
+    "tied_embeddings",
+]
+
+_LOAD_FORMATS = frozenset(
+    {"auto", "hf", "safetensors", "fastsafetensors", "runai_streamer", "instanttensor"}
+)
 
 
 def is_expert_layer(layer: object) -> bool:
@@ -32,17 +41,22 @@ def tied_embeddings() -> bool:
     return bool(getattr(text, "tie_word_embeddings", False))
 
 
-def _hf_config() -> Any:
-    """The model's config.
+def loads_through_loaders() -> bool:
+    """Whether the load format gives every tensor of the checkpoint to a parameter's loader.
 
-    Symptom: from 0.27 on, `get_current_vllm_config()` raises outside of a model's construction
-    where 0.26 warns and returns a default without a model. Cause: an assertion was added. Ends
-    when 0.26 is no longer supported; then only the assertion needs handling.
+    ``dummy`` and ``sharded_state`` write into the parameters instead, so that nothing is known
+    about what was missing.
     """
-    from vllm.config import get_current_vllm_config
+    config = _vllm_config()
+    return config is not None and str(config.load_config.load_format) in _LOAD_FORMATS
 
-    try:
-        model_config = get_current_vllm_config().model_config
-    except AssertionError:
-        return None
-    return getattr(model_config, "hf_config", None)
+
+def _hf_config() -> Any:
+    return getattr(getattr(_vllm_config(), "model_config", None), "hf_config", None)
+
+
+def _vllm_config() -> Any:
+    """vLLM's config of the model that is being built; None outside of that."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    return get_current_vllm_config_or_none()

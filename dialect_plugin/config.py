@@ -31,7 +31,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from . import architectures, compat
 from .linear import BlockDialectLinearMethod, LinearSpec
-from .scheme import QUANT_METHOD, ActivationFormat, Scheme, fitting_block_size
+from .scheme import QUANT_METHOD, ActivationFormat, Scheme, SchemeError, fitting_block_size
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -91,8 +91,14 @@ class BlockDialectConfig(QuantizationConfig):
         """From the ``quantization_config`` of config.json or of ``--hf-overrides``.
 
         Raises:
-            SchemeError: one sentence, if it is not a valid scheme.
+            SchemeError: one sentence, if it is not a valid scheme, or does not say whether the
+                checkpoint is packed (a packed one always does).
         """
+        if "serialized" not in config:
+            raise SchemeError(
+                "quantization_config: serialized is missing; say false to quantize a 16-bit "
+                "checkpoint while it loads, true if its weights are packed"
+            )
         return cls(Scheme.parse(config))
 
     @classmethod
@@ -160,6 +166,7 @@ class BlockDialectConfig(QuantizationConfig):
             book=scheme.book,
             block_size=block_size,
             activation_format=scheme.activation_format,
+            complete=compat.loads_through_loaders(),
         )
 
     def _block_size(self, prefix: str, input_size: int) -> int | None:

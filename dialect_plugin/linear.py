@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch.nn import Parameter
@@ -28,6 +31,8 @@ __all__ = ["BlockDialectLinearMethod", "LinearSpec"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _STORED = ("weight_packed", "weight_meta", "weight_row_exponent")
+_LOADED = "_blockdialect_loaded"
+"""Attribute of a parameter: which of its shards have been loaded, a set of shard ids."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class LinearSpec:
         book: name of the formatbook.
         block_size: 16, 32 or 64.
         activation_format: ``"dialect"``, ``"fp8"`` or ``"none"``.
+        complete: whether every tensor must come from the checkpoint; False for load formats that
+            fill parameters by other ways than their loaders, such as ``dummy``.
     """
 
     name: str
@@ -47,6 +54,7 @@ class LinearSpec:
     book: str
     block_size: int
     activation_format: str
+    complete: bool = True
 
 
 @register_weight_loader_v2_supported_method
@@ -81,60 +89,61 @@ class BlockDialectLinearMethod(LinearMethodBase):
             ValueError: if the dtype is not supported, or this rank's share of the columns is not a
                 multiple of the block size.
         """
-        rows, columns, block_size = (
-            sum(output_partition_sizes),
-            input_size_per_partition,
-            self.spec.block_size,
-        )
+        rows, columns = sum(output_partition_sizes), input_size_per_partition
         self._check(params_dtype, columns, input_size)
         layer.logical_widths = output_partition_sizes
         loader = extra_weight_attrs.pop("weight_loader")
         if not self.spec.serialized:
+            # float32 holds every 16-bit dtype, so that the packed bytes depend on the checkpoint
+            # alone and not on --dtype; one layer at a time, it is small
             weight = ModelWeightParameter(
-                data=torch.empty(rows, columns, dtype=params_dtype, device="meta"),
+                data=torch.empty(rows, columns, dtype=torch.float32, device="meta"),
                 input_dim=1,
                 output_dim=0,
-                weight_loader=loader,
+                weight_loader=_checked(loader, f"{self.spec.name}.weight", input_size, _DTYPES),
             )
             layer.register_parameter("weight", weight)
             set_weight_attrs(weight, extra_weight_attrs)
             initialize_online_processing(layer)
             return
-        layer.register_parameter(
-            "weight_packed",
-            PackedvLLMParameter(
-                data=torch.zeros(rows, columns // 2, dtype=torch.uint8),
-                input_dim=1,
-                output_dim=0,
-                packed_dim=1,
-                packed_factor=2,
-                weight_loader=loader,
-            ),
+
+        def checked(name: str, width: int | None, dtype: torch.dtype) -> Callable[..., Any]:
+            return _checked(loader, f"{self.spec.name}.{name}", width, (dtype,))
+
+        block_size = self.spec.block_size
+        codes = PackedvLLMParameter(
+            data=torch.zeros(rows, columns // 2, dtype=torch.uint8),
+            input_dim=1,
+            output_dim=0,
+            packed_dim=1,
+            packed_factor=2,
+            weight_loader=checked("weight_packed", input_size // 2, torch.uint8),
         )
-        layer.register_parameter(
-            "weight_meta",
-            GroupQuantScaleParameter(
-                data=torch.zeros(rows, columns // block_size, dtype=torch.uint8),
-                input_dim=1,
-                output_dim=0,
-                weight_loader=loader,
-            ),
+        meta = GroupQuantScaleParameter(
+            data=torch.zeros(rows, columns // block_size, dtype=torch.uint8),
+            input_dim=1,
+            output_dim=0,
+            weight_loader=checked("weight_meta", input_size // block_size, torch.uint8),
         )
-        layer.register_parameter(
-            "weight_row_exponent",
-            ChannelQuantScaleParameter(
-                data=torch.zeros(rows, dtype=torch.int8), output_dim=0, weight_loader=loader
-            ),
+        row_exponent = ChannelQuantScaleParameter(
+            data=torch.zeros(rows, dtype=torch.int8),
+            output_dim=0,
+            weight_loader=checked("weight_row_exponent", None, torch.int8),
         )
+        for name, parameter in zip(_STORED, (codes, meta, row_exponent), strict=True):
+            layer.register_parameter(name, parameter)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Quantize a 16-bit weight, or check a packed one; a second call does nothing.
 
         Raises:
-            ValueError: if a 16-bit weight holds NaN or Inf, or a packed one reserved values.
+            ValueError: if a tensor is missing, a 16-bit weight holds NaN or Inf, or a packed one
+                reserved values.
         """
         if getattr(layer, "_already_called_process_weights_after_loading", False):
             return
+        if self.spec.complete:
+            self._check_loaded(layer)
         if self.spec.serialized:
             for name in _STORED:
                 replace_parameter(layer, name, getattr(layer, name).data)
@@ -168,6 +177,22 @@ class BlockDialectLinearMethod(LinearMethodBase):
             "default",
         )
 
+    def _check_loaded(self, layer: Any) -> None:
+        """Raise ValueError if a tensor was not in the checkpoint: vLLM does not look after that."""
+        for name in _STORED if self.spec.serialized else ("weight",):
+            loaded = getattr(layer, name).__dict__.get(_LOADED, set())
+            if None not in loaded and len(loaded) < len(layer.logical_widths):
+                remedy = (
+                    "convert the model again"
+                    if self.spec.serialized
+                    else "complete the checkpoint, or ignore the layer"
+                )
+                raise ValueError(
+                    f"{self.spec.name}.{name}: the checkpoint does not hold "
+                    f"{'all of its parts' if loaded else 'it'}; {remedy}"
+                )
+            loaded.clear()  # a reload marks the same set
+
     def _packed(self, layer: Any) -> PackedTensor:
         codes = layer.weight_packed.data
         return PackedTensor(
@@ -197,3 +222,40 @@ class BlockDialectLinearMethod(LinearMethodBase):
             f"multiple of the block size {block_size}; use another --tensor-parallel-size, or "
             "override the layer's block size"
         )
+
+
+def _checked(
+    loader: Callable[..., Any], name: str, width: int | None, dtypes: tuple[torch.dtype, ...]
+) -> Callable[..., Any]:
+    """`loader` with checks of what it is given; it marks the parameter's shards as loaded.
+
+    vLLM's loaders cut what they need out of a tensor that is too wide, and cast any dtype, so that
+    a mislabelled checkpoint would give wrong weights silently. The loader is held weakly, because
+    vLLM keeps loaders for a later reload and expects them not to keep the layer alive.
+    """
+    held: Callable[[], Any] = WeakMethod(loader) if inspect.ismethod(loader) else lambda: loader
+
+    def load(param: Any, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if loaded_weight.dtype not in dtypes:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise ValueError(
+                f"{name}: the checkpoint holds {loaded_weight.dtype}; it must be {allowed}: give "
+                "the original 16-bit checkpoint, or convert it again"
+            )
+        if width is not None and loaded_weight.shape[-1] != width:
+            raise ValueError(
+                f"{name}: the checkpoint's tensor has {loaded_weight.shape[-1]} columns where the "
+                f"model and its quantization_config need {width}; correct the block size or "
+                "convert the model again"
+            )
+        original = held()
+        bound = inspect.signature(original).bind(param, loaded_weight, *args, **kwargs)
+        bound.apply_defaults()
+        shard = next((v for k, v in bound.arguments.items() if k.endswith("shard_id")), None)
+        result = original(param, loaded_weight, *args, **kwargs)
+        shards = shard if isinstance(shard, tuple) else (shard,)
+        param.__dict__.setdefault(_LOADED, set()).update(shards)
+        return result
+
+    load.__signature__ = inspect.signature(loader)  # type: ignore[attr-defined]
+    return load
