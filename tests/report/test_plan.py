@@ -37,7 +37,7 @@ def point_sets(draw):
     return points
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(points=point_sets(), share=st.floats(0, 1))
 def test_a_plan_is_within_one_step_of_the_best(points, share):
     least = sum(min(bits for bits, _ in sizes.values()) for sizes in points.values())
@@ -55,7 +55,7 @@ def test_a_plan_is_within_one_step_of_the_best(points, share):
     assert 0 <= excess <= max(steps, default=0.0)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(points=point_sets(), price=st.floats(1e-6, 10))
 def test_a_plan_is_the_best_for_budgets_that_a_price_per_bit_gives(points, price):
     """Every layer alone at the least error + price * bits: no plan of so many bits is better."""
