@@ -578,7 +578,7 @@ ROW_FUNCTIONS(_avx2, AVX2)
 #define BY_FEATURES(function, features, ...) \
     ((features) >= AVX2_FMA ? function##_avx2(__VA_ARGS__) : function##_portable(__VA_ARGS__))
 #else
-#define BY_FEATURES(function, features, ...) function##_portable(__VA_ARGS__)
+#define BY_FEATURES(function, features, ...) ((void)(features), function##_portable(__VA_ARGS__))
 #endif
 
 // ---- weights -----------------------------------------------------------------------------------
