@@ -12,12 +12,16 @@ from collections.abc import Iterable
 
 __all__ = [
     "ARCHITECTURES",
-    "EXPERT_ARCHITECTURES",
+    "FUSED",
     "UnknownArchitectureError",
     "candidate_layers",
     "decoder_layer_pattern",
     "default_layers",
+    "fused_with",
+    "is_candidate",
     "is_default_layer",
+    "is_expert",
+    "is_never_packed",
 ]
 
 _LLAMA = (
@@ -53,13 +57,15 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
 }
 """Architecture (config.json) -> names inside a decoder layer that are quantized."""
 
-EXPERT_ARCHITECTURES = frozenset({"MixtralForCausalLM"})
-"""Architectures whose experts stay in 16 bit; the user is told once."""
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers that engines run as one matrix: their parts need one block size, or 16 bit, together."""
 
+_REPEATED_BLOCK = re.compile(r"(?:^|\.)\d+\.")
 _DECODER_LAYER = re.compile(r"(?:^|.*\.)layers\.\d+\.(?P<inner>.+)$")
 _NOT_TEXT = re.compile(r"(?:^|\.)(?:vision\w*|visual\w*|audio\w*|\w*projector\w*)(?:\.|$)")
-_NEVER_BY_DEFAULT = re.compile(
-    r"(?:^|\.)(?:experts?|router\w*|gate|\w*embed\w*|\w*norm\w*|lm_head)(?:\.|$)"
+_EXPERT = re.compile(r"(?:^|\.)(?:experts?|\w*_experts?)(?:\.|$)")
+_NEVER_PACKED = re.compile(
+    r"(?:^|\.)(?:router\w*|gate|\w*embed\w*|wte|wpe|\w*norm\w*|ln_\w+|lm_head)(?:\.|$)"
 )
 
 
@@ -91,12 +97,22 @@ def default_layers(architecture: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if is_default_layer(architecture, name)]
 
 
+def is_expert(name: str) -> bool:
+    """Whether the layer belongs to a mixture's experts, which stay in 16 bit."""
+    return _EXPERT.search(name) is not None
+
+
+def is_never_packed(name: str) -> bool:
+    """Whether engines read the layer in 16 bit only: embedding, norm, router, expert, lm_head."""
+    return is_expert(name) or _NEVER_PACKED.search(name) is not None
+
+
 def is_candidate(name: str) -> bool:
     """Whether a linear layer of an unknown architecture looks like a decoder layer's."""
     return (
-        _DECODER_LAYER.match(name) is not None
+        _REPEATED_BLOCK.search(name) is not None
         and _NOT_TEXT.search(name) is None
-        and _NEVER_BY_DEFAULT.search(name) is None
+        and not is_never_packed(name)
     )
 
 
@@ -105,6 +121,15 @@ def candidate_layers(names: Iterable[str]) -> list[str]:
     return [name for name in names if is_candidate(name)]
 
 
+def fused_with(name: str) -> tuple[str, ...]:
+    """The layers, itself included, that engines fuse with the layer `name`; empty if none."""
+    parent, _, leaf = name.rpartition(".")
+    for group in FUSED:
+        if leaf in group:
+            return tuple(f"{parent}.{part}" if parent else part for part in group)
+    return ()
+
+
 def decoder_layer_pattern(name: str) -> str:
     """`name` with its layer number replaced, as a ``re:`` pattern: for messages and grouping."""
-    return "re:" + re.sub(r"\.\d+\.", r".\\d+.", name.replace(".", "."))
+    return "re:" + re.sub(r"(^|\.)\d+(?=\.)", r"\1\\d+", name)

@@ -18,11 +18,13 @@ from safetensors import SafetensorError, safe_open
 
 from dialect_kernels import PackedTensor
 
+from .architectures import is_candidate
 from .scheme import Scheme, SchemeError
 
 __all__ = [
     "CONFIG",
     "INDEX",
+    "JOURNAL",
     "PACKED_SUFFIXES",
     "Checkpoint",
     "CheckpointError",
@@ -36,15 +38,10 @@ __all__ = [
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
+JOURNAL = ".blockdialect-journal.json"
 PACKED_SUFFIXES = (".weight_packed", ".weight_meta", ".weight_row_exponent")
 
-_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-}
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 
 
@@ -61,12 +58,14 @@ class TensorInfo:
         dtype: safetensors' name of the dtype, e.g. ``"BF16"``.
         shape: its dimensions.
         nbytes: its size.
+        offset: position of its first byte in the file.
     """
 
     shard: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Checkpoint:
         path: the directory.
         config: contents of config.json.
         shards: file names, sorted.
-        tensors: every tensor by name, in the order of the shards.
+        tensors: every tensor by name, in the order of the shards and of the bytes in them.
     """
 
     path: Path
@@ -112,8 +111,46 @@ class Checkpoint:
         return [
             name.removesuffix(".weight")
             for name, info in self.tensors.items()
-            if name.endswith(".weight") and len(info.shape) == 2 and info.dtype[0] in "BF"
+            if name.endswith(".weight") and len(info.shape) == 2 and _is_float(info.dtype)
         ]
+
+    def read_bytes(self, name: str, chunk_bytes: int) -> Iterator[bytes]:
+        """The stored bytes of a tensor, at most `chunk_bytes` at a time.
+
+        Read from the file instead of mapping it, so that memory stays at one chunk.
+
+        Raises:
+            CheckpointError: if the file ends before the tensor does.
+        """
+        info = self.tensors[name]
+        with (self.path / info.shard).open("rb") as file:
+            file.seek(info.offset)
+            left = info.nbytes
+            while left:
+                chunk = file.read(min(left, chunk_bytes))
+                if not chunk:
+                    raise CheckpointError(
+                        f"{self.path / info.shard}: became shorter while it was read; leave the "
+                        "source alone during a conversion"
+                    )
+                left -= len(chunk)
+                yield chunk
+
+    def read_rows(self, name: str, chunk_elements: int) -> Iterator[torch.Tensor]:
+        """A matrix in groups of consecutive rows, each about `chunk_elements` elements.
+
+        Yields:
+            [n, K] in the stored dtype, one of BF16, F16 and F32; the last may have fewer rows.
+        """
+        info = self.tensors[name]
+        dtype, columns = _DTYPES[info.dtype], info.shape[1]
+        row_bytes = columns * dtype.itemsize
+        if not info.nbytes:
+            yield torch.empty(info.shape, dtype=dtype)
+            return
+        rows = max(1, chunk_elements // columns)
+        for chunk in self.read_bytes(name, rows * row_bytes):
+            yield torch.frombuffer(bytearray(chunk), dtype=dtype).view(-1, columns)
 
     @contextmanager
     def open_shard(self, shard: str) -> Iterator[Any]:
@@ -144,8 +181,8 @@ class PackedCheckpoint:
         """Read and check the packed weight of the layer `name`.
 
         Raises:
-            CheckpointError: if a tensor is missing or does not fit.
-            ValueError: if its contents are reserved values (naming tensor and position).
+            CheckpointError: if a tensor is missing, does not fit or holds reserved values (naming
+                tensor and position).
         """
         tensors = {}
         for suffix in PACKED_SUFFIXES:
@@ -166,7 +203,10 @@ class PackedCheckpoint:
             )
         except ValueError as error:
             raise CheckpointError(f"{self.checkpoint.path}: layer {name}: {error}") from None
-        packed.validate(name, prefix="weight_")
+        try:
+            packed.validate(name, prefix="weight_")
+        except ValueError as error:
+            raise CheckpointError(f"{self.checkpoint.path}: {error}") from None
         return packed
 
 
@@ -184,12 +224,16 @@ def find_checkpoint(source: str | Path) -> Path:
             f"{source}: is not a directory; give a directory with config.json and safetensors "
             "files, or a hub id such as organisation/model"
         )
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(str(source), allow_patterns=list(_HUB_FILES)))
+        from huggingface_hub import snapshot_download
+
+        return Path(
+            snapshot_download(
+                str(source), allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*", "*.py"]
+            )
+        )
     except Exception as error:  # the hub's client raises some twenty classes
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
         raise CheckpointError(
             f"{source}: is no directory here, and the hub did not give it ({reason}); download the "
             "model and give its directory"
@@ -225,6 +269,10 @@ def open_packed(path: Path) -> PackedCheckpoint:
         CheckpointError: if it is not one, or its layers and its scheme do not fit together.
         SchemeError: if its quantization_config is not valid.
     """
+    if (path / JOURNAL).exists():
+        raise CheckpointError(
+            f"{path}: is an unfinished conversion; run the same blockdialect quantize again"
+        )
     checkpoint = open_checkpoint(path)
     data = checkpoint.config.get("quantization_config")
     if not isinstance(data, dict):
@@ -249,6 +297,23 @@ def open_packed(path: Path) -> PackedCheckpoint:
             raise CheckpointError(
                 f"{path}: the layer {name} is stored packed although config.json ignores it or a "
                 "16-bit weight is stored too; convert the model again"
+            )
+    for name in checkpoint.linear_layers():
+        if is_candidate(name) and not scheme.is_ignored(name):
+            raise CheckpointError(
+                f"{path}: {name}.weight is stored in 16 bit although config.json does not ignore "
+                "it; convert the model again"
+            )
+    if scheme.lm_head and "lm_head" not in found:
+        raise CheckpointError(
+            f"{path}: config.json says that lm_head is packed, but it is not; convert the model "
+            "again"
+        )
+    for name in scheme.overrides:
+        if not name.startswith("re:") and name not in found:
+            raise CheckpointError(
+                f"{path}: config.json gives {name} a block size, but no such layer is packed; "
+                "convert the model again"
             )
     return PackedCheckpoint(checkpoint, scheme, tuple(found))
 
@@ -286,10 +351,10 @@ def _shard_names(path: Path) -> tuple[str, ...]:
                 f"{path / INDEX}: has no weight_map; it must map tensors to files"
             )
         for tensor, name in weight_map.items():
-            if not isinstance(name, str) or name in {"", ".", ".."} or _is_path(name):
+            if not isinstance(name, str) or _is_path(name) or not name.endswith(".safetensors"):
                 raise CheckpointError(
                     f"{path / INDEX}: {tensor} is said to be in {name!r}; it must be the name of a "
-                    "file in the same directory"
+                    "file in the same directory that ends in .safetensors"
                 )
         names = sorted(set(weight_map.values()))
     else:
@@ -312,18 +377,31 @@ def _is_path(name: str) -> bool:
     return "/" in name or "\\" in name or PurePosixPath(name).name != name
 
 
+def _is_float(dtype: str) -> bool:
+    return dtype.startswith(("BF", "F"))
+
+
 def _read_header(path: Path, shard: str) -> dict[str, TensorInfo]:
-    header = {}
-    with _named_faults(path / shard), safe_open(path / shard, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - not a dict
-            view = file.get_slice(name)
-            shape, dtype = tuple(view.get_shape()), str(view.get_dtype())
-            size = _DTYPES[dtype].itemsize if dtype in _DTYPES else 8
-            elements = 1
-            for dimension in shape:
-                elements *= dimension
-            header[name] = TensorInfo(shard, dtype, shape, elements * size)
-    return header
+    """Names, dtypes, shapes and positions; safetensors checks them against the file's size."""
+    with _named_faults(path / shard):
+        with safe_open(path / shard, framework="pt"):
+            pass
+        with (path / shard).open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path / shard}: its header cannot be read ({error}); download or convert it again"
+        ) from None
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
+        begin, end = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        tensors[name] = TensorInfo(shard, entry["dtype"], shape, end - begin, 8 + length + begin)
+    return tensors
 
 
 def _check_index(path: Path, tensors: dict[str, TensorInfo]) -> None:

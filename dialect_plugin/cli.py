@@ -314,14 +314,15 @@ class _RichProgress:
         self._done = 0
 
     def __enter__(self) -> _RichProgress:
-        self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._task is not None:
+            self._progress.stop()
 
     def begin(self, what: str, tensors: int, nbytes: int) -> None:
         """A pass begins: a bar of its own."""
+        self._progress.start()  # not earlier: an empty display would put a line before an error
         self._done = 0
         self._task = self._progress.add_task(what, total=nbytes, done=0, tensors=tensors)
 

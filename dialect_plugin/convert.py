@@ -8,43 +8,54 @@ same bytes.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from safetensors.torch import save_file
 
-from dialect_kernels import __version__, quantize
-from dialect_kernels.formatbook import Formatbook
+from dialect_kernels import PackedTensor, quantize
 from dialect_kernels.reference import blocks_below_window
 
-from .checkpoint import CONFIG, INDEX, Checkpoint, CheckpointError, find_checkpoint, open_checkpoint
+from .checkpoint import (
+    CONFIG,
+    INDEX,
+    JOURNAL,
+    PACKED_SUFFIXES,
+    Checkpoint,
+    CheckpointError,
+    find_checkpoint,
+    open_checkpoint,
+)
 from .files import (
+    ShardWriter,
+    StoredTensor,
     check_destination,
     check_disk_space,
     copied_files,
-    is_temporary,
+    exclusive,
     remove_temporary,
     sync_directory,
     write_file,
     write_text,
 )
+from .journal import FinishedShard, Journal, LayerRecord, fingerprint, open_journal
 from .loss import signal_and_noise
 from .model_card import model_card
 from .plan_layers import ConvertOptions, LayerPlan, plan_layers
-from .scheme import FORMAT_VERSION
 
 __all__ = ["ConversionResult", "LayerRecord", "Progress", "convert"]
 
-JOURNAL = ".blockdialect-journal.json"
+_PACKED_DTYPES = ("U8", "U8", "I8")
+_CHUNK_ELEMENTS = 1 << 22  # working memory is some 16 bytes per element
+_COPY_BYTES = 1 << 24
 
 
 class Progress(Protocol):
@@ -61,29 +72,6 @@ class _Silent:
     def begin(self, what: str, tensors: int, nbytes: int) -> None: ...
 
     def advance(self, nbytes: int) -> None: ...
-
-
-@dataclass(frozen=True)
-class LayerRecord:
-    """What quantizing did to one layer.
-
-    Attributes:
-        name: the layer.
-        rows, columns: shape of its weight.
-        block_size: its block size.
-        packed_bytes: bytes it is stored in.
-        signal, noise: sums of x**2 and of the squared error.
-        rows_below_window: rows with a block more than the window below the row's top block.
-    """
-
-    name: str
-    rows: int
-    columns: int
-    block_size: int
-    packed_bytes: int
-    signal: float
-    noise: float
-    rows_below_window: int
 
 
 @dataclass(frozen=True)
@@ -137,108 +125,137 @@ def convert(
     checkpoint = open_checkpoint(find_checkpoint(source))
     plan = plan_layers(checkpoint, options)
     check_destination(checkpoint.path, destination)
-    fingerprint = _fingerprint(checkpoint, options)
-    journal = _open_journal(destination, fingerprint, overwrite)
+    journal = open_journal(destination, fingerprint(checkpoint, options), overwrite)
+    resumed = len(journal.shards)
+    layouts = [_layout(checkpoint, s, plan) for s in checkpoint.shards if s not in journal.shards]
+    check_disk_space(destination, sum(t.nbytes for layout in layouts for t in layout.values()))
     with _threads(workers):
-        _check_weights(checkpoint, plan, progress)
-        _check_disk_space(checkpoint, plan, destination)
-        if overwrite and not journal["shards"]:
-            _empty(destination)
+        _check_weights(checkpoint, plan, journal, progress)
         destination.mkdir(parents=True, exist_ok=True)
-        remove_temporary(destination)
-        resumed = len(journal["shards"])
-        _write_journal(destination, journal)
-        _convert_shards(checkpoint, plan, destination, journal, progress)
-    return _finish(checkpoint, plan, destination, journal, resumed)
+        with exclusive(destination):
+            if overwrite and not resumed:
+                _empty(destination)
+            remove_temporary(destination)
+            journal.write(destination)
+            _convert_shards(checkpoint, plan, destination, journal, progress)
+            return _finish(checkpoint, plan, destination, journal, resumed)
 
 
 def _convert_shards(
     checkpoint: Checkpoint,
     plan: LayerPlan,
     destination: Path,
-    journal: dict[str, Any],
+    journal: Journal,
     progress: Progress,
 ) -> None:
     sizes = [info.nbytes for info in checkpoint.tensors.values()]
     progress.begin("quantizing", len(sizes), sum(sizes))
     for shard in checkpoint.shards:
-        if shard in journal["shards"]:
+        if shard in journal.shards:
             for info in checkpoint.tensors.values():
                 if info.shard == shard:
                     progress.advance(info.nbytes)
             continue
-        tensors, records = _convert_shard(checkpoint, shard, plan, progress)
-        stored = {name: tensor.nbytes for name, tensor in tensors.items()}
-        write_file(destination / shard, partial(save_file, tensors, metadata={"format": "pt"}))
-        del tensors
-        journal["shards"][shard] = {"records": [asdict(r) for r in records], "tensors": stored}
-        _write_journal(destination, journal)
+        records: list[LayerRecord] = []
+        write = partial(_write_shard, checkpoint, shard, plan, progress, records)
+        write_file(destination / shard, write)
+        journal.shards[shard] = FinishedShard(
+            records=records,
+            tensors={name: t.nbytes for name, t in _layout(checkpoint, shard, plan).items()},
+            file_bytes=(destination / shard).stat().st_size,
+        )
+        journal.write(destination)
 
 
-def _convert_shard(
-    checkpoint: Checkpoint, shard: str, plan: LayerPlan, progress: Progress
-) -> tuple[dict[str, torch.Tensor], list[LayerRecord]]:
-    """The tensors of an output shard, and what was done."""
-    book = plan.scheme.formatbook
-    tensors: dict[str, torch.Tensor] = {}
-    records = []
-    with checkpoint.open_shard(shard) as file:
+def _layout(checkpoint: Checkpoint, shard: str, plan: LayerPlan) -> dict[str, StoredTensor]:
+    """What the output shard holds."""
+    stored = {}
+    for name, info in checkpoint.tensors.items():
+        if info.shard != shard:
+            continue
+        layer = name.removesuffix(".weight")
+        if name.endswith(".weight") and layer in plan.block_sizes:
+            rows, columns = info.shape
+            blocks = columns // plan.block_sizes[layer]
+            shapes = ((rows, columns // 2), (rows, blocks), (rows,))
+            for suffix, dtype, shape in zip(PACKED_SUFFIXES, _PACKED_DTYPES, shapes, strict=True):
+                stored[layer + suffix] = StoredTensor(dtype, shape, math.prod(shape))
+        else:
+            stored[name] = StoredTensor(info.dtype, info.shape, info.nbytes)
+    return stored
+
+
+def _write_shard(
+    checkpoint: Checkpoint,
+    shard: str,
+    plan: LayerPlan,
+    progress: Progress,
+    records: list[LayerRecord],
+    path: Path,
+) -> None:
+    """Write an output shard to `path` and add what was done to `records`."""
+    with path.open("wb") as file:
+        writer = ShardWriter(file, _layout(checkpoint, shard, plan))
         for name, info in checkpoint.tensors.items():
             if info.shard != shard:
                 continue
             layer = name.removesuffix(".weight")
-            tensor = file.get_tensor(name)
             if name.endswith(".weight") and layer in plan.block_sizes:
-                packed, record = _quantize_layer(tensor, layer, book, plan.block_sizes[layer])
-                tensors |= packed
-                records.append(record)
+                records.append(_write_layer(checkpoint, layer, plan, writer))
             else:
-                tensors[name] = tensor
+                for chunk in checkpoint.read_bytes(name, _COPY_BYTES):
+                    writer.append(name, chunk)
             progress.advance(info.nbytes)
-    return tensors, records
+        writer.finish()
 
 
-def _quantize_layer(
-    weight: torch.Tensor, layer: str, book: Formatbook, block_size: int
-) -> tuple[dict[str, torch.Tensor], LayerRecord]:
-    packed = quantize(weight, book, block_size, name=f"{layer}.weight")
-    signal, noise = signal_and_noise(weight, packed.dequantize)
-    below = blocks_below_window(weight, block_size, book.largest_stored_delta)
-    record = LayerRecord(
-        name=layer,
-        rows=weight.shape[0],
-        columns=weight.shape[1],
-        block_size=block_size,
-        packed_bytes=packed.nbytes,
-        signal=signal,
-        noise=noise,
-        rows_below_window=int((below > 0).sum()),
-    )
-    tensors = {
-        f"{layer}.weight_packed": packed.codes,
-        f"{layer}.weight_meta": packed.meta,
-        f"{layer}.weight_row_exponent": packed.row_exponent,
-    }
-    return tensors, record
+def _write_layer(
+    checkpoint: Checkpoint, layer: str, plan: LayerPlan, writer: ShardWriter
+) -> LayerRecord:
+    """Quantize a layer group of rows by group of rows, which gives the bytes of the whole."""
+    name, block_size = f"{layer}.weight", plan.block_sizes[layer]
+    book = plan.scheme.formatbook
+    packed_bytes, signal, noise, below = 0, 0.0, 0.0, 0
+    for weight in checkpoint.read_rows(name, _CHUNK_ELEMENTS):
+        packed = quantize(weight, book, block_size, name=name)
+        parts = (packed.codes, packed.meta, packed.row_exponent)
+        for suffix, part in zip(PACKED_SUFFIXES, parts, strict=True):
+            writer.append(layer + suffix, part.numpy().tobytes())
+        packed_bytes += packed.nbytes
+        energies = signal_and_noise(weight, packed.dequantize)
+        signal, noise = signal + energies[0], noise + energies[1]
+        below += _rows_below_window(weight, packed)
+    rows, columns = checkpoint.tensors[name].shape
+    return LayerRecord(layer, rows, columns, block_size, packed_bytes, signal, noise, below)
+
+
+def _rows_below_window(weight: torch.Tensor, packed: PackedTensor) -> int:
+    window = packed.book.largest_stored_delta
+    rows, blocks = packed.meta.shape
+    # a block below the window has the largest delta, or became zeros: only such rows are counted
+    zeros = (packed.codes.view(torch.int64).view(rows, blocks, -1) == 0).all(dim=2)
+    suspects = ((packed.deltas() == window) | zeros).any(dim=1)
+    if not bool(suspects.any()):
+        return 0
+    below = blocks_below_window(weight[suspects], packed.block_size, window)
+    return int((below > 0).sum())
 
 
 def _finish(
     checkpoint: Checkpoint,
     plan: LayerPlan,
     destination: Path,
-    journal: dict[str, Any],
+    journal: Journal,
     resumed: int,
 ) -> ConversionResult:
     """Write everything but the shards, config.json and the index last, and drop the journal."""
     records = tuple(
-        LayerRecord(**record)
-        for shard in checkpoint.shards
-        for record in journal["shards"][shard]["records"]
+        record for shard in checkpoint.shards for record in journal.shards[shard].records
     )
     stored = {
         name: (shard, nbytes)
         for shard in checkpoint.shards
-        for name, nbytes in journal["shards"][shard]["tensors"].items()
+        for name, nbytes in journal.shards[shard].tensors.items()
     }
     result = ConversionResult(
         destination=destination,
@@ -251,108 +268,48 @@ def _finish(
     for file in copied_files(checkpoint.path):
         write_file(destination / file.name, partial(shutil.copyfile, file))
     write_text(destination / "README.md", model_card(checkpoint, result.layers, plan))
-    config = dict(checkpoint.config)
-    config.pop("auto_map", None)  # names Python files, which are never copied
-    config["quantization_config"] = plan.scheme.to_config()
-    write_text(destination / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     if (checkpoint.path / INDEX).exists():
         index = {
             "metadata": {"total_size": result.packed_bytes},
             "weight_map": {name: shard for name, (shard, _) in sorted(stored.items())},
         }
         write_text(destination / INDEX, json.dumps(index, indent=2) + "\n")
+    config = dict(checkpoint.config)
+    config.pop("auto_map", None)  # names Python files, which are never copied
+    config["quantization_config"] = plan.scheme.to_config()
+    write_text(destination / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     (destination / JOURNAL).unlink()
     sync_directory(destination)
     return result
 
 
-def _open_journal(destination: Path, fingerprint: str, overwrite: bool) -> dict[str, Any]:
-    """The journal of this same conversion, or a new one.
-
-    Raises:
-        CheckpointError: if the destination holds anything else and `overwrite` is not given.
-    """
-    fresh: dict[str, Any] = {"fingerprint": fingerprint, "shards": {}}
-    if not destination.exists() or all(is_temporary(path) for path in destination.iterdir()):
-        return fresh
-    try:
-        journal = json.loads((destination / JOURNAL).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        journal = {}
-    if journal.get("fingerprint") == fingerprint:
-        kept = {k: v for k, v in journal["shards"].items() if (destination / k).is_file()}
-        return {"fingerprint": fingerprint, "shards": kept}
-    if overwrite:
-        return fresh
-    if journal:
-        raise CheckpointError(
-            f"{destination}: holds an unfinished conversion of another source or with other "
-            "options; finish that one, choose another directory, or use --overwrite"
-        )
-    raise CheckpointError(
-        f"{destination}: is not empty; choose another directory, or use --overwrite"
-    )
-
-
-def _fingerprint(checkpoint: Checkpoint, options: ConvertOptions) -> str:
-    """Identifies source, options and what writes the bytes."""
-    files = [
-        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
-        for file in sorted(checkpoint.path.iterdir())
-        if file.is_file()
-    ]
-    parts = [str(checkpoint.path.resolve()), files, options.model_dump(mode="json"), __version__]
-    return hashlib.sha256(json.dumps([*parts, FORMAT_VERSION]).encode()).hexdigest()
-
-
-def _check_weights(checkpoint: Checkpoint, plan: LayerPlan, progress: Progress) -> None:
-    """Raise ValueError at the first NaN or Inf in a weight that will be quantized."""
+def _check_weights(
+    checkpoint: Checkpoint, plan: LayerPlan, journal: Journal, progress: Progress
+) -> None:
+    """Raise CheckpointError at the first NaN or Inf in a weight that will be quantized."""
     infos = {f"{name}.weight": checkpoint.tensors[f"{name}.weight"] for name in plan.block_sizes}
+    infos = {name: info for name, info in infos.items() if info.shard not in journal.shards}
     progress.begin("checking", len(infos), sum(info.nbytes for info in infos.values()))
-    for shard in checkpoint.shards:
-        with checkpoint.open_shard(shard) as file:
-            for name, info in infos.items():
-                if info.shard != shard:
-                    continue
-                weight = file.get_tensor(name)
-                finite = weight.isfinite()
-                if not bool(finite.all()):
-                    position = (~finite).nonzero()[0].tolist()
-                    raise CheckpointError(
-                        f"{name} in {shard}: {float(weight[tuple(position)])} at {position}; only "
-                        "finite weights can be quantized: repair the checkpoint, or --ignore "
-                        f"{name.removesuffix('.weight')}"
-                    )
-                progress.advance(info.nbytes)
-
-
-def _check_disk_space(checkpoint: Checkpoint, plan: LayerPlan, destination: Path) -> None:
-    needed = 0
-    for name, info in checkpoint.tensors.items():
-        layer = name.removesuffix(".weight")
-        if layer in plan.block_sizes and name.endswith(".weight"):
-            rows, columns = info.shape
-            needed += rows * (columns // 2 + columns // plan.block_sizes[layer] + 1)
-        else:
-            needed += info.nbytes
-    check_disk_space(destination, needed)
+    for name, info in infos.items():
+        first_row = 0
+        for weight in checkpoint.read_rows(name, _CHUNK_ELEMENTS):
+            finite = weight.isfinite()
+            if not bool(finite.all()):
+                row, column = (~finite).nonzero()[0].tolist()
+                raise CheckpointError(
+                    f"{name} in {info.shard}: {float(weight[row, column])} at "
+                    f"[{first_row + row}, {column}]; only finite weights can be quantized: repair "
+                    f"the checkpoint, or --ignore {name.removesuffix('.weight')}"
+                )
+            first_row += weight.shape[0]
+        progress.advance(info.nbytes)
 
 
 def _empty(destination: Path) -> None:
-    """Delete what `overwrite` replaces, config.json first: what is left is no checkpoint."""
-    if not destination.exists():
-        return
-    for name in (CONFIG, INDEX, JOURNAL):
-        (destination / name).unlink(missing_ok=True)
-    for entry in destination.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-
-
-def _write_journal(destination: Path, journal: dict[str, Any]) -> None:
-    write_text(destination / JOURNAL, json.dumps(journal))
+    """Delete the files `overwrite` replaces, config.json first: what is left is no checkpoint."""
+    (destination / CONFIG).unlink(missing_ok=True)
+    for file in destination.iterdir():
+        file.unlink()
 
 
 @contextmanager

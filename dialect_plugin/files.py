@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -17,6 +18,7 @@ __all__ = [
     "check_destination",
     "check_disk_space",
     "copied_files",
+    "exclusive",
     "is_temporary",
     "remove_temporary",
     "sync_directory",
@@ -115,6 +117,32 @@ def sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Keep other conversions from writing into `directory`; a killed one keeps nobody out.
+
+    Raises:
+        CheckpointError: if another process is writing there.
+    """
+    if os.name == "nt":
+        yield  # no lock there: two conversions into one directory are the user's to avoid
+        return
+    import fcntl
+
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{directory}: another conversion is writing there; wait for it, or choose "
+                "another directory"
+            ) from None
+        yield
     finally:
         os.close(descriptor)
 

@@ -12,7 +12,7 @@ from .loss import sqnr
 from .plan_layers import LayerPlan
 
 if TYPE_CHECKING:
-    from .convert import LayerRecord
+    from .journal import LayerRecord
 
 __all__ = ["model_card"]
 
@@ -33,7 +33,12 @@ def model_card(checkpoint: Checkpoint, layers: Sequence[LayerRecord], plan: Laye
     signal, noise = sum(x.signal for x in layers), sum(x.noise for x in layers)
     below = [layer for layer in layers if layer.rows_below_window]
     lines = [
-        f"# {checkpoint.path.resolve().name}, packed with BlockDialect",
+        "---",
+        "library_name: vllm",
+        "tags: [blockdialect, 4-bit]",
+        "---",
+        "",
+        f"# {checkpoint.architecture}, packed with BlockDialect",
         "",
         f"{len(layers)} linear layers ({weights:,} weights) are stored in the format "
         f"`{scheme.book}` at {bits:.3f} bits per weight; everything else is as in the source.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -24,6 +24,17 @@ from .scheme import (
 __all__ = ["ConvertOptions", "LayerPlan", "plan_layers"]
 
 _QUANTIZABLE = {"BF16", "F16", "F32"}
+_FOREIGN_CONFIGS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+_FOREIGN_SUFFIXES = (
+    ".qweight",
+    ".qzeros",
+    ".weight_packed",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".weight.absmax",
+    "_blocks",
+    "_scales",
+)
 
 
 class ConvertOptions(BaseModel):
@@ -61,7 +72,7 @@ class LayerPlan:
         adapted: layers that take another block size than asked for.
         indivisible: layers that stay in 16 bit because no block size divides their columns.
         scheme: the resolved scheme, for config.json.
-        has_experts: whether a mixture's experts stay in 16 bit.
+        has_experts: whether the model has experts; they stay in 16 bit.
     """
 
     block_sizes: dict[str, int]
@@ -77,9 +88,11 @@ def plan_layers(checkpoint: Checkpoint, options: ConvertOptions) -> LayerPlan:
     Raises:
         CheckpointError: if the checkpoint is quantized already, its architecture is not known and
             no targets are given, or a chosen layer has a dtype that is not supported.
-        SchemeError: if a pattern matches nothing, or `strict` finds a layer that does not fit.
+        SchemeError: if a pattern matches nothing, the parts of a fused layer disagree, or `strict`
+            finds a layer that does not fit.
     """
     _refuse_quantized(checkpoint)
+    _ = checkpoint.architecture  # engines need it, whatever chooses the layers
     linear = checkpoint.linear_layers()
     asked = Scheme.model_validate(
         {
@@ -120,34 +133,53 @@ def plan_layers(checkpoint: Checkpoint, options: ConvertOptions) -> LayerPlan:
         if fitting != wanted:
             adapted.append(name)
         block_sizes[name] = fitting
+    _check_fused_layers(linear, block_sizes)
     scheme = _resolved(asked, linear, block_sizes)
-    has_experts = checkpoint.config.get("architectures", [""])[0] in (
-        architectures.EXPERT_ARCHITECTURES
-    )
+    has_experts = any(architectures.is_expert(name) for name in checkpoint.tensors)
     return LayerPlan(block_sizes, tuple(adapted), tuple(indivisible), scheme, has_experts)
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    existing = checkpoint.config.get("quantization_config")
-    if existing is None:
-        return
-    method = existing.get("quant_method", "unknown") if isinstance(existing, Mapping) else existing
-    raise CheckpointError(
-        f"{checkpoint.path}: is quantized already ({method}); give the 16-bit checkpoint it was "
-        "made from"
-    )
+    """Raise CheckpointError, naming the method, if a quantizer has been here before."""
+    config = checkpoint.config
+    text = config.get("text_config")
+    holders = (config, text) if isinstance(text, Mapping) else (config,)
+    method = None
+    for holder in holders:
+        found = holder.get("quantization_config") or holder.get("compression_config")
+        if isinstance(found, Mapping):
+            method = found.get("quant_method") or found.get("quant_type") or "unknown method"
+        elif found:
+            method = found
+    for name in _FOREIGN_CONFIGS:
+        if method is None and (checkpoint.path / name).exists():
+            method = f"it has a {name}"
+    for name in checkpoint.tensors:
+        if method is None and name.endswith(_FOREIGN_SUFFIXES):
+            method = f"it has a tensor {name}"
+    if method is not None:
+        raise CheckpointError(
+            f"{checkpoint.path}: is quantized already ({method}); give the 16-bit checkpoint it "
+            "was made from"
+        )
 
 
 def _choose(checkpoint: Checkpoint, linear: list[str], options: ConvertOptions) -> list[str]:
     """The layers to quantize before `ignore`, in the checkpoint's order."""
     if options.targets:
         check_patterns("targets", options.targets, linear)
-        chosen = {n for n in linear if any(matches(p, n) for p in options.targets)}
+        _check_targets(options.targets, linear)
+        chosen = {
+            name
+            for name in linear
+            if any(matches(pattern, name) for pattern in options.targets)
+            and not architectures.is_never_packed(name)
+        }
     elif checkpoint.architecture in architectures.ARCHITECTURES:
         chosen = set(architectures.default_layers(checkpoint.architecture, linear))
     else:
         candidates = architectures.candidate_layers(linear)
-        patterns = sorted({architectures.decoder_layer_pattern(name) for name in candidates})
+        patterns = sorted({f"'{architectures.decoder_layer_pattern(n)}'" for n in candidates})
         known = ", ".join(architectures.ARCHITECTURES)
         raise CheckpointError(
             f"architectures: {checkpoint.architecture!r} is not known (known are {known}); choose "
@@ -160,9 +192,41 @@ def _choose(checkpoint: Checkpoint, linear: list[str], options: ConvertOptions) 
                 "16 bit; leave --lm-head out"
             )
         if "lm_head" not in linear:
-            raise SchemeError("lm_head: the checkpoint has no lm_head.weight; leave --lm-head out")
+            raise SchemeError(
+                "lm_head: the checkpoint has no lm_head.weight, as where it is tied to the "
+                "embeddings; leave --lm-head out"
+            )
         chosen.add("lm_head")
     return [name for name in linear if name in chosen]
+
+
+def _check_targets(targets: Collection[str], linear: list[str]) -> None:
+    """Patterns pass over what engines read in 16 bit only; asking for it by name is an error."""
+    for name in targets:
+        if name in linear and architectures.is_never_packed(name):
+            remedy = "use --lm-head" if name == "lm_head" else "leave it out"
+            raise SchemeError(
+                f"targets: {name} is an embedding, norm, router, expert or output projection, "
+                f"which engines read in 16 bit; {remedy}"
+            )
+
+
+def _check_fused_layers(linear: Collection[str], block_sizes: Mapping[str, int]) -> None:
+    """Raise SchemeError if layers that engines run as one matrix would be stored differently."""
+    present = set(linear)
+    for name in block_sizes:
+        parts = [part for part in architectures.fused_with(name) if part in present]
+        if len({block_sizes.get(part) for part in parts}) > 1:
+            listed = ", ".join(
+                f"{part} block size {block_sizes[part]}"
+                if part in block_sizes
+                else f"{part} 16 bit"
+                for part in parts
+            )
+            raise SchemeError(
+                f"{listed}: engines run these as one matrix; give all of them the same block "
+                "size, or ignore all of them"
+            )
 
 
 def _resolved(asked: Scheme, linear: list[str], block_sizes: dict[str, int]) -> Scheme:

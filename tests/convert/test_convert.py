@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from dialect_kernels import DIALECT_FP4, quantize
 from dialect_plugin import architectures
-from dialect_plugin.checkpoint import CheckpointError, open_packed
+from dialect_plugin.checkpoint import JOURNAL, CheckpointError, open_packed
 from dialect_plugin.cli import app
-from dialect_plugin.convert import JOURNAL, convert
+from dialect_plugin.convert import convert
 from dialect_plugin.plan_layers import ConvertOptions
-from dialect_plugin.scheme import SchemeError
+from dialect_plugin.scheme import SchemeError, matches
 
 QUANTIZED_IN_TWO_LAYERS = {
     "Phi3ForCausalLM": 8,
@@ -134,6 +134,42 @@ def test_unknown_architecture_lists_candidates_and_takes_targets(source, tmp_pat
     refused(source, tmp_path / "packed", r"'NewForCausalLM' is not known.*--targets.*q_proj")
     options = ConvertOptions(targets=[r"re:.*\.mlp\..*"])
     assert len(convert(source, tmp_path / "packed", options).layers) == 6
+    everything = convert(source, tmp_path / "all", ConvertOptions(targets=["re:.*"]))
+    assert len(everything.layers) == 14  # never the embeddings or the output projection
+    targets = ["model.embed_tokens"]
+    refused(source, tmp_path / "x", "engines read in 16 bit", SchemeError, targets=targets)
+
+
+def test_candidates_are_linear_layers_of_numbered_blocks():
+    names = [
+        "transformer.wte",
+        "transformer.h.0.attn.c_attn",
+        "transformer.h.0.ln_1",
+        "transformer.h.0.moe.experts.3.w1",
+        "transformer.h.0.moe.gate",
+        "vision_tower.layers.0.fc1",
+        "lm_head",
+    ]
+    assert architectures.candidate_layers(names) == ["transformer.h.0.attn.c_attn"]
+    pattern = architectures.decoder_layer_pattern("transformer.h.0.attn.c_attn")
+    assert pattern == r"re:transformer.h.\d+.attn.c_attn"
+    assert matches(pattern, "transformer.h.17.attn.c_attn")
+
+
+def test_parts_of_a_fused_layer_stay_together(source, tmp_path):
+    destination = tmp_path / "packed"
+    overrides = {"model.layers.0.mlp.up_proj": {"block_size": 16}}
+    both = "mlp.gate_proj block size 32, .*mlp.up_proj block size 16: engines run these as one"
+    refused(source, destination, both, SchemeError, overrides=overrides)
+    name = "model.layers.1.self_attn.v_proj"
+    refused(source, destination, f"{name} 16 bit", SchemeError, ignore=[name])
+
+
+def test_experts_and_routers_stay_in_16_bit_even_as_targets(tiny_model, tmp_path):
+    options = ConvertOptions(targets=["re:model.layers.*"])
+    result = convert(tiny_model("MixtralForCausalLM"), tmp_path / "packed", options)
+    assert len(result.layers) == 8
+    assert result.plan.has_experts
 
 
 def test_refusals(source, tmp_path):
@@ -148,15 +184,64 @@ def test_refusals(source, tmp_path):
     refused(source, destination, "ties its output projection", SchemeError, lm_head=True)
     edit_config(source, quantization_config={"quant_method": "awq"})
     refused(source, destination, r"quantized already \(awq\)")
+    edit_config(source, quantization_config=None, text_config={"quantization_config": {}})
+    (source / "hf_quant_config.json").write_text("{}")
+    refused(source, destination, r"quantized already \(it has a hf_quant_config.json\)")
+    (source / "hf_quant_config.json").unlink()
+    extra = {"model.layers.0.mlp.up_proj.weight_scale": torch.ones(1)}
+    save_file(extra, source / "scales.safetensors")
+    refused(source, destination, "quantized already .*up_proj.weight_scale")
+
+
+def test_a_layer_of_another_dtype_is_refused(source, tmp_path):
+    weights = load_file(source / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    weights[name] = weights[name].to(torch.float8_e4m3fn)
+    save_file(weights, source / "model.safetensors")
+    refused(source, tmp_path / "packed", f"{name}: has dtype F8_E4M3; only BF16, F16 and F32")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_other_dtypes(source, tmp_path, dtype):
+    weights = {k: v.to(dtype) for k, v in load_file(source / "model.safetensors").items()}
+    save_file(weights, source / "model.safetensors")
+    convert(source, tmp_path / "packed")
+    stored = load_file(tmp_path / "packed" / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj"
+    assert torch.equal(stored[f"{name}.weight_packed"], quantize(weights[f"{name}.weight"]).codes)
+    assert stored["model.embed_tokens.weight"].dtype == dtype
+
+
+def test_a_layer_is_converted_piece_by_piece(tiny_model, tmp_path, monkeypatch):
+    convert(tiny_model(), tmp_path / "whole")
+    monkeypatch.setattr("dialect_plugin.convert._CHUNK_ELEMENTS", 1000)  # 7 or 3 rows at a time
+    monkeypatch.setattr("dialect_plugin.convert._COPY_BYTES", 1000)
+    convert(tiny_model(), tmp_path / "pieces")
+    assert hashes(tmp_path / "whole") == hashes(tmp_path / "pieces")
+
+
+def test_rows_below_the_window_are_reported(source, tmp_path):
+    weights = load_file(source / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    weights[name][2, :32] *= 2.0**-30  # becomes zeros
+    weights[name][9, :32] *= 2.0**-16  # is rounded at the window's edge
+    weights[name][11, :32] *= 2.0**-8  # inside the window
+    weights[name][13, :32] = 0
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    result = convert(source, tmp_path / "packed")
+    below = {x.name: x.rows_below_window for x in result.layers if x.rows_below_window}
+    assert below == {name.removesuffix(".weight"): 2}
+    card = (tmp_path / "packed" / "README.md").read_text()
+    assert "model.layers.0.mlp.down_proj (2 rows)" in card
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite_are_named(source, tmp_path, value):
     weights = load_file(source / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][3, 17] = value
+    weights["model.layers.1.mlp.down_proj.weight"][3, 17] = value
     save_file(weights, source / "model.safetensors", {"format": "pt"})
-    refused(source, tmp_path / "packed", r"model.layers.1.mlp.up_proj.weight.*at \[3, 17\]")
-    ignored = ConvertOptions(ignore=["model.layers.1.mlp.up_proj"])
+    refused(source, tmp_path / "packed", r"model.layers.1.mlp.down_proj.weight.*at \[3, 17\]")
+    ignored = ConvertOptions(ignore=["model.layers.1.mlp.down_proj"])
     assert convert(source, tmp_path / "packed", ignored).layers
 
 
@@ -167,9 +252,12 @@ def test_pickled_weights_are_refused_with_the_remedy(source, tmp_path):
 
 def test_python_files_are_never_copied(source, tmp_path):
     (source / "modeling.py").write_text("raise SystemExit")
+    (source / "LICENSE.py").write_text("raise SystemExit")
+    (source / "pytorch_model.bin.index.json").write_text("{}")
     edit_config(source, auto_map={"AutoModel": "modeling.Model"})
     convert(source, tmp_path / "packed")
     assert not list((tmp_path / "packed").glob("*.py"))
+    assert not list((tmp_path / "packed").glob("*.index.json"))
     assert "auto_map" not in json.loads((tmp_path / "packed" / "config.json").read_text())
 
 
@@ -182,6 +270,10 @@ def test_a_destination_in_use_is_refused_unless_overwritten(source, tmp_path):
     assert [p.name for p in destination.iterdir()] == ["mine.txt"]
     convert(source, destination, overwrite=True)
     assert not (destination / "mine.txt").exists()
+    (destination / "photos").mkdir()
+    with pytest.raises(CheckpointError, match="holds the directory photos"):
+        convert(source, destination, overwrite=True)
+    assert (destination / "config.json").exists()
     for inside in (source, source / "sub", tmp_path):
         with pytest.raises(CheckpointError, match="overlaps"):
             convert(source, inside)
@@ -192,6 +284,8 @@ def test_another_unfinished_conversion_is_not_continued(tiny_model, tmp_path):
     convert(source, destination)
     before = hashes(destination)
     (destination / JOURNAL).write_text(json.dumps({"fingerprint": "other", "shards": {}}))
+    with pytest.raises(CheckpointError, match="unfinished conversion; run the same"):
+        open_packed(destination)
     with pytest.raises(CheckpointError, match="unfinished conversion of another source"):
         convert(source, destination)
     (destination / JOURNAL).unlink()
@@ -215,6 +309,11 @@ class TestIndex:
     def test_a_name_that_leaves_the_directory(self, sharded, tmp_path, name):
         self.edit(sharded, lambda names: names.update({next(iter(names)): name}))
         refused(sharded, tmp_path / "packed", "must be the name of a file in the same directory")
+
+    @pytest.mark.parametrize("name", ["config.json", "README.md", "model.bin"])
+    def test_a_name_of_something_else(self, sharded, tmp_path, name):
+        self.edit(sharded, lambda names: names.update({next(iter(names)): name}))
+        refused(sharded, tmp_path / "packed", "that ends in .safetensors")
 
     def test_a_missing_shard(self, sharded, tmp_path):
         next(iter(sharded.glob("*-00002-*"))).unlink()
@@ -255,10 +354,12 @@ class TestCommand:
 
     def test_an_overrides_file(self, tiny_model, tmp_path):
         file = tmp_path / "overrides.json"
-        file.write_text('{"model.layers.0.mlp.up_proj": {"block_size": 16}}')
+        file.write_text('{"model.layers.0.mlp.down_proj": {"block_size": 16}}')
         done = self.run("quantize", tiny_model(), tmp_path / "packed", "--overrides", file)
         assert done.exit_code == 0, done.output
-        assert open_packed(tmp_path / "packed").read("model.layers.0.mlp.up_proj").block_size == 16
+        assert (
+            open_packed(tmp_path / "packed").read("model.layers.0.mlp.down_proj").block_size == 16
+        )
 
     @pytest.mark.parametrize(
         ("arguments", "sentence"),
@@ -275,6 +376,12 @@ class TestCommand:
         assert sentence in done.stderr.replace("\n", " ")
         assert "Traceback" not in done.output
         assert not (tmp_path / "packed").exists()
+
+    def test_a_hub_id_without_a_network(self, tmp_path):
+        done = self.run("quantize", "organisation/model", tmp_path / "packed")
+        assert done.exit_code == 1
+        assert done.stderr.startswith("blockdialect: organisation/model: is no directory here")
+        assert done.stderr.count("\n") == 1
 
     def test_usage(self):
         assert self.run("quantize").exit_code == 2

@@ -4,17 +4,22 @@ import hashlib
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from dialect_plugin.checkpoint import open_packed
-from dialect_plugin.convert import JOURNAL, convert
+from dialect_plugin.checkpoint import JOURNAL, CheckpointError, open_checkpoint, open_packed
+from dialect_plugin.convert import convert
+from dialect_plugin.files import exclusive
+from dialect_plugin.journal import FinishedShard, Journal, fingerprint, open_journal
+from dialect_plugin.plan_layers import ConvertOptions
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +59,8 @@ def test_killed_at_random_points(tiny_model, tmp_path):
         destination = tmp_path / f"killed-{i}"
         child, began = start(destination)
         time.sleep(draw.random() * duration)
-        os.kill(child.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it was done before
+            os.kill(child.pid, signal.SIGKILL)
         child.join()
         if not (destination / "config.json").exists():
             unfinished += 1
@@ -68,25 +74,71 @@ def test_killed_at_random_points(tiny_model, tmp_path):
     assert resumed, "no kill left a shard to continue from"
 
 
-def test_a_failing_disk_leaves_nothing_that_looks_finished(tiny_model, tmp_path, monkeypatch):
+def test_a_failing_disk_leaves_nothing_that_looks_finished(tiny_model, tmp_path):
     source, destination = tiny_model(shard="200KB"), tmp_path / "packed"
-    calls = []
-
-    def fail_at_the_third(*arguments, **keywords):
-        calls.append(arguments)
-        if len(calls) == 3:
-            raise OSError(28, "No space left on device")
-        return save_file(*arguments, **keywords)
-
-    monkeypatch.setattr("dialect_plugin.convert.save_file", fail_at_the_third)
-    with pytest.raises(OSError, match="No space left"):
-        convert(source, destination)
+    options = ConvertOptions(ignore=["re:model.layers.1.mlp.*"])  # makes a late shard the largest
+    convert(source, tmp_path / "whole", options)
+    expected = hashes(tmp_path / "whole")
+    sizes = [path.stat().st_size for path in sorted((tmp_path / "whole").glob("*.safetensors"))]
+    largest = max(sizes)
+    before = sizes.index(largest)
+    assert before > 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            convert(source, destination, options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not (destination / "config.json").exists()
-    assert (destination / JOURNAL).exists()
-    monkeypatch.undo()
-    assert convert(source, destination).resumed == 2
-    assert not (destination / JOURNAL).exists()
-    assert open_packed(destination).layers
+    with pytest.raises(CheckpointError, match="unfinished conversion"):
+        open_packed(destination)
+    assert convert(source, destination, options).resumed == before
+    assert hashes(destination) == expected
+
+
+def test_a_shard_that_changed_is_written_again(tiny_model, tmp_path):
+    """A shard of another size than the journal says is not trusted."""
+    source, destination = tiny_model(shard="200KB"), tmp_path / "packed"
+    convert(source, destination)
+    expected = hashes(destination)
+    checkpoint = open_checkpoint(source)
+    journal = Journal(fingerprint=fingerprint(checkpoint, ConvertOptions()))
+    for shard in checkpoint.shards:
+        size = (destination / shard).stat().st_size
+        journal.shards[shard] = FinishedShard(records=[], tensors={}, file_bytes=size)
+    torn = destination / checkpoint.shards[1]
+    torn.write_bytes(torn.read_bytes()[:-1])
+    journal.write(destination)
+    reopened = open_journal(destination, journal.fingerprint, overwrite=False)
+    assert set(journal.shards) - set(reopened.shards) == {torn.name}
+    (destination / JOURNAL).unlink()
+    convert(source, destination, overwrite=True)
+    assert hashes(destination) == expected
+
+
+def hold_lock(directory, locked, release):
+    with exclusive(directory):
+        locked.set()
+        release.wait()
+
+
+def test_two_conversions_do_not_write_into_one_directory(tiny_model, tmp_path):
+    destination = tmp_path / "packed"
+    destination.mkdir()
+    context = multiprocessing.get_context("forkserver")
+    locked, release = context.Event(), context.Event()
+    child = context.Process(target=hold_lock, args=(destination, locked, release))
+    child.start()
+    try:
+        assert locked.wait(60)
+        with pytest.raises(CheckpointError, match="another conversion is writing there"):
+            convert(tiny_model(), destination)
+        assert not list(destination.iterdir())
+    finally:
+        release.set()
+        child.join()
+    assert convert(tiny_model(), destination).layers
 
 
 MEASURE = """
@@ -100,20 +152,19 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def test_peak_memory(tiny_model, tmp_path):
-    """Four shards of 256 MiB: at most twice the largest shard and 1 GiB, the program included.
+    """Three shards of one large layer each: at most twice the largest and 1 GiB, all included.
 
-    One of four tensors is quantized, to be quick; the others have names that stay in 16 bit.
+    Quantizing takes several times a tensor's bytes, so a whole one at a time would not fit.
     """
-    source, shard_bytes = tmp_path / "large", 256 << 20
+    source, shard_bytes = tmp_path / "large", 128 << 20
     source.mkdir()
     small = tiny_model()
     for name in ("config.json", "tokenizer.json"):
         (source / name).write_bytes((small / name).read_bytes())
-    weight = torch.randn(4096, 8192).to(torch.bfloat16)
-    for i in range(4):
-        names = ("mlp.up_proj", "mlp.other_1", "mlp.other_2", "mlp.other_3")
-        layers = {f"model.layers.{i}.{name}.weight": weight.clone() for name in names}
-        save_file(layers, source / f"model-{i}.safetensors", {"format": "pt"})
+    weight = torch.randn(8192, 8192).to(torch.bfloat16)
+    for i in range(3):
+        layer = {f"model.layers.{i}.mlp.down_proj.weight": weight}
+        save_file(layer, source / f"model-{i}.safetensors", {"format": "pt"})
     command = [sys.executable, "-c", MEASURE, str(source), str(tmp_path / "packed")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     peak = int(done.stdout.split()[-1]) * 1024

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dialect_plugin.checkpoint import CheckpointError
+from dialect_plugin.checkpoint import PACKED_SUFFIXES, CheckpointError
 from dialect_plugin.convert import convert
 from dialect_plugin.inspection import inspect_checkpoint
 from dialect_plugin.scheme import Scheme, SchemeError
@@ -98,6 +98,29 @@ def test_wrong_tensors(packed, change, match):
     damage(packed, change)
     with pytest.raises(CheckpointError, match=match):
         read_all(packed)
+
+
+def test_the_scheme_and_the_tensors_must_agree(packed):
+    original = json.loads((packed / "config.json").read_text())
+
+    def fault(**changes):
+        config = {**original, "quantization_config": original["quantization_config"] | changes}
+        (packed / "config.json").write_text(json.dumps(config))
+        return fault_of(packed)
+
+    assert "does not fit" in fault(overrides={LAYER: {"block_size": 16}})
+    assert "no such layer is packed" in fault(overrides={"absent": {"block_size": 16}})
+    assert "lm_head is packed, but it is not" in fault(lm_head=True)
+    assert "although config.json ignores it" in fault(ignore=[LAYER])
+    assert fault() == ""
+
+    def keep_one_in_16_bit(tensors):
+        for suffix in PACKED_SUFFIXES:
+            tensors.pop(LAYER + suffix)
+        tensors[f"{LAYER}.weight"] = torch.zeros(256, 128, dtype=torch.bfloat16)
+
+    damage(packed, keep_one_in_16_bit)
+    assert "config.json does not ignore it" in fault()
 
 
 @pytest.mark.parametrize(
