@@ -291,27 +291,40 @@ def test_a_forked_process_gets_threads_of_its_own():
     assert os.waitpid(child, 0)[1] == 0
 
 
-PINNED = """
+CALL_AND_LOOK = """
+before = set(os.listdir("/proc/self/task"))
+cpu.quantize(torch.ones(256, 64), DIALECT_FP4, 32, "mse", 13, threads=2)
+(helper,) = set(os.listdir("/proc/self/task")) - before
+print(*sorted(os.sched_getaffinity(0)), "|", *sorted(os.sched_getaffinity(int(helper))))
+"""
+PINNED_LATE = f"""
 import os, threading
 import torch
 from dialect_kernels import DIALECT_FP4, cpu
-everything = os.sched_getaffinity(0)
-other = threading.Event()
-threading.Thread(target=other.wait, daemon=True).start()
-os.sched_setaffinity(0, {min(everything)})  # what an engine does to the thread that calls us
-before = set(os.listdir("/proc/self/task"))
-q = cpu.quantize(torch.ones(256, 64), DIALECT_FP4, 32, "mse", 13, threads=len(everything))
-helpers = set(os.listdir("/proc/self/task")) - before
-assert len(helpers) == len(everything) - 1
-for helper in helpers:
-    assert os.sched_getaffinity(int(helper)) == everything - {min(everything)}
-other.set()
+end = threading.Event()
+threading.Thread(target=end.wait, daemon=True).start()  # keeps both CPUs
+os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})
+{CALL_AND_LOOK}
+end.set()
+"""
+PINNED_EARLY = f"""
+import os
+import torch
+from dialect_kernels import DIALECT_FP4, cpu
+os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})  # the only thread there is
+{CALL_AND_LOOK}
 """
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
-def test_helpers_do_not_inherit_the_pin_of_the_calling_thread():
-    run(PINNED, {})
+@pytest.mark.parametrize("script", [PINNED_LATE, PINNED_EARLY], ids=["late", "early"])
+def test_helpers_do_not_inherit_the_pin_of_the_calling_thread(script):
+    """What an engine or OpenMP does to the thread that calls us."""
+    taken = os.sched_getaffinity(0)
+    caller, _, helper = run(script, {"OMP_NUM_THREADS": "1"}).stdout.partition("|")
+    assert set(map(int, caller.split())) == {min(taken)}
+    assert set(map(int, helper.split())) >= taken - {min(taken)}
+    assert min(taken) not in set(map(int, helper.split()))
 
 
 def test_bad_arguments_are_refused():

@@ -194,10 +194,11 @@ int count_cpus(const CpuMask mask) {
     return count;
 }
 
-// The CPUs that any thread of this process may use. A new thread inherits its creator's pin, and
-// an engine may have pinned that one to a single core; but the union stays inside what the process
-// was given.
-bool cpus_of_process(CpuMask mask) {
+// Where helpers may run. A new thread inherits its creator's pin, and an engine may have pinned that
+// one to a single core; so helpers get the CPUs of all threads of this process. Where even these are
+// fewer than the threads asked for (OpenMP pins the first thread early and starts the others late),
+// they get every CPU the system lets this process have.
+bool cpus_of_helpers(int threads, CpuMask mask) {
     std::memset(mask, 0, sizeof(CpuMask));
     DIR* tasks = opendir("/proc/self/task");
     if (!tasks) return false;
@@ -208,6 +209,7 @@ bool cpus_of_process(CpuMask mask) {
             for (size_t i = 0; i < 128; i++) mask[i] |= own[i];
     }
     closedir(tasks);
+    if (count_cpus(mask) < threads) std::memset(mask, 0xff, sizeof(CpuMask));
     CpuMask caller = {};
     if (sched_getaffinity(0, sizeof caller, reinterpret_cast<cpu_set_t*>(caller)) == 0 &&
         count_cpus(caller) == 1 && count_cpus(mask) > 1)
@@ -259,7 +261,7 @@ class Pool {
         if (helpers <= size_) return;
 #if defined(__linux__)
         CpuMask mask;
-        const bool known = cpus_of_process(mask);
+        const bool known = cpus_of_helpers(helpers + 1, mask);
 #endif
         try {
             while (size_ < helpers) {
