@@ -38,4 +38,6 @@ lint: setup
 	@.venv/bin/lint-imports
 
 clean:
-	rm -rf .venv .cache build dist *.egg-info
+	rm -rf .venv .cache build dist *.egg-info scripts/vllm_metadata/build \
+		scripts/vllm_metadata/*.egg-info .hypothesis .import_linter_cache .mypy_cache \
+		.pytest_cache .ruff_cache

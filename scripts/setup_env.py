@@ -7,6 +7,7 @@ remembers what was installed, so that a second run only compares it.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import platform
 import shutil
 import subprocess
@@ -47,10 +48,8 @@ def set_up(build: str) -> None:
         say(f".venv is ready ({build} build)")
         return
     check_machine(build)
-    if not PYTHON.exists():
-        say(f"making {VENV.name} with Python {platform.python_version()}")
-        venv.create(VENV, with_pip=True)
     STAMP.unlink(missing_ok=True)
+    make_venv()
     pip("pip and setuptools", "install", "--upgrade", "pip", "setuptools>=77", "wheel")
     if build == "CPU":
         install_cpu_vllm()
@@ -60,6 +59,28 @@ def set_up(build: str) -> None:
     pip("this project", "install", "--no-build-isolation", "--editable", f"{ROOT}[dev]")
     STAMP.write_text(wanted)
     say("done")
+
+
+def make_venv() -> None:
+    """Make .venv with pip in it, unless one for this Python is there."""
+    version = [str(PYTHON), "-c", "import pip, sys; print(sys.version)"]
+    if PYTHON.exists():
+        found = subprocess.run(version, capture_output=True, text=True)
+        if found.stdout.strip() == sys.version:
+            return
+        say(f"removing {VENV.name}: it has no pip, or another Python")
+        shutil.rmtree(VENV)
+    say(f"making {VENV.name} with Python {platform.python_version()}")
+    # Debian and Ubuntu ship Python without what puts pip into an environment
+    if importlib.util.find_spec("ensurepip") is None:
+        raise SetupError(
+            f"{sys.executable} cannot make virtual environments (no ensurepip); "
+            "install the package for it, on Debian and Ubuntu python3-venv"
+        )
+    try:
+        venv.create(VENV, with_pip=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SetupError(f"{VENV} cannot be made: {error}") from error
 
 
 def install_cpu_vllm() -> None:
@@ -104,7 +125,7 @@ def check_machine(build: str) -> None:
             f"{platform.machine()}; format, converter and reference install with pip install ."
         )
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
-        raise SetupError("no C++ compiler was found; install one, for example g++")
+        raise SetupError("c++ was not found: install a C++ compiler, for example g++")
     free = shutil.disk_usage(ROOT).free / 2**30
     if free < NEEDED_GIB[build]:
         raise SetupError(
@@ -113,8 +134,14 @@ def check_machine(build: str) -> None:
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether an NVIDIA driver with a device is there."""
-    return Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
+    """Whether an NVIDIA GPU can be seen; the driver's tool alone may be there without one."""
+    if Path("/dev/nvidia0").exists():
+        return True
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return False
+    listed = subprocess.run([tool, "--list-gpus"], capture_output=True, text=True)
+    return listed.returncode == 0 and "GPU" in listed.stdout
 
 
 def fingerprint(build: str) -> str:

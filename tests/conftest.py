@@ -19,6 +19,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 sys.path.append(str(Path(__file__).parent))
 
 
+def pytest_collection_modifyitems(items):
+    """Skip what is marked `gpu` where there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, none is here"))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """A function that makes tiny random checkpoints, each once per session."""
