@@ -21,14 +21,19 @@ class BuildWithKernel(build_py):
 
     def run(self) -> None:
         super().run()
-        if self.editable_mode or platform.system() != "Linux":
+        if self.editable_mode:
+            return
+        folder = Path(self.build_lib) / "dialect_kernels" / "cpu"
+        for left in folder.glob("dialect_cpu-*.so"):  # by an earlier build in this folder
+            left.unlink()
+        if platform.system() != "Linux":
             return
         spec = importlib.util.spec_from_file_location("build_cpu_kernel", KERNEL)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
         try:
-            library = module.build(Path(self.build_lib) / "dialect_kernels" / "cpu")
+            library = module.build(folder)
         except (module.CompilerError, OSError) as error:
             print(f"the CPU kernel is left out: {error}", file=sys.stderr)
             return

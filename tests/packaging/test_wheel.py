@@ -1,6 +1,7 @@
 """The built wheel: what it makes importable, and that installing it disturbs nothing."""
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -15,18 +16,27 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The wheel, built from the files that git tracks."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def source(tmp_path_factory):
+    """The files that git tracks, where a build leaves nothing behind in the repository."""
+    folder = tmp_path_factory.mktemp("source")
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
     for name in filter(None, tracked.stdout.decode().split("\0")):
-        if (ROOT / name).is_file() and not name.startswith(("tests/", "demo/", "docs/")):
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((ROOT / name).read_bytes())
+    return folder
+
+
+def build(source, out, **environment):
     command = [*PIP, "wheel", "--no-deps", "--no-build-isolation", "-w", str(out), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return next(out.glob("blockdialect-*.whl"))
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    return build(source, tmp_path_factory.mktemp("wheel"))
 
 
 def test_contents(wheel):
@@ -42,6 +52,12 @@ def test_contents(wheel):
     assert "[vllm.general_plugins]\nblockdialect = dialect_plugin:register" in entry_points
     assert "[console_scripts]\nblockdialect = dialect_plugin.cli:app" in entry_points
     assert f"{info}/licenses/LICENSE" in names
+
+
+def test_without_a_compiler_the_wheel_is_pure_python(source, tmp_path):
+    built = build(source, tmp_path, CXX="no-such-compiler")
+    assert built.name.endswith("-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(built).namelist() if name.endswith(".so")]
 
 
 def test_triton_kernels_is_not_importable(wheel, tmp_path):
