@@ -38,7 +38,18 @@ def quantize(
     name: str = "tensor",
 ) -> PackedTensor:
     """Quantize a matrix; see :func:`dialect_kernels.reference.quantize`, whose bytes it returns."""
-    return reference.quantize(x, book, block_size, rule, window, name)
+    if x.device.type != "cpu" or not cpu.available():
+        return reference.quantize(x, book, block_size, rule, window, name)
+    window = reference.check_quantize(x, book, block_size, rule, window, name)
+    packed = cpu.quantize(x, book, block_size, rule, window)
+    return PackedTensor(
+        packed.codes,
+        packed.meta,
+        packed.row_exponent,
+        (x.shape[0], x.shape[1]),
+        book,
+        block_size,
+    )
 
 
 def dialect_linear(
