@@ -83,7 +83,8 @@ class _Task:
         self, what: str, logprobs: Callable[[Any, Any, Callable[[], object]], Any], source: object
     ) -> float:
         """Perplexity of the windows by `source`, with a progress bar."""
-        with Progress(console=self.console, transient=True) as bar:
+        console = self.console
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task(f"  {what}", total=len(self.parts))
             return perplexity(logprobs(source, self.parts, lambda: bar.advance(task)))
 
