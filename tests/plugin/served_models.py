@@ -77,7 +77,7 @@ QUANTIZED_LEAVES = {
 
 
 def build(architecture: str, directory: Path, seed: int = 0, **changes: Any) -> Path:
-    """Save a random bfloat16 model of `architecture` in `directory`."""
+    """Save a random bfloat16 model of `architecture` in `directory`, in several shards."""
     torch.manual_seed(seed)
     config_class, differing = CONFIGS[architecture]
     config = getattr(transformers, config_class)(**(_COMMON | differing | changes))
@@ -86,7 +86,7 @@ def build(architecture: str, directory: Path, seed: int = 0, **changes: Any) -> 
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)
-    model.to(torch.bfloat16).save_pretrained(directory)
+    model.to(torch.bfloat16).save_pretrained(directory, max_shard_size="300KB")
     return directory
 
 
@@ -102,36 +102,53 @@ def expected_logprobs(
     activation_format: str = "dialect",
     book: Formatbook = DIALECT_FP4,
     block_size: Callable[[str], int | None] = lambda name: 32,
+    lm_head: bool = False,
+    adapter: dict[str, torch.Tensor] | None = None,
+    adapter_scale: float = 1.0,
 ) -> torch.Tensor:
     """Log-probabilities [len(PROMPT), VOCABULARY] of the quantized model, float32.
 
     transformers computes the model; the quantized layers get decoded weights and rounded inputs.
-    `block_size` says None for layers that stay in 16 bit.
+    `block_size` says None for layers that stay in 16 bit. `adapter` holds a LoRA adapter's tensors,
+    which see the inputs before they are rounded.
     """
     model = getattr(transformers, architecture).from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     )
     for name, module in model.named_modules():
         size = block_size(name)
-        wanted = is_quantized(architecture, name) or name == "lm_head" and size != 32
+        wanted = is_quantized(architecture, name) or (name == "lm_head" and lm_head)
         if not isinstance(module, torch.nn.Linear) or not wanted or size is None:
             continue
+        if adapter is not None:
+            down = adapter[f"base_model.model.{name}.lora_A.weight"]
+            up = adapter[f"base_model.model.{name}.lora_B.weight"]
+            module.register_forward_hook(_add_adapter(down, up, adapter_scale))
         module.weight.data = quantize(module.weight.data, book, size).dequantize()
-        module.register_forward_pre_hook(_round_input(activation_format, book, size))
+        module.forward = _on_rounded_input(module.forward, activation_format, book, size)
     with torch.no_grad():
         logits = model(torch.tensor([PROMPT])).logits[0, :, :VOCABULARY]
     return torch.log_softmax(logits, dim=-1)
 
 
-def _round_input(activation_format: str, book: Formatbook, block_size: int) -> Callable[..., Any]:
-    def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        tokens = inputs[0].reshape(-1, inputs[0].shape[-1])
+def _on_rounded_input(
+    forward: Callable[..., torch.Tensor], activation_format: str, book: Formatbook, block_size: int
+) -> Callable[..., torch.Tensor]:
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
         if activation_format == "dialect":
             tokens = reference.round_activation(tokens, book, block_size)
         elif activation_format == "fp8":
             codes, scale = reference.quantize_fp8(tokens)
             tokens = codes.to(torch.float32) * scale[:, None]
-        return (tokens.view(inputs[0].shape),)
+        return forward(tokens.view(x.shape))
+
+    return rounded
+
+
+def _add_adapter(down: torch.Tensor, up: torch.Tensor, scale: float) -> Callable[..., Any]:
+    def hook(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        return output + scale * (inputs[0] @ down.T @ up.T)
 
     return hook
 
