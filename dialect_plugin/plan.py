@@ -20,6 +20,7 @@ from rich.table import Table
 
 from dialect_kernels.formatbook import BLOCK_SIZES
 
+from .architectures import fused_with
 from .loss import sqnr
 from .report import LayerReport, dialect_name
 from .scheme import SchemeError, fitting_block_size
@@ -28,14 +29,6 @@ __all__ = ["Objective", "Plan", "choose_block_sizes", "plan_bits", "render"]
 
 Objective = Literal["error", "relative"]
 _UNIFORM = 32
-_FUSED = {
-    "q_proj": "qkv_proj",
-    "k_proj": "qkv_proj",
-    "v_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
-}
-"""Layers that engines join into one, which has one block size."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +92,7 @@ def plan_bits(
     """
     members: dict[str, list[LayerReport]] = {}
     for layer in layers:
-        members.setdefault(_fused_name(layer.name), []).append(layer)
+        members.setdefault(_first_part(layer.name), []).append(layer)
     points = {name: _points(parts, objective) for name, parts in members.items()}
     weights = sum(layer.weights for layer in layers)
     least = sum(min(bits for bits, _ in sizes.values()) for sizes in points.values())
@@ -109,7 +102,7 @@ def plan_bits(
             "weight: give at least that"
         )
     chosen = choose_block_sizes(points, bits_per_weight * weights)
-    sizes = {layer.name: chosen[_fused_name(layer.name)] for layer in layers}
+    sizes = {layer.name: chosen[_first_part(layer.name)] for layer in layers}
     return Plan(tuple(layers), sizes, objective)
 
 
@@ -158,9 +151,9 @@ def _slope(sizes: Mapping[int, tuple[int, float]], before: int, after: int) -> f
     return (sizes[after][1] - sizes[before][1]) / (sizes[after][0] - sizes[before][0])
 
 
-def _fused_name(name: str) -> str:
-    parent, _, own = name.rpartition(".")
-    return f"{parent}.{_FUSED.get(own, own)}"
+def _first_part(name: str) -> str:
+    """What stands for all layers that engines fuse with the layer `name`."""
+    return (fused_with(name) or (name,))[0]
 
 
 def _points(parts: Sequence[LayerReport], objective: Objective) -> dict[int, tuple[int, float]]:
