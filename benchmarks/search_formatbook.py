@@ -41,7 +41,7 @@ def main(
     for largest in range(15, SMALLEST_RANGE - 1, -1):
         of_range = block_range == largest
         histogram = _histogram(cells[of_range], energy[of_range])
-        given = [grid for grid in _shipped(largest)[:2]]
+        given = list(_shipped(largest)[:2])
         found = list(given)
         for _ in range(2):
             found.append(_best_addition(found, largest, histogram))

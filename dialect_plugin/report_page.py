@@ -75,7 +75,7 @@ def _draw_sqnr(axes: Any, report: Report) -> None:
     axes.set_ylabel("SQNR, dB")
     axes.grid(alpha=0.3)
     if report.layers:
-        axes.legend(fontsize="small", ncols=len(report.formats), loc="lower center")
+        axes.figure.legend(fontsize="small", ncols=len(report.formats), loc="outside upper center")
 
 
 def _draw_dialects(axes: Any, report: Report) -> None:
