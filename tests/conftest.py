@@ -18,6 +18,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 # pytest's importlib mode puts no folder on the path; helpers beside the tests need this line
 sys.path.append(str(Path(__file__).parent))
 
+# `python -m pytest` puts the repository root there, so that tests can import benchmarks and demo.
+# vLLM must not take the folder triton_kernels in it for OpenAI's package of that name.
+sys.modules["triton_kernels"] = None
+
 
 def pytest_collection_modifyitems(items):
     """Skip what is marked `gpu` where there is none."""

@@ -1,5 +1,6 @@
 """Nothing happens at import: no engine, no pipeline, no Triton, no CUDA context."""
 
+import importlib.util
 import subprocess
 import sys
 
@@ -40,3 +41,7 @@ def test_packages_are_importable_by_their_installed_names_only(tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_tests_do_not_see_the_folder_as_a_package():
+    assert importlib.util.find_spec("triton_kernels") is None
