@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,11 +47,12 @@ from .journal import FinishedShard, Journal, LayerRecord, fingerprint, open_jour
 from .loss import signal_and_noise
 from .model_card import model_card
 from .plan_layers import ConvertOptions, LayerPlan, plan_layers
+from .workers import Workers
 
 __all__ = ["ConversionResult", "LayerRecord", "Progress", "convert"]
 
 _PACKED_DTYPES = ("U8", "U8", "I8")
-_CHUNK_ELEMENTS = 1 << 22  # working memory is some 16 bytes per element
+_CHUNK_ELEMENTS = 1 << 18  # fits in the cache; memory is some 16 bytes per element and worker
 _COPY_BYTES = 1 << 24
 
 
@@ -129,15 +127,15 @@ def convert(
     resumed = len(journal.shards)
     layouts = [_layout(checkpoint, s, plan) for s in checkpoint.shards if s not in journal.shards]
     check_disk_space(destination, sum(t.nbytes for layout in layouts for t in layout.values()))
-    with _threads(workers):
-        _check_weights(checkpoint, plan, journal, progress)
+    with Workers(workers) as pool:
+        _check_weights(checkpoint, plan, journal, progress, pool)
         destination.mkdir(parents=True, exist_ok=True)
         with exclusive(destination):
             if overwrite and not resumed:
                 _empty(destination)
             remove_temporary(destination)
             journal.write(destination)
-            _convert_shards(checkpoint, plan, destination, journal, progress)
+            _convert_shards(checkpoint, plan, destination, journal, progress, pool)
             return _finish(checkpoint, plan, destination, journal, resumed)
 
 
@@ -147,6 +145,7 @@ def _convert_shards(
     destination: Path,
     journal: Journal,
     progress: Progress,
+    workers: Workers,
 ) -> None:
     sizes = [info.nbytes for info in checkpoint.tensors.values()]
     progress.begin("quantizing", len(sizes), sum(sizes))
@@ -157,7 +156,7 @@ def _convert_shards(
                     progress.advance(info.nbytes)
             continue
         records: list[LayerRecord] = []
-        write = partial(_write_shard, checkpoint, shard, plan, progress, records)
+        write = partial(_write_shard, checkpoint, shard, plan, progress, workers, records)
         write_file(destination / shard, write)
         journal.shards[shard] = FinishedShard(
             records=records,
@@ -190,6 +189,7 @@ def _write_shard(
     shard: str,
     plan: LayerPlan,
     progress: Progress,
+    workers: Workers,
     records: list[LayerRecord],
     path: Path,
 ) -> None:
@@ -201,7 +201,7 @@ def _write_shard(
                 continue
             layer = name.removesuffix(".weight")
             if name.endswith(".weight") and layer in plan.block_sizes:
-                records.append(_write_layer(checkpoint, layer, plan, writer))
+                records.append(_write_layer(checkpoint, layer, plan, writer, workers))
             else:
                 for chunk in checkpoint.read_bytes(name, _COPY_BYTES):
                     writer.append(name, chunk)
@@ -210,21 +210,25 @@ def _write_shard(
 
 
 def _write_layer(
-    checkpoint: Checkpoint, layer: str, plan: LayerPlan, writer: ShardWriter
+    checkpoint: Checkpoint, layer: str, plan: LayerPlan, writer: ShardWriter, workers: Workers
 ) -> LayerRecord:
     """Quantize a layer group of rows by group of rows, which gives the bytes of the whole."""
     name, block_size = f"{layer}.weight", plan.block_sizes[layer]
     book = plan.scheme.formatbook
-    packed_bytes, signal, noise, below = 0, 0.0, 0.0, 0
-    for weight in checkpoint.read_rows(name, _CHUNK_ELEMENTS):
+
+    def quantize_rows(weight: torch.Tensor) -> tuple[PackedTensor, float, float, int]:
         packed = quantize(weight, book, block_size, name=name)
+        signal, noise = signal_and_noise(weight, packed.dequantize)
+        return packed, signal, noise, _rows_below_window(weight, packed)
+
+    packed_bytes, signal, noise, below = 0, 0.0, 0.0, 0
+    groups = checkpoint.read_rows(name, _CHUNK_ELEMENTS)
+    for packed, group_signal, group_noise, group_below in workers.map(quantize_rows, groups):
         parts = (packed.codes, packed.meta, packed.row_exponent)
         for suffix, part in zip(PACKED_SUFFIXES, parts, strict=True):
             writer.append(layer + suffix, part.numpy().tobytes())
         packed_bytes += packed.nbytes
-        energies = signal_and_noise(weight, packed.dequantize)
-        signal, noise = signal + energies[0], noise + energies[1]
-        below += _rows_below_window(weight, packed)
+        signal, noise, below = signal + group_signal, noise + group_noise, below + group_below
     rows, columns = checkpoint.tensors[name].shape
     return LayerRecord(layer, rows, columns, block_size, packed_bytes, signal, noise, below)
 
@@ -284,25 +288,38 @@ def _finish(
 
 
 def _check_weights(
-    checkpoint: Checkpoint, plan: LayerPlan, journal: Journal, progress: Progress
+    checkpoint: Checkpoint,
+    plan: LayerPlan,
+    journal: Journal,
+    progress: Progress,
+    workers: Workers,
 ) -> None:
     """Raise CheckpointError at the first NaN or Inf in a weight that will be quantized."""
     infos = {f"{name}.weight": checkpoint.tensors[f"{name}.weight"] for name in plan.block_sizes}
     infos = {name: info for name, info in infos.items() if info.shard not in journal.shards}
     progress.begin("checking", len(infos), sum(info.nbytes for info in infos.values()))
     for name, info in infos.items():
+        groups = checkpoint.read_rows(name, _CHUNK_ELEMENTS)
         first_row = 0
-        for weight in checkpoint.read_rows(name, _CHUNK_ELEMENTS):
-            finite = weight.isfinite()
-            if not bool(finite.all()):
-                row, column = (~finite).nonzero()[0].tolist()
+        for rows, fault in workers.map(_first_not_finite, groups):
+            if fault is not None:
+                row, column, value = fault
                 raise CheckpointError(
-                    f"{name} in {info.shard}: {float(weight[row, column])} at "
-                    f"[{first_row + row}, {column}]; only finite weights can be quantized: repair "
-                    f"the checkpoint, or --ignore {name.removesuffix('.weight')}"
+                    f"{name} in {info.shard}: {value} at [{first_row + row}, {column}]; only "
+                    "finite weights can be quantized: repair the checkpoint, or --ignore "
+                    f"{name.removesuffix('.weight')}"
                 )
-            first_row += weight.shape[0]
+            first_row += rows
         progress.advance(info.nbytes)
+
+
+def _first_not_finite(weight: torch.Tensor) -> tuple[int, tuple[int, int, float] | None]:
+    """The number of rows, and row, column and value of the first NaN or Inf."""
+    rows = weight.shape[0]
+    if not weight.numel() or all(bool(end.isfinite()) for end in torch.aminmax(weight)):
+        return rows, None  # minimum and maximum are NaN if any element is
+    row, column = (~weight.isfinite()).nonzero()[0].tolist()
+    return rows, (row, column, float(weight[row, column]))
 
 
 def _empty(destination: Path) -> None:
@@ -310,21 +327,3 @@ def _empty(destination: Path) -> None:
     (destination / CONFIG).unlink(missing_ok=True)
     for file in destination.iterdir():
         file.unlink()
-
-
-@contextmanager
-def _threads(workers: int | None) -> Iterator[None]:
-    """Run with `workers` CPU threads (default: all this process may use)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(workers or _usable_cores())
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _usable_cores() -> int:
-    """Cores this process may use; systems other than Linux do not tell, so all of them there."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
