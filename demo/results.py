@@ -19,7 +19,7 @@ class Figures:
         name: the format.
         bytes: of the tensors on disk; computed for MXFP4, which is not stored.
         perplexity: on the held-out text.
-        source: ``"server"`` or ``"emulated"``: where `perplexity` comes from.
+        source: ``"server"`` or ``"emulation"``: where `perplexity` comes from.
         completions: greedy continuations of the prompts, by the server.
         emulated_perplexity: the emulation's, where it was compared with the server's.
     """
@@ -71,8 +71,9 @@ def figures_table(result: Demonstration) -> Table:
         title=f"{escape(result.model)}, {result.tokens:,} tokens of {escape(result.text)}",
         title_justify="left",
     )
-    for column in ("format", "MB", "perplexity", "to bf16", "measured by", "emulation says"):
-        table.add_column(column, justify="left" if column in {"format", "measured by"} else "right")
+    for column in ("format", "MB", "perplexity", "to bf16", "measured by", "emulated"):
+        text = column in {"format", "measured by"}
+        table.add_column(column, justify="left" if text else "right", no_wrap=True)
     for row in result.rows:
         check = row.emulated_perplexity
         table.add_row(

@@ -132,7 +132,7 @@ def demonstrate(
     console.print(f"  perplexity {emulated:.3f}")
     nbytes = _mxfp4_bytes(checkpoint, task.packed)
     rows.insert(
-        int(formats[0] == "bf16"), Figures("MXFP4-32 W4A4", nbytes, emulated, "emulated", [])
+        int(formats[0] == "bf16"), Figures("MXFP4-32 W4A4", nbytes, emulated, "emulation", [])
     )
     return Demonstration(
         model.resolve().name, text.name, predicted(parts), context - 1, PROMPTS, rows

@@ -140,14 +140,14 @@ def shown(table):
 def test_tables_show_what_was_found():
     rows = [
         Figures("bf16", 2_000_000, 10.0, "server", ["[red]x\n", "b"], 10.01),
-        Figures("MXFP4-32 W4A4", 1_000_000, 11.0, "emulated", []),
+        Figures("MXFP4-32 W4A4", 1_000_000, 11.0, "emulation", []),
         Figures("BlockDialect W4A8", 1_060_000, 10.5, "server", ["y", "d"]),
     ]
     result = Demonstration("m", "t.txt", 1234, 511, ["p [1]", "q"], rows)
     lines = [" ".join(line.split()) for line in shown(figures_table(result)).splitlines()]
     assert "m, 1,234 tokens of t.txt" in lines
     assert "│ bf16 │ 2.00 │ 10.000 │ +0.00% │ server │ 10.010 │" in lines
-    assert "│ MXFP4-32 W4A4 │ 1.00 │ 11.000 │ +10.00% │ emulated │ │" in lines
+    assert "│ MXFP4-32 W4A4 │ 1.00 │ 11.000 │ +10.00% │ emulation │ │" in lines
     assert "│ BlockDialect W4A8 │ 1.06 │ 10.500 │ +5.00% │ server │ │" in lines
     text = shown(completions_table(result, 0))
     assert "prompt 'p [1]'" in text
