@@ -1,9 +1,9 @@
 """Every architecture of the table, served by vLLM's engine, packed and online.
 
 The packed bytes must be those of quantizing the checkpoint's weights; the log-probabilities those
-of transformers' model with decoded weights and rounded inputs. The tolerance is for float32
-summation orders: these logits have a magnitude of 10 and depend on sums of some hundred products.
-A sum at a rounding boundary may still move one activation code, hence the small share of outliers.
+of transformers' model with decoded weights and rounded inputs. The tolerance is for the order of
+float32 additions in what is not quantized (norms, attention, experts, output projection), 1e-6
+here; the formats differ from each other by more than 0.05 (test_engine).
 """
 
 import pytest
@@ -50,6 +50,4 @@ def test_packed_and_online(architecture, tmp_path):
     assert torch.equal(packed_logprobs, online_logprobs)
 
     oracle = expected_logprobs(source, architecture)[:-1]
-    difference = (packed_logprobs - oracle).abs()
-    print(architecture, difference.max(), difference.mean(), oracle.std())
     torch.testing.assert_close(packed_logprobs, oracle, rtol=1e-4, atol=1e-3)
