@@ -154,7 +154,7 @@ def check_patterns(field: str, patterns: Iterable[str], names: Iterable[str]) ->
     for pattern in patterns:
         if any(matches(pattern, name) for name in known):
             continue
-        near = get_close_matches(pattern.removeprefix("re:"), known, n=3, cutoff=0.4)
+        near = _near_misses(pattern.removeprefix("re:"), known)
         hint = f"; near it are {', '.join(near)}" if near else ""
         raise SchemeError(
             f"{field}: {pattern!r} matches no layer{hint}; give an exact layer name or "
@@ -168,6 +168,16 @@ def fitting_block_size(columns: int, wanted: int) -> int | None:
         if columns % block_size == 0:
             return block_size
     return None
+
+
+def _near_misses(pattern: str, names: list[str]) -> list[str]:
+    """Up to three names like `pattern`, as a whole or in the last word."""
+    near = get_close_matches(pattern, names, n=3, cutoff=0.6)
+    words = re.findall(r"\w+", pattern)
+    if not near and words:
+        leaves = {name.rpartition(".")[2]: name for name in reversed(names)}
+        near = [leaves[leaf] for leaf in get_close_matches(words[-1], leaves, n=3, cutoff=0.6)]
+    return near
 
 
 def _check_expressions(patterns: Iterable[str]) -> None:

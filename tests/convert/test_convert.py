@@ -174,7 +174,10 @@ def test_experts_and_routers_stay_in_16_bit_even_as_targets(tiny_model, tmp_path
 
 def test_refusals(source, tmp_path):
     destination = tmp_path / "packed"
-    refused(source, destination, "'q_porj' matches no layer", SchemeError, ignore=["q_porj"])
+    for pattern in ("q_porj", r"re:.*\.q_porj$"):
+        near = "matches no layer; near it are model.layers.0.self_attn.q_proj"
+        refused(source, destination, near, SchemeError, ignore=[pattern])
+    refused(source, destination, "matches no layer; give", SchemeError, ignore=["xyz"])
     near = "near it are model.layers"
     refused(source, destination, near, SchemeError, ignore=["model.layers.0.self_attn.q_porj"])
     overrides = {"re:nothing": {"block_size": 16}}
