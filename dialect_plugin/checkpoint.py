@@ -42,7 +42,17 @@ JOURNAL = ".blockdialect-journal.json"
 PACKED_SUFFIXES = (".weight_packed", ".weight_meta", ".weight_row_exponent")
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
+_HUB_FILES = (
+    "*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
 
 
 class CheckpointError(ValueError):

@@ -195,3 +195,16 @@ def test_overrides_prefer_exact_names_then_order():
     assert scheme.block_size_of("a.down_proj") == 32
     assert scheme.block_size_of("b.down_proj") == 16
     assert scheme.block_size_of("b.fc1") == 64
+
+
+def test_a_tensor_that_a_header_names_twice(packed):
+    entry = '"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}'
+    header = f"{{{entry},{entry}}}".encode()
+    file = packed / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert "the key 'a' is given 2 times" in fault_of(packed)
+
+
+def test_a_header_of_a_length_beyond_reason(packed):
+    (packed / "model.safetensors").write_bytes((2**63 - 1).to_bytes(8, "little") + b"{}")
+    assert "cannot be read as safetensors" in fault_of(packed)
