@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -320,45 +321,52 @@ def test_demonstration_on_the_shipped_model():
 
 
 @pytest.mark.slow
-def test_make_serve_streams_and_stops(tiny_model):
-    command = ["demo.serve", "--model", str(tiny_model()), "--", "--port", "18923"]
-    command += ["--host", "127.0.0.1", "--max-model-len", "64", "--enforce-eager"]
-    server = subprocess.Popen(
-        [sys.executable, "-m", *command],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-    )
+def test_make_serve_streams_and_stops(tiny_model, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "demo.serve", "--model", str(tiny_model()), "--"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "64"]
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            [*command, "--enforce-eager"],
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+            start_new_session=True,
+        )
     try:
-        first = server.stdout.readline()
-        assert "--quantization blockdialect" in first
-        with httpx.Client(base_url="http://127.0.0.1:18923", trust_env=False, timeout=60) as client:
-            wait_until_healthy(client, server)
+        base = f"http://127.0.0.1:{port}"
+        with httpx.Client(base_url=base, trust_env=False, timeout=60) as client:
+            wait_until_healthy(client, server, log)
             body = {"prompt": "def hello", "max_tokens": 5, "temperature": 0, "ignore_eos": True}
             whole = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
             with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
                 lines = [
                     line.removeprefix("data: ") for line in answer.iter_lines() if line.strip()
                 ]
-        assert lines[-1] == "[DONE]"
-        streamed = "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-1])
-        assert streamed == whole
+        server.terminate()
+        assert server.wait(timeout=60) == 0, log.read_text()[-3000:]
     finally:
-        server.send_signal(signal.SIGTERM)
-        output, _ = server.communicate(timeout=60)
-    assert "Traceback" not in output, output[-3000:]
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+    assert lines[-1] == "[DONE]"
+    streamed = "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-1])
+    assert streamed == whole
+    started = log.read_text().partition("starting: ")[2].splitlines()[0]
+    assert "--quantization blockdialect" in started
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
 
 
-def wait_until_healthy(client, server):
+def wait_until_healthy(client, server, log):
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
-        assert server.poll() is None, server.stdout.read()[-3000:]
-        try:
+        assert server.poll() is None, log.read_text()[-3000:]
+        with suppress(httpx.HTTPError):
             if client.get("/health").status_code == httpx.codes.OK:
                 return
-        except httpx.HTTPError:
-            pass
         time.sleep(0.5)
-    raise AssertionError("the server was not ready in time")
+    raise AssertionError(f"the server was not ready in time: {log.read_text()[-3000:]}")
