@@ -21,7 +21,8 @@ _START_SECONDS = 900
 _STOP_SECONDS = 60
 _KILL_SECONDS = 10
 _SHOWN_LINES = 12
-_FAULT = re.compile(r"\b(?:[A-Z]\w*(?:Error|Exception)): .*")
+# an exception, or the line behind it where pydantic tells its reason
+_FAULT = re.compile(r"\b(?:[A-Z]\w*(?:Error|Exception): |Value error, ).*")
 _CONSEQUENCE = "Engine core initialization failed"  # what vLLM's API server says of any such fault
 
 
