@@ -1,0 +1,28 @@
+"""SemanticDialect for diffusers: ``pipe.enable_semantic_dialect()``.
+
+Importing this package adds three methods to diffusers' pipelines and makes its quantizer known, so
+that saved models load; it replaces nothing.
+"""
+
+from __future__ import annotations
+
+from .config import ConfigError, SemanticDialectConfig
+from .enable import disable, enable, summary
+from .layouts import Blocks, Grid, Layout, LayoutError, Stream, register_layout
+from .methods import add_methods
+
+__all__ = [
+    "Blocks",
+    "ConfigError",
+    "Grid",
+    "Layout",
+    "LayoutError",
+    "SemanticDialectConfig",
+    "Stream",
+    "disable",
+    "enable",
+    "register_layout",
+    "summary",
+]
+
+add_methods()

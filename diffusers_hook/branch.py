@@ -1,0 +1,61 @@
+"""Which guidance branch a call of the transformer belongs to, where the pipeline says it.
+
+Most video pipelines wrap their calls in ``transformer.cache_context("cond")`` and ``("uncond")``.
+diffusers hands that name to stateful hooks only, so we register one that does nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+__all__ = ["watch_branch"]
+
+_NAME = "semantic_dialect"
+
+
+def watch_branch(module: nn.Module) -> tuple[Callable[[], str | None], Callable[[], None]]:
+    """Watch the cache context of a transformer.
+
+    Args:
+        module: the transformer.
+
+    Returns:
+        (the name of the context in force or None, what stops watching).
+    """
+    if not hasattr(module, "cache_context"):
+        return lambda: None, lambda: None
+    from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
+
+    class Watcher(ModelHook):
+        _is_stateful = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.manager = StateManager(BaseState)
+
+        def reset_state(self, module: nn.Module) -> nn.Module:
+            return module
+
+    hook = Watcher()
+    had_forward = "forward" in vars(module)
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    registry.register_hook(hook, _NAME)
+
+    def name() -> str | None:
+        try:
+            context: str = hook.manager.context.name
+        except ValueError:  # no context is set
+            return None
+        return context
+
+    def unwatch() -> None:
+        registry.remove_hook(_NAME, recurse=False)
+        registry.invalidate_child_registries_cache()
+        if not had_forward and not registry.hooks:
+            # remove_hook leaves the class's own method behind, bound, in the instance
+            del module.forward
+            del module._diffusers_hook
+
+    return name, unwatch

@@ -1,0 +1,186 @@
+"""What ``enable_semantic_dialect`` may be told, typed and closed.
+
+The same object is the ``quantization_config`` of a saved model: it can be passed to diffusers'
+``from_pretrained`` and comes back from a saved ``config.json``.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import re
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+__all__ = ["FORMAT_VERSION", "QUANT_METHOD", "ConfigError", "QuantMethod", "SemanticDialectConfig"]
+
+FORMAT_VERSION = 1
+
+
+class QuantMethod(enum.StrEnum):
+    """The method's name as diffusers wants it: an enum with a string value."""
+
+    SEMANTIC_DIALECT = "semantic_dialect"
+
+
+QUANT_METHOD = QuantMethod.SEMANTIC_DIALECT
+
+
+class ConfigError(ValueError):
+    """An option that cannot be used; one sentence with option, value and remedy."""
+
+
+class SemanticDialectConfig(BaseModel):
+    """How a video transformer is quantized.
+
+    Attributes:
+        quant_method: always ``"semantic_dialect"``.
+        format_version: version of the stored format, 1.
+        book: formatbook of weights and activations: ``"semantic_32"`` (SemanticDialect) or
+            ``"dialect_fp4"`` (BlockDialect).
+        block_size: elements per block, along the reduction dimension.
+        activation: ``"dialect"`` (W4A4), ``"fp8"`` (W4A8; ours) or ``"none"`` (W4A16; ours).
+            Salient tokens and SeDA belong to ``"dialect"``.
+        skip: regular expressions for names of linear layers that stay in 16 bit; each must match
+            the whole name from the model's root, e.g. ``blocks\\.0\\..*``.
+        modulation: what becomes of the adaLN modulation's linear layers: ``"16bit"``, ``"fp8"``
+            (row-wise E4M3 weights; ours) or None: ``"fp8"`` where they hold more than 5 % of the
+            model's parameters.
+        salient_fraction: share of the video tokens that is decomposed into two dialect rows, 0..1
+            (SemanticDialect; default ours). 0 switches decomposition off.
+        salient_refresh: attention calls of a block and guidance branch between two choices of the
+            salient tokens (ours).
+        selection: which tokens by received attention: ``"top"``, or the controls ``"bottom"`` and
+            ``"random"``.
+        seda: whether tokens of one semantic group share a sub-formatbook (SemanticDialect);
+            semantic_32 only.
+        seda_window: frames, rows and columns of tokens per window (ours).
+        seda_threshold: correlation, relative to the window's largest, from which a token joins its
+            anchor's group, 0..1 (ours).
+        seda_refresh: attention calls of a block and guidance branch between two groupings (ours).
+        seed: seed of ``selection="random"``.
+        keep_original: where ``disable`` finds the 16-bit weights: ``"disk"`` (the files they were
+            loaded from), ``"host"`` (a copy in host memory), ``"none"`` (nowhere), or None:
+            ``"disk"`` where the files are known, else ``"host"``.
+        strict: refuse a model whose salient tokens and groups cannot be found, instead of
+            quantizing it without them after a warning.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    quant_method: QuantMethod = Field(default=QUANT_METHOD, strict=False)
+    format_version: int = FORMAT_VERSION
+    book: Literal["semantic_32", "dialect_fp4"] = "semantic_32"
+    block_size: Literal[16, 32, 64] = 32
+    activation: Literal["dialect", "fp8", "none"] = "dialect"
+    skip: tuple[str, ...] = Field(default=(), strict=False)
+    modulation: Literal["16bit", "fp8"] | None = None
+    salient_fraction: float = Field(default=0.10, ge=0.0, le=1.0)
+    salient_refresh: int = Field(default=5, ge=1)
+    selection: Literal["top", "bottom", "random"] = "top"
+    seda: bool = True
+    seda_window: tuple[int, int, int] = Field(default=(4, 4, 4), strict=False)
+    seda_threshold: float = Field(default=0.5, ge=0.0, le=1.0)
+    seda_refresh: int = Field(default=10, ge=1)
+    seed: int = 0
+    keep_original: Literal["disk", "host", "none"] | None = None
+    strict: bool = False
+
+    def __init__(self, **options: Any) -> None:
+        """Build a configuration from keyword options.
+
+        Raises:
+            ConfigError: one sentence for the first fault.
+        """
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            raise ConfigError(_one_sentence(error)) from None
+
+    @field_validator("format_version")
+    @classmethod
+    def _known_version(cls, version: int) -> int:
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"this release reads version {FORMAT_VERSION}; upgrade blockdialect to read it"
+            )
+        if version < 1:
+            raise ValueError("versions begin at 1; save the model again")
+        return version
+
+    @field_validator("skip", mode="before")
+    @classmethod
+    def _skip_compiles(cls, patterns: object) -> object:
+        if isinstance(patterns, str):
+            raise ValueError("must be a list of regular expressions, not one string")
+        if isinstance(patterns, list | tuple):
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except (re.error, TypeError) as error:
+                    raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return patterns
+
+    @field_validator("seda_window")
+    @classmethod
+    def _window_is_positive(cls, window: tuple[int, int, int]) -> tuple[int, int, int]:
+        if min(window) < 1:
+            raise ValueError("frames, rows and columns must each be at least 1")
+        return window
+
+    @property
+    def decomposes(self) -> bool:
+        """Whether salient tokens are decomposed."""
+        return self.activation == "dialect" and self.salient_fraction > 0
+
+    @property
+    def groups(self) -> bool:
+        """Whether tokens are grouped (SeDA)."""
+        return self.activation == "dialect" and self.seda and self.book == "semantic_32"
+
+    def replaced(self, **options: Any) -> SemanticDialectConfig:
+        """The same configuration with other options.
+
+        Raises:
+            ConfigError: as the constructor.
+        """
+        return SemanticDialectConfig(**{**self.model_dump(), **options})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> SemanticDialectConfig:
+        """Build a configuration from a saved dict; diffusers calls this.
+
+        Raises:
+            ConfigError: as the constructor.
+        """
+        return cls(**{**config_dict, **kwargs})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration in JSON's types."""
+        return self.model_dump(mode="json")
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What differs from the defaults, with method and version; for short representations."""
+        always = ("quant_method", "format_version")
+        default = type(self)().to_dict()
+        return {k: v for k, v in self.to_dict().items() if k in always or v != default[k]}
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """The configuration as JSON text; diffusers logs and saves this."""
+        chosen = self.to_diff_dict() if use_diff else self.to_dict()
+        return json.dumps(chosen, indent=2, sort_keys=True) + "\n"
+
+
+def _one_sentence(error: ValidationError) -> str:
+    """The first fault as option, value, what is allowed."""
+    fault = error.errors()[0]
+    option = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        known = sorted(SemanticDialectConfig.model_fields)
+        near = get_close_matches(option, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(known)}"
+        return f"{option}: is not an option of SemanticDialectConfig; {hint}"
+    reason = fault["msg"].removeprefix("Value error, ")
+    return f"{option}: {fault['input']!r} cannot be used: {reason[:1].lower()}{reason[1:]}"
