@@ -10,6 +10,7 @@ from .config import ConfigError, SemanticDialectConfig
 from .enable import disable, enable, summary
 from .layouts import Blocks, Grid, Layout, LayoutError, Stream, register_layout
 from .methods import add_methods
+from .quantizer import register
 
 __all__ = [
     "Blocks",
@@ -26,3 +27,4 @@ __all__ = [
 ]
 
 add_methods()
+register()

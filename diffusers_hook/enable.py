@@ -20,12 +20,25 @@ from .branch import watch_branch
 from .config import ConfigError, SemanticDialectConfig
 from .layouts import Block, Layout, LayoutError, Stream, layout_for
 from .linear import DialectLinear, Fp8Linear
+from .mark import mark, unmark
 from .observe import observed_processor
 from .originals import Originals, keep_nowhere, keep_on_disk, keep_on_host, source_folder
 from .state import BlockState, ModelState
 from .summary import Summary, TransformerSummary, summarize
 
-__all__ = ["Plan", "attach", "detach", "disable", "enable", "enabled", "make_plan", "summary"]
+__all__ = [
+    "Attached",
+    "Plan",
+    "attach",
+    "detach",
+    "disable",
+    "enable",
+    "enabled",
+    "make_plan",
+    "put",
+    "quantized_layer",
+    "summary",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -104,10 +117,14 @@ def enable(
             raise RuntimeError(
                 f"{name}: SemanticDialect is enabled already; call disable_semantic_dialect() first"
             )
-    plans = {name: make_plan(module, config, layout, name) for name, module in modules.items()}
-    layers = {name: _quantize(plan, config, name, progress) for name, plan in plans.items()}
-    for name, module in modules.items():
-        _replace(module, plans[name], layers[name], config, layout)
+    layouts = {name: layout or _known_layout(module, name) for name, module in modules.items()}
+    work = [
+        (module, layouts[name], *make_plan(module, config, layouts[name], name), name)
+        for name, module in modules.items()
+    ]
+    layers = [_quantize(plan, resolved, name, progress) for *_, resolved, plan, name in work]
+    for (module, known, resolved, plan, _), new in zip(work, layers, strict=True):
+        _replace(module, plan, new, resolved, known)
     return target
 
 
@@ -132,7 +149,8 @@ def disable(target: Any) -> Any:
     for name, module in modules.items():
         detach(module)
         for path, layer in restored[name].items():
-            _set(module, path, layer)
+            put(module, path, layer)
+        unmark(module)
     return target
 
 
@@ -158,20 +176,28 @@ def enabled(module: nn.Module) -> bool:
 
 
 def make_plan(
-    module: nn.Module, config: SemanticDialectConfig, layout: Layout | None, name: str
-) -> Plan:
+    module: nn.Module,
+    config: SemanticDialectConfig,
+    layout: Layout,
+    name: str,
+    *,
+    empty: bool = False,
+) -> tuple[SemanticDialectConfig, Plan]:
     """Which layers become what; checks everything that can be checked before any work is done.
 
     Args:
         module: the transformer.
         config: the configuration.
-        layout: its layout, or None for the one registered for its class.
+        layout: the transformer's layout.
         name: what error messages call the transformer.
+        empty: whether the weights are yet to be loaded.
+
+    Returns:
+        (the configuration with `modulation` resolved, the plan).
 
     Raises:
         LayoutError, ConfigError, ValueError: if the model does not fit; one sentence.
     """
-    layout = layout or _known_layout(module, name)
     if config.strict and not layout.has_saliency and (config.decomposes or config.groups):
         raise LayoutError(
             f"{name}: {type(module).__name__} has no attention that salient tokens could be read "
@@ -194,8 +220,10 @@ def make_plan(
             f"{len(linears)}"
         )
     for path, (layer, _) in quantized.items():
-        _check_layer(f"{name}.{path}", layer, config.block_size)
-    return Plan(blocks, quantized, _modulation(module, layout, config))
+        _check_layer(f"{name}.{path}", layer, config.block_size, empty)
+    modulation = _modulation(module, layout, config)
+    config = config.replaced(modulation="fp8" if modulation else "16bit")
+    return config, Plan(blocks, quantized, modulation)
 
 
 def attach(
@@ -278,14 +306,14 @@ def _known_layout(module: nn.Module, name: str) -> Layout:
     return layout
 
 
-def _check_layer(name: str, layer: nn.Linear, block_size: int) -> None:
+def _check_layer(name: str, layer: nn.Linear, block_size: int, empty: bool) -> None:
     weight = layer.weight
     if type(layer) is not nn.Linear:
         raise ValueError(
             f"{name}: is a {type(layer).__name__}, not a plain linear layer; unload or fuse its "
             "adapters, or add it to skip"
         )
-    if weight.device.type == "meta":
+    if weight.device.type == "meta" and not empty:
         raise ValueError(
             f"{name}.weight: is not in memory (offloaded); enable SemanticDialect before offloading"
         )
@@ -328,16 +356,24 @@ def _quantize(
     """The new layers, by name; nothing in the model is touched."""
     from diffusers.utils.logging import tqdm
 
+    paths = [*plan.quantized, *plan.modulation]
+    bar = tqdm(paths, desc=f"{name} to 4 bit", unit="layer", disable=not progress)
+    return {path: quantized_layer(plan, path, config, f"{name}.{path}") for path in bar}
+
+
+def quantized_layer(
+    plan: Plan, path: str, config: SemanticDialectConfig, name: str
+) -> DialectLinear | Fp8Linear:
+    """The layer that takes the place of `path`.
+
+    Raises:
+        ValueError: if its weight cannot be quantized (calling it `name`).
+    """
+    if path in plan.modulation:
+        return Fp8Linear.quantized(plan.modulation[path], name)
+    layer, stream = plan.quantized[path]
     book = book_by_name(config.book)
-    layers: dict[str, nn.Linear] = {}
-    bar = tqdm(plan.quantized.items(), desc=f"{name} to 4 bit", unit="layer", disable=not progress)
-    for path, (layer, stream) in bar:
-        layers[path] = DialectLinear.quantized(
-            layer, stream, book, config.block_size, config.activation, f"{name}.{path}"
-        )
-    for path, layer in plan.modulation.items():
-        layers[path] = Fp8Linear(layer)
-    return layers
+    return DialectLinear.quantized(layer, stream, book, config.block_size, config.activation, name)
 
 
 def _replace(
@@ -345,7 +381,7 @@ def _replace(
     plan: Plan,
     layers: Mapping[str, nn.Linear],
     config: SemanticDialectConfig,
-    layout: Layout | None,
+    layout: Layout,
 ) -> None:
     """Put the new layers in, hook the attention and let go of the 16-bit weights."""
     bytes_before = sum(parameter.nbytes for parameter in module.parameters())
@@ -353,10 +389,17 @@ def _replace(
     replaced.update(plan.modulation)
     originals = _keep(module, replaced, config)
     for path, layer in layers.items():
-        layer.train(module.training)
-        _set(module, path, layer)
-    attach(module, config, layout or _known_layout(module, ""), bytes_before)
+        put(module, path, layer.train(module.training))
+    attach(module, config, layout, bytes_before)
     _attached[module].originals = originals
+    _mark(module, config)
+
+
+def _mark(module: nn.Module, config: SemanticDialectConfig) -> None:
+    # imported here: the quantizer stands above this module
+    from .quantizer import SemanticDialectQuantizer
+
+    mark(module, config, SemanticDialectQuantizer(config, pre_quantized=False))
 
 
 def _keep(
@@ -412,6 +455,7 @@ def _hook(module: nn.Module, attached: Attached) -> None:
     ]
 
 
-def _set(module: nn.Module, path: str, child: nn.Module) -> None:
+def put(module: nn.Module, path: str, child: nn.Module) -> None:
+    """Put a module in the place of another, by its name from the root."""
     parent, _, name = path.rpartition(".")
     setattr(module.get_submodule(parent), name, child)

@@ -8,7 +8,7 @@ from torch import nn
 
 from dialect_kernels import PackedTensor, quantize
 from dialect_kernels.formatbook import Formatbook, book_by_name
-from dialect_kernels.reference import quantize_fp8
+from dialect_kernels.reference import check_finite, quantize_fp8
 
 from . import ops
 from .layouts import Stream
@@ -91,6 +91,30 @@ class DialectLinear(nn.Linear):
         packed = quantize(weight, book, block_size, "mse", name=f"{name}.weight")
         return cls(packed, layer.bias, stream, activation, weight.dtype)
 
+    @classmethod
+    def empty(
+        cls, layer: nn.Linear, stream: Stream, book: Formatbook, block_size: int, activation: str
+    ) -> DialectLinear:
+        """A layer of the same shape without contents, on the meta device."""
+        rows, columns = layer.out_features, layer.in_features
+        packed = PackedTensor(
+            torch.empty(rows, columns // 2, dtype=torch.uint8, device="meta"),
+            torch.empty(rows, columns // block_size, dtype=torch.uint8, device="meta"),
+            torch.empty(rows, dtype=torch.int8, device="meta"),
+            (rows, columns),
+            book,
+            block_size,
+        )
+        return cls(packed, layer.bias, stream, activation, layer.weight.dtype)
+
+    def decoded(self) -> nn.Linear:
+        """A plain linear layer with the decoded weight."""
+        return _plain(self)
+
+    def check(self, name: str) -> None:
+        """Raise ValueError, naming tensor and position, if the stored bytes are not valid."""
+        self.packed.validate(f"{name}.weight", prefix=f"{name}.")
+
     @property
     def packed(self) -> PackedTensor:
         """The weight as a packed tensor."""
@@ -137,33 +161,76 @@ class DialectLinear(nn.Linear):
 class Fp8Linear(nn.Linear):
     """A linear layer whose weight is E4M3 with a float32 scale per row (ours).
 
-    For adaLN modulation: a few rows of input, many weights.
+    For adaLN modulation: a few rows of input, many weights. Both are stored as integers with the
+    same bits, because loading a model in bfloat16 casts everything that is floating-point.
 
     Attributes:
-        weight_fp8: float8_e4m3fn [N, K].
-        weight_scale: float32 [N].
+        weight_fp8: uint8 [N, K], the bits of the E4M3 values.
+        weight_scale: int32 [N], the bits of the float32 scales.
         bias: parameter [N] or None.
     """
 
     weight_fp8: torch.Tensor
     weight_scale: torch.Tensor
 
-    def __init__(self, layer: nn.Linear) -> None:
-        """Round a layer's weight; its bias is shared."""
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        bias: nn.Parameter | None,
+        dtype: torch.dtype,
+    ) -> None:
+        """A layer around float8_e4m3fn [N, K] and float32 [N]; `dtype` is what it decodes to."""
         nn.Module.__init__(self)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.original_dtype = layer.weight.dtype
-        weight, scale = quantize_fp8(layer.weight.detach())
-        self.register_buffer("weight_fp8", weight)
-        self.register_buffer("weight_scale", scale)
-        self.register_parameter("bias", layer.bias)
+        self.out_features, self.in_features = weight.shape
+        self.original_dtype = dtype
+        self.register_buffer("weight_fp8", weight.view(torch.uint8))
+        self.register_buffer("weight_scale", scale.view(torch.int32))
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def quantized(cls, layer: nn.Linear, name: str) -> Fp8Linear:
+        """Round a layer's weight; its bias is shared.
+
+        Raises:
+            ValueError: if the weight holds NaN or Inf (naming it).
+        """
+        weight = layer.weight.detach()
+        check_finite(weight, f"{name}.weight")
+        rounded, scale = quantize_fp8(weight)
+        return cls(rounded, scale, layer.bias, weight.dtype)
+
+    @classmethod
+    def empty(cls, layer: nn.Linear) -> Fp8Linear:
+        """A layer of the same shape without contents, on the meta device."""
+        weight = torch.empty(layer.weight.shape, dtype=torch.float8_e4m3fn, device="meta")
+        scale = torch.empty(layer.out_features, dtype=torch.float32, device="meta")
+        return cls(weight, scale, layer.bias, layer.weight.dtype)
+
+    def decoded(self) -> nn.Linear:
+        """A plain linear layer with the decoded weight."""
+        return _plain(self)
+
+    def check(self, name: str) -> None:
+        """Raise ValueError, naming the tensor, if the stored bytes are not finite numbers."""
+        check_finite(self.weight_fp8.view(torch.float8_e4m3fn).float(), f"{name}.weight_fp8")
+        check_finite(self.weight_scale.view(torch.float32), f"{name}.weight_scale")
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """The decoded weight [N, K], made anew in every access."""
-        decoded = self.weight_fp8.to(torch.float32) * self.weight_scale[:, None]
+        decoded = self.weight_fp8.view(torch.float8_e4m3fn).to(torch.float32)
+        decoded = decoded * self.weight_scale.view(torch.float32)[:, None]
         return decoded.to(self.original_dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``input @ weight.T + bias``, [..., K] -> [..., N] in the input's dtype."""
         return F.linear(input, self.weight.to(input.dtype), self.bias)
+
+
+def _plain(layer: DialectLinear | Fp8Linear) -> nn.Linear:
+    with torch.device("meta"):
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    plain.weight = nn.Parameter(layer.weight, requires_grad=False)
+    plain.bias = layer.bias
+    return plain.train(layer.training)

@@ -1,0 +1,175 @@
+"""Saving and loading quantized transformers through diffusers itself.
+
+diffusers finds a quantizer by the ``quant_method`` in a model's config.json. Ours is in its tables
+once :mod:`diffusers_hook` has been imported; without the import, diffusers refuses the model as of
+an unknown type.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from torch import nn
+
+from dialect_kernels.formatbook import book_by_name
+
+from .config import QUANT_METHOD, SemanticDialectConfig
+from .enable import Plan, attach, detach, enabled, make_plan, put, quantized_layer
+from .layouts import Layout, LayoutError, layout_for
+from .linear import DialectLinear, Fp8Linear
+from .mark import mark, unmark
+
+__all__ = ["SemanticDialectQuantizer", "register"]
+
+
+class SemanticDialectQuantizer(DiffusersQuantizer):
+    """Quantizes while loading, loads what is quantized already, and lets diffusers save it."""
+
+    requires_calibration = False
+    # several threads would build the same module from its weight and its bias
+    supports_parallel_loading = False
+
+    def __init__(self, quantization_config: SemanticDialectConfig, **kwargs: Any) -> None:
+        """A quantizer for one model; diffusers passes ``pre_quantized``."""
+        super().__init__(quantization_config, **kwargs)
+        self.quantization_config: SemanticDialectConfig = quantization_config
+        self._plan: Plan | None = None
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        layout = _layout(model)
+        name = type(model).__name__
+        self.quantization_config, self._plan = make_plan(
+            model, self.quantization_config, layout, name, empty=True
+        )
+        if self.pre_quantized:
+            for path, layer in _layers(self._plan).items():
+                put(model, path, _empty(layer, path, self._plan, self.quantization_config))
+
+    def check_if_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: torch.Tensor,
+        param_name: str,
+        state_dict: dict[str, Any],
+        **kwargs: Any,
+    ) -> bool:
+        """Whether a tensor of the checkpoint is a 16-bit weight that becomes a quantized layer."""
+        path, _, kind = param_name.rpartition(".")
+        assert self._plan is not None
+        return not self.pre_quantized and kind == "weight" and path in _layers(self._plan)
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: torch.Tensor,
+        param_name: str,
+        target_device: Any,
+        state_dict: dict[str, Any],
+        unexpected_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Quantize one weight of the checkpoint into its place; its bias may be there or not."""
+        assert self._plan is not None
+        path = param_name.rpartition(".")[0]
+        layer = _layers(self._plan)[path]
+        layer.weight = nn.Parameter(param_value.to(target_device), requires_grad=False)
+        new = quantized_layer(self._plan, path, self.quantization_config, path)
+        put(model, path, new)
+        layer.weight = nn.Parameter(torch.empty_like(layer.weight, device="meta"))
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        assert self._plan is not None
+        _check_loaded(model)
+        _own_memory(model)
+        mark(model, self.quantization_config, self)
+        attach(model, self.quantization_config, _layout(model), _bytes_in_16_bit(model))
+        return model
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        if enabled(model):
+            detach(model)
+        for path, layer in list(model.named_modules()):
+            if isinstance(layer, DialectLinear | Fp8Linear):
+                put(model, path, layer.decoded())
+        quantizer = model.hf_quantizer
+        unmark(model)
+        model.hf_quantizer = quantizer  # diffusers deletes it when this returns
+        return model
+
+    @property
+    def is_serializable(self) -> bool:
+        """Quantized models can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """The rounding has no gradient."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Blocks can be compiled."""
+        return True
+
+
+def register() -> None:
+    """Put the quantizer into diffusers' tables; again is harmless."""
+    auto.AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD.value, SemanticDialectQuantizer)
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD.value, SemanticDialectConfig)
+
+
+def _layout(model: nn.Module) -> Layout:
+    layout = layout_for(model)
+    if layout is None:
+        raise LayoutError(
+            f"{type(model).__name__}: has no known layout; load it in 16 bit and give it to "
+            "diffusers_hook.enable() with one"
+        )
+    return layout
+
+
+def _layers(plan: Plan) -> dict[str, nn.Linear]:
+    layers = {path: layer for path, (layer, _) in plan.quantized.items()}
+    return {**layers, **plan.modulation}
+
+
+def _empty(
+    layer: nn.Linear, path: str, plan: Plan, config: SemanticDialectConfig
+) -> DialectLinear | Fp8Linear:
+    """The quantized layer on the meta device, for the loader to fill."""
+    if path in plan.modulation:
+        return Fp8Linear.empty(layer)
+    stream = plan.quantized[path][1]
+    book = book_by_name(config.book)
+    return DialectLinear.empty(layer, stream, book, config.block_size, config.activation)
+
+
+def _check_loaded(model: nn.Module) -> None:
+    """Raise ValueError, naming the tensor, if a quantized layer is incomplete or not valid."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, DialectLinear | Fp8Linear):
+            for name, tensor in (*layer.named_buffers(), *layer.named_parameters()):
+                if tensor.device.type == "meta":
+                    raise ValueError(
+                        f"{path}.{name}: is missing in the checkpoint; it was saved by another "
+                        "release or is damaged: quantize the 16-bit model again"
+                    )
+            layer.check(path)
+
+
+def _own_memory(model: nn.Module) -> None:
+    """Copy what lies in a file's mapping: kernels round the same on aligned memory only."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
+            parameter.data = parameter.data.clone()
+
+
+def _bytes_in_16_bit(model: nn.Module) -> int:
+    held = sum(parameter.nbytes for parameter in model.parameters())
+    for layer in model.modules():
+        if isinstance(layer, DialectLinear | Fp8Linear):
+            held += 2 * layer.in_features * layer.out_features
+    return held
