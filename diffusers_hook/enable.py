@@ -18,7 +18,7 @@ from dialect_kernels.formatbook import book_by_name
 from . import families  # noqa: F401 - registers the layouts
 from .branch import watch_branch
 from .config import ConfigError, SemanticDialectConfig
-from .layouts import Block, Layout, LayoutError, Stream, layout_for
+from .layouts import Block, Layout, LayoutError, Stream, layout_for, without_adapters
 from .linear import DialectLinear, Fp8Linear
 from .mark import mark, unmark
 from .observe import observed_processor
@@ -336,7 +336,7 @@ def _modulation(
         name: layer
         for name, layer in module.named_modules()
         if isinstance(layer, nn.Linear)
-        and any(re.fullmatch(pattern, name) for pattern in layout.modulation)
+        and any(re.fullmatch(p, without_adapters(name)) for p in layout.modulation)
         and not _skipped(name, config)
     }
     if config.modulation is None:
@@ -347,7 +347,7 @@ def _modulation(
 
 
 def _skipped(name: str, config: SemanticDialectConfig) -> bool:
-    return any(re.fullmatch(pattern, name) for pattern in config.skip)
+    return any(re.fullmatch(pattern, without_adapters(name)) for pattern in config.skip)
 
 
 def _quantize(
@@ -448,11 +448,22 @@ def _hook(module: nn.Module, attached: Attached) -> None:
     def end(module: nn.Module, args: object, output: object) -> None:
         state.end()
 
+    if hasattr(module, "fuse_qkv_projections"):
+        module.fuse_qkv_projections = _refuse_fusing  # type: ignore[assignment]
+        attached.undo.append(lambda: delattr(module, "fuse_qkv_projections"))
     attached.undo += [
         module.register_forward_pre_hook(begin, with_kwargs=True).remove,
         module.register_forward_hook(end).remove,
         unwatch,
     ]
+
+
+def _refuse_fusing() -> None:
+    """Fused now, the projections would be 16-bit copies beside the quantized ones."""
+    raise RuntimeError(
+        "fuse_qkv_projections: the projections are quantized already; fuse them before "
+        "enable_semantic_dialect()"
+    )
 
 
 def put(module: nn.Module, path: str, child: nn.Module) -> None:

@@ -36,6 +36,7 @@ __all__ = [
     "layout_for",
     "patched_grid",
     "register_layout",
+    "without_adapters",
 ]
 
 
@@ -113,7 +114,7 @@ class Block:
             if not isinstance(module, nn.Linear):
                 continue
             for pattern, stream in self.kind.streams:
-                if re.fullmatch(pattern, name):
+                if re.fullmatch(pattern, without_adapters(name)):
                     yield name, module, stream
                     break
 
@@ -166,6 +167,11 @@ class Layout:
                 f"{wanted}); pass the layout that fits the model"
             )
         return found
+
+
+def without_adapters(name: str) -> str:
+    """A linear layer's name without what PEFT adds to it when it wraps the layer in an adapter."""
+    return name.removesuffix(".base_layer")
 
 
 _layouts: dict[str, Layout] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torch import nn
@@ -21,6 +22,7 @@ def mark(module: nn.Module, config: SemanticDialectConfig, quantizer: Any) -> No
     if not hasattr(module, "register_to_config"):
         return
     model: Any = module
+    quantizer.model = weakref.ref(module)
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD

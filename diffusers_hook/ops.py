@@ -55,7 +55,6 @@ def _linear(
         return dialect_linear(x, packed, bias, activation)
     count = x.numel() // in_features
     rows = state.rows(Stream(stream), count, x.device)
-    state.model.count_rows(count, rows)
     with state.model.clock("linear layers"):
         if rows.salient is None and rows.group is None:
             return dialect_linear(x, packed, bias, activation)

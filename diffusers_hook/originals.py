@@ -10,6 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from .layouts import without_adapters
+
 __all__ = ["Originals", "keep_nowhere", "keep_on_disk", "keep_on_host", "source_folder"]
 
 _WEIGHTS = "diffusion_pytorch_model"
@@ -82,11 +84,11 @@ def keep_on_disk(layers: Mapping[str, nn.Linear], folder: Path) -> Originals | N
     """
     found = _files(folder)
     for name, layer in layers.items():
-        key = f"{name}.weight"
+        key = _key(name)
         if key not in found or not _equal(found[key], key, layer.weight):
             return None
     originals = _without_weights("disk", layers)
-    originals.files = {name: found[f"{name}.weight"] for name in layers}
+    originals.files = {name: found[_key(name)] for name in layers}
     return originals
 
 
@@ -97,6 +99,10 @@ def source_folder(module: nn.Module) -> Path | None:
     if not path or not Path(path).is_dir():
         return None
     return Path(path)
+
+
+def _key(name: str) -> str:
+    return f"{without_adapters(name)}.weight"
 
 
 def _without_weights(place: str, layers: Mapping[str, nn.Linear]) -> Originals:
@@ -125,7 +131,7 @@ def _equal(path: Path, key: str, weight: torch.Tensor) -> bool:
 def _read(originals: Originals) -> dict[str, torch.Tensor]:
     weights = {}
     for name, layer in originals.layers.items():
-        path, key = originals.files[name], f"{name}.weight"
+        path, key = originals.files[name], _key(name)
         try:
             with safe_open(path, "pt") as file:
                 stored = file.get_tensor(key)

@@ -7,6 +7,7 @@ an unknown type.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class SemanticDialectQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.quantization_config: SemanticDialectConfig = quantization_config
         self._plan: Plan | None = None
+        self.model: weakref.ref[nn.Module] | None = None
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         layout = _layout(model)
@@ -101,7 +103,18 @@ class SemanticDialectQuantizer(DiffusersQuantizer):
 
     @property
     def is_serializable(self) -> bool:
-        """Quantized models can be saved."""
+        """Whether the model can be saved; asked before anything is written.
+
+        Raises:
+            ValueError: if it carries adapters, whose saved names no loader knows.
+        """
+        model = None if self.model is None else self.model()
+        for name, module in [] if model is None else model.named_modules():
+            if hasattr(module, "base_layer"):
+                raise ValueError(
+                    f"{name}: has an adapter; save the adapter with save_lora_weights and call "
+                    "unload_lora_weights before saving the quantized model"
+                )
         return True
 
     @property

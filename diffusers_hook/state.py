@@ -147,6 +147,7 @@ class BlockState:
         if known is None:
             known = self._rows(stream, count, grid, branch, device)
             branch.rows[stream, count] = known
+        self.model.count_rows(count, known)
         return known
 
     def group_sizes(self) -> list[tuple[int, float]]:
