@@ -7,6 +7,7 @@ diffusers hands that name to stateful hooks only, so we register one that does n
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -15,17 +16,20 @@ __all__ = ["watch_branch"]
 _NAME = "semantic_dialect"
 
 
-def watch_branch(module: nn.Module) -> tuple[Callable[[], str | None], Callable[[], None]]:
+def watch_branch(
+    module: nn.Module,
+) -> tuple[Callable[[], str | None], Callable[[nn.Module], None]]:
     """Watch the cache context of a transformer.
 
     Args:
         module: the transformer.
 
     Returns:
-        (the name of the context in force or None, what stops watching).
+        (the name of the context in force or None, what stops watching the module it is given);
+        neither keeps the module alive.
     """
     if not hasattr(module, "cache_context"):
-        return lambda: None, lambda: None
+        return lambda: None, lambda module: None
     from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
 
     class Watcher(ModelHook):
@@ -39,18 +43,19 @@ def watch_branch(module: nn.Module) -> tuple[Callable[[], str | None], Callable[
             return module
 
     hook = Watcher()
+    manager = hook.manager
     had_forward = "forward" in vars(module)
-    registry = HookRegistry.check_if_exists_or_initialize(module)
-    registry.register_hook(hook, _NAME)
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _NAME)
 
     def name() -> str | None:
         try:
-            context: str = hook.manager.context.name
+            context: str = manager.context.name
         except ValueError:  # no context is set
             return None
         return context
 
-    def unwatch() -> None:
+    def unwatch(module: nn.Module) -> None:
+        registry: Any = module._diffusers_hook
         registry.remove_hook(_NAME, recurse=False)
         registry.invalidate_child_registries_cache()
         if not had_forward and not registry.hooks:

@@ -34,6 +34,7 @@ __all__ = [
     "Stream",
     "known_layouts",
     "layout_for",
+    "layout_named",
     "patched_grid",
     "register_layout",
     "without_adapters",
@@ -200,6 +201,18 @@ def register_layout(layout: Layout) -> Layout:
 def known_layouts() -> tuple[Layout, ...]:
     """Every registered layout, in the order of registration."""
     return tuple(_layouts.values())
+
+
+def layout_named(name: str) -> Layout:
+    """The registered layout of that name.
+
+    Raises:
+        LayoutError: if there is none.
+    """
+    if name not in _layouts:
+        known = ", ".join(map(repr, _layouts))
+        raise LayoutError(f"layout: {name!r} is not known; known are {known}")
+    return _layouts[name]
 
 
 def layout_for(model: nn.Module) -> Layout | None:

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from . import ops
 from .layouts import LayoutError
 
-__all__ = ["Observed", "observed_processor"]
+__all__ = ["Observed", "observed_class", "observed_processor"]
 
 _CALLS = {
     "dispatch_attention_fn": "_dispatch_attention_fn",
@@ -82,15 +82,18 @@ def observed_processor(processor: Any, slot: torch.Tensor) -> Any:
         LayoutError: if its ``__call__`` has no attention call that could be observed.
     """
     observed = copy.copy(processor)
-    original: Any = type(processor)
-    observed.__class__ = _observed_class(original)
+    observed.__class__ = observed_class(type(processor))
     observed._slot = slot
     return observed
 
 
 @functools.cache
-def _observed_class(original: type) -> type:
-    """The subclass for a processor class; one for all blocks, so that they share compiled code."""
+def observed_class(original: type) -> type:
+    """The observed subclass of a processor class; one for all blocks: they share compiled code.
+
+    Raises:
+        LayoutError: if its ``__call__`` has no attention call that could be observed.
+    """
     body = {"__call__": _rewritten(original.__call__), "__module__": original.__module__}
     return type(original.__name__, (Observed, original), body)
 

@@ -10,9 +10,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from .config import ConfigError
 from .layouts import without_adapters
 
-__all__ = ["Originals", "keep_nowhere", "keep_on_disk", "keep_on_host", "source_folder"]
+__all__ = ["Originals", "choose_place", "keep", "source_folders"]
 
 _WEIGHTS = "diffusion_pytorch_model"
 
@@ -58,59 +59,73 @@ class Originals:
         return self.layers
 
 
-def keep_on_host(layers: Mapping[str, nn.Linear]) -> Originals:
-    """Keep the weights in host memory."""
-    devices = {name: layer.weight.device for name, layer in layers.items()}
-    for layer in layers.values():
-        if layer.weight.device.type != "cpu":
-            layer.weight.data = layer.weight.data.to("cpu")
-    return Originals("host", dict(layers), devices)
-
-
-def keep_nowhere(layers: Mapping[str, nn.Linear]) -> Originals:
-    """Keep the layers without their weights."""
-    return _without_weights("none", layers)
-
-
-def keep_on_disk(layers: Mapping[str, nn.Linear], folder: Path) -> Originals | None:
-    """Keep the name of each weight's file, if the file holds exactly what is in memory.
+def choose_place(
+    module: nn.Module, layers: Mapping[str, nn.Linear], wanted: str | None
+) -> tuple[str, dict[str, Path]]:
+    """Where the weights will be kept; nothing is changed.
 
     Args:
-        layers: the layers.
-        folder: where the model was loaded from.
+        module: the model.
+        layers: the layers that will be replaced, by name from the model's root.
+        wanted: ``"disk"``, ``"host"``, ``"none"``, or None for the first of the first two that
+            works.
 
     Returns:
-        None if a weight is not there or differs from the one in memory (a LoRA was fused).
+        (the place, on ``"disk"`` the file of each layer's weight).
+
+    Raises:
+        ConfigError: if `wanted` is ``"disk"`` and the model's files do not hold exactly the weights
+            that are in memory (e.g. after a LoRA was fused).
     """
-    found = _files(folder)
-    for name, layer in layers.items():
-        key = _key(name)
-        if key not in found or not _equal(found[key], key, layer.weight):
-            return None
-    originals = _without_weights("disk", layers)
-    originals.files = {name: found[_key(name)] for name in layers}
-    return originals
+    if wanted in ("host", "none"):
+        return wanted, {}
+    files = _exact_files(layers, source_folders(module))
+    if files is not None:
+        return "disk", files
+    if wanted == "disk":
+        raise ConfigError(
+            "keep_original: 'disk' needs the files the weights were loaded from, with exactly "
+            "these weights in them; use 'host' or 'none'"
+        )
+    return "host", {}
 
 
-def source_folder(module: nn.Module) -> Path | None:
-    """The folder a diffusers model was loaded from, or None."""
+def keep(place: str, layers: Mapping[str, nn.Linear], files: dict[str, Path]) -> Originals:
+    """Let go of the weights, or move them to host memory, as :func:`choose_place` found."""
+    devices = {name: layer.weight.device for name, layer in layers.items()}
+    for layer in layers.values():
+        if place == "host":
+            layer.weight.data = layer.weight.data.to("cpu")
+        else:
+            empty = torch.empty_like(layer.weight, device="meta")
+            layer.weight = nn.Parameter(empty, requires_grad=layer.weight.requires_grad)
+    return Originals(place, dict(layers), devices, files)
+
+
+def source_folders(module: nn.Module) -> list[Path]:
+    """The folders a diffusers model may have been loaded from."""
     config = getattr(module, "config", None)
     path = getattr(config, "_name_or_path", None) if config is not None else None
     if not path or not Path(path).is_dir():
-        return None
-    return Path(path)
+        return []
+    root = Path(path)  # with from_pretrained(..., subfolder=) the name lacks the subfolder
+    return [root, *sorted(child for child in root.iterdir() if child.is_dir())]
 
 
 def _key(name: str) -> str:
     return f"{without_adapters(name)}.weight"
 
 
-def _without_weights(place: str, layers: Mapping[str, nn.Linear]) -> Originals:
-    devices = {name: layer.weight.device for name, layer in layers.items()}
-    for layer in layers.values():
-        empty = torch.empty_like(layer.weight, device="meta")
-        layer.weight = nn.Parameter(empty, requires_grad=layer.weight.requires_grad)
-    return Originals(place, dict(layers), devices)
+def _exact_files(layers: Mapping[str, nn.Linear], folders: list[Path]) -> dict[str, Path] | None:
+    """The file of each layer's weight in the first folder that holds all of them exactly."""
+    for folder in folders:
+        found = _files(folder)
+        keys = {name: _key(name) for name in layers}
+        if all(key in found for key in keys.values()) and all(
+            _equal(found[key], key, layers[name].weight) for name, key in keys.items()
+        ):
+            return {name: found[key] for name, key in keys.items()}
+    return None
 
 
 def _files(folder: Path) -> dict[str, Path]:

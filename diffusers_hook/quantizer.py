@@ -17,11 +17,12 @@ from torch import nn
 
 from dialect_kernels.formatbook import book_by_name
 
+from .attach import attach, attached, detach
 from .config import QUANT_METHOD, SemanticDialectConfig
-from .enable import Plan, attach, detach, enabled, make_plan, put, quantized_layer
 from .layouts import Layout, LayoutError, layout_for
 from .linear import DialectLinear, Fp8Linear
 from .mark import mark, unmark
+from .plan import Plan, make_plan, put, quantized_layer
 
 __all__ = ["SemanticDialectQuantizer", "register"]
 
@@ -47,7 +48,7 @@ class SemanticDialectQuantizer(DiffusersQuantizer):
             model, self.quantization_config, layout, name, empty=True
         )
         if self.pre_quantized:
-            for path, layer in _layers(self._plan).items():
+            for path, layer in self._plan.layers.items():
                 put(model, path, _empty(layer, path, self._plan, self.quantization_config))
 
     def check_if_quantized_param(
@@ -61,7 +62,7 @@ class SemanticDialectQuantizer(DiffusersQuantizer):
         """Whether a tensor of the checkpoint is a 16-bit weight that becomes a quantized layer."""
         path, _, kind = param_name.rpartition(".")
         assert self._plan is not None
-        return not self.pre_quantized and kind == "weight" and path in _layers(self._plan)
+        return not self.pre_quantized and kind == "weight" and path in self._plan.layers
 
     def create_quantized_param(
         self,
@@ -76,7 +77,7 @@ class SemanticDialectQuantizer(DiffusersQuantizer):
         """Quantize one weight of the checkpoint into its place; its bias may be there or not."""
         assert self._plan is not None
         path = param_name.rpartition(".")[0]
-        layer = _layers(self._plan)[path]
+        layer = self._plan.layers[path]
         layer.weight = nn.Parameter(param_value.to(target_device), requires_grad=False)
         new = quantized_layer(self._plan, path, self.quantization_config, path)
         put(model, path, new)
@@ -91,7 +92,7 @@ class SemanticDialectQuantizer(DiffusersQuantizer):
         return model
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
-        if enabled(model):
+        if attached(model) is not None:
             detach(model)
         for path, layer in list(model.named_modules()):
             if isinstance(layer, DialectLinear | Fp8Linear):
@@ -142,11 +143,6 @@ def _layout(model: nn.Module) -> Layout:
             "diffusers_hook.enable() with one"
         )
     return layout
-
-
-def _layers(plan: Plan) -> dict[str, nn.Linear]:
-    layers = {path: layer for path, (layer, _) in plan.quantized.items()}
-    return {**layers, **plan.modulation}
 
 
 def _empty(

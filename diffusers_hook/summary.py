@@ -13,7 +13,7 @@ from torch import nn
 from .linear import DialectLinear, Fp8Linear
 
 if TYPE_CHECKING:
-    from .enable import Attached
+    from .attach import Attached
 
 __all__ = ["Summary", "TransformerSummary", "summarize"]
 
