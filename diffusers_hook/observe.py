@@ -87,15 +87,19 @@ def observed_processor(processor: Any, slot: torch.Tensor) -> Any:
     return observed
 
 
-@functools.cache
+_observed: dict[type, type] = {}
+
+
 def observed_class(original: type) -> type:
     """The observed subclass of a processor class; one for all blocks: they share compiled code.
 
     Raises:
         LayoutError: if its ``__call__`` has no attention call that could be observed.
     """
-    body = {"__call__": _rewritten(original.__call__), "__module__": original.__module__}
-    return type(original.__name__, (Observed, original), body)
+    if original not in _observed:
+        body = {"__call__": _rewritten(original.__call__), "__module__": original.__module__}
+        _observed[original] = type(original.__name__, (Observed, original), body)
+    return _observed[original]
 
 
 def _rewritten(function: Callable[..., Any]) -> Callable[..., Any]:
