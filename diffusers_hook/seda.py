@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import torch
 
-from .saliency import (
+from .attention import (
     check_attention,
     default_scale,
     expanded_mask,
@@ -81,8 +81,9 @@ def assign_groups(
         key: [B, H, T, D]; fewer heads are allowed where they divide H (grouped queries).
         scores: [B, T_video], the attention each video token receives.
         grid: frames, rows and columns of the video tokens; T_video is their product.
-        lse: float32 [B, H, T], the log-sum-exp of every query's logits if the attention handed it
-            out; computed here otherwise, which costs about half an attention.
+        lse: float32 [B, H, T], the log-sum-exp of every query's logits, if the attention handed it
+            out (:func:`~diffusers_hook.attention.attention_with_lse`); computed here otherwise,
+            which costs as much as an attention.
         mask: bool (True takes part) or additive, broadcastable to [B, H, T, T].
         scale: factor of the logits, default ``1 / sqrt(D)``.
         window: frames, rows and columns of a window.

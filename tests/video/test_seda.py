@@ -7,32 +7,19 @@ from itertools import chain, pairwise, product
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from full_attention import LargestTensor, full_attention, full_logits, tensors
 
 from diffusers_hook import seda
-from diffusers_hook.saliency import log_sum_exp, received_attention
+from diffusers_hook.attention import log_sum_exp
+from diffusers_hook.saliency import received_attention
 from diffusers_hook.seda import FREE, assign_groups, windows
 
 GRIDS = ((4, 4, 4), (5, 3, 7), (9, 6, 5), (3, 8, 9), (1, 9, 10), (2, 1, 1), (1, 1, 1))
 
 
-def tensors(*shapes, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-
-
-def full_attention(query, key, mask=None):
-    """Softmax over all keys in float64, [B, H, T, T]; zeros where everything is masked."""
-    query, key = query.double().numpy(), key.double().numpy()
-    key = np.repeat(key, query.shape[1] // key.shape[1], axis=1)
-    logits = query @ np.swapaxes(key, 2, 3) / math.sqrt(query.shape[3])
-    if mask is not None and mask.dtype == torch.bool:
-        logits = np.where(mask.numpy(), logits, -np.inf)
-    elif mask is not None:
-        logits = logits + mask.double().numpy()
-    weights = np.exp(logits)
-    total = weights.sum(-1, keepdims=True)
-    return np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+def softmax_of(query, key, mask=None):
+    """A in float64, [B, H, T, T]."""
+    return full_attention(full_logits(query, key, mask))
 
 
 def brute_windows(grid, window):
@@ -133,16 +120,14 @@ def test_groups_of_a_video(dtype, grid):
     tokens = math.prod(grid)
     query, key = tensors((2, 3, tokens, 16), (2, 3, tokens, 16), dtype=dtype, seed=tokens)
     scores = received_attention(query, key)
-    brutes = brute_groups(full_attention(query, key), scores, grid)
+    brutes = brute_groups(softmax_of(query, key), scores, grid)
     check(assign_groups(query, key, scores, grid), brutes)
 
 
 def test_the_cases_above_hold_conflicts_and_claimed_anchors():
     """Otherwise the comparison would not see the rules for them."""
     query, key = tensors((2, 3, 270, 16), (2, 3, 270, 16), seed=270)
-    brutes = brute_groups(
-        full_attention(query, key), received_attention(query, key), grid=(9, 6, 5)
-    )
+    brutes = brute_groups(softmax_of(query, key), received_attention(query, key), grid=(9, 6, 5))
     assert min(brute.conflicts for brute in brutes) > 5
     assert min(brute.claimed_anchors for brute in brutes) > 1
     assert all(FREE in brute.groups for brute in brutes)
@@ -154,7 +139,7 @@ def test_other_windows_and_thresholds(threshold, window):
     grid = (5, 3, 7)
     query, key = tensors((2, 2, 105, 8), (2, 2, 105, 8), seed=1)
     (scores,) = tensors((2, 105), seed=2)
-    brutes = brute_groups(full_attention(query, key), scores, grid, window, threshold)
+    brutes = brute_groups(softmax_of(query, key), scores, grid, window, threshold)
     groups = assign_groups(query, key, scores, grid, window=window, threshold=threshold)
     check(groups, brutes)
 
@@ -166,7 +151,7 @@ def test_grouped_queries(key_heads):
     scores = received_attention(query, key)
     check(
         assign_groups(query, key, scores, grid),
-        brute_groups(full_attention(query, key), scores, grid),
+        brute_groups(softmax_of(query, key), scores, grid),
     )
 
 
@@ -195,7 +180,7 @@ def test_joint_sequences(layout, kind):
         mask[1, 0, 0, is_text.nonzero()[4:]] = False
     if kind == "additive":
         (mask,) = tensors((1, 2, tokens + text, tokens + text), seed=5)
-    attention = full_attention(query, key, mask)
+    attention = softmax_of(query, key, mask)
     if kind == "padding":
         assert (attention[1][..., ~mask[1, 0, 0].numpy()] == 0).all()
     picked = positions.numpy()
@@ -204,7 +189,7 @@ def test_joint_sequences(layout, kind):
     groups = assign_groups(query, key, scores, grid, mask=mask, video_positions=passed)
     check(groups, brutes)
     # the keys of the text belong to the softmax
-    without = full_attention(query[:, :, positions], key[:, :, positions])
+    without = softmax_of(query[:, :, positions], key[:, :, positions])
     assert [b.groups for b in brute_groups(without, scores, grid)] != groups.tolist()
 
 
@@ -220,7 +205,7 @@ def test_attention_within_frames_or_over_time(per, grid):
         parts, rows, positions = pixels, token % pixels, token // pixels
     shape = (samples * parts, 2, tokens // parts, 8)
     query, key = tensors(shape, shape, seed=6)
-    within = full_attention(query, key).reshape(samples, parts, 2, *[tokens // parts] * 2)
+    within = softmax_of(query, key).reshape(samples, parts, 2, *[tokens // parts] * 2)
     attention = np.zeros((samples, 2, tokens, tokens))
     for i, j in product(range(tokens), range(tokens)):
         if rows[i] == rows[j]:
@@ -334,21 +319,6 @@ def test_same_groups_under_autocast():
         assert torch.equal(assign_groups(query, key, scores, (3, 4, 5)), expected)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers the most elements any operation's result had."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for item in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(item, torch.Tensor):
-                self.elements = max(self.elements, item.untyped_storage().nbytes() // item.itemsize)
-        return result
-
-
 def test_never_a_full_map():
     query, key = tensors((1, 2, 1024, 32), (1, 2, 1024, 32))
     with LargestTensor() as largest:
@@ -362,7 +332,7 @@ def test_never_a_full_map():
 def test_same_groups_on_the_gpu(dtype):
     query, key = tensors((2, 4, 105, 64), (2, 2, 105, 64), dtype=dtype, seed=11)
     scores = received_attention(query, key)
-    brutes = brute_groups(full_attention(query, key), scores, (5, 3, 7))
+    brutes = brute_groups(softmax_of(query, key), scores, (5, 3, 7))
     groups = assign_groups(query.cuda(), key.cuda(), scores.cuda(), (5, 3, 7))
     check(groups.cpu(), brutes)
 
