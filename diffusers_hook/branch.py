@@ -7,29 +7,38 @@ diffusers hands that name to stateful hooks only, so we register one that does n
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-__all__ = ["watch_branch"]
+__all__ = ["Context", "watch_branch"]
 
 _NAME = "semantic_dialect"
 
 
+@dataclass(frozen=True)
+class Context:
+    """What a pipeline says about a call of its transformer; None where it says nothing."""
+
+    branch: str | None = None
+    step: int | None = None
+
+
 def watch_branch(
     module: nn.Module,
-) -> tuple[Callable[[], str | None], Callable[[nn.Module], None]]:
+) -> tuple[Callable[[], Context], Callable[[nn.Module], None]]:
     """Watch the cache context of a transformer.
 
     Args:
         module: the transformer.
 
     Returns:
-        (the name of the context in force or None, what stops watching the module it is given);
+        (the context in force, what stops watching the module it is given);
         neither keeps the module alive.
     """
     if not hasattr(module, "cache_context"):
-        return lambda: None, lambda module: None
+        return Context, lambda module: None
     from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
 
     class Watcher(ModelHook):
@@ -47,12 +56,12 @@ def watch_branch(
     had_forward = "forward" in vars(module)
     HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _NAME)
 
-    def name() -> str | None:
+    def context() -> Context:
         try:
-            context: str = manager.context.name
+            found = manager.context
         except ValueError:  # no context is set
-            return None
-        return context
+            return Context()
+        return Context(found.name, found.step_index)
 
     def unwatch(module: nn.Module) -> None:
         registry: Any = module._diffusers_hook
@@ -63,4 +72,4 @@ def watch_branch(
             del module.forward
             del module._diffusers_hook
 
-    return name, unwatch
+    return context, unwatch

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .branch import Context
 from .config import SemanticDialectConfig
 from .layouts import Block, Grid, LayoutError, Stream
 from .saliency import received_attention, select_salient
@@ -266,29 +267,34 @@ class ModelState:
         self.counts: Counter[str] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._timestep = -math.inf
-        self._calls_of_timestep: Counter[str] = Counter()
+        self._step: int | None = None
+        self._branches_of_step: list[str] = []
         self._last_grid: Grid | None = None
 
-    def begin(self, grid: Grid, timestep: float, context: str | None) -> None:
+    def begin(self, grid: Grid, timestep: float, context: Context) -> None:
         """A call of the transformer begins.
 
-        A generation begins where the timestep rises, the grid changes, or the call before did not
-        come to its end; then every block forgets its salient tokens and groups.
+        A generation begins where the timestep rises, the grid changes, a named branch comes again
+        at the same step, or the call before did not come to its end; then every block forgets its
+        salient tokens and groups.
 
         Args:
             grid: the call's video tokens.
             timestep: the call's noise level; it falls during a generation.
-            context: the guidance branch if the pipeline names it; otherwise the calls of one
-                timestep are numbered.
+            context: what the pipeline says about the call. Where it does not name the guidance
+                branch, the calls of one timestep are numbered.
         """
         aborted = self.grid is not None
-        if aborted or timestep > self._timestep or grid != self._last_grid:
+        same_step = (timestep, context.step) == (self._timestep, self._step)
+        again = same_step and context.branch in self._branches_of_step
+        if aborted or again or timestep > self._timestep or grid != self._last_grid:
             self.reset()
-        elif timestep < self._timestep:
-            self._calls_of_timestep.clear()
-        self._timestep, self._last_grid, self.grid = timestep, grid, grid
-        self.branch = context or f"call {self._calls_of_timestep.total()}"
-        self._calls_of_timestep[self.branch] += 1
+        elif not same_step:
+            self._branches_of_step.clear()
+        self._timestep, self._step = timestep, context.step
+        self._last_grid = self.grid = grid
+        self.branch = context.branch or f"call {len(self._branches_of_step)}"
+        self._branches_of_step.append(self.branch)
         self.counts["calls"] += 1
 
     def end(self) -> None:
@@ -299,7 +305,7 @@ class ModelState:
         """Forget salient tokens and groups: a new generation begins."""
         self.grid = None
         self._timestep = -math.inf
-        self._calls_of_timestep.clear()
+        self._branches_of_step.clear()
         for block in self.blocks:
             block.reset()
 

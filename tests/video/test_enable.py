@@ -1,0 +1,287 @@
+"""Enabling quantizes and hooks; disabling gives back exactly what was there."""
+
+import copy
+import gc
+import logging
+import weakref
+
+import pytest
+import torch
+from tiny_video import generate, run, wan, wan_pipeline
+from torch import nn
+
+import dialect_kernels
+import diffusers_hook
+from diffusers_hook import ConfigError, LayoutError, SemanticDialectConfig
+from diffusers_hook.linear import DialectLinear, Fp8Linear
+
+
+def picture(module):
+    """Everything a user could see of a module tree: types, attributes, tensors, hooks."""
+    tree = {}
+    for name, part in module.named_modules():
+        attributes = {k: v for k, v in vars(part).items() if not k.startswith("_")}
+        tree[name] = (type(part), sorted(attributes), len(part._forward_hooks))
+    processors = {
+        n: type(m.processor) for n, m in module.named_modules() if hasattr(m, "processor")
+    }
+    return tree, processors, dict(getattr(module, "config", {}))
+
+
+def same_tensors(before, after):
+    return before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_disable_restores_every_bit(dtype):
+    model = wan().to(dtype)
+    output, shape = run(model, dtype=dtype), picture(model)
+    state = copy.deepcopy(model.state_dict())
+    diffusers_hook.enable(model, progress=False)
+    quantized = run(model, dtype=dtype)
+    assert quantized.isfinite().all()
+    assert not torch.equal(quantized, output)
+    diffusers_hook.disable(model)
+    assert picture(model) == shape
+    assert same_tensors(state, model.state_dict())
+    assert torch.equal(run(model, dtype=dtype), output)
+
+
+@pytest.mark.parametrize("two", [False, True])
+def test_a_pipeline_and_back(two):
+    pipe = wan_pipeline(two)
+    before = generate(pipe)
+    assert pipe.enable_semantic_dialect(progress=False) is pipe
+    first, second = generate(pipe), generate(pipe)
+    assert torch.equal(first, second)
+    assert first.isfinite().all()
+    assert not torch.equal(first, before)
+    summary = pipe.semantic_dialect_summary()
+    assert [found.name for found in summary.transformers] == (
+        ["transformer", "transformer_2"] if two else ["transformer"]
+    )
+    assert "bits per weight" in str(summary)
+    pipe.disable_semantic_dialect()
+    assert torch.equal(generate(pipe), before)
+
+
+def test_weights_are_those_of_the_exact_error_rule():
+    model = wan()
+    expected = dialect_kernels.quantize(
+        model.blocks[1].ffn.net[2].weight.detach(), dialect_kernels.SEMANTIC_32, 32, "mse"
+    )
+    diffusers_hook.enable(model, progress=False)
+    layer = model.blocks[1].ffn.net[2]
+    assert torch.equal(layer.weight_packed, expected.codes)
+    assert torch.equal(layer.weight_meta, expected.meta)
+    assert torch.equal(layer.weight_row_exponent, expected.row_exponent)
+
+
+def test_only_the_linear_layers_of_blocks_are_quantized():
+    model = wan()
+    diffusers_hook.enable(model, progress=False, modulation="16bit")
+    quantized = {n for n, m in model.named_modules() if isinstance(m, DialectLinear)}
+    inside = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q",
+              "attn2.to_k", "attn2.to_v", "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2")  # fmt: skip
+    assert quantized == {f"blocks.{i}.{name}" for i in range(2) for name in inside}
+    assert not any(isinstance(m, Fp8Linear) for m in model.modules())
+
+
+def test_skip_is_anchored_at_the_models_root():
+    model = wan()
+    diffusers_hook.enable(model, progress=False, skip=[r"blocks\.0\..*", "to_q", r".*\.ffn\..*"])
+    quantized = {n for n, m in model.named_modules() if isinstance(m, DialectLinear)}
+    assert "blocks.1.attn1.to_q" in quantized
+    assert not any(name.startswith("blocks.0") or "ffn" in name for name in quantized)
+
+
+def test_modulation_in_fp8_is_within_e4m3s_error():
+    model = wan()
+    exact = model.condition_embedder.time_proj.weight.detach().clone()
+    diffusers_hook.enable(model, progress=False)  # more than 5 % of this tiny model
+    layer = model.condition_embedder.time_proj
+    assert isinstance(layer, Fp8Linear)
+    limit = exact.abs() * 2**-4 + exact.abs().amax(dim=1, keepdim=True) / 448 * 2**-9
+    assert ((layer.weight - exact).abs() <= limit).all()
+
+
+def test_enabling_twice_raises_and_disabling_when_off_warns(caplog):
+    model = wan()
+    with caplog.at_level(logging.WARNING):
+        diffusers_hook.disable(model)
+    assert "nothing to disable" in caplog.text
+    diffusers_hook.enable(model, progress=False)
+    with pytest.raises(RuntimeError, match="is enabled already"):
+        diffusers_hook.enable(model, progress=False)
+    diffusers_hook.disable(model)
+    with pytest.raises(RuntimeError, match="is not enabled"):
+        diffusers_hook.summary(model)
+
+
+def spoilt_nan(model):
+    model.blocks[1].ffn.net[2].weight.data[3, 5] = torch.nan
+
+
+def spoilt_dtype(model):
+    model.blocks[1].ffn.net[2].double()
+
+
+def spoilt_processor(model):
+    class Mine:
+        def __call__(self, attn, hidden_states, *rest):
+            return hidden_states
+
+    model.blocks[1].attn1.processor = Mine()
+
+
+def spoilt_meta(model):
+    model.blocks[1].ffn.net[2].to("meta")
+
+
+def spoilt_layer(model):
+    model.blocks[1].ffn.net[2].__class__ = type("OtherLinear", (nn.Linear,), {})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "error", "sentence"),
+    [
+        (spoilt_nan, {}, ValueError, "WanTransformer3DModel.blocks.1.ffn.net.2.weight: nan at [3, 5]"),
+        (spoilt_dtype, {}, ValueError, "blocks.1.ffn.net.2.weight: has dtype torch.float64; allowed"),
+        (spoilt_processor, {}, LayoutError, "calls neither dispatch_attention_fn nor"),
+        (spoilt_meta, {}, ValueError, "enable SemanticDialect before offloading"),
+        (spoilt_layer, {}, ValueError, "is a OtherLinear, not a plain linear layer"),
+        (None, {"skip": [".*"]}, ValueError, "no linear layer is left to quantize"),
+        (None, {"keep_original": "disk"}, ConfigError, "needs the files the weights were loaded"),
+        (None, {"layout": "wann"}, LayoutError, "layout: 'wann' is not known; known are "),
+        (None, {"salient": 1}, ConfigError, "did you mean"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_enabled_is_refused_and_left_as_it_was(spoil, options, error, sentence):
+    model = wan()
+    if spoil is not None:
+        spoil(model)
+    shape, parameters = picture(model), {n: id(p) for n, p in model.named_parameters()}
+    with pytest.raises(error) as caught:
+        diffusers_hook.enable(model, progress=False, **options)
+    assert sentence in str(caught.value)
+    assert picture(model) == shape
+    assert {n: id(p) for n, p in model.named_parameters()} == parameters
+
+
+def test_a_block_size_that_does_not_divide_names_the_layer():
+    with pytest.raises(
+        ValueError, match=r"blocks\.0\.attn1\.to_q\.weight: has 96 columns"
+    ) as caught:
+        diffusers_hook.enable(wan(num_attention_heads=3), progress=False, block_size=64)
+    assert "not a multiple of block_size 64; choose a smaller block_size" in str(caught.value)
+
+
+def test_a_second_transformer_that_cannot_be_enabled_leaves_the_first_alone():
+    pipe = wan_pipeline(two=True)
+    spoilt_nan(pipe.transformer_2)
+    shape = picture(pipe.transformer)
+    with pytest.raises(ValueError, match=r"transformer_2\.blocks\.1\.ffn"):
+        pipe.enable_semantic_dialect(progress=False)
+    assert picture(pipe.transformer) == shape
+
+
+def test_a_pipeline_without_a_video_transformer_is_refused():
+    class Other:
+        components = {"unet": nn.Linear(4, 4)}  # noqa: RUF012
+
+    with pytest.raises(LayoutError, match=r"no video transformer with a known layout \(unet: Lin"):
+        diffusers_hook.enable(Other())
+    with pytest.raises(LayoutError, match="the layout of Linear is not known; pass one as layout="):
+        diffusers_hook.enable(nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("place", ["disk", "host", None])
+def test_where_the_original_weights_wait(tmp_path, place):
+    from diffusers import WanTransformer3DModel
+
+    wan().save_pretrained(tmp_path)
+    model = WanTransformer3DModel.from_pretrained(tmp_path)
+    before = run(model)
+    diffusers_hook.enable(model, progress=False, keep_original=place)
+    found = diffusers_hook.summary(model).transformers[0]
+    assert found.originals == (place or "disk")
+    assert (found.host_bytes > 0) == (place == "host")
+    diffusers_hook.disable(model)
+    assert torch.equal(run(model), before)
+
+
+def test_files_with_other_weights_are_not_the_originals(tmp_path):
+    from diffusers import WanTransformer3DModel
+
+    wan().save_pretrained(tmp_path)
+    model = WanTransformer3DModel.from_pretrained(tmp_path)
+    model.blocks[0].attn1.to_q.weight.data[0, 0] += 1  # as a fused LoRA does
+    before = run(model)
+    diffusers_hook.enable(model, progress=False)
+    assert diffusers_hook.summary(model).transformers[0].originals == "host"
+    diffusers_hook.disable(model)
+    assert torch.equal(run(model), before)
+
+
+def test_disable_without_originals_says_what_to_do_and_changes_nothing(tmp_path):
+    model = wan()
+    diffusers_hook.enable(model, progress=False, keep_original="none")
+    quantized = run(model)
+    with pytest.raises(RuntimeError, match="load the pipeline again with from_pretrained"):
+        diffusers_hook.disable(model)
+    assert torch.equal(run(model), quantized)
+
+
+def test_disable_after_the_files_are_gone_changes_nothing(tmp_path):
+    from diffusers import WanTransformer3DModel
+
+    wan().save_pretrained(tmp_path)
+    model = WanTransformer3DModel.from_pretrained(tmp_path)
+    diffusers_hook.enable(model, progress=False)
+    quantized = run(model)
+    for file in tmp_path.glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(RuntimeError, match="cannot be read from .* any more"):
+        diffusers_hook.disable(model)
+    assert torch.equal(run(model), quantized)
+
+
+def test_enabling_and_disabling_a_hundred_times_leaks_nothing():
+    from diffusers_hook import state
+
+    model = wan(layers=1)
+    before = run(model)
+    diffusers_hook.enable(model, progress=False)
+    diffusers_hook.disable(model)
+    gc.collect()
+    states = len(state._states)
+    tensors = sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+    for _ in range(100):
+        diffusers_hook.enable(model, progress=False)
+        diffusers_hook.disable(model)
+    gc.collect()
+    assert len(state._states) == states
+    assert sum(isinstance(o, torch.Tensor) for o in gc.get_objects()) <= tensors
+    assert torch.equal(run(model), before)
+
+
+def test_an_enabled_model_can_be_freed():
+    model = wan(layers=1)
+    diffusers_hook.enable(model, progress=False)
+    run(model, context="cond")
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_the_config_object_and_options_together():
+    model = wan(layers=1)
+    config = SemanticDialectConfig(block_size=16, seda=False)
+    diffusers_hook.enable(model, config, progress=False, salient_fraction=0.5)
+    layer = model.blocks[0].attn1.to_q
+    assert layer.block_size == 16
+    run(model)
+    found = diffusers_hook.summary(model).transformers[0]
+    assert found.groups == 0
+    assert 0.3 < found.salient_share < 0.5
