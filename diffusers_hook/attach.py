@@ -110,12 +110,13 @@ def detach(module: nn.Module) -> None:
 def _watch_calls(module: nn.Module, hook: Attached) -> None:
     """Tell the state when a call of the transformer begins and ends."""
     layout, state = hook.layout, hook.state
-    signature = inspect.signature(type(module).forward)
+    own = type(module).forward is nn.Module.forward  # Open-Sora gives every instance its own
+    signature = inspect.signature(module.forward if own else type(module).forward)
     branch, unwatch = watch_branch(module)
 
     @torch.compiler.disable
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arguments = signature.bind_partial(module, *args, **kwargs).arguments
+        arguments = signature.bind_partial(*(() if own else (module,)), *args, **kwargs).arguments
         timestep = arguments.get(layout.timestep)
         noise = 0.0 if timestep is None else float(torch.as_tensor(timestep).max())
         state.begin(layout.grid(module, arguments), noise, branch())

@@ -35,6 +35,7 @@ __all__ = [
     "known_layouts",
     "layout_for",
     "layout_named",
+    "no_grid",
     "patched_grid",
     "register_layout",
     "without_adapters",
@@ -92,6 +93,10 @@ class Blocks:
         attends: ``"all"`` (every video token sees every other), ``"frame"`` (only those of its own
             frame: the attention's batch is (batch, frames)) or ``"time"`` (only those at its own
             place: the batch is (batch, rows x columns) and tokens lie in that order).
+        one_by_one: whether attention is computed for one sample after the other, each with its own
+            number of text tokens.
+        having: name of a module that a block must have to be of this kind, where a list holds
+            several kinds; a block is of the first kind that it fits.
     """
 
     path: str
@@ -99,6 +104,8 @@ class Blocks:
     attention: str | None
     text: Literal["first", "last"] | None = None
     attends: Literal["all", "frame", "time"] = "all"
+    one_by_one: bool = False
+    having: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,7 +135,8 @@ class Layout:
         name: the family's name.
         models: class names of the transformers it fits.
         kinds: the model's lists of blocks.
-        grid: (model, its call's arguments by name) -> the grid of that call.
+        grid: (model, its call's arguments by name) -> the grid of that call, or None where its
+            tokens lie on no grid; they are rounded alone then.
         timestep: name of the call's argument that holds the noise level.
         modulation: regular expressions for the whole names, from the model's root, of the adaLN
             modulation's linear layers.
@@ -138,7 +146,7 @@ class Layout:
     name: str
     models: tuple[str, ...]
     kinds: tuple[Blocks, ...]
-    grid: Callable[[nn.Module, Mapping[str, Any]], Grid]
+    grid: Callable[[nn.Module, Mapping[str, Any]], Grid | None]
     timestep: str = "timestep"
     modulation: tuple[str, ...] = ()
     remark: str = ""
@@ -154,20 +162,19 @@ class Layout:
         Raises:
             LayoutError: if the model has none of the lists of blocks.
         """
-        found = []
+        found: dict[str, Block] = {}
         for kind in self.kinds:
-            modules = _get(model, kind.path)
-            if modules is None:
-                continue
-            for index, module in enumerate(modules):
-                found.append(Block(f"{kind.path}.{index}", module, kind))
+            for index, module in enumerate(_get(model, kind.path) or ()):
+                name = f"{kind.path}.{index}"
+                if name not in found and (not kind.having or _get(module, kind.having) is not None):
+                    found[name] = Block(name, module, kind)
         if not found:
             wanted = ", ".join(kind.path for kind in self.kinds)
             raise LayoutError(
                 f"{type(model).__name__}: layout {self.name!r} found no blocks in it (looked for "
                 f"{wanted}); pass the layout that fits the model"
             )
-        return found
+        return list(found.values())
 
 
 def without_adapters(name: str) -> str:
@@ -240,6 +247,10 @@ def patched_grid(
         return Grid(size["b"], size["t"] // patch[0], size["h"] // patch[1], size["w"] // patch[2])
 
     return grid
+
+
+def no_grid(model: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """The grid of models whose tokens lie on none that we know."""
 
 
 def _patch(model: nn.Module) -> tuple[int, int, int]:

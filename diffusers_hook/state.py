@@ -68,6 +68,12 @@ class BranchState:
     """int32 [batch, video tokens]: the group of each video token, or None."""
     rows: dict[tuple[Stream, int], Rows] = field(default_factory=dict)
     """Answers given since the last refresh."""
+    samples: int = 0
+    """Samples whose attention was seen in the call in progress, where they come one by one."""
+    scores: list[torch.Tensor] = field(default_factory=list)
+    """Their scores [1, video tokens], where tokens are chosen in this call."""
+    groups: list[torch.Tensor] = field(default_factory=list)
+    """Their groups [1, video tokens], where tokens are grouped in this call."""
 
 
 class BlockState:
@@ -110,24 +116,35 @@ class BlockState:
         """
         grid = self.model.grid
         if grid is None:
-            return  # the block was called outside its transformer
+            return  # the block was called outside its transformer, or its tokens lie on no grid
         config, branch = self.model.config, self.branch
         choose = config.decomposes and branch.calls % config.salient_refresh == 0
         group = config.groups and branch.calls % config.seda_refresh == 0
-        branch.calls += 1
-        if not (choose or group):
-            return
-        branch.rows.clear()
-        with self.model.clock("saliency"):
-            scores = self._scores(query, key, mask, scale, grid)
-        if choose:
+        if choose or group:
             with self.model.clock("saliency"):
-                branch.salient = self._select(scores)
-            self.model.counts["salient refreshes"] += 1
+                branch.scores.append(self._scores(query, key, mask, scale, grid))
         if group:
             with self.model.clock("SeDA"):
-                branch.group = self._assign(query, key, mask, scale, scores, grid)
+                groups = self._assign(query, key, mask, scale, branch.scores[-1], grid)
+                branch.groups.append(groups)
+        branch.samples += 1
+        if branch.samples == (grid.batch if self.kind.one_by_one else 1):
+            self._refresh(branch, choose, group)
+
+    def _refresh(self, branch: BranchState, choose: bool, group: bool) -> None:
+        """An attention call has shown all its samples: put what it says in force."""
+        branch.calls += 1
+        branch.samples = 0
+        if choose or group:
+            branch.rows.clear()
+        if choose:
+            with self.model.clock("saliency"):
+                branch.salient = self._select(torch.cat(branch.scores))
+            self.model.counts["salient refreshes"] += 1
+        if group:
+            branch.group = torch.cat(branch.groups)
             self.model.counts["group refreshes"] += 1
+        branch.scores, branch.groups = [], []
 
     def rows(self, stream: Stream, count: int, device: torch.device) -> Rows:
         """Salient rows and groups of a linear layer's input.
@@ -252,7 +269,7 @@ class ModelState:
     Attributes:
         config: the configuration in force.
         blocks: states of the blocks whose attention is observed.
-        grid: the grid of the call in progress; None outside a call.
+        grid: the grid of the call in progress; None outside a call, and where there is none.
         branch: the guidance branch of the call in progress.
         counts: how often things happened, by name.
         seconds: time spent in the hook's parts, by name; on a GPU the time to launch them.
@@ -271,7 +288,7 @@ class ModelState:
         self._branches_of_step: list[str] = []
         self._last_grid: Grid | None = None
 
-    def begin(self, grid: Grid, timestep: float, context: Context) -> None:
+    def begin(self, grid: Grid | None, timestep: float, context: Context) -> None:
         """A call of the transformer begins.
 
         A generation begins where the timestep rises, the grid changes, a named branch comes again
@@ -279,7 +296,7 @@ class ModelState:
         salient tokens and groups.
 
         Args:
-            grid: the call's video tokens.
+            grid: the call's video tokens; None where they lie on no grid.
             timestep: the call's noise level; it falls during a generation.
             context: what the pipeline says about the call. Where it does not name the guidance
                 branch, the calls of one timestep are numbered.
