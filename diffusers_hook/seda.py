@@ -178,15 +178,14 @@ def _correlations(attention: _Attention, anchors: torch.Tensor, tilings: _Tiling
     per_window = samples * members.shape[1] * attention.query.shape[1] * attention.query.shape[3]
     step = max(1, _CHUNK_ELEMENTS // max(1, per_window))
     correlation = torch.empty(samples, *members.shape, dtype=torch.float32, device=members.device)
-    with torch.autocast(members.device.type, enabled=False):
-        for start in range(0, count, step):
-            chunk = slice(start, start + step)
-            anchor = anchors[:, chunk, None]
-            token = members[chunk].clamp(min=0)
-            there = attention.weight(anchor, token, sample)
-            back = attention.weight(token, anchor, sample)
-            apart = attention.batch[sample, anchor] != attention.batch[sample, token]
-            correlation[:, chunk] = (0.5 * (there + back).mean(-1)).masked_fill(apart, -1)
+    for start in range(0, count, step):
+        chunk = slice(start, start + step)
+        anchor = anchors[:, chunk, None]
+        token = members[chunk].clamp(min=0)
+        there = attention.weight(anchor, token, sample)
+        back = attention.weight(token, anchor, sample)
+        apart = attention.batch[sample, anchor] != attention.batch[sample, token]
+        correlation[:, chunk] = (0.5 * (there + back).mean(-1)).masked_fill(apart, -1)
     nobody = (members < 0) | (members == anchors.unsqueeze(2))
     return correlation.masked_fill_(nobody, -1)
 
@@ -196,7 +195,7 @@ def _resolve(
 ) -> torch.Tensor:
     """int32 [B, T_video]: each token follows the claim with the largest correlation."""
     largest = correlation.amax(-1, keepdim=True)
-    claimed = (correlation >= 0) & (correlation >= threshold * largest)
+    claimed = correlation >= threshold * largest
     claims = correlation.masked_fill(~claimed, -1).flatten(1)[:, tilings.slots]  # [B, 2, T_video]
     claimants = anchors[:, tilings.slots // tilings.members.shape[1]].masked_fill(claims < 0, FREE)
     first, second = claims.unbind(1)

@@ -93,6 +93,20 @@ def test_attention_with_its_log_sum_exp(dtype, key_heads, value_size, kind):
     close(lse, logits, dtype)
 
 
+@pytest.mark.parametrize("value_size", [16, 24], ids=["one_kernel", "two_passes"])
+@pytest.mark.parametrize("masked", [-math.inf, "lowest", -10000.0])
+def test_a_query_without_keys_gives_zeros(masked, value_size):
+    """Softmax over equally low logits would be the mean of all values."""
+    masked = torch.finfo(torch.float32).min if masked == "lowest" else masked
+    query, key, value = tensors((1, 2, 9, 16), (1, 2, 9, 16), (1, 2, 9, value_size))
+    mask = torch.zeros(9, 9)
+    mask[4] = masked
+    out, lse = attention_with_lse(query, key, value, mask=mask)
+    assert (out[:, :, 4] == 0).all()
+    assert (lse[:, :, 4] == -math.inf).all()
+    assert (out[:, :, [3, 5]] != 0).all()
+
+
 def test_a_mask_finer_than_the_query_is_not_rounded():
     (query,) = tensors((1, 2, 30, 8), dtype=torch.bfloat16)
     (mask,) = tensors((30, 30), seed=1)
