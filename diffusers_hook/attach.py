@@ -89,8 +89,9 @@ def attach(
             if isinstance(layer, DialectLinear):
                 layer.slot = block_state.slot
         if (config.decomposes or config.groups) and block.kind.attention is not None:
-            attention = block.module.get_submodule(block.kind.attention)
-            hook.processors[f"{block.name}.{block.kind.attention}"] = attention.processor
+            path = f"{block.name}.{block.kind.attention}".rstrip(".")
+            attention = module.get_submodule(path)
+            hook.processors[path] = attention.processor
             attention.processor = observed_processor(attention.processor, block_state.slot)
     _watch_calls(module, hook)
     _attached[module] = hook

@@ -87,8 +87,8 @@ class Blocks:
         path: the list's name from the model's root, e.g. ``"transformer_blocks"``.
         streams: (regular expression for a linear layer's whole name inside its block, stream), the
             first match counts; linear layers that match none stay in 16 bit.
-        attention: name of the attention inside the block that the salient tokens are read from, or
-            None where there is none with a softmax.
+        attention: name of the attention inside the block that the salient tokens are read from,
+            ``""`` where the block itself has the processor, or None where none has a softmax.
         text: where a joint sequence has its text: ``"first"``, ``"last"`` or None.
         attends: ``"all"`` (every video token sees every other), ``"frame"`` (only those of its own
             frame: the attention's batch is (batch, frames)) or ``"time"`` (only those at its own
@@ -153,8 +153,8 @@ class Layout:
 
     @property
     def has_saliency(self) -> bool:
-        """Whether salient tokens and groups can be found in every kind of block."""
-        return all(kind.attention is not None for kind in self.kinds)
+        """Whether salient tokens and groups can be found in some kind of block."""
+        return any(kind.attention is not None for kind in self.kinds)
 
     def blocks(self, model: nn.Module) -> list[Block]:
         """The blocks of a model.

@@ -3,10 +3,36 @@
 from __future__ import annotations
 
 from ..layouts import register_layout
-from . import wan
+from . import (
+    allegro,
+    cogvideox,
+    cosmos,
+    easyanimate,
+    kandinsky,
+    latte,
+    minimax_h3,
+    mochi,
+    open_sora,
+    sana_video,
+    wan,
+)
 
 __all__: list[str] = []
 
-for _family in (wan,):
+_FAMILIES = (
+    wan,
+    cogvideox,
+    mochi,
+    latte,
+    allegro,
+    easyanimate,
+    cosmos,
+    kandinsky,
+    sana_video,
+    minimax_h3,
+    open_sora,
+)
+
+for _family in _FAMILIES:
     for _layout in _family.LAYOUTS:
         register_layout(_layout)

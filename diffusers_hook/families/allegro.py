@@ -1,0 +1,28 @@
+"""Allegro: video self-attention, cross-attention to text."""
+
+from __future__ import annotations
+
+from ..layouts import Blocks, Layout, Stream, patched_grid
+
+__all__ = ["LAYOUTS"]
+
+LAYOUTS = (
+    Layout(
+        name="allegro",
+        models=("AllegroTransformer3DModel",),
+        kinds=(
+            Blocks(
+                path="transformer_blocks",
+                streams=(
+                    (r"attn1\.(to_[qkv]|to_out\.0)", Stream.VIDEO),
+                    (r"attn2\.(to_q|to_out\.0)", Stream.VIDEO),
+                    (r"attn2\.to_[kv]", Stream.CONTEXT),
+                    (r"ff\.net\.(0\.proj|2)", Stream.VIDEO),
+                ),
+                attention="attn1",
+            ),
+        ),
+        grid=patched_grid(),
+        modulation=(r"adaln_single\.linear",),
+    ),
+)

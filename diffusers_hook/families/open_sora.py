@@ -1,0 +1,85 @@
+"""Open-Sora 2.0's MMDiT: joint attention over text and video, text first; not in diffusers.
+
+::
+
+    double_blocks   | text |  and  | video ...... |   own layers, one attention over both
+    single_blocks   | text | video ...... |           attention and MLP side by side
+
+The projections are fused (``qkv``, ``linear1``) or not (``q_proj``, ``k_proj``, ``v_proj``,
+``v_mlp``); either way ``linear2`` takes the attention's output and the MLP's, side by side. The
+rotary embedding is applied inside the model's own ``attention(q, k, v, pe)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..layouts import Blocks, Grid, Layout, LayoutError, Stream
+
+__all__ = ["LAYOUTS"]
+
+
+def _grid_of_ids(model: nn.Module, arguments: Mapping[str, Any]) -> Grid:
+    """The grid of `img_ids`, [batch, video tokens, (frame, row, column)].
+
+    Raises:
+        LayoutError: if the tokens do not follow each other frame by frame and row by row.
+    """
+    ids: torch.Tensor = arguments["img_ids"]
+    batch, tokens, _ = ids.shape
+    frame, row = ids[0, :, 0].cpu(), ids[0, :, 1].cpu()
+    # run lengths, not largest values: bfloat16 counts to 256 only
+    plane, columns = _first_run(frame), _first_run(row)
+    if tokens % plane == 0 and plane % columns == 0:
+        frames, rows = frame.view(-1, plane), row.view(-1, columns)
+        if (frames == frames[:, :1]).all() and (rows == rows[:, :1]).all():
+            return Grid(batch, tokens // plane, plane // columns, columns)
+    raise LayoutError(
+        f"img_ids: the {tokens} tokens do not follow each other frame by frame and row by row; "
+        "use the order of Open-Sora's own sampling"
+    )
+
+
+def _first_run(ids: torch.Tensor) -> int:
+    """How many entries at the start are equal."""
+    changes = (ids != ids[0]).nonzero()
+    return int(changes[0]) if len(changes) else len(ids)
+
+
+_DOUBLE = Blocks(
+    path="double_blocks",
+    streams=(
+        (r"img_attn\.([qkv]_proj|qkv|proj)", Stream.VIDEO),
+        (r"img_mlp\.[02]", Stream.VIDEO),
+        (r"txt_attn\.([qkv]_proj|qkv|proj)", Stream.TEXT),
+        (r"txt_mlp\.[02]", Stream.TEXT),
+    ),
+    attention="",
+    text="first",
+)
+
+_SINGLE = Blocks(
+    path="single_blocks",
+    streams=((r"linear[12]|[qk]_proj|v_mlp", Stream.JOINT),),
+    attention="",
+    text="first",
+)
+
+LAYOUTS = (
+    Layout(
+        name="open_sora",
+        models=(),
+        kinds=(_DOUBLE, _SINGLE),
+        grid=_grid_of_ids,
+        timestep="timesteps",
+        modulation=(
+            r"double_blocks\.\d+\.(img|txt)_mod\.lin",
+            r"single_blocks\.\d+\.modulation\.lin",
+            r"final_layer\.adaLN_modulation\.1",
+        ),
+    ),
+)
