@@ -47,6 +47,7 @@ class Case:
         touch_text: arguments of one sample -> the same with every text token changed.
         block_size: elements per block.
         output: the model's answer -> the video in it.
+        one_by_one: whether attention runs once for every sample.
         last: a linear layer that runs after every attention; default: the last of `streams`.
     """
 
@@ -62,6 +63,7 @@ class Case:
     modulation: tuple[str, ...] = ()
     block_size: int = 32
     output: Callable[[object], torch.Tensor] = lambda answer: answer[0]
+    one_by_one: bool = False
     last: str | None = None
     timestep: str = "timestep"
 
@@ -298,10 +300,19 @@ def check_scores(case):
     assert len(chosen) == len(expected) == len(case.attentions)
     for (arguments, _), scores in zip(chosen, expected, strict=True):
         torch.testing.assert_close(arguments["scores"].double(), scores, rtol=1e-4, atol=1e-8)
-    assert len(grouped) == len(case.attentions)
-    for (arguments, _), name in zip(grouped, case.attentions, strict=True):
+    for (arguments, _), name in zip(_by_attention(case, grouped), case.attentions, strict=True):
         assert tuple(arguments["grid"]) == case.grid
         _check_keys(arguments, places(case)[1][name])
+
+
+def _by_attention(case, grouped):
+    """The calls of SeDA, one for each attention; those of its samples are put together."""
+    each = len(grouped) // len(case.attentions)
+    assert each == 1 or case.one_by_one
+    starts = range(0, len(grouped), each)
+    return [
+        (grouped[i][0], torch.cat([result for _, result in grouped[i : i + each]])) for i in starts
+    ]
 
 
 def _check_keys(arguments, keys):
@@ -327,7 +338,8 @@ def check_rows(case, layout: Layout | None = None, batch=2, context=None):
     diffusers_hook.enable(model, **case.options, layout=layout, salient_fraction=0.3)
     first, watch, grouped = _handed(case, model, batch, context, 1.0)
     chosen = _chosen_tokens(case, watch, 0.3)
-    groups = {name: result for (_, result), name in zip(grouped, case.attentions, strict=True)}
+    by_attention = zip(_by_attention(case, grouped), case.attentions, strict=True)
+    groups = {name: result for (_, result), name in by_attention}
     second, _, _ = _handed(case, model, batch, context, 0.5)
     found, _ = places(case)
     for name in case.streams:
@@ -411,8 +423,10 @@ def _scores_in_grid_order(case, watch):
     result = []
     for calls in samples:
         keys = places(case)[1][calls[0][0]]
-        scores = torch.cat([_received(*call[1:]) for call in calls])
-        result.append(scores.reshape(-1, keys.count)[:, keys.video])
+        scores = [_received(*call[1:]) for call in calls]
+        if len(calls) == 1:
+            scores = [scores[0].reshape(-1, keys.count)]
+        result.append(torch.cat([sample[:, keys.video] for sample in scores]))
     return result
 
 
@@ -479,19 +493,24 @@ def check_swap_is_noticed(case):
 
 
 def check_branches(case):
-    """Guidance branches keep sets of their own, whoever runs in between."""
+    """Guidance branches keep sets of their own, whoever runs in between.
+
+    Where the model cannot be told the name of a branch, the calls of a step are numbered.
+    """
     model = case.build()
+    names = ("cond", "uncond") if hasattr(model, "cache_context") else ("call 0", "call 1")
+    cond, uncond = names if hasattr(model, "cache_context") else (None, None)
     diffusers_hook.enable(model, **case.options)
     with _spy(state, "select_salient") as chosen:
-        case.run(model, context="cond")
-        case.run(model, context="uncond")
-        case.run(model, context="cond", noise=0.5)
+        case.run(model, context=cond)
+        case.run(model, context=uncond)
+        case.run(model, context=cond, noise=0.5)
     assert len(chosen) == 2 * len(case.attentions)
     hook = diffusers_hook.attach.attached(model)
     for block in hook.state.blocks:
         if block.kind.attention is not None:
             calls = {name: branch.calls for name, branch in block.branches.items()}
-            assert calls == {"cond": 2, "uncond": 1}
+            assert calls == {names[0]: 2, names[1]: 1}
 
 
 def check_restored(case):
