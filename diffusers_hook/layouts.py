@@ -61,12 +61,22 @@ class Stream(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Grid:
-    """The video tokens of one call of the transformer."""
+    """The video tokens of one call of the transformer.
+
+    Attributes:
+        batch: samples.
+        frames, rows, columns: sizes of the grid; token (t, h, w) is ``(t*rows + h)*columns + w``.
+        before: tokens of another video, e.g. of an earlier part, that stand before these wherever
+            the whole sequence is seen; they are never salient and in no group.
+        after: the same, standing after them.
+    """
 
     batch: int
     frames: int
     rows: int
     columns: int
+    before: int = 0
+    after: int = 0
 
     @property
     def tokens(self) -> int:
@@ -77,6 +87,11 @@ class Grid:
     def shape(self) -> tuple[int, int, int]:
         """(frames, rows, columns)."""
         return self.frames, self.rows, self.columns
+
+    @property
+    def sequence(self) -> int:
+        """Tokens per sample with those of other videos."""
+        return self.before + self.tokens + self.after
 
 
 @dataclass(frozen=True)
@@ -89,7 +104,8 @@ class Blocks:
             first match counts; linear layers that match none stay in 16 bit.
         attention: name of the attention inside the block that the salient tokens are read from,
             ``""`` where the block itself has the processor, or None where none has a softmax.
-        text: where a joint sequence has its text: ``"first"``, ``"last"`` or None.
+        text: where a joint sequence has its text: ``"first"``, ``"last"`` or None; what such a
+            sequence has after its video where it is None is neither salient nor grouped.
         attends: ``"all"`` (every video token sees every other), ``"frame"`` (only those of its own
             frame: the attention's batch is (batch, frames)) or ``"time"`` (only those at its own
             place: the batch is (batch, rows x columns) and tokens lie in that order).
@@ -97,6 +113,8 @@ class Blocks:
             number of text tokens.
         having: name of a module that a block must have to be of this kind, where a list holds
             several kinds; a block is of the first kind that it fits.
+        only: (model, number of blocks in the list) -> the indices of the blocks of this kind, where
+            the model's configuration says it.
     """
 
     path: str
@@ -106,6 +124,7 @@ class Blocks:
     attends: Literal["all", "frame", "time"] = "all"
     one_by_one: bool = False
     having: str = ""
+    only: Callable[[nn.Module, int], range] | None = None
 
 
 @dataclass(frozen=True)
@@ -164,8 +183,10 @@ class Layout:
         """
         found: dict[str, Block] = {}
         for kind in self.kinds:
-            for index, module in enumerate(_get(model, kind.path) or ()):
-                name = f"{kind.path}.{index}"
+            modules = _get(model, kind.path) or ()
+            chosen = range(len(modules)) if kind.only is None else kind.only(model, len(modules))
+            for index in chosen:
+                name, module = f"{kind.path}.{index}", modules[index]
                 if name not in found and (not kind.having or _get(module, kind.having) is not None):
                     found[name] = Block(name, module, kind)
         if not found:

@@ -6,8 +6,7 @@ the block's state through the number in it::
 
     slot (int64 [2], CPU) = [number of the state, attention calls so far]
 
-The attention op writes the slot and the linear op reads it: that keeps compilers from moving one
-across the other.
+Both ops declare that they write the slot: that keeps compilers from moving one across the other.
 """
 
 from __future__ import annotations
@@ -238,13 +237,26 @@ class BlockState:
 
     def _first_video(self, tokens: int, grid: Grid) -> int:
         """Position of the first video token in a sequence of `tokens`."""
-        return tokens - grid.tokens if self.kind.text == "first" else 0
+        if tokens < grid.sequence:
+            return 0  # the video alone, without others before or after it
+        return grid.before + (tokens - grid.sequence if self.kind.text == "first" else 0)
+
+    def _text(self, tokens: int, grid: Grid, device: torch.device) -> torch.Tensor:
+        """Positions of the text tokens in a sequence of `tokens`, int64."""
+        count = max(0, tokens - grid.sequence)
+        if self.kind.text is None:
+            count = 0
+        first = grid.sequence if self.kind.text == "last" else 0
+        return torch.arange(first, first + count, device=device)
 
     def _rows(
         self, stream: Stream, count: int, grid: Grid, branch: BranchState, device: torch.device
     ) -> Rows:
         tokens, rest = divmod(count, grid.batch)
-        fits = tokens == grid.tokens if stream == Stream.VIDEO else tokens >= grid.tokens
+        if stream == Stream.VIDEO:
+            fits = tokens in (grid.tokens, grid.sequence)
+        else:
+            fits = tokens >= grid.sequence
         if rest or not (fits or stream == Stream.TEXT):
             raise LayoutError(
                 f"a {stream} layer of block {self.index} got {count} rows for {grid.batch} samples "
@@ -256,7 +268,8 @@ class BlockState:
         first = self._first_video(tokens, grid)
         salient = group = None
         if self.model.config.decomposes:
-            salient = _salient_rows(branch.salient, grid, tokens, first, device)
+            text = self._text(tokens, grid, device).expand(grid.batch, -1)
+            salient = _salient_rows(branch.salient, first, text)
         if branch.group is not None:
             group = branch.group.new_full((grid.batch, tokens), -1, device=device)
             group[:, first : first + grid.tokens] = branch.group.to(device)
@@ -367,15 +380,9 @@ def _block_order(attends: str, grid: Grid, device: torch.device) -> torch.Tensor
 
 
 def _salient_rows(
-    video: torch.Tensor | None, grid: Grid, tokens: int, first: int, device: torch.device
+    video: torch.Tensor | None, first: int, text: torch.Tensor
 ) -> torch.Tensor | None:
     """The chosen video tokens and every text token, as rows of the layer's input."""
-    text = torch.cat(
-        [
-            torch.arange(first, device=device),
-            torch.arange(first + grid.tokens, tokens, device=device),
-        ]
-    ).expand(grid.batch, -1)
     if video is not None:
-        return torch.cat([video.to(device) + first, text], dim=1)
+        return torch.cat([video.to(text.device) + first, text], dim=1)
     return text if text.shape[1] else None
