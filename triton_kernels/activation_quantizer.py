@@ -1,0 +1,423 @@
+"""Activation quantizer: every token becomes an FP8 row that holds dialect values exactly.
+
+    x [T, K] -> q E4M3 [T + S, Kp], scale float32 [T + S];  value = q * scale, scale = 2**(R - 5)
+
+One program per output row. It reads the row twice, once for the row exponent R and once to round
+it block by block (once in all, if the row fits into registers). Rows T + i are the residuals of
+the salient tokens: their program rounds the token again and then rounds what was left of it.
+
+Row layout, Kp = K rounded up to whole blocks, the tail zero::
+
+    natural    | 0 ... 31 | 32 ... 63 | ...
+    permuted   | 0 ... 15 | 32 ... 47 | ... || 16 ... 31 | 48 ... 63 | ...
+
+The permuted order (Kp rounded up to 32) keeps the first and the last sixteen of every 32 columns
+in a half of the row each, which is how decoded weights leave the registers of the GEMM.
+"""
+
+# Kernel arguments are Triton's: pointers and tensors have no Python types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .formatbook import DIALECT_FP4, Formatbook
+from .packed import check_block_size, padded_columns
+from .reference import check_matrix
+from .rounding import (
+    DELTAS,
+    WINDOW,
+    block_largest,
+    book_table,
+    e4m3_bytes,
+    e4m3_values,
+    power_of_two,
+    row_exponent,
+    row_scale,
+    scale_blocks,
+    select_by_variant,
+    select_in_pairs,
+    variant_errors,
+)
+
+__all__ = ["RowConfig", "quantize_activation", "row_config"]
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """How one program works on a row.
+
+    Attributes:
+        chunk: columns held in registers at a time, a power of two and at least 128.
+        num_warps: warps of a program.
+    """
+
+    chunk: int
+    num_warps: int
+
+
+def row_config(columns: int) -> RowConfig:
+    """A configuration that is never bad: the whole row at once up to 8192 columns."""
+    chunk = min(8192, max(128, triton.next_power_of_2(columns)))
+    return RowConfig(chunk, num_warps=max(1, min(8, chunk // 512)))
+
+
+@triton.jit
+def _columns(first, B: tl.constexpr, CHUNK: tl.constexpr):
+    """Columns of the blocks of a chunk, int32 [CHUNK / B, B]."""
+    return first + tl.arange(0, CHUNK // B)[:, None] * B + tl.arange(0, B)[None, :]
+
+
+@triton.jit
+def _load(p_row, first, columns, B: tl.constexpr, CHUNK: tl.constexpr):
+    """A chunk of a row as float32 [CHUNK / B, B], zero beyond the row's end."""
+    o_column = _columns(first, B, CHUNK)
+    return tl.load(p_row + o_column, mask=o_column < columns, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_totals(e0, e1, e2, e3, p_totals, first, columns, label, B: tl.constexpr):
+    """The group's errors instead of the block's own, unless the token is free."""
+    o_block = first // B + tl.arange(0, e0.shape[0])
+    m_block = (label >= 0) & (o_block * B < columns)
+    p_total = p_totals + (tl.maximum(label, 0).to(tl.int64) * tl.cdiv(columns, B) + o_block) * 4
+    return (
+        tl.where(m_block, tl.load(p_total, mask=m_block, other=0), e0),
+        tl.where(m_block, tl.load(p_total + 1, mask=m_block, other=0), e1),
+        tl.where(m_block, tl.load(p_total + 2, mask=m_block, other=0), e2),
+        tl.where(m_block, tl.load(p_total + 3, mask=m_block, other=0), e3),
+    )
+
+
+@triton.jit
+def _round(
+    b_x,
+    first,
+    columns,
+    exponent,
+    finite,
+    label,
+    p_totals,
+    p_book,
+    DIALECTS: tl.constexpr,
+    B: tl.constexpr,
+    GROUPED: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """E4M3 bytes of a chunk, uint8 [G, B], by the book's online rule."""
+    cell, delta, m = scale_blocks(b_x, exponent, WINDOW, ASM)
+    p_selection = p_book + DIALECTS * (1 + 2 * DELTAS)
+    if DIALECTS == 16:
+        dialect = select_in_pairs(cell, m, p_selection)
+    else:
+        e0, e1, e2, e3 = variant_errors(cell, m, p_selection)
+        if GROUPED:
+            e0, e1, e2, e3 = _load_totals(e0, e1, e2, e3, p_totals, first, columns, label, B)
+        dialect = select_by_variant(e0, e1, e2, e3, m)
+    return e4m3_bytes(b_x, cell, delta, dialect, finite, p_book, DIALECTS, ASM)
+
+
+@triton.jit
+def _source(
+    p_row,
+    first,
+    columns,
+    residual,
+    exponent,
+    label,
+    p_totals,
+    p_book,
+    DIALECTS: tl.constexpr,
+    B: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SALIENT: tl.constexpr,
+    GROUPED: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """What a row's program has to round: a chunk of the token, or of what its rounding left."""
+    b_x = _load(p_row, first, columns, B, CHUNK)
+    if SALIENT:  # noqa: SIM102 (decided while compiling)
+        if residual:
+            b_q = _round(
+                b_x,
+                first,
+                columns,
+                exponent,
+                -1,
+                label,
+                p_totals,
+                p_book,
+                DIALECTS,
+                B,
+                GROUPED,
+                ASM,
+            )
+            b_x = b_x - e4m3_values(b_q) * power_of_two(exponent - 5)  # exact
+    return b_x
+
+
+@triton.jit(do_not_specialize=["tokens", "columns", "padded", "stride"])
+def quantize_activation_kernel(
+    p_x,
+    p_q,
+    p_scale,
+    p_salient,
+    p_group,
+    p_totals,
+    p_book,
+    tokens,
+    columns,
+    padded,
+    stride,
+    DIALECTS: tl.constexpr,
+    B: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
+    PERMUTED: tl.constexpr,
+    SALIENT: tl.constexpr,
+    GROUPED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    padded = padded // 16 * 16
+    if ALIGNED:
+        columns = columns // 16 * 16
+        stride = stride // 16 * 16
+    i_row = tl.program_id(0)
+    token = i_row
+    residual = i_row >= tokens
+    if SALIENT:  # noqa: SIM102 (decided while compiling)
+        if residual:
+            token = tl.load(p_salient + (i_row - tokens)).to(tl.int32)
+    used = (token >= 0) & (token < tokens)
+    token = tl.where(used, token, 0)
+    p_row = p_x + token.to(tl.int64) * stride
+    p_out = p_q + i_row.to(tl.int64) * padded
+    label = -1
+    if GROUPED:
+        label = tl.load(p_group + token)
+        label = tl.where(label < tokens, label, -1)
+    own_label = tl.where(residual, -1, label)
+
+    first_exponent = 0
+    if SALIENT:  # noqa: SIM102 (decided while compiling)
+        if residual:
+            largest = tl.zeros((CHUNK // B,), tl.int32)
+            for first in range(0, columns, CHUNK):
+                b_x = _load(p_row, first, columns, B, CHUNK)
+                largest = tl.maximum(largest, block_largest(b_x))
+            first_exponent, _ = row_exponent(tl.max(largest, axis=0))
+
+    b_x = tl.zeros((CHUNK // B, B), tl.float32)
+    largest = tl.zeros((CHUNK // B,), tl.int32)
+    for first in range(0, columns, CHUNK):
+        b_x = _source(
+            p_row, first, columns, residual, first_exponent, label, p_totals, p_book,
+            DIALECTS, B, CHUNK, SALIENT, GROUPED, ASM,
+        )  # fmt: skip
+        largest = tl.maximum(largest, block_largest(b_x))
+    exponent, finite = row_exponent(tl.max(largest, axis=0))
+    tl.store(p_scale + i_row, tl.where(used, row_scale(exponent, finite), 1.0))
+    finite = tl.where(used, finite, 0)
+
+    for first in range(0, padded, CHUNK):
+        if not ONE_CHUNK:
+            b_x = _source(
+                p_row, first, columns, residual, first_exponent, label, p_totals, p_book,
+                DIALECTS, B, CHUNK, SALIENT, GROUPED, ASM,
+            )  # fmt: skip
+        b_q = _round(
+            b_x, first, columns, exponent, finite, own_label, p_totals, p_book,
+            DIALECTS, B, GROUPED, ASM,
+        )  # fmt: skip
+        o_column = _columns(first, B, CHUNK)
+        o_place = o_column
+        if PERMUTED:
+            second = (o_column // 16) % 2
+            o_place = o_column // 32 * 16 + o_column % 16 + second * (padded // 2)
+        tl.store(p_out + o_place, b_q, mask=o_column < padded)
+
+
+@triton.jit(do_not_specialize=["tokens", "columns", "padded", "stride"])
+def group_errors_kernel(
+    p_x,
+    p_group,
+    p_totals,
+    p_book,
+    tokens,
+    columns,
+    stride,
+    B: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Add the LUT errors of every grouped token to its group's totals [T, blocks, 4], int32.
+
+    Integers: the order of the additions does not matter.
+    """
+    if ALIGNED:
+        columns = columns // 16 * 16
+        stride = stride // 16 * 16
+    i_token = tl.program_id(0)
+    label = tl.load(p_group + i_token)
+    if (label >= 0) & (label < tokens):
+        p_row = p_x + i_token.to(tl.int64) * stride
+        largest = tl.zeros((CHUNK // B,), tl.int32)
+        for first in range(0, columns, CHUNK):
+            b_x = _load(p_row, first, columns, B, CHUNK)
+            largest = tl.maximum(largest, block_largest(b_x))
+        exponent, finite = row_exponent(tl.max(largest, axis=0))
+        blocks = tl.cdiv(columns, B)
+        for first in range(0, columns, CHUNK):
+            b_x = _load(p_row, first, columns, B, CHUNK)
+            cell, _, m = scale_blocks(b_x, exponent, WINDOW, ASM)
+            e0, e1, e2, e3 = variant_errors(cell, m, p_book + 32 * (1 + 2 * DELTAS))
+            o_block = first // B + tl.arange(0, CHUNK // B)
+            p_total = p_totals + (label.to(tl.int64) * blocks + o_block) * 4
+            m_block = (o_block < blocks) & (finite != 0)
+            tl.atomic_add(p_total, e0, mask=m_block, sem="relaxed")
+            tl.atomic_add(p_total + 1, e1, mask=m_block, sem="relaxed")
+            tl.atomic_add(p_total + 2, e2, mask=m_block, sem="relaxed")
+            tl.atomic_add(p_total + 3, e3, mask=m_block, sem="relaxed")
+
+
+def launch_quantize_activation(
+    x: torch.Tensor,
+    book: Formatbook,
+    block_size: int,
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    salient: torch.Tensor | None,
+    group: torch.Tensor | None,
+    permuted: bool,
+    config: RowConfig,
+) -> None:
+    """Fill `q` (uint8 [T + S, Kp]) and `scale`; one launch, three with `group`."""
+    rows = q.shape[0]
+    if rows == 0:
+        return
+    tokens, columns = x.shape
+    table = book_table(book, x.device)
+    shape = {
+        "B": block_size,
+        "CHUNK": config.chunk,
+        "ALIGNED": columns % 16 == 0 and x.stride(0) % 16 == 0,
+        "ASM": not interpreted(),
+        "num_warps": config.num_warps,
+    }
+    totals = None
+    if group is not None:
+        blocks = q.shape[1] // block_size
+        totals = torch.zeros(tokens, blocks, 4, dtype=torch.int32, device=x.device)
+        group_errors_kernel[(tokens,)](
+            x, group, totals, table, tokens, columns, x.stride(0), **shape
+        )
+    quantize_activation_kernel[(rows,)](
+        x,
+        q,
+        scale,
+        salient,
+        group,
+        totals,
+        table,
+        tokens,
+        columns,
+        q.shape[1],
+        x.stride(0),
+        DIALECTS=len(book),
+        ONE_CHUNK=q.shape[1] <= config.chunk,
+        PERMUTED=permuted,
+        SALIENT=salient is not None,
+        GROUPED=group is not None,
+        **shape,
+    )
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels on the CPU, without inline PTX."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def quantize_activation(
+    x: torch.Tensor,
+    book: Formatbook = DIALECT_FP4,
+    block_size: int = 32,
+    *,
+    salient: torch.Tensor | None = None,
+    group: torch.Tensor | None = None,
+    permuted: bool = False,
+    config: RowConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round tokens as ``reference.round_activation`` does, to FP8 rows that hold them exactly.
+
+    Args:
+        x: float32, bfloat16 or float16 [T, K].
+        book: the weight's formatbook; its online rule selects the dialects (``two_stage``:
+            BlockDialect, ``lut``: SemanticDialect).
+        block_size: 16, 32 or 64.
+        salient: int32 or int64 [S], rows of x whose residual is rounded too (SemanticDialect's
+            activation decomposition; formulas ours); an index outside 0..T-1, such as -1, is an
+            unused place.
+        group: int32 [T], labels 0..T-1 of tokens that share the shape of their dialects in each
+            channel block (SemanticDialect's SeDA; formulas ours); -1 (or any label outside the
+            range) is a free token. 32-dialect book only. Residuals are always free.
+        permuted: write the columns in the order of the GEMM's operands, see above.
+        config: how a program works; any gives the same bytes.
+
+    Returns:
+        (float8_e4m3fn [T + S, Kp], float32 scale [T + S]): a value is ``q * scale``. Kp is K in
+        whole blocks, with `permuted` also a multiple of 32; the tail is zero. A row with NaN or Inf
+        has NaN as its scale and zeros in q, so that every product with it is NaN. An unused place
+        has zeros and the scale 1.
+
+    Raises:
+        ValueError: if dtypes, shapes, devices or options do not fit.
+    """
+    check_matrix(x, "x")
+    check_block_size(block_size)
+    _check_rows(x, salient, group, book)
+    x = _with_unit_stride(x)
+    padded = padded_columns(x.shape[1], max(block_size, 32) if permuted else block_size)
+    rows = x.shape[0] + (0 if salient is None else salient.shape[0])
+    q = torch.empty(rows, padded, dtype=torch.uint8, device=x.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    launch_quantize_activation(
+        x, book, block_size, q, scale, salient, group, permuted, config or row_config(padded)
+    )
+    return q.view(torch.float8_e4m3fn), scale
+
+
+def _with_unit_stride(x: torch.Tensor) -> torch.Tensor:
+    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def _check_rows(
+    x: torch.Tensor,
+    salient: torch.Tensor | None,
+    group: torch.Tensor | None,
+    book: Formatbook,
+) -> None:
+    if salient is not None and (
+        salient.dtype not in (torch.int32, torch.int64) or salient.dim() != 1
+    ):
+        raise ValueError(
+            f"salient: {salient.dtype} {list(salient.shape)}; it must be int32 or int64 [S]"
+        )
+    if group is not None and (group.dtype != torch.int32 or group.shape != x.shape[:1]):
+        raise ValueError(
+            f"group: {group.dtype} {list(group.shape)}; it must be torch.int32 [{x.shape[0]}], one "
+            "label for each row of x"
+        )
+    if group is not None and book.variants != 4:
+        raise ValueError(
+            f"group: not defined for book {book.name!r}; groups share a variant of 'semantic_32'"
+        )
+    for name, tensor in (("salient", salient), ("group", group)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: is on {tensor.device}, x on {x.device}; move it there")
