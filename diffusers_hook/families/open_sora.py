@@ -31,17 +31,26 @@ def _grid_of_ids(model: nn.Module, arguments: Mapping[str, Any]) -> Grid:
     """
     ids: torch.Tensor = arguments["img_ids"]
     batch, tokens, _ = ids.shape
-    frame, row = ids[0, :, 0].cpu(), ids[0, :, 1].cpu()
+    places = ids[0].float().cpu()
     # run lengths, not largest values: bfloat16 counts to 256 only
-    plane, columns = _first_run(frame), _first_run(row)
+    plane = _first_run(places[:, 0])
+    columns = min(plane, _first_run(places[:, 1]))
     if tokens % plane == 0 and plane % columns == 0:
-        frames, rows = frame.view(-1, plane), row.view(-1, columns)
-        if (frames == frames[:, :1]).all() and (rows == rows[:, :1]).all():
-            return Grid(batch, tokens // plane, plane // columns, columns)
+        grid = Grid(batch, tokens // plane, plane // columns, columns)
+        if _in_order(places.view(*grid.shape, 3)):
+            return grid
     raise LayoutError(
         f"img_ids: the {tokens} tokens do not follow each other frame by frame and row by row; "
         "use the order of Open-Sora's own sampling"
     )
+
+
+def _in_order(places: torch.Tensor) -> bool:
+    """Whether [frames, rows, columns, 3] holds on each axis what changes along it, ascending."""
+    frame, row, column = places.unbind(-1)
+    same = (frame == frame[:, :1, :1], row == row[:1, :, :1], column == column[:1, :1])
+    ascending = (frame.diff(dim=0) >= 0, row.diff(dim=1) >= 0, column.diff(dim=2) >= 0)
+    return all(bool(holds.all()) for holds in (*same, *ascending))
 
 
 def _first_run(ids: torch.Tensor) -> int:
@@ -72,7 +81,7 @@ _SINGLE = Blocks(
 LAYOUTS = (
     Layout(
         name="open_sora",
-        models=(),
+        models=("MMDiTModel",),
         kinds=(_DOUBLE, _SINGLE),
         grid=_grid_of_ids,
         timestep="timesteps",
