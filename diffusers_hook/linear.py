@@ -113,7 +113,7 @@ class DialectLinear(nn.Linear):
 
     def check(self, name: str) -> None:
         """Raise ValueError, naming tensor and position, if the stored bytes are not valid."""
-        self.packed.validate(f"{name}.weight", prefix=f"{name}.")
+        self.packed.validate(name, prefix="weight_")
 
     @property
     def packed(self) -> PackedTensor:

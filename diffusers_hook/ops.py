@@ -17,10 +17,12 @@ from .state import state_of
 
 __all__ = ["linear", "observe"]
 
+# Both ops say that they write the slot, so that compilers keep their order: a layer before its
+# block's attention must not see the salient tokens that the attention is about to choose.
 # torch.library is not annotated
 _library = torch.library.Library("semantic_dialect", "DEF")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
-    "linear(Tensor x, Tensor codes, Tensor meta, Tensor row_exponent, Tensor? bias, Tensor slot, "
+    "linear(Tensor x, Tensor codes, Tensor meta, Tensor row_exponent, Tensor? bias, Tensor(a!) slot, "
     "SymInt in_features, str book, int block_size, str activation, str stream) -> Tensor"
 )
 _library.define(  # type: ignore[no-untyped-call]

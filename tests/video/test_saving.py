@@ -1,0 +1,219 @@
+"""Quantized transformers through diffusers' own save_pretrained and from_pretrained."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import PipelineQuantizationConfig, WanPipeline, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+from tiny_video import generate, run, wan, wan_pipeline
+
+import diffusers_hook
+from diffusers_hook import ConfigError, SemanticDialectConfig
+from diffusers_hook.linear import DialectLinear
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    wan().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def saved(plain, tmp_path):
+    model = WanTransformer3DModel.from_pretrained(plain)
+    diffusers_hook.enable(model, progress=False, salient_fraction=0.25)
+    model.save_pretrained(tmp_path / "saved")
+    return model, tmp_path / "saved"
+
+
+def assert_same(first, second):
+    left, right = first.state_dict(), second.state_dict()
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+def test_a_saved_model_comes_back_with_its_bytes_and_its_configuration(saved):
+    model, folder = saved
+    loaded = WanTransformer3DModel.from_pretrained(folder)
+    assert_same(model, loaded)
+    assert torch.equal(run(model), run(loaded))
+    found = diffusers_hook.summary(loaded).transformers[0]
+    assert found.originals == "none"
+    assert found.layers == 20
+    # the first call's attn1.to_q, to_k and to_v come before the first choice: 5 of 8 layers
+    assert found.salient_share == 0.25 * 5 / 8
+
+
+def test_sharded_files_come_back_too(saved, tmp_path):
+    model, _ = saved
+    model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    assert_same(model, WanTransformer3DModel.from_pretrained(tmp_path / "shards"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_quantizing_while_loading_gives_the_bytes_of_enable(plain, dtype):
+    online = WanTransformer3DModel.from_pretrained(
+        plain, quantization_config=SemanticDialectConfig(), torch_dtype=dtype
+    )
+    model = WanTransformer3DModel.from_pretrained(plain, torch_dtype=dtype)
+    diffusers_hook.enable(model, progress=False)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, DialectLinear)}
+    assert len(layers) == 20
+    for name, layer in layers.items():
+        assert_same(layer, online.get_submodule(name))
+    assert run(online, dtype=dtype).isfinite().all()
+
+
+def test_loading_in_another_dtype_changes_no_code(saved):
+    model, folder = saved
+    loaded = WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    integers = {k: v for k, v in model.state_dict().items() if not v.is_floating_point()}
+    assert len(integers) == 3 * 20 + 2
+    for name, tensor in integers.items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+    assert run(loaded, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_whole_pipeline_is_saved_and_loaded(tmp_path):
+    pipe = wan_pipeline()
+    pipe.save_pretrained(tmp_path / "plain")
+    pipe.enable_semantic_dialect(progress=False)
+    pipe.save_pretrained(tmp_path / "packed")
+    video = generate(pipe)
+    packed = WanPipeline.from_pretrained(tmp_path / "packed")
+    packed.set_progress_bar_config(disable=True)
+    assert_same(pipe.transformer, packed.transformer)
+    assert torch.equal(generate(packed), video)
+    mapping = PipelineQuantizationConfig(quant_mapping={"transformer": SemanticDialectConfig()})
+    online = WanPipeline.from_pretrained(tmp_path / "plain", quantization_config=mapping)
+    online.set_progress_bar_config(disable=True)
+    assert_same(pipe.transformer, online.transformer)
+    assert torch.equal(generate(online), video)
+
+
+def test_a_pipeline_from_files_finds_its_originals_there(tmp_path):
+    wan_pipeline().save_pretrained(tmp_path)
+    pipe = WanPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    before = generate(pipe)
+    pipe.enable_semantic_dialect(progress=False)
+    assert pipe.semantic_dialect_summary().transformers[0].originals == "disk"
+    pipe.disable_semantic_dialect()
+    assert torch.equal(generate(pipe), before)
+    alone = WanTransformer3DModel.from_pretrained(tmp_path, subfolder="transformer")
+    diffusers_hook.enable(alone, progress=False)
+    assert diffusers_hook.summary(alone).transformers[0].originals == "disk"
+
+
+def test_disable_takes_the_format_out_of_the_configuration(plain, tmp_path):
+    model = WanTransformer3DModel.from_pretrained(plain)
+    before = dict(model.config)
+    diffusers_hook.enable(model, progress=False)
+    assert model.config["quantization_config"].quant_method == "semantic_dialect"
+    diffusers_hook.disable(model)
+    assert dict(model.config) == before
+    model.save_pretrained(tmp_path)
+    assert_same(WanTransformer3DModel.from_pretrained(tmp_path), wan())
+
+
+def test_dequantize_gives_a_plain_model(saved, tmp_path):
+    model, folder = saved
+    loaded = WanTransformer3DModel.from_pretrained(folder)
+    loaded.dequantize()
+    assert not any(isinstance(module, DialectLinear) for module in loaded.modules())
+    decoded = model.blocks[0].attn1.to_q.weight
+    assert torch.equal(loaded.blocks[0].attn1.to_q.weight, decoded)
+    loaded.save_pretrained(tmp_path / "again")
+    plain = WanTransformer3DModel.from_pretrained(tmp_path / "again")
+    assert torch.equal(plain.blocks[0].attn1.to_q.weight, decoded)
+
+
+def test_a_loaded_model_cannot_be_disabled(saved):
+    loaded = WanTransformer3DModel.from_pretrained(saved[1])
+    with pytest.raises(RuntimeError, match="was loaded quantized; load the 16-bit checkpoint"):
+        diffusers_hook.disable(loaded)
+    with pytest.raises(RuntimeError, match="is enabled already"):
+        diffusers_hook.enable(loaded)
+
+
+def test_without_our_import_diffusers_refuses_the_model(saved):
+    code = f"import diffusers\ndiffusers.WanTransformer3DModel.from_pretrained({str(saved[1])!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "Unknown quantization type" in done.stderr
+
+
+def edited(folder, edit):
+    tensors = load_file(folder / WEIGHTS)
+    edit(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+NAME = "blocks.1.ffn.net.2"
+
+
+def nan_row(tensors):
+    tensors[f"{NAME}.weight_row_exponent"][5] = -128
+
+
+def missing(tensors):
+    del tensors[f"{NAME}.weight_meta"]
+
+
+def wrong_shape(tensors):
+    tensors[f"{NAME}.weight_meta"] = tensors[f"{NAME}.weight_meta"][:, :-1].contiguous()
+
+
+def nan_fp8(tensors):
+    tensors["condition_embedder.time_proj.weight_fp8"][2, 3] = 0x7F
+
+
+@pytest.mark.parametrize(
+    ("edit", "sentence"),
+    [
+        (nan_row, f"{NAME}.weight_row_exponent: -128 at [5]; allowed are -120..125"),
+        (missing, f"{NAME}.weight_meta: is missing in the checkpoint"),
+        (wrong_shape, f"{NAME}.weight_meta expected shape"),
+        (nan_fp8, "condition_embedder.time_proj.weight_fp8: nan at [2, 3]"),
+    ],
+)
+def test_tampered_tensors_are_refused_by_name(saved, edit, sentence):
+    edited(saved[1], edit)
+    with pytest.raises(ValueError, match="weight") as caught:
+        WanTransformer3DModel.from_pretrained(saved[1])
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"format_version": 2}, "format_version: 2 cannot be used: this release reads version 1"),
+        ({"blok_size": 32}, "blok_size: is not an option of SemanticDialectConfig; did you mean"),
+        ({"block_size": 24}, "block_size: 24 cannot be used"),
+    ],
+)
+def test_a_configuration_of_another_release_is_refused(saved, change, sentence):
+    path = saved[1] / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"].update(change)
+    path.write_text(json.dumps(config))
+    with pytest.raises(ConfigError) as caught:
+        WanTransformer3DModel.from_pretrained(saved[1])
+    assert str(caught.value).startswith(sentence)
+
+
+def test_a_model_with_an_adapter_is_not_saved_half(saved, tmp_path):
+    from peft import LoraConfig
+
+    model, _ = saved
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match="has an adapter; save the adapter with save_lora_weights"):
+        model.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
