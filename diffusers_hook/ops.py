@@ -22,8 +22,9 @@ __all__ = ["linear", "observe"]
 # torch.library is not annotated
 _library = torch.library.Library("semantic_dialect", "DEF")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
-    "linear(Tensor x, Tensor codes, Tensor meta, Tensor row_exponent, Tensor? bias, Tensor(a!) slot, "
-    "SymInt in_features, str book, int block_size, str activation, str stream) -> Tensor"
+    "linear(Tensor x, Tensor codes, Tensor meta, Tensor row_exponent, Tensor? bias, "
+    "Tensor(a!) slot, SymInt in_features, str book, int block_size, str activation, "
+    "str stream) -> Tensor"
 )
 _library.define(  # type: ignore[no-untyped-call]
     "observe(Tensor query, Tensor key, Tensor? mask, Tensor(a!) slot, float? scale) -> ()"
