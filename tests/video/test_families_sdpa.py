@@ -1,8 +1,12 @@
-"""Families whose processors call torch's attention, and Open-Sora, are supported in full."""
+"""CogVideoX, Mochi, EasyAnimate, Latte, Allegro, Cosmos and Kandinsky are supported in full."""
 
+import joint_cases
+import kandinsky_cases
 import pytest
+import separate_cases
 from family_checks import CHECKS
-from sdpa_cases import CASES
+
+CASES = (*joint_cases.CASES, *separate_cases.CASES, *kandinsky_cases.CASES)
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
