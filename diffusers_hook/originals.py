@@ -103,13 +103,27 @@ def keep(place: str, layers: Mapping[str, nn.Linear], files: dict[str, Path]) ->
 
 
 def source_folders(module: nn.Module) -> list[Path]:
-    """The folders a diffusers model may have been loaded from."""
+    """The folders a diffusers model may have been loaded from, hub models from the local cache."""
     config = getattr(module, "config", None)
     path = getattr(config, "_name_or_path", None) if config is not None else None
-    if not path or not Path(path).is_dir():
+    if not path:
         return []
-    root = Path(path)  # with from_pretrained(..., subfolder=) the name lacks the subfolder
+    root = Path(path) if Path(path).is_dir() else _cached(path)
+    if root is None:
+        return []
+    # with from_pretrained(..., subfolder=) the name lacks the subfolder
     return [root, *sorted(child for child in root.iterdir() if child.is_dir())]
+
+
+def _cached(repository: str) -> Path | None:
+    """The local copy of a hub repository; nothing is downloaded."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
 
 
 def _key(name: str) -> str:

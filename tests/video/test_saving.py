@@ -112,6 +112,24 @@ def test_a_pipeline_from_files_finds_its_originals_there(tmp_path):
     assert diffusers_hook.summary(alone).transformers[0].originals == "disk"
 
 
+def test_a_model_from_the_hubs_cache_finds_its_originals_there(tmp_path, monkeypatch):
+    """The cache's own layout: refs/main names a commit, snapshots/<commit> holds its files."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "models--someone--tiny-video"
+    wan().save_pretrained(cached / "snapshots" / commit / "transformer")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model = WanTransformer3DModel.from_pretrained(
+        "someone/tiny-video", subfolder="transformer", cache_dir=tmp_path, local_files_only=True
+    )
+    before = run(model)
+    diffusers_hook.enable(model, progress=False)
+    assert diffusers_hook.summary(model).transformers[0].originals == "disk"
+    diffusers_hook.disable(model)
+    assert torch.equal(run(model), before)
+
+
 def test_disable_takes_the_format_out_of_the_configuration(plain, tmp_path):
     model = WanTransformer3DModel.from_pretrained(plain)
     before = dict(model.config)
