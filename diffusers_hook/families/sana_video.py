@@ -37,7 +37,7 @@ LAYOUTS = (
                     (r"attn\.(qkv|proj|output_gate|[qkv]_proj_cam|out_proj_cam)", Stream.VIDEO),
                     (r"cross_attn\.(q_linear|proj)", Stream.VIDEO),
                     (r"cross_attn\.kv_linear", Stream.CONTEXT),
-                    (r"mlp\.fc[12]", Stream.VIDEO),
+                    (r"plucker_proj|mlp\.fc[12]", Stream.VIDEO),
                 ),
                 attention=None,
             ),
@@ -53,14 +53,18 @@ LAYOUTS = (
             Blocks(
                 path="transformer_blocks",
                 streams=(
-                    (r"attn[12]\.(to_[qkv]|to_out\.0)", Stream.CONTEXT),
-                    (r"ff\.net\.(0\.proj|2)", Stream.CONTEXT),
+                    (r"(audio_)?attn[12]\.(to_[qkv]|to_out\.0)", Stream.CONTEXT),
+                    (r"(audio_to_video|video_to_audio)_attn\.(to_[qkv]|to_out\.0)", Stream.CONTEXT),
+                    (r"(audio_)?ff\.net\.(0\.proj|2)", Stream.CONTEXT),
                 ),
                 attention=None,
             ),
         ),
         grid=no_grid,
-        modulation=(r"time_embed\.linear",),
+        modulation=(
+            r"(audio_)?(time_embed|prompt_adaln)\.linear",
+            r"av_cross_attn_\w+\.linear",
+        ),
         remark="it refines a window of frames after the other, with keys kept from earlier ones",
     ),
 )

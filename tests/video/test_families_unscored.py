@@ -1,0 +1,44 @@
+"""Models without a softmax to score tokens by are quantized without it, after one warning."""
+
+import logging
+
+import pytest
+from family_checks import check_names, check_restored
+from unscored_cases import CASES
+
+import diffusers_hook
+from diffusers_hook import LayoutError
+from diffusers_hook.attach import attached
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.parametrize("check", [check_names, check_restored], ids=lambda c: c.__name__)
+def test_quantized_and_restored(case, check):
+    check(case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_one_warning_says_why(case, caplog):
+    model = case.build()
+    with caplog.at_level(logging.WARNING, logger="diffusers_hook"):
+        diffusers_hook.enable(model, **case.options)
+        case.run(model)
+    [record] = [r for r in caplog.records if r.name.startswith("diffusers_hook")]
+    message = record.getMessage()
+    assert type(model).__name__ in message
+    assert "without salient tokens and groups: " in message
+    assert len(message.split("groups: ")[1]) > 20  # the reason
+    state = attached(model).state
+    assert not state.config.decomposes
+    assert not state.config.groups
+    assert state.counts["decomposed rows"] == 0
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_refused_where_that_is_asked_for(case):
+    model = case.build()
+    before = case.run(model)
+    with pytest.raises(LayoutError, match="has no attention that salient tokens could be read"):
+        diffusers_hook.enable(model, strict=True, progress=False)
+    assert attached(model) is None
+    assert case.run(model).equal(before)
