@@ -48,6 +48,7 @@ class Case:
         block_size: elements per block.
         output: the model's answer -> the video in it.
         one_by_one: whether attention runs once for every sample.
+        beside: tokens of other videos that stand in the sequence beside these.
         last: a linear layer that runs after every attention; default: the last of `streams`.
     """
 
@@ -64,6 +65,7 @@ class Case:
     block_size: int = 32
     output: Callable[[object], torch.Tensor] = lambda answer: answer[0]
     one_by_one: bool = False
+    beside: int = 0
     last: str | None = None
     timestep: str = "timestep"
 
@@ -184,11 +186,13 @@ class Places:
     Attributes:
         count: rows.
         video: int64 [video tokens in grid order], the row of each, or None if none has one.
+        copies: rows of every video token.
         text: int64 [text tokens], ascending.
     """
 
     count: int
     video: torch.Tensor | None
+    copies: int
     text: torch.Tensor
 
 
@@ -220,12 +224,10 @@ def places(case):
     if case.touch_text is not None:
         text = _unmixed(case, model, case.touch_text(arguments))
     of_text = _moved(base, text)
-    found = {
-        name: Places(
-            len(rows), _row_of_each(name, rows, len(tokens)), of_text[name].nonzero()[:, 0]
-        )
-        for name, rows in numbers.items()
-    }
+    found = {}
+    for name, rows in numbers.items():
+        of_video, copies = _row_of_each(name, rows, len(tokens))
+        found[name] = Places(len(rows), of_video, copies, of_text[name].nonzero()[:, 0])
     keys = {name: found.pop(f"keys of {name}") for name in case.attentions}
     return found, keys
 
@@ -248,13 +250,15 @@ def _moved(before, after):
 
 
 def _row_of_each(name, numbers, tokens):
-    """The row of each video token; None where no row depends on a video token."""
+    """The first row of each video token, None where no row depends on one; and rows of each."""
     rows = numbers.nonzero()[:, 0]
     if not len(rows):
-        return None
-    order = numbers[rows].argsort()
-    assert torch.equal(numbers[rows[order]], torch.arange(1, tokens + 1)), f"{name}: {numbers}"
-    return rows[order]
+        return None, 0
+    order = rows[numbers[rows].argsort(stable=True)]
+    copies = len(order) // tokens
+    expected = torch.arange(1, tokens + 1).repeat_interleave(copies)
+    assert torch.equal(numbers[order], expected), f"{name}: {numbers}"
+    return order[::copies], copies
 
 
 def check_names(case):
@@ -275,13 +279,20 @@ def check_streams(case):
     tokens = int(np.prod(case.grid))
     for name, found in places(case)[0].items():
         stream = case.streams[name]
-        text = found.count if stream == TEXT else 0
-        if stream == JOINT:
-            text = found.count - tokens
-            assert text > 0, name
-        if stream != CONTEXT:
-            assert len(found.text) == text, name
+        if stream == CONTEXT:
+            assert found.video is None, name
+            continue
+        others = found.count - tokens * found.copies - len(found.text)
+        assert others in ({0, case.beside} if stream == VIDEO else {case.beside * found.copies}), (
+            name
+        )
         assert (found.video is not None) == (stream in (VIDEO, JOINT)), name
+        if stream == VIDEO:
+            assert found.copies == 1, name
+            assert not len(found.text), name
+        if stream == JOINT:
+            # without text there is another video in its place
+            assert len(found.text) > 0 or found.copies == 2, name
 
 
 def check_scores(case):

@@ -5,13 +5,18 @@ from __future__ import annotations
 from ..layouts import register_layout
 from . import (
     allegro,
+    anyflow,
     cogvideox,
     cosmos,
     easyanimate,
+    helios,
+    hunyuan,
     kandinsky,
     latte,
+    ltx,
     minimax_h3,
     mochi,
+    motif,
     open_sora,
     sana_video,
     wan,
@@ -21,6 +26,11 @@ __all__: list[str] = []
 
 _FAMILIES = (
     wan,
+    anyflow,
+    helios,
+    hunyuan,
+    motif,
+    ltx,
     cogvideox,
     mochi,
     latte,
