@@ -16,7 +16,7 @@ from . import cpu, reference
 from .formatbook import DIALECT_FP4, Formatbook, book_by_name
 from .packed import PackedTensor
 
-__all__ = ["dialect_linear", "linear", "quantize"]
+__all__ = ["dialect_linear", "linear", "quantize", "semantic_linear"]
 
 _log = logging.getLogger(__name__)
 
@@ -26,6 +26,10 @@ _library.define(  # type: ignore[no-untyped-call]
     "linear(Tensor x, Tensor codes, Tensor meta, Tensor row_exponent, Tensor? bias, "
     "SymInt in_features, str book, int block_size, str activation_format, str accumulation) "
     "-> Tensor"
+)
+_library.define(  # type: ignore[no-untyped-call]
+    "semantic_linear(Tensor x, Tensor codes, Tensor meta, Tensor row_exponent, Tensor? bias, "
+    "SymInt in_features, str book, int block_size, Tensor? salient, Tensor? group) -> Tensor"
 )
 
 
@@ -179,3 +183,86 @@ def _decoded_linear(
 @cache
 def _say_once(message: str) -> None:
     _log.warning(message)
+
+
+def semantic_linear(
+    x: torch.Tensor,
+    p: PackedTensor,
+    bias: torch.Tensor | None = None,
+    salient: torch.Tensor | None = None,
+    group: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``x @ p.T + bias`` with decomposed salient tokens and grouped dialects (SemanticDialect).
+
+    Arguments, result and errors as :func:`dialect_kernels.reference.semantic_linear`; on CPU the
+    same bits.
+    """
+    reference.check_semantic(x, p.shape, p.book, bias, salient, group)
+    y: torch.Tensor = torch.ops.blockdialect.semantic_linear(
+        x,
+        p.codes,
+        p.meta,
+        p.row_exponent,
+        bias,
+        p.shape[1],
+        p.book.name,
+        p.block_size,
+        salient,
+        group,
+    )
+    return y
+
+
+@torch.library.impl(_library, "semantic_linear", "CompositeExplicitAutograd")
+def _semantic_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    meta: torch.Tensor,
+    row_exponent: torch.Tensor,
+    bias: torch.Tensor | None,
+    in_features: int,
+    book: str,
+    block_size: int,
+    salient: torch.Tensor | None,
+    group: torch.Tensor | None,
+) -> torch.Tensor:
+    formatbook = book_by_name(book)
+    tokens = reference.as_tokens(x)
+    rows = reference.salient_rows(salient, x)
+    groups = None if group is None else reference.group_numbers(group)
+    if x.device.type == "cpu" and cpu.available():
+        variants = None
+        if groups is not None:
+            costs = cpu.variant_costs(tokens, formatbook, block_size)
+            variants = reference.group_variants(costs, groups)
+        y = cpu.decomposed_linear(
+            tokens, variants, rows, codes, meta, row_exponent, in_features, formatbook, block_size
+        )
+    else:
+        rounded = reference.round_activation(tokens, formatbook, block_size, groups)
+        residual = tokens[rows].to(torch.float32) - rounded[rows]
+        residual = reference.round_activation(residual, formatbook, block_size)
+        shape = (codes.shape[0], in_features)
+        p = PackedTensor(codes, meta, row_exponent, shape, formatbook, block_size)
+        y = F.linear(torch.cat([rounded, residual]), p.dequantize(torch.float32))
+    y, left_over = y[: tokens.shape[0]], y[tokens.shape[0] :]
+    y[rows] += left_over
+    if bias is not None:
+        y = y + bias.to(torch.float32)
+    return y.to(x.dtype).view(*x.shape[:-1], codes.shape[0])
+
+
+@torch.library.register_fake("blockdialect::semantic_linear", lib=_library)  # type: ignore[untyped-decorator]
+def _semantic_linear_fake(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    meta: torch.Tensor,
+    row_exponent: torch.Tensor,
+    bias: torch.Tensor | None,
+    in_features: int,
+    book: str,
+    block_size: int,
+    salient: torch.Tensor | None,
+    group: torch.Tensor | None,
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])

@@ -42,6 +42,7 @@ __all__ = [
     "quantize_mxfp4",
     "quantize_nvfp4",
     "round_activation",
+    "semantic_linear",
 ]
 
 ACTIVATION_FORMATS = ("dialect", "fp8", "none")
@@ -96,26 +97,34 @@ def quantize(
 
 
 def round_activation(
-    x: torch.Tensor, book: Formatbook = DIALECT_FP4, block_size: int = 32
+    x: torch.Tensor,
+    book: Formatbook = DIALECT_FP4,
+    block_size: int = 32,
+    group: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Round activations per token as ``dialect_linear`` does in flight.
+    """Round activations per token as ``dialect_linear`` and ``semantic_linear`` do in flight.
 
     Args:
         x: float32, bfloat16 or float16 [..., K]; every row is a token.
         book: the weight's formatbook; its online rule selects the dialects (``two_stage`` for
             DialectFP4: BlockDialect; ``lut`` for the 32-dialect book: SemanticDialect).
         block_size: the weight's block size.
+        group: integers [...]: tokens with the same number >= 0 share one variant per block of
+            channels (SeDA; SemanticDialect), a token with -1 is free. 32-dialect book only.
 
     Returns:
         float32 [..., K], the rounded values; a token with NaN or Inf is all NaN.
 
     Raises:
-        ValueError: if dtype or block size are not allowed.
+        ValueError: if dtype, block size or group are not allowed.
     """
     _check_dtype(x, "x")
     check_block_size(block_size)
     tokens = as_tokens(x)
-    rounded = _round_tokens(tokens, book, block_size)
+    if group is not None:
+        check_group(group, x.shape[:-1], book)
+        group = group.flatten()
+    rounded = _round_tokens(tokens, book, block_size, group)
     half_units = _signed_half_units(rounded, book, block_size).to(torch.float32)
     relative = power_of_two(4 - rounded.delta.to(torch.int32))
     row_scale = _row_scale(rounded.row_exponent)
@@ -158,8 +167,18 @@ class _Rounded:
     row_exponent: torch.Tensor  # int8 [N]
 
 
-def _round(x: torch.Tensor, book: Formatbook, block_size: int, rule: str, window: int) -> _Rounded:
-    """Round a finite matrix, a chunk of rows at a time (rows are independent)."""
+def _round(
+    x: torch.Tensor,
+    book: Formatbook,
+    block_size: int,
+    rule: str,
+    window: int,
+    variants: torch.Tensor | None = None,
+) -> _Rounded:
+    """Round a finite matrix, a chunk of rows at a time (rows are independent).
+
+    `variants` [N, Kp/B] holds the variant that a block must take, -1 where the rule decides.
+    """
     rows, columns = x.shape
     padded = padded_columns(columns, block_size)
     out = _Rounded(
@@ -169,56 +188,109 @@ def _round(x: torch.Tensor, book: Formatbook, block_size: int, rule: str, window
         torch.empty(rows, dtype=torch.int8, device=x.device),
     )
     for part in _row_chunks(rows, padded):
-        _round_rows(x[part], book, block_size, rule, window, out, part)
+        chosen = None if variants is None else variants[part]
+        _round_rows(_scaled(x[part], block_size, window), book, rule, chosen, out, part)
     return out
 
 
+@dataclass(frozen=True)
+class _Scaled:
+    """Rows cut into blocks and scaled by their effective exponents; n rows, blocks of B."""
+
+    blocks: torch.Tensor  # float32 [n, Kp/B, B]
+    quarters: torch.Tensor  # float32 [n, Kp/B, B], 4 m
+    cell: torch.Tensor  # int32 [n, Kp/B, B], k
+    largest_cell: torch.Tensor  # int32 [n, Kp/B]
+    delta: torch.Tensor  # int32 [n, Kp/B]
+    row_exponent: torch.Tensor  # int32 [n]
+
+
+def _scaled(x: torch.Tensor, block_size: int, window: int) -> _Scaled:
+    blocks = _blocks(x, block_size)
+    magnitude = blocks.abs()
+    exponent = _block_exponent(magnitude.amax(dim=-1))
+    row_exponent = _row_exponent(exponent)
+    delta = (row_exponent[:, None] - exponent).clamp(max=window)
+    effective = row_exponent[:, None] - delta
+    quarters = magnitude * power_of_two(2 - effective)[:, :, None]
+    cell = quarters.clamp(max=CELLS - 1).to(torch.int32)  # truncation is floor, 4 m >= 0
+    return _Scaled(blocks, quarters, cell, cell.amax(dim=-1), delta, row_exponent)
+
+
 def _round_rows(
-    x: torch.Tensor,
+    x: _Scaled,
     book: Formatbook,
-    block_size: int,
     rule: str,
-    window: int,
+    variants: torch.Tensor | None,
     out: _Rounded,
     part: slice,
 ) -> None:
-    blocks = _blocks(x, block_size)  # [n, Kp/B, B] float32
-    magnitude = blocks.abs()
-    exponent = _block_exponent(magnitude.amax(dim=-1))  # [n, Kp/B]
-    row_exponent = _row_exponent(exponent)  # [n]
-    delta = (row_exponent[:, None] - exponent).clamp(max=window)
-    effective = row_exponent[:, None] - delta
-    quarters = magnitude * power_of_two(2 - effective)[:, :, None]  # 4 m
-    cell = quarters.clamp(max=CELLS - 1).to(torch.int32)  # k: truncation is floor, 4 m >= 0
-    largest_cell = cell.amax(dim=-1)
-
     if rule == "mse":
-        dialect = _select_by_exact_error(quarters, cell, book)
+        dialect = _select_by_exact_error(x.quarters, x.cell, book)
     elif rule == "two_stage":
-        dialect = _select_in_two_stages(cell, largest_cell, book)
+        dialect = _select_in_two_stages(x.cell, x.largest_cell, book)
     else:
-        dialect = _select_by_lut(cell, largest_cell, book)
+        dialect = _select_by_lut(x.cell, x.largest_cell, book)
+    if variants is not None:
+        constrained = _first_dialect(x.largest_cell, book) + variants
+        dialect = torch.where(variants >= 0, constrained, dialect)
 
-    zero_block = largest_cell == 0
+    zero_block = x.largest_cell == 0
     dialect = dialect.masked_fill_(zero_block, 0)
-    delta = delta.masked_fill_(zero_block, 0)
-    index_lut = _table(book, "index_lut", torch.uint8, x.device)
-    index = _take(index_lut, (dialect * CELLS)[:, :, None] + cell)
-    sign = ((blocks < 0) & (index > 0)).to(torch.uint8) << 3
+    delta = x.delta.masked_fill(zero_block, 0)
+    index_lut = _table(book, "index_lut", torch.uint8, dialect.device)
+    index = _take(index_lut, (dialect * CELLS)[:, :, None] + x.cell)
+    sign = ((x.blocks < 0) & (index > 0)).to(torch.uint8) << 3
 
     out.codes[part] = (index | sign).flatten(1)
     out.dialect[part] = dialect.to(torch.uint8)
     out.delta[part] = delta.to(torch.uint8)
-    out.row_exponent[part] = row_exponent.to(torch.int8)
+    out.row_exponent[part] = x.row_exponent.to(torch.int8)
 
 
-def _round_tokens(tokens: torch.Tensor, book: Formatbook, block_size: int) -> _Rounded:
+def _round_tokens(
+    tokens: torch.Tensor, book: Formatbook, block_size: int, group: torch.Tensor | None = None
+) -> _Rounded:
     """Round [T, K] with the online rule and window 13; rows with NaN or Inf get R = -128."""
     finite = tokens.isfinite().all(dim=1)
     clean = torch.where(finite[:, None], tokens, torch.zeros_like(tokens))
-    rounded = _round(clean, book, block_size, book.online_rule, E4M3_WINDOW)
+    variants = None
+    if group is not None:
+        costs = _variant_costs(clean, book, block_size)
+        variants = group_variants(costs, torch.where(finite, group, -1))
+    rounded = _round(clean, book, block_size, book.online_rule, E4M3_WINDOW, variants)
     rounded.row_exponent.masked_fill_(~finite, NAN_ROW)
     return rounded
+
+
+def _variant_costs(tokens: torch.Tensor, book: Formatbook, block_size: int) -> torch.Tensor:
+    """The LUT error of every variant of each block's range, int32 [T, Kp/B, variants]."""
+    blocks = padded_columns(tokens.shape[1], block_size) // block_size
+    shape = (tokens.shape[0], blocks, book.variants)
+    out = torch.empty(shape, dtype=torch.int32, device=tokens.device)
+    for part in _row_chunks(*tokens.shape):
+        x = _scaled(tokens[part], block_size, E4M3_WINDOW)
+        out[part] = _lut_costs(x.cell, x.largest_cell, book)
+    return out
+
+
+def group_variants(costs: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """The variant that each block's group chooses: the least sum of costs, ties to the smallest.
+
+    Args:
+        costs: int32 [T, blocks, variants].
+        group: integers [T]; -1 for a free token.
+
+    Returns:
+        int8 [T, blocks]; -1 for a free token.
+    """
+    member = (group >= 0).nonzero()[:, 0]
+    numbers, position = torch.unique(group[member], return_inverse=True)
+    sums = costs.new_zeros(numbers.numel(), *costs.shape[1:], dtype=torch.int64)
+    sums.index_add_(0, position, costs[member].to(torch.int64))
+    out = torch.full(costs.shape[:2], -1, dtype=torch.int8, device=costs.device)
+    out[member] = sums.argmin(dim=-1).to(torch.int8)[position]
+    return out
 
 
 def _blocks(x: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -279,13 +351,22 @@ def _select_by_lut(
     cell: torch.Tensor, largest_cell: torch.Tensor, book: Formatbook
 ) -> torch.Tensor:
     """Rule ``lut``: the variant of M with the smallest summed LUT error, ties to the smallest."""
+    cost = _lut_costs(cell, largest_cell, book)
+    return _first_dialect(largest_cell, book) + cost.argmin(dim=-1).to(torch.int32)
+
+
+def _lut_costs(cell: torch.Tensor, largest_cell: torch.Tensor, book: Formatbook) -> torch.Tensor:
+    """The summed LUT error of every variant of each block's M, [n, Kp/B, variants]."""
     error = _table(book, "error_lut", torch.int32, cell.device)
-    first = book.variants * (LARGEST_HALF_UNIT - _range(largest_cell))
-    row = (first * CELLS)[:, :, None] + cell
-    cost = torch.stack(
+    row = (_first_dialect(largest_cell, book) * CELLS)[:, :, None] + cell
+    return torch.stack(
         [_take(error, row + v * CELLS).sum(dim=-1) for v in range(book.variants)], dim=-1
     )
-    return first + cost.argmin(dim=-1).to(torch.int32)
+
+
+def _first_dialect(largest_cell: torch.Tensor, book: Formatbook) -> torch.Tensor:
+    """The id of variant 0 of each block's M."""
+    return book.variants * (LARGEST_HALF_UNIT - _range(largest_cell))
 
 
 def _range(largest_cell: torch.Tensor) -> torch.Tensor:
@@ -330,8 +411,71 @@ def dialect_linear(
     return y.to(x.dtype).view(*x.shape[:-1], p.shape[0])
 
 
-def _linear_dialect(tokens: torch.Tensor, p: PackedTensor) -> torch.Tensor:
-    rounded = _round_tokens(tokens, p.book, p.block_size)
+def semantic_linear(
+    x: torch.Tensor,
+    p: PackedTensor,
+    bias: torch.Tensor | None = None,
+    salient: torch.Tensor | None = None,
+    group: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``x @ p.T + bias`` with decomposed salient tokens and grouped dialects (SemanticDialect).
+
+    ``Q1 = round(x)``; a salient token t adds ``round(x_t - Q1_t) @ p.T``, with exponents and
+    dialects of its own that no group constrains. Both are accumulated in the mode ``exact``, added
+    in float32 before the bias, and rounded once (formulas: ours).
+
+    Args:
+        x: float32, bfloat16 or float16 [B, T, K] or [T, K]; B samples of T tokens.
+        p: packed weight [N, K].
+        bias: [N] or None; taken as float32.
+        salient: int64 [B, S] or [S], the tokens of each sample that are decomposed; -1 entries are
+            ignored, and a token named twice counts once.
+        group: integers [B, T] or [T]: tokens of a sample with the same number >= 0 share one
+            variant per block of channels, a token with -1 is free. 32-dialect book only.
+
+    Returns:
+        [B, T, N] or [T, N] in x's dtype. A token that holds NaN or Inf gives a row of NaN.
+
+    Raises:
+        ValueError: if shapes, dtypes or options do not fit.
+    """
+    check_semantic(x, p.shape, p.book, bias, salient, group)
+    tokens = as_tokens(x)
+    rows = salient_rows(salient, x)
+    groups = None if group is None else group_numbers(group)
+    y = _linear_dialect(tokens, p, groups)
+    if rows.numel():
+        rounded = round_activation(tokens, p.book, p.block_size, groups)[rows]
+        y[rows] += _linear_dialect(tokens[rows].to(torch.float32) - rounded, p)
+    if bias is not None:
+        y = y + bias.to(torch.float32)
+    return y.to(x.dtype).view(*x.shape[:-1], p.shape[0])
+
+
+def salient_rows(salient: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """The rows of ``as_tokens(x)`` that `salient` names, each once, ascending; int64 [n]."""
+    if salient is None:
+        return torch.empty(0, dtype=torch.int64, device=x.device)
+    salient = salient.view(-1, salient.shape[-1])
+    sample = torch.arange(salient.shape[0], device=salient.device)[:, None]
+    rows = salient + sample * x.shape[-2]
+    named: torch.Tensor = torch.unique(rows[salient >= 0])
+    return named
+
+
+def group_numbers(group: torch.Tensor) -> torch.Tensor:
+    """Group numbers [B * T] that no two samples share; -1 stays."""
+    if group.dim() == 1:
+        return group
+    largest = group.amax().clamp(min=0) + 1 if group.numel() else 1
+    sample = torch.arange(group.shape[0], device=group.device)[:, None]
+    return torch.where(group >= 0, group.to(torch.int64) + sample * largest, -1).flatten()
+
+
+def _linear_dialect(
+    tokens: torch.Tensor, p: PackedTensor, group: torch.Tensor | None = None
+) -> torch.Tensor:
+    rounded = _round_tokens(tokens, p.book, p.block_size, group)
     operand = _signed_half_units(rounded, p.book, p.block_size).to(torch.float64)
     y = _sum_blocks(operand, power_of_two(-rounded.delta.to(torch.int32)), p)
     exponent = rounded.row_exponent.to(torch.int64)[:, None] + p.row_exponent.to(torch.int64)
@@ -562,6 +706,52 @@ def check_linear(
         )
     if accumulation not in ACCUMULATIONS:
         raise ValueError(f"accumulation: {accumulation!r}; allowed are 'default' and 'exact'")
+
+
+def check_semantic(
+    x: torch.Tensor,
+    shape: tuple[int, int],
+    book: Formatbook,
+    bias: torch.Tensor | None,
+    salient: torch.Tensor | None,
+    group: torch.Tensor | None,
+) -> None:
+    """Raise ValueError unless the arguments of ``semantic_linear`` fit a weight of `shape`."""
+    check_linear(x, shape, bias, "dialect", "exact")
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x: has shape {list(x.shape)}; it must be [B, T, K] or [T, K]")
+    if group is not None:
+        check_group(group, x.shape[:-1], book)
+    if salient is None:
+        return
+    if salient.dtype != torch.int64 or salient.dim() != x.dim() - 1:
+        raise ValueError(
+            f"salient: {salient.dtype} {list(salient.shape)}; it must be torch.int64 "
+            f"{'[B, S]' if x.dim() == 3 else '[S]'}"
+        )
+    if x.dim() == 3 and salient.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"salient: is for {salient.shape[0]} samples, x holds {x.shape[0]}; give one row each"
+        )
+    if salient.numel() and not -1 <= int(salient.min()) <= int(salient.max()) < x.shape[-2]:
+        raise ValueError(
+            f"salient: holds {int(salient.min())}..{int(salient.max())}; allowed are tokens "
+            f"0..{x.shape[-2] - 1}, and -1 for none"
+        )
+
+
+def check_group(group: torch.Tensor, shape: torch.Size, book: Formatbook) -> None:
+    """Raise ValueError unless `group` numbers tokens of `shape` and the book has the LUT rule."""
+    if book.online_rule != "lut":
+        raise ValueError(
+            f"group: tokens cannot share variants of book {book.name!r}; use the 32-dialect book"
+        )
+    if group.is_floating_point() or group.shape != shape:
+        raise ValueError(
+            f"group: {group.dtype} {list(group.shape)}; it must be integers {list(shape)}"
+        )
+    if group.numel() and int(group.min()) < -1:
+        raise ValueError(f"group: holds {int(group.min())}; allowed are -1 and above")
 
 
 def as_tokens(x: torch.Tensor) -> torch.Tensor:

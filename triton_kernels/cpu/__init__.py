@@ -30,10 +30,13 @@ __all__ = [
     "INSTRUCTIONS",
     "Quantized",
     "available",
+    "decomposed_linear",
     "dequantize",
     "features",
     "linear",
     "quantize",
+    "round_activation",
+    "variant_costs",
     "why_not",
 ]
 
@@ -183,6 +186,125 @@ def linear(
     return y
 
 
+def decomposed_linear(
+    x: torch.Tensor,
+    variants: torch.Tensor | None,
+    salient: torch.Tensor,
+    codes: torch.Tensor,
+    meta: torch.Tensor,
+    row_exponent: torch.Tensor,
+    columns: int,
+    book: Formatbook,
+    block_size: int,
+    threads: int | None = None,
+    instructions: str | None = None,
+) -> torch.Tensor:
+    """Products of rounded tokens, and of what rounding left over of some of them, mode ``exact``.
+
+    Args:
+        x: float32, bfloat16 or float16 [T, K] on CPU.
+        variants: int8 [T, Kp/B], the variant that a block's group has chosen, -1 for a free
+            block; None: all are free.
+        salient: int64 [S], the tokens whose residuals are rounded and multiplied too, 0..T-1.
+        codes, meta, row_exponent: the packed weight [N, K]; any bytes are safe.
+        columns: K.
+        book: the weight's formatbook.
+        block_size: the weight's block size.
+        threads: default: as many as torch uses.
+        instructions: default: the best this processor has, see :func:`features`.
+
+    Returns:
+        float32 [T + S, N].
+
+    Raises:
+        ValueError: if shapes, dtypes or tokens do not fit.
+    """
+    weight, kept = _weight(codes, meta, row_exponent, columns, block_size)
+    x, variants = _tokens(x, variants, columns, block_size, book)
+    salient = salient.contiguous()
+    if salient.numel() and not 0 <= int(salient.min()) <= int(salient.max()) < x.shape[0]:
+        raise ValueError(f"salient: holds tokens outside 0..{x.shape[0] - 1}")
+    y = torch.empty(x.shape[0] + salient.numel(), codes.shape[0], dtype=torch.float32)
+    _call(
+        "dialect_decomposed",
+        x.data_ptr(),
+        _DTYPES[x.dtype],
+        x.shape[0],
+        None if variants is None else variants.data_ptr(),
+        salient.data_ptr(),
+        salient.numel(),
+        ctypes.byref(weight),
+        ctypes.byref(_book(book)),
+        y.data_ptr(),
+        _threads(threads),
+        _instructions(instructions),
+    )
+    del kept
+    return y
+
+
+def round_activation(
+    x: torch.Tensor,
+    variants: torch.Tensor | None,
+    book: Formatbook,
+    block_size: int,
+    threads: int | None = None,
+    instructions: str | None = None,
+) -> torch.Tensor:
+    """The rounded values of activations, float32 [T, K]; arguments as `decomposed_linear`."""
+    x, variants = _tokens(x, variants, x.shape[-1], block_size, book)
+    out = torch.empty(x.shape, dtype=torch.float32)
+    _call(
+        "dialect_round",
+        x.data_ptr(),
+        _DTYPES[x.dtype],
+        *x.shape,
+        None if variants is None else variants.data_ptr(),
+        ctypes.byref(_book(book)),
+        block_size,
+        out.data_ptr(),
+        _threads(threads),
+        _instructions(instructions),
+    )
+    return out
+
+
+def variant_costs(
+    x: torch.Tensor,
+    book: Formatbook,
+    block_size: int,
+    threads: int | None = None,
+    instructions: str | None = None,
+) -> torch.Tensor:
+    """What each variant of a block's range costs by the online rule.
+
+    Args:
+        x: float32, bfloat16 or float16 [T, K] on CPU.
+        book: the formatbook.
+        block_size: 16, 32 or 64.
+        threads: default: as many as torch uses.
+        instructions: default: the best this processor has, see :func:`features`.
+
+    Returns:
+        int32 [T, Kp/B, variants]; 0 for a token with NaN or Inf.
+    """
+    x, _ = _tokens(x, None, x.shape[-1], block_size, book)
+    blocks = padded_columns(x.shape[1], block_size) // block_size
+    out = torch.empty(x.shape[0], blocks, book.variants, dtype=torch.int32)
+    _call(
+        "dialect_costs",
+        x.data_ptr(),
+        _DTYPES[x.dtype],
+        *x.shape,
+        ctypes.byref(_book(book)),
+        block_size,
+        out.data_ptr(),
+        _threads(threads),
+        _instructions(instructions),
+    )
+    return out
+
+
 def dequantize(
     codes: torch.Tensor,
     meta: torch.Tensor,
@@ -261,6 +383,35 @@ def _weight(
     kept = (codes.contiguous(), meta.contiguous(), row_exponent.contiguous())
     pointers = (tensor.data_ptr() for tensor in kept)
     return _Weight(*pointers, rows, columns, block_size), kept
+
+
+def _tokens(
+    x: torch.Tensor,
+    variants: torch.Tensor | None,
+    columns: int,
+    block_size: int,
+    book: Formatbook,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The activations and variants, contiguous.
+
+    Raises:
+        ValueError: if they do not fit.
+    """
+    if x.dim() != 2 or x.shape[1] != columns:
+        raise ValueError(f"x: has shape {list(x.shape)}; it must be [T, {columns}]")
+    if variants is None:
+        return x.contiguous(), None
+    blocks = padded_columns(columns, block_size) // block_size
+    if variants.dtype != torch.int8 or tuple(variants.shape) != (x.shape[0], blocks):
+        raise ValueError(
+            f"variants: {variants.dtype} {list(variants.shape)}; it must be torch.int8 "
+            f"[{x.shape[0]}, {blocks}]"
+        )
+    if variants.numel() and int(variants.max()) >= book.variants:
+        raise ValueError(
+            f"variants: holds {int(variants.max())}; allowed are -1..{book.variants - 1}"
+        )
+    return x.contiguous(), variants.contiguous()
 
 
 @cache
@@ -362,6 +513,12 @@ def _declare(handle: ctypes.CDLL) -> None:
             *(pointer, i32, i64, pointer, pointer, i32, pointer, pointer, i32, i32),
         ),
         "dialect_dequantize": (pointer, pointer, pointer, i32),
+        "dialect_decomposed": (
+            *(pointer, i32, i64, pointer, pointer, i64),
+            *(pointer, pointer, pointer, i32, i32),
+        ),
+        "dialect_round": (*(pointer, i32, i64, i64, pointer, pointer, i32, pointer, i32, i32),),
+        "dialect_costs": (*(pointer, i32, i64, i64, pointer, i32, pointer, i32, i32),),
     }
     for name, arguments in signatures.items():
         function = getattr(handle, name)

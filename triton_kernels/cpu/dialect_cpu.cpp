@@ -367,39 +367,65 @@ INLINE int least_error(const int32_t* fixed, const Book& book) {
     return best;
 }
 
+// What is to be decided about a block's dialect: by a rule, or a variant that its group has chosen.
+struct Choice {
+    int rule;
+    int variant;  // -1: the block decides alone
+};
+
+// Index of a block's largest half-unit M, 15 - M.
+INLINE int range_index(int largest_cell) {
+    return 15 - std::min(15, std::max(8, (largest_cell + 1) >> 1));
+}
+
+// The sums of the variants' costs, one in each lane of 16 bits; a lane reaches 64 * 121.
 template <int B>
-INLINE int least_online_cost(const int32_t* fixed, int largest_cell, const Book& book) {
-    const int range = std::min(15, std::max(8, (largest_cell + 1) >> 1));
-    const uint64_t* cost = book.online_cost[15 - range];
-    uint64_t sum = 0;  // a lane reaches 64 * 121
+INLINE uint64_t online_costs(const int32_t* fixed, int range, const Book& book) {
+    const uint64_t* cost = book.online_cost[range];
+    uint64_t sum = 0;
     for (int i = 0; i < B; i++) sum += cost[fixed[i] >> 23];
-    int best = 0;
-    for (int v = 1; v < book.variants; v++)
-        if ((sum >> 16 * v & 0xffff) < (sum >> 16 * best & 0xffff)) best = v;
-    return book.variants * (15 - range) + best;
+    return sum;
+}
+
+template <int B>
+INLINE int least_online_cost(const int32_t* fixed, int largest_cell, int variant,
+                             const Book& book) {
+    const int range = range_index(largest_cell);
+    if (variant < 0) {
+        const uint64_t sum = online_costs<B>(fixed, range, book);
+        variant = 0;
+        for (int v = 1; v < book.variants; v++)
+            if ((sum >> 16 * v & 0xffff) < (sum >> 16 * variant & 0xffff)) variant = v;
+    }
+    return book.variants * range + variant;
+}
+
+// 4m of a block in units of 2^-23, truncated: exact from 4m = 1 on; below, the element is 0
+// everywhere. Returns the largest.
+template <int B>
+INLINE int32_t to_fixed(const float* x, int effective_exponent, int32_t* fixed) {
+    const float scale = power_of_two(2 - effective_exponent);
+    for (int i = 0; i < B; i++)
+        fixed[i] = int32_t(float_of(bits_of(x[i]) & 0x7fffffffu) * scale * 0x1p23f);
+    int32_t largest = 0;
+    for (int i = 0; i < B; i++) largest = std::max(largest, fixed[i]);
+    return largest;
 }
 
 // Rounds one block of finite values; `codes` gets one byte per element.
 template <int B>
-INLINE RoundedBlock round_block(const float* x, int row_exponent, int exponent, int rule,
+INLINE RoundedBlock round_block(const float* x, int row_exponent, int exponent, Choice choice,
                                 int window, const Book& book, uint8_t* codes) {
     const int delta = std::min(row_exponent - exponent, window);
-    // 4m in units of 2^-23, truncated: exact from 4m = 1 on; below, the element is 0 everywhere
-    const float scale = power_of_two(2 - (row_exponent - delta));
     int32_t fixed[B];
-    int32_t any = 0;
-    for (int i = 0; i < B; i++) {
-        fixed[i] = int32_t(float_of(bits_of(x[i]) & 0x7fffffffu) * scale * 0x1p23f);
-        any |= fixed[i];
-    }
-    if (any >> 23 == 0) {
+    const int32_t largest = to_fixed<B>(x, row_exponent - delta, fixed);
+    if (largest >> 23 == 0) {
         std::memset(codes, 0, B);
         return {0, 0};
     }
-    int32_t largest = 0;
-    for (int i = 0; i < B; i++) largest = std::max(largest, fixed[i]);
-    const int id = rule == EXACT_ERROR ? least_error<B>(fixed, book)
-                                       : least_online_cost<B>(fixed, largest >> 23, book);
+    const int id = choice.rule == EXACT_ERROR
+                       ? least_error<B>(fixed, book)
+                       : least_online_cost<B>(fixed, largest >> 23, choice.variant, book);
     for (int i = 0; i < B; i++) codes[i] = book.index[id][fixed[i] >> 23];
     for (int i = 0; i < B; i++) codes[i] |= codes[i] && bits_of(x[i]) >> 31 ? 8 : 0;
     return {id, delta};
@@ -450,21 +476,93 @@ struct Rounded {
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
+// Activations [tokens, columns] and, for each of their blocks, the variant its group has chosen.
+struct Tokens {
+    const void* x;
+    int dtype;
+    int64_t columns;
+    const int8_t* variants;  // [tokens, blocks], -1 for a free one; or null: all are free
+
+    void load(int64_t token, int64_t padded, float* row) const {
+        load_row(x, dtype, token * columns, columns, padded, row);
+    }
+    Choice choice(int64_t token, int64_t blocks, int64_t b) const {
+        return {ONLINE, variants ? variants[token * blocks + b] : -1};
+    }
+};
+
+// Replaces a row of finite values by the rounded ones, or by what rounding leaves over.
+template <int B, bool Residual>
+INLINE void round_values(const Tokens& tokens, int64_t token, const Book& book, int row_exponent,
+                         int64_t blocks, const uint32_t* largest, float* row) {
+    for (int64_t b = 0; b < blocks; b++) {
+        uint8_t codes[B];
+        const RoundedBlock rounded =
+            round_block<B>(row + b * B, row_exponent, block_exponent(largest[b]),
+                           tokens.choice(token, blocks, b), kWindow, book, codes);
+        const int8_t* table = book.half_units[rounded.id];
+        const float relative = power_of_two(4 - rounded.delta);
+        const float scale = power_of_two(row_exponent - 5);
+        for (int i = 0; i < B; i++) {
+            const float value = float(table[codes[i]]) * relative * scale;
+            row[b * B + i] = Residual ? row[b * B + i] - value : value;
+        }
+    }
+}
+
 template <int B>
-INLINE void round_token_in(const void* x, int dtype, int64_t token, int64_t columns,
+INLINE void round_row_in(const Tokens& tokens, int64_t token, int64_t padded, const Book& book,
+                         float* row, uint32_t* largest, float* out) {
+    tokens.load(token, padded, row);
+    const int row_exponent = row_exponents<B>(row, padded / B, largest);
+    if (row_exponent == kNanRow)
+        std::fill_n(row, padded, float(kNan));
+    else
+        round_values<B, false>(tokens, token, book, row_exponent, padded / B, largest, row);
+    std::copy_n(row, tokens.columns, out + token * tokens.columns);
+}
+
+template <int B>
+INLINE void costs_of_row_in(const Tokens& tokens, int64_t token, int64_t padded, const Book& book,
+                            float* row, uint32_t* largest, int32_t* out) {
+    const int64_t blocks = padded / B;
+    tokens.load(token, padded, row);
+    const int row_exponent = row_exponents<B>(row, blocks, largest);
+    for (int64_t b = 0; b < blocks; b++) {
+        uint64_t sum = 0;
+        if (row_exponent != kNanRow) {
+            int32_t fixed[B];
+            const int delta = std::min(row_exponent - block_exponent(largest[b]), kWindow);
+            const int32_t top = to_fixed<B>(row + b * B, row_exponent - delta, fixed);
+            sum = online_costs<B>(fixed, range_index(top >> 23), book);
+        }
+        for (int v = 0; v < book.variants; v++)
+            out[(token * blocks + b) * book.variants + v] = int32_t(sum >> 16 * v & 0xffff);
+    }
+}
+
+// Rounds a token, or what rounding it left over, into row `at` of `out`.
+template <int B>
+INLINE void round_token_in(const Tokens& tokens, int64_t token, bool residual, int64_t at,
                            const Book& book, float* row, uint32_t* largest, Rounded& out) {
     constexpr int kChunk = B < 32 ? B : 32;
-    load_row(x, dtype, token * columns, columns, out.padded, row);
-    const int row_exponent = row_exponents<B>(row, out.blocks, largest);
-    out.token_scale.get()[token] =
+    tokens.load(token, out.padded, row);
+    int row_exponent = row_exponents<B>(row, out.blocks, largest);
+    if (residual && row_exponent != kNanRow) {
+        round_values<B, true>(tokens, token, book, row_exponent, out.blocks, largest, row);
+        row_exponent = row_exponents<B>(row, out.blocks, largest);
+    }
+    out.token_scale.get()[at] =
         row_exponent == kNanRow ? kNan : double_power_of_two(row_exponent - 1);
     for (int64_t b = 0; b < out.blocks; b++) {
         uint8_t codes[B] = {};
         RoundedBlock rounded = {0, 0};
+        const Choice choice =
+            residual ? Choice{ONLINE, -1} : tokens.choice(token, out.blocks, b);
         if (row_exponent != kNanRow)
-            rounded = round_block<B>(row + b * B, row_exponent, block_exponent(largest[b]), ONLINE,
+            rounded = round_block<B>(row + b * B, row_exponent, block_exponent(largest[b]), choice,
                                      kWindow, book, codes);
-        int8_t* half_units = out.values.get() + token * out.padded + b * B;
+        int8_t* half_units = out.values.get() + at * out.padded + b * B;
         const int8_t* table = book.half_units[rounded.id];
         int sum = 0;
         for (int c = 0; c < B; c += kChunk)
@@ -474,8 +572,8 @@ INLINE void round_token_in(const void* x, int dtype, int64_t token, int64_t colu
                 half_units[c + kChunk / 2 + i] = odd;
                 sum += even + odd;
             }
-        out.scale.get()[token * out.blocks + b] = power_of_two(-rounded.delta);
-        out.offset.get()[token * out.blocks + b] = 16 * sum;
+        out.scale.get()[at * out.blocks + b] = power_of_two(-rounded.delta);
+        out.offset.get()[at * out.blocks + b] = 16 * sum;
     }
 }
 
@@ -537,7 +635,8 @@ INLINE void quantize_row_in(const void* x, int dtype, int64_t row, int64_t colum
         RoundedBlock rounded = {0, 0};
         if (exponent != kNanRow) {
             const int own = block_exponent(largest[b]);
-            rounded = round_block<B>(values + b * B, exponent, own, rule, window, book, unpacked);
+            rounded = round_block<B>(values + b * B, exponent, own, {rule, -1}, window, book,
+                                     unpacked);
             below_window += exponent - own > window && largest[b] > 0;
         }
         out.meta[row * blocks + b] = uint8_t(rounded.delta << book.id_bits | rounded.id);
@@ -556,6 +655,18 @@ INLINE void quantize_row_in(const void* x, int dtype, int64_t row, int64_t colum
         if (block == 16) return round_token_in<16>(rest...);                            \
         if (block == 32) return round_token_in<32>(rest...);                            \
         return round_token_in<64>(rest...);                                             \
+    }                                                                                   \
+    template <class... Rest>                                                            \
+    target void round_row##suffix(int block, Rest&&... rest) {                          \
+        if (block == 16) return round_row_in<16>(rest...);                              \
+        if (block == 32) return round_row_in<32>(rest...);                              \
+        return round_row_in<64>(rest...);                                               \
+    }                                                                                   \
+    template <class... Rest>                                                            \
+    target void costs_of_row##suffix(int block, Rest&&... rest) {                       \
+        if (block == 16) return costs_of_row_in<16>(rest...);                           \
+        if (block == 32) return costs_of_row_in<32>(rest...);                           \
+        return costs_of_row_in<64>(rest...);                                            \
     }                                                                                   \
     template <class... Rest>                                                            \
     target void quantize_row##suffix(int block, Rest&&... rest) {                       \
@@ -985,7 +1096,7 @@ auto integer_rows_of(int block, bool vnni, int digits) {
 
 #endif  // DIALECT_X86
 
-// ---- the three entry points --------------------------------------------------------------------
+// ---- the entry points --------------------------------------------------------------------
 
 // Rows of float32 and block maxima, one pair per task: tasks allocate nothing.
 struct Scratch {
@@ -1025,21 +1136,12 @@ void for_each_tile(const Reader& r, int64_t tokens, int lanes, int threads, cons
     });
 }
 
-void linear_integer(const void* x, int64_t tokens, const Reader& r, const Output& out, int format,
-                    int threads, int features) {
-    const int block = r.w.block, digits = format == FP8 ? 3 : 1;
-    Rounded rounded(tokens, r.padded, block, digits);
-    for_each_row(tokens, r.padded, block, threads, [&](float* row, uint32_t* maxima, int64_t t) {
-        if (format == FP8)
-            BY_FEATURES(digits_of_token, features, block, x, out.dtype, t, r.w.columns, row,
-                        rounded);
-        else
-            BY_FEATURES(round_token, features, block, x, out.dtype, t, r.w.columns, r.book, row,
-                        maxima, rounded);
-    });
+// Products of rounded tokens with every row of the weight.
+void multiply(const Rounded& rounded, int64_t tokens, const Reader& r, const Output& out,
+              int threads, int features) {
 #if DIALECT_X86
     if (features >= AVX2_FMA && r.w.rows >= 8) {
-        const auto rows = integer_rows_of(block, features == AVX512_VNNI, digits);
+        const auto rows = integer_rows_of(r.w.block, features == AVX512_VNNI, rounded.digits);
         for_each_tile(r, tokens, 8, threads, [&](int64_t row, int64_t first, int64_t count) {
             rows(r, rounded, out, row, first, count);
         });
@@ -1049,6 +1151,32 @@ void linear_integer(const void* x, int64_t tokens, const Reader& r, const Output
     for_each_tile(r, tokens, 1, threads, [&](int64_t row, int64_t first, int64_t count) {
         integer_row(r, rounded, out, row, first, count);
     });
+}
+
+void linear_fp8(const void* x, int64_t tokens, const Reader& r, const Output& out, int threads,
+                int features) {
+    const int block = r.w.block;
+    Rounded rounded(tokens, r.padded, block, 3);
+    for_each_row(tokens, r.padded, block, threads, [&](float* row, uint32_t*, int64_t t) {
+        BY_FEATURES(digits_of_token, features, block, x, out.dtype, t, r.w.columns, row, rounded);
+    });
+    multiply(rounded, tokens, r, out, threads, features);
+}
+
+// The tokens, then the residuals of the salient ones: out has count + salient_count rows.
+void linear_dialect(const Tokens& tokens, int64_t count, const int64_t* salient,
+                    int64_t salient_count, const Reader& r, const Output& out, int threads,
+                    int features) {
+    const int block = r.w.block;
+    const int64_t total = count + salient_count;
+    Rounded rounded(total, r.padded, block, 1);
+    for_each_row(total, r.padded, block, threads, [&](float* row, uint32_t* maxima, int64_t at) {
+        const bool residual = at >= count;
+        const int64_t token = residual ? salient[at - count] : at;
+        BY_FEATURES(round_token, features, block, tokens, token, residual, at, r.book, row, maxima,
+                    rounded);
+    });
+    multiply(rounded, total, r, out, threads, features);
 }
 
 void linear_wide(const void* x, int64_t tokens, const Reader& r, const Output& out, int threads,
@@ -1101,7 +1229,7 @@ int32_t dialect_features() {
 
 // x [rows, columns] -> codes [rows, padded/2], meta [rows, padded/block], row_exponent [rows] and
 // the number of non-zero blocks below the window [rows]. A row with NaN or Inf gets R = -128.
-// Returns 0, or 1 if memory ran out (all three functions).
+// Returns 0, or 1 if memory ran out (all functions).
 int32_t dialect_quantize(const void* x, int32_t dtype, int64_t rows, int64_t columns,
                          const Book* book, int32_t block, int32_t rule, int32_t window,
                          uint8_t* codes, uint8_t* meta, int8_t* row_exponent,
@@ -1126,8 +1254,52 @@ int32_t dialect_linear(const void* x, int32_t dtype, int64_t tokens, const Weigh
         const Output out = {y, dtype, weight->rows, bias, weight->row_exponent};
         if (format == NONE)
             linear_wide(x, tokens, r, out, threads, features);
+        else if (format == FP8)
+            linear_fp8(x, tokens, r, out, threads, features);
         else
-            linear_integer(x, tokens, r, out, format, threads, features);
+            linear_dialect({x, dtype, weight->columns, nullptr}, tokens, nullptr, 0, r, out,
+                           threads, features);
+    });
+}
+
+// y float32 [tokens + salient_count, weight rows]: the products of the rounded tokens, then those of
+// what rounding left over of the tokens in `salient` [salient_count]. `variants` [tokens, blocks]
+// holds the variant that a block's group has chosen, -1 for a free block; or it is null.
+int32_t dialect_decomposed(const void* x, int32_t dtype, int64_t tokens, const int8_t* variants,
+                           const int64_t* salient, int64_t salient_count, const Weight* weight,
+                           const Book* book, float* y, int32_t threads, int32_t features) {
+    return guarded([&] {
+        const Reader r(*weight, *book);
+        const Output out = {y, FLOAT32, weight->rows, nullptr, weight->row_exponent};
+        linear_dialect({x, dtype, weight->columns, variants}, tokens, salient, salient_count, r,
+                       out, threads, features);
+    });
+}
+
+// out float32 [rows, columns]: the rounded values; `variants` as above. A row with NaN or Inf is NaN.
+int32_t dialect_round(const void* x, int32_t dtype, int64_t rows, int64_t columns,
+                      const int8_t* variants, const Book* book, int32_t block, float* out,
+                      int32_t threads, int32_t features) {
+    const int64_t padded = (columns + block - 1) / block * block;
+    const Tokens tokens = {x, dtype, columns, variants};
+    return guarded([&] {
+        for_each_row(rows, padded, block, threads, [&](float* row, uint32_t* maxima, int64_t t) {
+            BY_FEATURES(round_row, features, block, tokens, t, padded, *book, row, maxima, out);
+        });
+    });
+}
+
+// out int32 [rows, blocks, variants]: what each variant of a block's range would cost, by the online
+// rule; 0 in a row with NaN or Inf.
+int32_t dialect_costs(const void* x, int32_t dtype, int64_t rows, int64_t columns,
+                      const Book* book, int32_t block, int32_t* out, int32_t threads,
+                      int32_t features) {
+    const int64_t padded = (columns + block - 1) / block * block;
+    const Tokens tokens = {x, dtype, columns, nullptr};
+    return guarded([&] {
+        for_each_row(rows, padded, block, threads, [&](float* row, uint32_t* maxima, int64_t t) {
+            BY_FEATURES(costs_of_row, features, block, tokens, t, padded, *book, row, maxima, out);
+        });
     });
 }
 
