@@ -63,3 +63,11 @@ def call(batch, grid=GRID, text=TEXT_TOKENS, width=32):
         "timestep": torch.full((batch,), 500.0),
         "encoder_hidden_states": noise(batch, text, width, seed=2),
     }
+
+
+def text_mask(batch, tokens):
+    """The last sample of several has three tokens less."""
+    mask = torch.ones(batch, tokens, dtype=torch.int64)
+    if batch > 1:
+        mask[-1, -3:] = 0
+    return mask

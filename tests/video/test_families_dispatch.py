@@ -1,8 +1,13 @@
 """Families whose attention goes through diffusers' dispatcher are supported in full."""
 
 import pytest
-from dispatch_cases import CASES, wan_case
 from family_checks import CHECKS, check_scores
+from hunyuan_cases import CASES as HUNYUAN_CASES
+from ltx_cases import CASES as LTX_CASES
+from wan_cases import CASES as WAN_CASES
+from wan_cases import wan_case
+
+CASES = (*WAN_CASES, *HUNYUAN_CASES, *LTX_CASES)
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
