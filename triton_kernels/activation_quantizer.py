@@ -20,8 +20,6 @@ in a half of the row each, which is how decoded weights leave the registers of t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -33,6 +31,7 @@ from .rounding import (
     DELTAS,
     WINDOW,
     block_largest,
+    block_range,
     book_table,
     e4m3_bytes,
     e4m3_values,
@@ -41,50 +40,28 @@ from .rounding import (
     row_scale,
     scale_blocks,
     select_by_variant,
-    select_in_pairs,
+    select_online,
     variant_errors,
 )
+from .rows import (
+    RowConfig,
+    aligned,
+    block_columns,
+    interpreted,
+    load_blocks,
+    permuted_columns,
+    row_config,
+    with_unit_stride,
+)
 
-__all__ = ["RowConfig", "quantize_activation", "row_config"]
-
-
-@dataclass(frozen=True)
-class RowConfig:
-    """How one program works on a row.
-
-    Attributes:
-        chunk: columns held in registers at a time, a power of two and at least 128.
-        num_warps: warps of a program.
-    """
-
-    chunk: int
-    num_warps: int
-
-
-def row_config(columns: int) -> RowConfig:
-    """A configuration that is never bad: the whole row at once up to 8192 columns."""
-    chunk = min(8192, max(128, triton.next_power_of_2(columns)))
-    return RowConfig(chunk, num_warps=max(1, min(8, chunk // 512)))
-
-
-@triton.jit
-def _columns(first, B: tl.constexpr, CHUNK: tl.constexpr):
-    """Columns of the blocks of a chunk, int32 [CHUNK / B, B]."""
-    return first + tl.arange(0, CHUNK // B)[:, None] * B + tl.arange(0, B)[None, :]
-
-
-@triton.jit
-def _load(p_row, first, columns, B: tl.constexpr, CHUNK: tl.constexpr):
-    """A chunk of a row as float32 [CHUNK / B, B], zero beyond the row's end."""
-    o_column = _columns(first, B, CHUNK)
-    return tl.load(p_row + o_column, mask=o_column < columns, other=0.0).to(tl.float32)
+__all__ = ["quantize_activation"]
 
 
 @triton.jit
 def _load_totals(e0, e1, e2, e3, p_totals, first, columns, label, B: tl.constexpr):
     """The group's errors instead of the block's own, unless the token is free."""
     o_block = first // B + tl.arange(0, e0.shape[0])
-    m_block = (label >= 0) & (o_block * B < columns)
+    m_block = o_block < tl.where(label >= 0, tl.cdiv(columns, B), 0)
     p_total = p_totals + (tl.maximum(label, 0).to(tl.int64) * tl.cdiv(columns, B) + o_block) * 4
     return (
         tl.where(m_block, tl.load(p_total, mask=m_block, other=0), e0),
@@ -110,15 +87,14 @@ def _round(
     ASM: tl.constexpr,
 ):
     """E4M3 bytes of a chunk, uint8 [G, B], by the book's online rule."""
-    cell, delta, m = scale_blocks(b_x, exponent, WINDOW, ASM)
-    p_selection = p_book + DIALECTS * (1 + 2 * DELTAS)
-    if DIALECTS == 16:
-        dialect = select_in_pairs(cell, m, p_selection)
-    else:
-        e0, e1, e2, e3 = variant_errors(cell, m, p_selection)
-        if GROUPED:
-            e0, e1, e2, e3 = _load_totals(e0, e1, e2, e3, p_totals, first, columns, label, B)
+    cell, delta, largest_cell = scale_blocks(b_x, exponent, WINDOW, ASM)
+    m = block_range(largest_cell)
+    if GROUPED:
+        e0, e1, e2, e3 = variant_errors(cell, m, p_book + DIALECTS * (1 + 2 * DELTAS))
+        e0, e1, e2, e3 = _load_totals(e0, e1, e2, e3, p_totals, first, columns, label, B)
         dialect = select_by_variant(e0, e1, e2, e3, m)
+    else:
+        dialect = select_online(cell, m, p_book, DIALECTS)
     return e4m3_bytes(b_x, cell, delta, dialect, finite, p_book, DIALECTS, ASM)
 
 
@@ -140,7 +116,7 @@ def _source(
     ASM: tl.constexpr,
 ):
     """What a row's program has to round: a chunk of the token, or of what its rounding left."""
-    b_x = _load(p_row, first, columns, B, CHUNK)
+    b_x = load_blocks(p_row, first, columns, B, CHUNK)
     if SALIENT:  # noqa: SIM102 (decided while compiling)
         if residual:
             b_q = _round(
@@ -209,7 +185,7 @@ def quantize_activation_kernel(
         if residual:
             largest = tl.zeros((CHUNK // B,), tl.int32)
             for first in range(0, columns, CHUNK):
-                b_x = _load(p_row, first, columns, B, CHUNK)
+                b_x = load_blocks(p_row, first, columns, B, CHUNK)
                 largest = tl.maximum(largest, block_largest(b_x))
             first_exponent, _ = row_exponent(tl.max(largest, axis=0))
 
@@ -235,11 +211,8 @@ def quantize_activation_kernel(
             b_x, first, columns, exponent, finite, own_label, p_totals, p_book,
             DIALECTS, B, GROUPED, ASM,
         )  # fmt: skip
-        o_column = _columns(first, B, CHUNK)
-        o_place = o_column
-        if PERMUTED:
-            second = (o_column // 16) % 2
-            o_place = o_column // 32 * 16 + o_column % 16 + second * (padded // 2)
+        o_column = block_columns(first, B, CHUNK)
+        o_place = permuted_columns(o_column, padded) if PERMUTED else o_column
         tl.store(p_out + o_place, b_q, mask=o_column < padded)
 
 
@@ -270,21 +243,22 @@ def group_errors_kernel(
         p_row = p_x + i_token.to(tl.int64) * stride
         largest = tl.zeros((CHUNK // B,), tl.int32)
         for first in range(0, columns, CHUNK):
-            b_x = _load(p_row, first, columns, B, CHUNK)
+            b_x = load_blocks(p_row, first, columns, B, CHUNK)
             largest = tl.maximum(largest, block_largest(b_x))
         exponent, finite = row_exponent(tl.max(largest, axis=0))
         blocks = tl.cdiv(columns, B)
         for first in range(0, columns, CHUNK):
-            b_x = _load(p_row, first, columns, B, CHUNK)
-            cell, _, m = scale_blocks(b_x, exponent, WINDOW, ASM)
-            e0, e1, e2, e3 = variant_errors(cell, m, p_book + 32 * (1 + 2 * DELTAS))
+            b_x = load_blocks(p_row, first, columns, B, CHUNK)
+            cell, _, largest_cell = scale_blocks(b_x, exponent, WINDOW, ASM)
+            p_selection = p_book + 32 * (1 + 2 * DELTAS)
+            e0, e1, e2, e3 = variant_errors(cell, block_range(largest_cell), p_selection)
             o_block = first // B + tl.arange(0, CHUNK // B)
             p_total = p_totals + (label.to(tl.int64) * blocks + o_block) * 4
-            m_block = (o_block < blocks) & (finite != 0)
-            tl.atomic_add(p_total, e0, mask=m_block, sem="relaxed")
-            tl.atomic_add(p_total + 1, e1, mask=m_block, sem="relaxed")
-            tl.atomic_add(p_total + 2, e2, mask=m_block, sem="relaxed")
-            tl.atomic_add(p_total + 3, e3, mask=m_block, sem="relaxed")
+            m_block = o_block < blocks
+            tl.atomic_add(p_total, e0 & finite, mask=m_block, sem="relaxed")
+            tl.atomic_add(p_total + 1, e1 & finite, mask=m_block, sem="relaxed")
+            tl.atomic_add(p_total + 2, e2 & finite, mask=m_block, sem="relaxed")
+            tl.atomic_add(p_total + 3, e3 & finite, mask=m_block, sem="relaxed")
 
 
 def launch_quantize_activation(
@@ -307,7 +281,7 @@ def launch_quantize_activation(
     shape = {
         "B": block_size,
         "CHUNK": config.chunk,
-        "ALIGNED": columns % 16 == 0 and x.stride(0) % 16 == 0,
+        "ALIGNED": aligned(x),
         "ASM": not interpreted(),
         "num_warps": config.num_warps,
     }
@@ -337,11 +311,6 @@ def launch_quantize_activation(
         GROUPED=group is not None,
         **shape,
     )
-
-
-def interpreted() -> bool:
-    """Whether Triton interprets kernels on the CPU, without inline PTX."""
-    return bool(triton.knobs.runtime.interpret)
 
 
 def quantize_activation(
@@ -382,7 +351,7 @@ def quantize_activation(
     check_matrix(x, "x")
     check_block_size(block_size)
     _check_rows(x, salient, group, book)
-    x = _with_unit_stride(x)
+    x = with_unit_stride(x)
     padded = padded_columns(x.shape[1], max(block_size, 32) if permuted else block_size)
     rows = x.shape[0] + (0 if salient is None else salient.shape[0])
     q = torch.empty(rows, padded, dtype=torch.uint8, device=x.device)
@@ -391,10 +360,6 @@ def quantize_activation(
         x, book, block_size, q, scale, salient, group, permuted, config or row_config(padded)
     )
     return q.view(torch.float8_e4m3fn), scale
-
-
-def _with_unit_stride(x: torch.Tensor) -> torch.Tensor:
-    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
 
 
 def _check_rows(

@@ -31,10 +31,12 @@ from .formatbook import CELLS, E4M3_WINDOW, LARGEST_HALF_UNIT, SMALLEST_RANGE, F
 __all__ = [
     "block_exponent",
     "block_largest",
+    "block_range",
     "book_table",
     "cells",
     "e4m3_bytes",
     "e4m3_values",
+    "index_bytes",
     "power_of_two",
     "result_bytes",
     "row_exponent",
@@ -42,6 +44,7 @@ __all__ = [
     "scale_blocks",
     "select_by_variant",
     "select_in_pairs",
+    "select_online",
     "variant_errors",
 ]
 
@@ -177,7 +180,7 @@ def row_scale(exponent, finite):
 
 @triton.jit
 def scale_blocks(x, exponent, window, ASM: tl.constexpr):
-    """Put the blocks of a row on their grids: (cell [G, B], delta [G], M [G]), int32.
+    """Put the blocks of a row on their grids: int32 (cell [G, B], delta [G], largest cell [G]).
 
     Args:
         x: float32 [G, B].
@@ -189,8 +192,13 @@ def scale_blocks(x, exponent, window, ASM: tl.constexpr):
     scale = power_of_two(2 - exponent + delta)
     cell = cells(x, scale[:, None], ASM)
     largest_cell = cells(largest.to(tl.float32, bitcast=True), scale, ASM) & (RANGE_CELLS - 1)
-    m = tl.minimum(tl.maximum((largest_cell + 1) >> 1, _SMALLEST), _LARGEST)
-    return cell, delta, m
+    return cell, delta, largest_cell
+
+
+@triton.jit
+def block_range(largest_cell):
+    """M, the block's largest half-unit."""
+    return tl.minimum(tl.maximum((largest_cell + 1) >> 1, _SMALLEST), _LARGEST)
 
 
 @triton.jit
@@ -228,6 +236,17 @@ def select_by_variant(e0, e1, e2, e3, m):
     best = tl.minimum(best, e2)
     variant = tl.where(e3 < best, 3, variant)
     return (_LARGEST - m) * 4 + variant
+
+
+@triton.jit
+def select_online(cell, m, p_book, DIALECTS: tl.constexpr):
+    """The dialects of the blocks by the book's online rule, int32 [G]."""
+    p_selection = p_book + DIALECTS * (1 + 2 * DELTAS)
+    if DIALECTS == 16:
+        return select_in_pairs(cell, m, p_selection)
+    else:
+        e0, e1, e2, e3 = variant_errors(cell, m, p_selection)
+        return select_by_variant(e0, e1, e2, e3, m)
 
 
 @triton.jit
@@ -276,6 +295,15 @@ def e4m3_bytes(x, cell, delta, dialect, finite, p_book, DIALECTS: tl.constexpr, 
     low = tl.load(p_words) & finite
     high = tl.load(p_words + 1) & finite
     return result_bytes(x, cell, thresholds[:, None], low[:, None], high[:, None], ASM)
+
+
+@triton.jit
+def index_bytes(x, cell, dialect, finite, p_book, ASM: tl.constexpr):
+    """The indices 0..7 of rounded blocks with x's sign in bit 7, uint8 [G, B]; as `e4m3_bytes`."""
+    thresholds = tl.load(p_book + dialect)
+    low = 0x04050607 & finite  # indices 7, 6, 5, 4, then 3, 2, 1, 0
+    high = 0x00010203 & finite
+    return result_bytes(x, cell, thresholds[:, None], low, high, ASM)
 
 
 @triton.jit
