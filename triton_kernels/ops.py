@@ -198,6 +198,8 @@ def semantic_linear(
     same bits.
     """
     reference.check_semantic(x, p.shape, p.book, bias, salient, group)
+    if x.device != p.device:
+        raise ValueError(f"x: is on {x.device}, the weight on {p.device}; move them to one device")
     y: torch.Tensor = torch.ops.blockdialect.semantic_linear(
         x,
         p.codes,

@@ -49,6 +49,8 @@ ACTIVATION_FORMATS = ("dialect", "fp8", "none")
 ACCUMULATIONS = ("default", "exact")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_LARGEST_GROUP = 2**31 - 1
 _LOWEST_EXPONENT = -120
 _E4M3_MAX = 448.0
 _CHUNK_ELEMENTS = 1 << 19
@@ -456,7 +458,7 @@ def salient_rows(salient: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     """The rows of ``as_tokens(x)`` that `salient` names, each once, ascending; int64 [n]."""
     if salient is None:
         return torch.empty(0, dtype=torch.int64, device=x.device)
-    salient = salient.view(-1, salient.shape[-1])
+    salient = salient if salient.dim() == 2 else salient[None]
     sample = torch.arange(salient.shape[0], device=salient.device)[:, None]
     rows = salient + sample * x.shape[-2]
     named: torch.Tensor = torch.unique(rows[salient >= 0])
@@ -467,9 +469,10 @@ def group_numbers(group: torch.Tensor) -> torch.Tensor:
     """Group numbers [B * T] that no two samples share; -1 stays."""
     if group.dim() == 1:
         return group
-    largest = group.amax().clamp(min=0) + 1 if group.numel() else 1
+    group = group.to(torch.int64)  # a narrow type has no room for other samples' numbers
+    count = group.amax().clamp(min=0) + 1 if group.numel() else 1
     sample = torch.arange(group.shape[0], device=group.device)[:, None]
-    return torch.where(group >= 0, group.to(torch.int64) + sample * largest, -1).flatten()
+    return torch.where(group >= 0, group + sample * count, -1).flatten()
 
 
 def _linear_dialect(
@@ -720,10 +723,18 @@ def check_semantic(
     check_linear(x, shape, bias, "dialect", "exact")
     if x.dim() not in (2, 3):
         raise ValueError(f"x: has shape {list(x.shape)}; it must be [B, T, K] or [T, K]")
+    for name, tensor in (("bias", bias), ("salient", salient), ("group", group)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"{name}: is on {tensor.device}, x on {x.device}; move them to one device"
+            )
     if group is not None:
         check_group(group, x.shape[:-1], book)
-    if salient is None:
-        return
+    if salient is not None:
+        _check_salient(salient, x)
+
+
+def _check_salient(salient: torch.Tensor, x: torch.Tensor) -> None:
     if salient.dtype != torch.int64 or salient.dim() != x.dim() - 1:
         raise ValueError(
             f"salient: {salient.dtype} {list(salient.shape)}; it must be torch.int64 "
@@ -735,8 +746,8 @@ def check_semantic(
         )
     if salient.numel() and not -1 <= int(salient.min()) <= int(salient.max()) < x.shape[-2]:
         raise ValueError(
-            f"salient: holds {int(salient.min())}..{int(salient.max())}; allowed are tokens "
-            f"0..{x.shape[-2] - 1}, and -1 for none"
+            f"salient: holds {int(salient.min())}..{int(salient.max())}; x has {x.shape[-2]} "
+            f"tokens, so allowed are -1 (none) to {x.shape[-2] - 1}"
         )
 
 
@@ -746,12 +757,14 @@ def check_group(group: torch.Tensor, shape: torch.Size, book: Formatbook) -> Non
         raise ValueError(
             f"group: tokens cannot share variants of book {book.name!r}; use the 32-dialect book"
         )
-    if group.is_floating_point() or group.shape != shape:
+    if group.dtype not in _INTEGERS or group.shape != shape:
         raise ValueError(
             f"group: {group.dtype} {list(group.shape)}; it must be integers {list(shape)}"
         )
-    if group.numel() and int(group.min()) < -1:
-        raise ValueError(f"group: holds {int(group.min())}; allowed are -1 and above")
+    if group.numel() and not -1 <= int(group.min()) <= int(group.max()) <= _LARGEST_GROUP:
+        raise ValueError(
+            f"group: holds {int(group.min())}..{int(group.max())}; allowed are -1..{_LARGEST_GROUP}"
+        )
 
 
 def as_tokens(x: torch.Tensor) -> torch.Tensor:
