@@ -8,6 +8,7 @@ over all eight magnitudes, selection a sum of squared errors over all dialects. 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -357,16 +358,36 @@ def quantize_nvfp4(x: np.ndarray, block_size: int = 16) -> np.ndarray:
     return out
 
 
+def row_products(
+    numerators: Sequence[int], below: Sequence[int], token_scale: float, weight: Packed
+) -> np.ndarray:
+    """One token, `numerators[k] * 2**-below[k // B] * token_scale`, times a weight: float32 [N].
+
+    Block sums are Python integers; scaling them and the sum over blocks (ascending) are float32
+    operations, and so is the final scale: one rounding of an exact product (24 by 24 bits fit in
+    float64).
+    """
+    f32, size = np.float32, weight.block_size
+    out = np.zeros(weight.shape[0], f32)
+    for n in range(weight.shape[0]):
+        total = f32(0)
+        for b in range(weight.meta.shape[1]):
+            pair = range(b * size, (b + 1) * size)
+            block_sum = sum(int(numerators[k]) * int(weight.halves[n, k]) for k in pair)
+            power = 4 - int(weight.deltas[n, b]) - below[b]
+            total = f32(total + f32(f32(block_sum) * f32(2.0**power)))
+        row_scale = 2.0 ** (int(weight.row_exponent[n]) - 5)
+        out[n] = f32(float(total) * (float(token_scale) * row_scale))
+    return out
+
+
 def linear(
     x: np.ndarray, weight: Packed, bias: np.ndarray | None, activation_format: str
 ) -> np.ndarray:
     """Section 3a, accumulation `exact`: float32 [T, N] before the one output rounding.
 
-    Block sums are Python integers; scaling them, the sum over blocks (ascending) and the bias are
-    float32 operations, and so is the final scale: one rounding of an exact product (24 by 24 bits
-    fit in float64).  Formats `dialect` and `fp8` only.
+    The bias is added in float32.  Formats `dialect` and `fp8` only.
     """
-    f32 = np.float32
     book, size = weight.book, weight.block_size
     tokens, outputs = x.shape[0], weight.shape[0]
     blocks = weight.meta.shape[1]
@@ -384,16 +405,8 @@ def linear(
         else:
             values, token_scale = fp8_row(padded[t])
             numerators, below = [int(v * 2**9) for v in values], [9] * blocks
-        for n in range(outputs):
-            total = f32(0)
-            for b in range(blocks):
-                pair = range(b * size, (b + 1) * size)
-                block_sum = sum(int(numerators[k]) * int(weight.halves[n, k]) for k in pair)
-                power = 4 - int(weight.deltas[n, b]) - below[b]
-                total = f32(total + f32(f32(block_sum) * f32(2.0**power)))
-            row_scale = 2.0 ** (int(weight.row_exponent[n]) - 5)
-            total = f32(float(total) * (float(token_scale) * row_scale))
-            out[t, n] = f32(total + bias[n]) if bias is not None else total
+        y = row_products(numerators, below, token_scale, weight)
+        out[t] = y + bias if bias is not None else y
     return out
 
 
