@@ -258,14 +258,14 @@ def _round_tokens(
     clean = torch.where(finite[:, None], tokens, torch.zeros_like(tokens))
     variants = None
     if group is not None:
-        costs = _variant_costs(clean, book, block_size)
+        costs = variant_costs(clean, book, block_size)
         variants = group_variants(costs, torch.where(finite, group, -1))
     rounded = _round(clean, book, block_size, book.online_rule, E4M3_WINDOW, variants)
     rounded.row_exponent.masked_fill_(~finite, NAN_ROW)
     return rounded
 
 
-def _variant_costs(tokens: torch.Tensor, book: Formatbook, block_size: int) -> torch.Tensor:
+def variant_costs(tokens: torch.Tensor, book: Formatbook, block_size: int) -> torch.Tensor:
     """The LUT error of every variant of each block's range, int32 [T, Kp/B, variants]."""
     blocks = padded_columns(tokens.shape[1], block_size) // block_size
     shape = (tokens.shape[0], blocks, book.variants)

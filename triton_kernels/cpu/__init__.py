@@ -161,13 +161,11 @@ def linear(
     """
     rows = codes.shape[0]
     weight, kept = _weight(codes, meta, row_exponent, columns, block_size)
-    if x.dim() != 2 or x.shape[1] != columns:
-        raise ValueError(f"x: has shape {list(x.shape)}; it must be [T, {columns}]")
+    x, _ = _tokens(x, None, columns, block_size, book)
     if bias is not None:
         if tuple(bias.shape) != (rows,):
             raise ValueError(f"bias: has shape {list(bias.shape)}; it must be [{rows}]")
         bias = bias.to(torch.float32).contiguous()
-    x = x.contiguous()
     y = torch.empty(x.shape[0], rows, dtype=x.dtype)
     _call(
         "dialect_linear",
@@ -221,6 +219,11 @@ def decomposed_linear(
     """
     weight, kept = _weight(codes, meta, row_exponent, columns, block_size)
     x, variants = _tokens(x, variants, columns, block_size, book)
+    if salient.dtype != torch.int64 or salient.dim() != 1 or salient.device.type != "cpu":
+        raise ValueError(
+            f"salient: {salient.dtype} {list(salient.shape)} on {salient.device}; it must be "
+            "torch.int64 [S] on cpu"
+        )
     salient = salient.contiguous()
     if salient.numel() and not 0 <= int(salient.min()) <= int(salient.max()) < x.shape[0]:
         raise ValueError(f"salient: holds tokens outside 0..{x.shape[0] - 1}")
@@ -397,6 +400,10 @@ def _tokens(
     Raises:
         ValueError: if they do not fit.
     """
+    if x.dtype not in _DTYPES or x.device.type != "cpu":
+        raise ValueError(
+            f"x: {x.dtype} on {x.device}; it must be float32, bfloat16 or float16 on cpu"
+        )
     if x.dim() != 2 or x.shape[1] != columns:
         raise ValueError(f"x: has shape {list(x.shape)}; it must be [T, {columns}]")
     if variants is None:
@@ -407,10 +414,12 @@ def _tokens(
             f"variants: {variants.dtype} {list(variants.shape)}; it must be torch.int8 "
             f"[{x.shape[0]}, {blocks}]"
         )
-    if variants.numel() and int(variants.max()) >= book.variants:
-        raise ValueError(
-            f"variants: holds {int(variants.max())}; allowed are -1..{book.variants - 1}"
-        )
+    if variants.numel():
+        least, most = int(variants.min()), int(variants.max())
+        if least < -1 or most >= book.variants:
+            raise ValueError(
+                f"variants: holds {least}..{most}; allowed are -1..{book.variants - 1}"
+            )
     return x.contiguous(), variants.contiguous()
 
 
