@@ -145,6 +145,16 @@ for book, block_size in product((DIALECT_FP4, SEMANTIC_32), (16, 32, 64)):
             ):
                 options = {"threads": 3, "instructions": instructions}
                 cpu.linear(x, *weight, columns, book, block_size, format, **options)
+            salient = torch.arange(tokens - 1, -1, -2)
+            for instructions in cpu.INSTRUCTIONS[: best + 1]:
+                options = {"threads": 3, "instructions": instructions}
+                costs = cpu.variant_costs(x, book, block_size, **options)
+                chosen = torch.randint_like(costs[..., 0], -1, book.variants).to(torch.int8)
+                for variants in (None, chosen):
+                    cpu.round_activation(x, variants, book, block_size, **options)
+                    cpu.decomposed_linear(
+                        x, variants, salient, *weight, columns, book, block_size, **options
+                    )
 """
 
 
