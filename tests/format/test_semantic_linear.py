@@ -332,7 +332,7 @@ def test_inputs_are_left_alone():
 
 
 @by_book
-def test_a_decomposed_token_has_the_error_of_eight_bits(book):
+def test_a_decomposed_token_is_much_closer(book):
     x = data("gaussian", 8, 1024, seed=23)
     eye = quantize(torch.eye(1024), BOOKS[book])
     y = dialect_kernels.semantic_linear(x, eye, None, torch.arange(4))
