@@ -173,7 +173,12 @@ def test_address_and_undefined_behaviour_sanitizers(source_tree):
     ]
     if missing := [name for name in libraries if not Path(name).is_file()]:
         pytest.skip(f"the compiler has no {', '.join(missing)}")
-    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
+    flags = (
+        "-fsanitize=address,undefined,float-cast-overflow",
+        "-fno-sanitize-recover=all",
+        "-g",
+        "-O1",
+    )
     build_module.build(source_tree / "dialect_kernels" / "cpu", flags)
     run(
         SANITIZED,

@@ -53,6 +53,9 @@ def adversarial(columns: int) -> dict[str, torch.Tensor]:
     zeros = random(6, columns, 3)
     zeros[::2, : columns // 2] = 0
     zeros[1] = -0.0
+    cells = torch.tensor([23, 24, 13, 20, 28, 10])  # between the levels of one or more variants
+    costly = ((cells + 0.5) / 4)[:, None].repeat(1, columns)
+    costly[:, ::64] = 7.75
     not_finite = random(6, columns, 4)
     not_finite[0, 0], not_finite[2, -1], not_finite[5, 7] = torch.nan, torch.inf, -torch.inf
     return {
@@ -64,6 +67,7 @@ def adversarial(columns: int) -> dict[str, torch.Tensor]:
         "subnormals": random(6, columns, 6) * 2.0**-140,
         "around the lowest exponent": random(6, columns, 7) * 2.0**-119,
         "around the highest exponent": random(6, columns, 8, 0.1).clamp(-3.9, 3.9) * 2.0**126,
+        "costs as large as they get": costly,
         "zeros": zeros,
         "not finite": not_finite,
     }
