@@ -267,6 +267,7 @@ class Pool {
             while (size_ < helpers) {
                 std::thread helper([this, number = size_] { serve(number); });
 #if defined(__linux__)
+                pthread_setname_np(helper.native_handle(), "dialect-helper");
                 if (known)
                     pthread_setaffinity_np(helper.native_handle(), sizeof mask,
                                            reinterpret_cast<cpu_set_t*>(mask));
