@@ -8,14 +8,21 @@
 //
 //     codes of rows p and p+4  ->  one register: row p in the low, row p+4 in the high half
 //     low nibbles, high nibbles ->  pshufb with each half's own dialect: 16 half-units + 16 each
-//     x: even elements, odd elements (rearranged once a call) -> broadcast to both halves
-//     maddubs(even) + maddubs(odd), madd, pack, madd, pack, madd -> 8 block sums, rows in order
+//     one token:
+//         x: even elements, odd elements (rearranged once a call) -> broadcast to both halves
+//         maddubs(even) + maddubs(odd), madd, pack, madd, pack, madd -> 8 block sums, rows in order
+//     several tokens:
+//         4 x 4 dwords transposed -> 8 registers, each with 4 elements of all 8 rows; done once
+//         8 times maddubs with 4 elements of x, broadcast to all rows; madd -> 8 block sums
 //     minus 16 * sum(x), to float32, times 2^-(deltas), added to 8 float32 accumulators
 //
 // Half-units are stored + 16 because maddubs wants one unsigned operand. No sum leaves int16.
-// "fp8": an E4M3 number is an integer of 18 bits times 2^-9, here three signed digits of 7 bits; the
-// same product for each digit, put together as an exact int32. "none": float64, where the product of
-// a float32 and a half-unit is exact, 16 rows side by side, elements ascending.
+// "fp8": an E4M3 number is an integer of 18 bits times 2^-9, here three signed digits of 8 bits; the
+// same product for each digit, put together as an exact int32. "none" is defined in float64, where
+// the product of a float32 and a half-unit is exact, elements ascending. Where a token's numbers are
+// integers of at most 22 bits on each block's own power of two, as bfloat16 nearly always is, float64
+// rounds nothing and three digits give the same; other tokens are multiplied in float64, 16 rows side
+// by side.
 
 #include <algorithm>
 #include <atomic>
@@ -87,6 +94,9 @@ constexpr int kLowestExponent = -120;
 constexpr int kNanRow = -128;
 constexpr int kCells = 32;
 constexpr int kTile = 96;              // tokens that share one decoded panel of weights
+constexpr int kSmallestTile = 24;      // below, decoding the panel would cost too much of the time
+constexpr int64_t kTileBytes = 1 << 19;
+constexpr int kBlocksPerException = 32;  // of a token that is multiplied in integers, at least
 constexpr int kLanes = 16;             // rows handled together by the float64 product
 constexpr uint32_t kInfinity = 0x7f800000u;
 
@@ -460,7 +470,7 @@ struct Aligned {  // uninitialised, on a cache line
     std::unique_ptr<char[]> memory;
 };
 
-// Tokens as small signed integers: half-units, or E4M3 numbers in three digits of 7 bits.
+// Tokens as small signed integers: half-units, or larger integers in three digits of 8 bits.
 struct Rounded {
     Rounded(int64_t tokens, int64_t padded, int block, int digits)
         : padded(padded), blocks(padded / block), digits(digits), values(tokens * digits * padded),
@@ -472,7 +482,19 @@ struct Rounded {
     Aligned<int8_t> values;       // [T, digits, Kp], least significant digit first
     Aligned<float> scale;         // [T, Kp/B], of the block relative to the token
     Aligned<int32_t> offset;      // [T, Kp/B], 16 * sum of the block's integers
-    Aligned<double> token_scale;  // [T], twice the value of 1; NaN for a token with NaN or Inf
+    Aligned<double> token_scale;  // [T], the value of 1; NaN for a token with NaN or Inf
+    // Format "none" only: the tokens that are multiplied in integers, blocks of them whose numbers
+    // do not fit, and where those numbers are.
+    std::vector<int64_t> order;        // empty: all of them
+    std::vector<uint16_t> exceptions;  // [T, Kp/B/16], a bit for each of 16 blocks
+    const void* x = nullptr;
+    int dtype = FLOAT32;
+    int64_t columns = 0;
+
+    int64_t token(int64_t i) const { return order.empty() ? i : order[i]; }
+    uint32_t exceptions_from(int64_t token, int64_t b) const {  // b is a multiple of 16
+        return exceptions.empty() ? 0 : exceptions[token * ((blocks + 15) / 16) + b / 16];
+    }
 };
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
@@ -578,41 +600,94 @@ INLINE void round_token_in(const Tokens& tokens, int64_t token, bool residual, i
     }
 }
 
+// Modulo 2^32, as all sums are; only their differences must fit.
+INLINE int32_t times_16(int32_t sum) { return int32_t(16 * uint32_t(sum)); }
+
+// Writes a block of integers below 2^22 as signed digits of 8 bits; returns their sum.
+template <int B>
+INLINE int32_t write_digits(int32_t* integers, int64_t token, int64_t b, Rounded& out) {
+    constexpr int kChunk = B < 32 ? B : 32;
+    int8_t* values = out.values.get() + token * 3 * out.padded + b * B;
+    int32_t sum = 0;
+    for (int i = 0; i < B; i++) sum += integers[i];
+    for (int digit = 0; digit < 3; digit++)
+        for (int i = 0; i < B; i++) {
+            const int8_t low = int8_t(integers[i]);
+            integers[i] = (integers[i] - low) >> 8;
+            const int at = i / kChunk * kChunk + (i & 1) * (kChunk / 2) + i % kChunk / 2;
+            values[digit * out.padded + at] = low;
+        }
+    return sum;
+}
+
 template <int B>
 INLINE void digits_of_token_in(const void* x, int dtype, int64_t token, int64_t columns, float* row,
                                Rounded& out) {
-    constexpr int kChunk = B < 32 ? B : 32;
     load_row(x, dtype, token * columns, columns, out.padded, row);
     const uint32_t largest = largest_bits(row, columns);
     const bool finite = largest < kInfinity;
     float scale = float_of(largest) / 448.0f;
     if (scale == 0.0f) scale = 1.0f;
     out.token_scale.get()[token] = finite ? double(scale) * 0x1p-9 : kNan;
-    int8_t* values = out.values.get() + token * 3 * out.padded;
     for (int64_t b = 0; b < out.blocks; b++, row += B) {
         int32_t integers[B] = {};
-        int32_t sum = 0;
         for (int i = 0; i < B && finite; i++) {
             const float quotient = std::min(448.0f, std::max(-448.0f, row[i] / scale));
             integers[i] = int32_t(round_to_e4m3(quotient) * 512.0f);
-            sum += integers[i];
         }
-        for (int digit = 0; digit < 3; digit++)
-            for (int i = 0; i < B; i++) {
-                const int32_t low = ((integers[i] + 64) & 127) - 64;
-                integers[i] = (integers[i] - low) >> 7;
-                const int at = i / kChunk * kChunk + (i & 1) * (kChunk / 2) + i % kChunk / 2;
-                values[digit * out.padded + b * B + at] = int8_t(low);
-            }
         out.scale.get()[token * out.blocks + b] = 1.0f;
-        out.offset.get()[token * out.blocks + b] = 16 * sum;
+        out.offset.get()[token * out.blocks + b] = times_16(write_digits<B>(integers, token, b, out));
     }
+}
+
+// Format "none" in integers: a block's numbers on a common power of two that makes the largest an
+// integer of kBits bits; a block with another number that is no integer then is an exception. Returns
+// whether that serves: there are few exceptions, and no number is so large or small that scaling it
+// might not be exact.
+template <int B>
+INLINE bool integers_of_token_in(const void* x, int dtype, int64_t token, int64_t columns,
+                                 float* row, uint32_t* largest, Rounded& out) {
+    constexpr int kBits = B == 64 ? 21 : 22;  // 15 * B * 2^kBits fit in int32
+    constexpr uint32_t kLeast = (127u - 50) << 23, kTooLarge = (127u + 51) << 23;
+    load_row(x, dtype, token * columns, columns, out.padded, row);
+    uint32_t top = 0, misfits = 0;
+    for (int64_t i = 0; i < out.padded; i++) {
+        const uint32_t magnitude = bits_of(row[i]) & 0x7fffffffu;
+        misfits += (magnitude != 0) & ((magnitude < kLeast) | (magnitude >= kTooLarge));
+    }
+    if (misfits) return false;
+    for (int64_t b = 0; b < out.blocks; b++) {
+        largest[b] = largest_bits(row + b * B, B);
+        top = std::max(top, largest[b]);
+    }
+    const int exponent = top ? int(top >> 23) - 126 - kBits : 0;
+    out.token_scale.get()[token] = double_power_of_two(exponent);
+    int64_t exceptions = 0;
+    for (int64_t b = 0; b < out.blocks; b++) {
+        const int own = largest[b] ? int(largest[b] >> 23) - 126 - kBits : exponent;
+        const float scale = power_of_two(-own);
+        int32_t integers[B];
+        int fits = 1;
+        for (int i = 0; i < B; i++) {
+            const float scaled = row[b * B + i] * scale;
+            integers[i] = int32_t(scaled);
+            fits &= float(integers[i]) == scaled;
+        }
+        uint16_t& bits = out.exceptions[token * ((out.blocks + 15) / 16) + b / 16];
+        if (b % 16 == 0) bits = 0;
+        bits |= uint16_t(!fits << b % 16);
+        exceptions += !fits;
+        if (exceptions > out.blocks / kBlocksPerException) return false;
+        out.scale.get()[token * out.blocks + b] = power_of_two(own - exponent);
+        out.offset.get()[token * out.blocks + b] = times_16(write_digits<B>(integers, token, b, out));
+    }
+    return true;
 }
 
 INLINE void widen_token_in(const void* x, int dtype, int64_t token, int64_t columns, int64_t padded,
                            float* row, double* out) {
     load_row(x, dtype, token * columns, columns, padded, row);
-    for (int64_t i = 0; i < padded; i++) out[token * padded + i] = row[i];
+    std::copy_n(row, padded, out);
 }
 
 // Where a quantized matrix goes; rows of padded / 2 codes and padded / block meta bytes.
@@ -680,6 +755,12 @@ INLINE void quantize_row_in(const void* x, int dtype, int64_t row, int64_t colum
         if (block == 16) return digits_of_token_in<16>(rest...);                        \
         if (block == 32) return digits_of_token_in<32>(rest...);                        \
         return digits_of_token_in<64>(rest...);                                         \
+    }                                                                                   \
+    template <class... Rest>                                                            \
+    target bool integers_of_token##suffix(int block, Rest&&... rest) {                  \
+        if (block == 16) return integers_of_token_in<16>(rest...);                      \
+        if (block == 32) return integers_of_token_in<32>(rest...);                      \
+        return integers_of_token_in<64>(rest...);                                       \
     }                                                                                   \
     template <class... Rest>                                                            \
     target void widen_token##suffix(Rest&&... rest) {                                   \
@@ -764,7 +845,7 @@ void integer_row(const Reader& r, const Rounded& x, const Output& out, int64_t r
                     for (int j = 0; j < half; j++)
                         digit_sum += table[codes[j] & 15] * values[j] +
                                      table[codes[j] >> 4] * values[half + j];
-                block_sum += digit_sum * (1 << 7 * digit);
+                block_sum += digit_sum * (1 << 8 * digit);
             }
             const float scale = x.scale.get()[t * x.blocks + b];
             sum += float(block_sum) * (scale * power_of_two(-r.delta(meta[b])));
@@ -773,8 +854,8 @@ void integer_row(const Reader& r, const Rounded& x, const Output& out, int64_t r
     }
 }
 
-void wide_row(const Reader& r, const double* x, const Output& out, int64_t row, int64_t first,
-              int64_t tokens) {
+void wide_row(const Reader& r, const double* x, const int64_t* order, const Output& out,
+              int64_t row, int64_t first, int64_t tokens) {
     const uint8_t* meta = r.meta(row);
     for (int64_t t = first; t < first + tokens; t++) {
         const double* values = x + t * r.padded;
@@ -789,7 +870,7 @@ void wide_row(const Reader& r, const double* x, const Output& out, int64_t row, 
             }
             sum += float(block_sum * r.block_scale(row, meta[b]));
         }
-        out.put(t, row, sum);
+        out.put(order[t], row, sum);
     }
 }
 
@@ -893,9 +974,9 @@ AVX2_INLINE void decode_pair(const Reader& r, const RowGroup& g, const uint16_t*
 template <int B>
 constexpr int kPieces = B / 16;  // registers per pair of rows and block
 
-// The block sums of 8 rows with one digit of a token, rows in order; half-units are still + 16.
-template <int B, bool Vnni, bool Wide>
-AVX2_INLINE __m256i digit_sums(const __m256i* weights, const int8_t* x) {
+// The block sums of 8 rows with a token's half-units, rows in order; the weight's are still + 16.
+template <int B, bool Vnni>
+AVX2_INLINE __m256i block_sums(const __m256i* weights, const int8_t* x) {
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i sums[4];
     for (int p = 0; p < 4; p++) {
@@ -916,18 +997,86 @@ AVX2_INLINE __m256i digit_sums(const __m256i* weights, const int8_t* x) {
     }
     const __m256i first = _mm256_madd_epi16(_mm256_packs_epi32(sums[0], sums[1]), ones);
     const __m256i second = _mm256_madd_epi16(_mm256_packs_epi32(sums[2], sums[3]), ones);
-    if (Wide && B == 64) return _mm256_hadd_epi32(first, second);  // 32 * 64 * 31 leaves int16
     return _mm256_madd_epi16(_mm256_packs_epi32(first, second), ones);
 }
 
-template <int B, bool Vnni, int Digits>
-AVX2_INLINE __m256i block_sums(const __m256i* weights, const int8_t* x, int64_t stride) {
-    __m256i sums = digit_sums<B, Vnni, (Digits > 1)>(weights, x);
-    for (int digit = 1; digit < Digits; digit++) {
-        const __m256i more = digit_sums<B, Vnni, (Digits > 1)>(weights, x + digit * stride);
-        sums = _mm256_add_epi32(sums, _mm256_slli_epi32(more, 7 * digit));
+// Two pairs of rows by four dwords become four registers of one dword of each of the 8 rows, in
+// order: then every lane sums up one row, and nothing is left to be added across lanes.
+template <int B, int Groups>
+AVX2_INLINE void transpose_block(const __m256i* pairs, __m256i (*panel)[Groups], int g) {
+    for (int c = 0; c < kPieces<B>; c++) {
+        const __m256i* a = pairs + c;
+        const __m256i low01 = _mm256_unpacklo_epi32(a[0], a[kPieces<B>]);
+        const __m256i high01 = _mm256_unpackhi_epi32(a[0], a[kPieces<B>]);
+        const __m256i low23 = _mm256_unpacklo_epi32(a[2 * kPieces<B>], a[3 * kPieces<B>]);
+        const __m256i high23 = _mm256_unpackhi_epi32(a[2 * kPieces<B>], a[3 * kPieces<B>]);
+        panel[4 * c][g] = _mm256_unpacklo_epi64(low01, low23);
+        panel[4 * c + 1][g] = _mm256_unpackhi_epi64(low01, low23);
+        panel[4 * c + 2][g] = _mm256_unpacklo_epi64(high01, high23);
+        panel[4 * c + 3][g] = _mm256_unpackhi_epi64(high01, high23);
     }
-    return sums;
+}
+
+// The block sums of 16 rows, or of the first 8, with NT tokens from a transposed panel; half-units
+// are still + 16.
+template <int B, bool Vnni, int Digits, int NT, int Groups>
+AVX2_INLINE void lane_sums(const __m256i (*panel)[Groups], const int8_t* const* x, int64_t stride,
+                           __m256i (*out)[Groups]) {
+    // int16 holds the sum of 4 registers of 2 * 128 * 31, or of all with half-units, 2 * 15 * 31
+    constexpr int kTogether = Vnni || Digits == 1 ? 4 * kPieces<B> : 4;
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i sums[NT][Digits][Groups];
+#pragma GCC unroll 4
+    for (int t = 0; t < NT; t++)
+#pragma GCC unroll 3
+        for (int d = 0; d < Digits; d++)
+#pragma GCC unroll 2
+            for (int g = 0; g < Groups; g++) sums[t][d][g] = _mm256_setzero_si256();
+#pragma GCC unroll 4
+    for (int first = 0; first < 4 * kPieces<B>; first += kTogether) {
+        __m256i parts[NT][Digits][Groups];
+#pragma GCC unroll 16
+        for (int k = first; k < first + kTogether; k++)
+#pragma GCC unroll 4
+            for (int t = 0; t < NT; t++)
+#pragma GCC unroll 3
+                for (int d = 0; d < Digits; d++) {
+                    int32_t four;
+                    std::memcpy(&four, x[t] + d * stride + 4 * k, 4);
+                    const __m256i values = _mm256_set1_epi32(four);
+#pragma GCC unroll 2
+                    for (int g = 0; g < Groups; g++) {
+                        if constexpr (Vnni) {
+                            asm("vpdpbusd %2, %1, %0"
+                                : "+x"(sums[t][d][g]) : "x"(panel[k][g]), "x"(values));
+                        } else {
+                            const __m256i part = _mm256_maddubs_epi16(panel[k][g], values);
+                            __m256i& to = parts[t][d][g];
+                            to = k > first ? _mm256_add_epi16(to, part) : part;
+                        }
+                    }
+                }
+        if constexpr (!Vnni) {
+#pragma GCC unroll 4
+            for (int t = 0; t < NT; t++)
+#pragma GCC unroll 3
+                for (int d = 0; d < Digits; d++)
+#pragma GCC unroll 2
+                    for (int g = 0; g < Groups; g++) {
+                        const __m256i part = _mm256_madd_epi16(parts[t][d][g], ones);
+                        sums[t][d][g] = _mm256_add_epi32(sums[t][d][g], part);
+                    }
+        }
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < NT; t++)
+#pragma GCC unroll 2
+        for (int g = 0; g < Groups; g++) {
+            out[t][g] = sums[t][0][g];
+#pragma GCC unroll 3
+            for (int d = 1; d < Digits; d++)
+                out[t][g] = _mm256_add_epi32(out[t][g], _mm256_slli_epi32(sums[t][d][g], 8 * d));
+        }
 }
 
 AVX2_INLINE __m256 add_block(__m256 sum, __m256i sums, int32_t offset, const float* weight_scale,
@@ -944,55 +1093,189 @@ AVX2_INLINE void fetch_ahead(const uint8_t* next_group, int64_t b) {
         _mm_prefetch((const char*)(next_group + b * 4 * B + line), _MM_HINT_T1);
 }
 
-// Eight rows with tokens first..first+tokens-1 (at most kTile).
+// What a block adds whose numbers do not fit into digits: as in wide_row, relative to the token.
+__attribute__((noinline)) void exact_block(const Reader& r, const RowGroup& g, int64_t b,
+                                           const Rounded& x, int64_t token, float* out) {
+    const int block = r.w.block;
+    float values[64];
+    load_row(x.x, x.dtype, token * x.columns + b * block,
+             std::min<int64_t>(block, x.columns - b * block), block, values);
+    for (int i = 0; i < 8; i++) {
+        const uint8_t meta = g.meta[i * g.meta_stride + b];
+        const int8_t* table = r.book.half_units[r.id(meta)];
+        const uint8_t* codes = g.codes + i * g.stride + b * (block / 2);
+        double sum = 0.0;
+        for (int k = 0; k < block; k += 2) {
+            sum += double(values[k]) * table[codes[k / 2] & 15];
+            sum += double(values[k + 1]) * table[codes[k / 2] >> 4];
+        }
+        out[i] = float(sum * (power_of_two(-r.delta(meta)) / x.token_scale.get()[token]));
+    }
+}
+
+AVX2 void add_exact_block(const Reader& r, const RowGroup& g, int64_t b, const Rounded& x,
+                          int64_t token, float* sums) {
+    alignas(32) float block[8];
+    exact_block(r, g, b, x, token, block);
+    _mm256_store_ps(sums, _mm256_add_ps(_mm256_load_ps(sums), _mm256_load_ps(block)));
+}
+
+// Sixteen rows as two groups, the second of which has none to write where there are no more.
+struct Rows {
+    Rows(const Reader& r, int64_t row) : group{RowGroup(r, row), RowGroup(r, row + 8)} {}
+    RowGroup group[2];
+};
+
+// Sixteen blocks of sixteen rows, decoded and transposed.
+template <int B>
+struct Panel {
+    alignas(32) __m256i weights[16][4 * kPieces<B>][2];
+    BlockMeta meta[2];
+};
+
+template <int B>
+AVX2_INLINE void decode_panel(const Reader& r, const Rows& rows, int64_t b0, int count,
+                              Panel<B>& panel) {
+    for (int i = 0; i < 2; i++) {
+        const RowGroup& g = rows.group[i];
+        const uint8_t* ahead = g.codes + 16 * g.stride;
+        read_meta(r, g, b0, count, panel.meta[i]);
+        for (int j = 0; j < count; j++) {
+            fetch_ahead<B>(ahead, b0 + j);
+            __m256i pairs[4 * kPieces<B>];
+            for (int p = 0; p < 4; p++)
+                decode_pair<B>(r, g, panel.meta[i].table[j], p, b0 + j, pairs + p * kPieces<B>);
+            transpose_block<B, 2>(pairs, panel.weights[j], i);
+        }
+    }
+}
+
+// NT tokens with the blocks start..end-1 of a panel that starts at block b0.
+template <int B, bool Vnni, int Digits, int NT>
+AVX2 void add_blocks(const Panel<B>& panel, const Rounded& x, const int64_t* tokens, int64_t b0,
+                     int start, int end, float (*sums)[16]) {
+    const int8_t* values[NT];
+    const float* scale[NT];
+    const int32_t* offset[NT];
+#pragma GCC unroll 4
+    for (int t = 0; t < NT; t++) {
+        values[t] = x.values.get() + tokens[t] * Digits * x.padded + (b0 + start) * B;
+        scale[t] = x.scale.get() + tokens[t] * x.blocks + b0;
+        offset[t] = x.offset.get() + tokens[t] * x.blocks + b0;
+    }
+    for (int j = start; j < end; j++) {
+        __m256i blocks[NT][2];
+        lane_sums<B, Vnni, Digits, NT, 2>(panel.weights[j], values, x.padded, blocks);
+#pragma GCC unroll 4
+        for (int t = 0; t < NT; t++) {
+            values[t] += B;
+#pragma GCC unroll 2
+            for (int g = 0; g < 2; g++) {
+                const __m256 sum = _mm256_load_ps(sums[t] + 8 * g);
+                _mm256_store_ps(sums[t] + 8 * g,
+                                add_block(sum, blocks[t][g], offset[t][j], panel.meta[g].scale[j],
+                                          scale[t][j]));
+            }
+        }
+    }
+}
+
+// The tokens number first..first+NT-1 with `count` blocks of a panel that starts at block b0.
+template <int B, bool Vnni, int Digits, int NT>
+void add_panel(const Reader& r, const Rows& rows, const Panel<B>& panel, const Rounded& x,
+               int64_t first, int64_t b0, int count, float (*sums)[16]) {
+    int64_t tokens[NT];
+    uint32_t any = 0;
+    for (int t = 0; t < NT; t++) {
+        tokens[t] = x.token(first + t);
+        if (Digits > 1) any |= x.exceptions_from(tokens[t], b0);
+    }
+    for (int start = 0; start < count; start++) {
+        const uint32_t ahead = any >> start;
+        const int end = ahead ? start + __builtin_ctz(ahead) : count;
+        add_blocks<B, Vnni, Digits, NT>(panel, x, tokens, b0, start, end, sums);
+        start = end;
+        for (int t = 0; t < NT && end < count; t++) {
+            if (x.exceptions_from(tokens[t], b0) >> end & 1)
+                for (int g = 0; g < 2; g++)
+                    add_exact_block(r, rows.group[g], b0 + end, x, tokens[t], sums[t] + 8 * g);
+            else
+                add_blocks<B, Vnni, Digits, 1>(panel, x, tokens + t, b0, end, end + 1, sums + t);
+        }
+    }
+}
+
+// The only token of a tile with eight rows: nothing is decoded ahead.
 template <int B, bool Vnni, int Digits>
-AVX2 void integer_rows(const Reader& r, const Rounded& x, const Output& out, int64_t row,
-                       int64_t first, int64_t tokens) {
+AVX2_INLINE void add_token(const Reader& r, const RowGroup& g, const Rounded& x, int64_t token,
+                           float* sums) {
     constexpr int kRegisters = 4 * kPieces<B>;
-    const RowGroup g(r, row);
     const uint8_t* ahead = g.codes + 8 * g.stride;
-    alignas(32) float sums[kTile][8] = {};
-    alignas(32) __m256i panel[16 * kRegisters];
     BlockMeta meta;
     for (int64_t b0 = 0; b0 < r.blocks; b0 += 16) {
         const int count = int(std::min<int64_t>(16, r.blocks - b0));
+        const uint32_t exceptions = Digits > 1 ? x.exceptions_from(token, b0) : 0;
+        const int8_t* values = x.values.get() + token * Digits * x.padded + b0 * B;
+        const int64_t at = token * x.blocks + b0;
         read_meta(r, g, b0, count, meta);
-        for (int j = 0; j < count && tokens > 1; j++) {
+        __m256 sum = _mm256_load_ps(sums);
+        for (int j = 0; j < count; j++, values += B) {
             fetch_ahead<B>(ahead, b0 + j);
-            for (int p = 0; p < 4; p++)
-                decode_pair<B>(r, g, meta.table[j], p, b0 + j,
-                               panel + j * kRegisters + p * kPieces<B>);
-        }
-        for (int64_t t = 0; t < tokens; t++) {
-            const int64_t at = (first + t) * x.blocks + b0;
-            const int8_t* values = x.values.get() + (first + t) * Digits * x.padded + b0 * B;
-            const float* scale = x.scale.get() + at;
-            const int32_t* offset = x.offset.get() + at;
-            __m256 sum = _mm256_load_ps(sums[t]);
-            if (tokens > 1) {
-                for (int j = 0; j < count; j++) {
-                    const __m256i* weights = panel + j * kRegisters;
-                    const __m256i block =
-                        block_sums<B, Vnni, Digits>(weights, values + j * B, x.padded);
-                    sum = add_block(sum, block, offset[j], meta.scale[j], scale[j]);
-                }
-            } else {
-                for (int j = 0; j < count; j++) {
-                    fetch_ahead<B>(ahead, b0 + j);
-                    __m256i weights[kRegisters];
-                    for (int p = 0; p < 4; p++)
-                        decode_pair<B>(r, g, meta.table[j], p, b0 + j, weights + p * kPieces<B>);
-                    const __m256i block =
-                        block_sums<B, Vnni, Digits>(weights, values + j * B, x.padded);
-                    sum = add_block(sum, block, offset[j], meta.scale[j], scale[j]);
-                }
+            if (exceptions >> j & 1) {
+                _mm256_store_ps(sums, sum);
+                add_exact_block(r, g, b0 + j, x, token, sums);
+                sum = _mm256_load_ps(sums);
+                continue;
             }
-            _mm256_store_ps(sums[t], sum);
+            __m256i weights[kRegisters];
+            for (int p = 0; p < 4; p++)
+                decode_pair<B>(r, g, meta.table[j], p, b0 + j, weights + p * kPieces<B>);
+            __m256i block[1][1];
+            if constexpr (Digits == 1) {
+                block[0][0] = block_sums<B, Vnni>(weights, values);
+            } else {
+                __m256i transposed[kRegisters][1];
+                transpose_block<B, 1>(weights, transposed, 0);
+                lane_sums<B, Vnni, Digits, 1, 1>(transposed, &values, x.padded, block);
+            }
+            sum = add_block(sum, block[0][0], x.offset.get()[at + j], meta.scale[j],
+                            x.scale.get()[at + j]);
+        }
+        _mm256_store_ps(sums, sum);
+    }
+}
+
+// Sixteen rows with the tokens number first..first+tokens-1 (at most kTile).
+template <int B, bool Vnni, int Digits>
+AVX2 void integer_rows(const Reader& r, const Rounded& x, const Output& out, int64_t row,
+                       int64_t first, int64_t tokens) {
+    constexpr int kTogether = Digits == 1 ? 4 : Vnni ? 2 : 1;  // their sums fit in the registers
+    const Rows rows(r, row);
+    alignas(32) float sums[kTile][16] = {};
+    if (tokens == 1) {
+        for (int g = 0; g < 2; g++)
+            if (rows.group[g].skip < 8)
+                add_token<B, Vnni, Digits>(r, rows.group[g], x, x.token(first), sums[0] + 8 * g);
+    } else {
+        Panel<B> panel;
+        for (int64_t b0 = 0; b0 < r.blocks; b0 += 16) {
+            const int count = int(std::min<int64_t>(16, r.blocks - b0));
+            decode_panel(r, rows, b0, count, panel);
+            int64_t t = 0;
+            for (; t + kTogether <= tokens; t += kTogether)
+                add_panel<B, Vnni, Digits, kTogether>(r, rows, panel, x, first + t, b0, count,
+                                                      sums + t);
+            for (; t < tokens; t++)
+                add_panel<B, Vnni, Digits, 1>(r, rows, panel, x, first + t, b0, count, sums + t);
         }
     }
-    for (int64_t t = 0; t < tokens; t++)
-        for (int i = g.skip; i < 8; i++)
-            out.put_scaled(first + t, g.first + i, sums[t][i], x.token_scale.get()[first + t]);
+    for (int64_t t = 0; t < tokens; t++) {
+        const int64_t token = x.token(first + t);
+        for (int g = 0; g < 2; g++)
+            for (int i = rows.group[g].skip; i < 8; i++)
+                out.put_scaled(token, rows.group[g].first + i, sums[t][8 * g + i],
+                               x.token_scale.get()[token]);
+    }
 }
 
 // 8 rows x 16 elements of int8 -> float64 [16][8], written with a stride of kLanes.
@@ -1055,10 +1338,10 @@ AVX2_INLINE void add_wide_block(const double* panel, const double* block_scale, 
         }
 }
 
-// Sixteen rows with tokens first..first+tokens-1 (at most kTile).
+// Sixteen rows with rows first..first+tokens-1 (at most kTile) of x, which are the tokens order[..].
 template <int B>
-AVX2 void wide_rows(const Reader& r, const double* x, const Output& out, int64_t row, int64_t first,
-                    int64_t tokens) {
+AVX2 void wide_rows(const Reader& r, const double* x, const int64_t* order, const Output& out,
+                    int64_t row, int64_t first, int64_t tokens) {
     const RowGroup g[2] = {RowGroup(r, row), RowGroup(r, row + 8)};
     alignas(32) float sums[kTile][kLanes] = {};
     alignas(32) double panel[B * kLanes];
@@ -1080,7 +1363,7 @@ AVX2 void wide_rows(const Reader& r, const double* x, const Output& out, int64_t
     for (int64_t t = 0; t < tokens; t++)
         for (int half = 0; half < 2; half++)
             for (int i = g[half].skip; i < 8; i++)
-                out.put(first + t, g[half].first + i, sums[t][8 * half + i]);
+                out.put(order[first + t], g[half].first + i, sums[t][8 * half + i]);
 }
 
 template <bool Vnni, int Digits>
@@ -1121,35 +1404,40 @@ void for_each_row(int64_t count, int64_t padded, int block, int threads, const W
     });
 }
 
-// Calls work(first row, first token, tokens) for groups of `lanes` rows and tiles of tokens.
+// Calls work(first row, first token, tokens) for groups of `lanes` rows and tiles of tokens, which take
+// `bytes` each. A tile should stay in the second-level cache while all rows pass by.
 template <class Work>
-void for_each_tile(const Reader& r, int64_t tokens, int lanes, int threads, const Work& work) {
+void for_each_tile(const Reader& r, int64_t tokens, int64_t bytes, int lanes, int threads,
+                   const Work& work) {
+    const int64_t fitting = kTileBytes / std::max<int64_t>(1, bytes);
+    const int64_t tile = std::min<int64_t>(kTile, std::max<int64_t>(kSmallestTile, fitting));
     const int64_t groups = (r.w.rows + lanes - 1) / lanes;
-    const int64_t tiles = (tokens + kTile - 1) / kTile;
-    const int64_t cost = std::max<int64_t>(1, lanes * r.padded * std::min<int64_t>(tokens, kTile));
+    const int64_t tiles = (tokens + tile - 1) / tile;
+    const int64_t cost = std::max<int64_t>(1, lanes * r.padded * std::min<int64_t>(tokens, tile));
     const int64_t together = std::max<int64_t>(1, (1 << 18) / cost);  // groups in one task
     const int64_t tasks = (groups + together - 1) / together;
     parallel(threads, tasks * tiles, [&](int64_t i) {
-        const int64_t first = i / tasks * kTile;
+        const int64_t first = i / tasks * tile;
         const int64_t start = i % tasks * together;
         for (int64_t group = start; group < std::min(groups, start + together); group++)
-            work(group * lanes, first, std::min<int64_t>(kTile, tokens - first));
+            work(group * lanes, first, std::min<int64_t>(tile, tokens - first));
     });
 }
 
 // Products of rounded tokens with every row of the weight.
 void multiply(const Rounded& rounded, int64_t tokens, const Reader& r, const Output& out,
               int threads, int features) {
+    const int64_t bytes = rounded.digits * r.padded;
 #if DIALECT_X86
     if (features >= AVX2_FMA && r.w.rows >= 8) {
         const auto rows = integer_rows_of(r.w.block, features == AVX512_VNNI, rounded.digits);
-        for_each_tile(r, tokens, 8, threads, [&](int64_t row, int64_t first, int64_t count) {
+        for_each_tile(r, tokens, bytes, 16, threads, [&](int64_t row, int64_t first, int64_t count) {
             rows(r, rounded, out, row, first, count);
         });
         return;
     }
 #endif
-    for_each_tile(r, tokens, 1, threads, [&](int64_t row, int64_t first, int64_t count) {
+    for_each_tile(r, tokens, bytes, 1, threads, [&](int64_t row, int64_t first, int64_t count) {
         integer_row(r, rounded, out, row, first, count);
     });
 }
@@ -1180,27 +1468,62 @@ void linear_dialect(const Tokens& tokens, int64_t count, const int64_t* salient,
     multiply(rounded, total, r, out, threads, features);
 }
 
-void linear_wide(const void* x, int64_t tokens, const Reader& r, const Output& out, int threads,
-                 int features) {
+// The tokens `order` in float64.
+void multiply_wide(const void* x, const std::vector<int64_t>& order, const Reader& r,
+                   const Output& out, int threads, int features) {
     const int block = r.w.block;
+    const int64_t tokens = int64_t(order.size()), bytes = r.padded * sizeof(double);
     const Aligned<double> wide(tokens * r.padded);
-    for_each_row(tokens, r.padded, block, threads, [&](float* row, uint32_t*, int64_t t) {
-        BY_FEATURES(widen_token, features, x, out.dtype, t, r.w.columns, r.padded, row, wide.get());
+    for_each_row(tokens, r.padded, block, threads, [&](float* row, uint32_t*, int64_t i) {
+        BY_FEATURES(widen_token, features, x, out.dtype, order[i], r.w.columns, r.padded, row,
+                    wide.get() + i * r.padded);
     });
 #if DIALECT_X86
     if (features >= AVX2_FMA && r.w.rows >= 8) {
         const auto rows = block == 16   ? wide_rows<16>
                           : block == 32 ? wide_rows<32>
                                         : wide_rows<64>;
-        for_each_tile(r, tokens, kLanes, threads, [&](int64_t row, int64_t first, int64_t count) {
-            rows(r, wide.get(), out, row, first, count);
+        for_each_tile(r, tokens, bytes, kLanes, threads, [&](int64_t row, int64_t first, int64_t count) {
+            rows(r, wide.get(), order.data(), out, row, first, count);
         });
         return;
     }
 #endif
-    for_each_tile(r, tokens, 1, threads, [&](int64_t row, int64_t first, int64_t count) {
-        wide_row(r, wide.get(), out, row, first, count);
+    for_each_tile(r, tokens, bytes, 1, threads, [&](int64_t row, int64_t first, int64_t count) {
+        wide_row(r, wide.get(), order.data(), out, row, first, count);
     });
+}
+
+// Whether no product of the weight with what integers_of_token takes can leave float32's range.
+bool has_moderate_rows(const Weight& w) {
+    return std::all_of(w.row_exponent, w.row_exponent + w.rows, [](int8_t exponent) {
+        return exponent == kNanRow || (exponent >= -25 && exponent <= 40);
+    });
+}
+
+// In integers where that gives the bits of float64, which is the definition.
+void linear_none(const void* x, int64_t tokens, const Reader& r, const Output& out, int threads,
+                 int features) {
+    std::vector<int64_t> rest;
+    const bool integers = features >= AVX2_FMA && r.w.rows >= 8 && has_moderate_rows(r.w);
+    if (integers) {
+        Rounded rounded(tokens, r.padded, r.w.block, 3);
+        rounded.exceptions.resize(tokens * ((r.blocks + 15) / 16));
+        rounded.x = x;
+        rounded.dtype = out.dtype;
+        rounded.columns = r.w.columns;
+        std::vector<uint8_t> served(tokens);
+        for_each_row(tokens, r.padded, r.w.block, threads,
+                     [&](float* row, uint32_t* maxima, int64_t t) {
+                         served[t] = BY_FEATURES(integers_of_token, features, r.w.block, x,
+                                                 out.dtype, t, r.w.columns, row, maxima, rounded);
+                     });
+        for (int64_t t = 0; t < tokens; t++) (served[t] ? rounded.order : rest).push_back(t);
+        multiply(rounded, int64_t(rounded.order.size()), r, out, threads, features);
+    } else {
+        for (int64_t t = 0; t < tokens; t++) rest.push_back(t);
+    }
+    multiply_wide(x, rest, r, out, threads, features);
 }
 
 template <class Call>
@@ -1254,7 +1577,7 @@ int32_t dialect_linear(const void* x, int32_t dtype, int64_t tokens, const Weigh
         const Reader r(*weight, *book);
         const Output out = {y, dtype, weight->rows, bias, weight->row_exponent};
         if (format == NONE)
-            linear_wide(x, tokens, r, out, threads, features);
+            linear_none(x, tokens, r, out, threads, features);
         else if (format == FP8)
             linear_fp8(x, tokens, r, out, threads, features);
         else
