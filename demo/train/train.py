@@ -23,6 +23,7 @@ import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -176,7 +177,7 @@ class Checkpoint:
 
     def save(
         self,
-        model: LlamaForCausalLM,
+        model: nn.Module,
         optimizers: list[tuple[torch.optim.Optimizer, float]],
         progress: dict[str, Any],
     ) -> None:
@@ -197,7 +198,7 @@ class Checkpoint:
             found: dict[str, Any] = json.loads(opened.metadata()["progress"])
         return found
 
-    def load_model(self, model: LlamaForCausalLM) -> None:
+    def load_model(self, model: nn.Module) -> None:
         tensors = load_file(self._path)
         weights = {name: value for name, value in tensors.items() if name.startswith("model/")}
         model.load_state_dict({name.removeprefix("model/"): v for name, v in weights.items()})
