@@ -1,6 +1,6 @@
 # make demo [MODEL=DIR]               quantize a model, serve it, compare it with bf16 and MXFP4
 # make serve MODEL=DIR [ARGS="..."]   serve a model with BlockDialect and leave the server running
-# make test                           all tests
+# make test                           all tests, in three stages
 # make lint                           formatting, lint, types, import directions
 # make clean                          remove what the others made
 PYTHON ?= python3
@@ -24,12 +24,7 @@ serve: setup
 	@$(RUN) -m demo.serve --model "$(MODEL)" -- $(ARGS)
 
 test: setup
-	@echo "tests, first stage: everything quick"
-	@$(RUN) -m pytest -m "not slow and not gpu"
-	@echo "tests, second stage: vLLM's engine and server, crashes, wheels"
-	@$(RUN) -m pytest -m "slow and not gpu"
-	@echo "tests, third stage: what needs a GPU"
-	@$(RUN) -m pytest -m gpu || test $$? -eq 5
+	@$(RUN) scripts/run_tests.py
 
 lint: setup
 	@$(RUN) -m ruff check .

@@ -12,6 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
+FOLDERS = {"dialect_kernels": "triton_kernels"}
+"""Where a package lies in the repository if not under its own name."""
+
 pytestmark = pytest.mark.slow
 
 
@@ -39,12 +42,20 @@ def wheel(source, tmp_path_factory):
     return build(source, tmp_path_factory.mktemp("wheel"))
 
 
-def test_contents(wheel):
+def test_contents(wheel, source):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     info = next(top for top in tops if top.endswith(".dist-info"))
-    assert tops == {"dialect_kernels", "dialect_plugin", info}
-    assert {"dialect_kernels/py.typed", "dialect_plugin/py.typed"} <= set(names)
+    packages = {"dialect_kernels", "dialect_plugin", "diffusers_hook"}
+    assert tops == {*packages, info}
+    assert {f"{package}/py.typed" for package in packages} <= set(names)
+    modules = {name for name in names if name.endswith(".py")}
+    folders = {package: source / FOLDERS.get(package, package) for package in packages}
+    assert modules == {
+        f"{package}/{path.relative_to(folder)}"
+        for package, folder in folders.items()
+        for path in folder.rglob("*.py")
+    }
     assert any(name.startswith("dialect_kernels/golden/") for name in names)
     assert [name for name in names if name.startswith("dialect_kernels/cpu/dialect_cpu-")]
     assert wheel.name.split("-")[2:4] == ["py3", "none"]

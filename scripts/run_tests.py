@@ -1,0 +1,72 @@
+"""Run all tests in three processes and sum them up in the last line. Run by `make test`.
+
+Triton reads `TRITON_INTERPRET` once, when it is imported, so tests in its interpreter have a
+process of their own. Each stage runs even if an earlier one failed.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = (
+    ("everything quick", {}, ("-m", "not slow")),
+    (
+        "kernels in Triton's interpreter",
+        {"TRITON_INTERPRET": "1"},
+        ("tests/kernels/interpreted",),
+    ),
+    ("vLLM's engine and server, crashes, wheels, compilers", {}, ("-m", "slow")),
+)
+INTERPRETED = "--ignore=tests/kernels/interpreted"
+
+
+def main() -> int:
+    """Run the stages; the exit status is 0 if each of them passed at least one test."""
+    began = time.monotonic()
+    total: Counter[str] = Counter()
+    failed = []
+    for number, (name, environment, arguments) in enumerate(STAGES, start=1):
+        print(f"\ntests, stage {number} of {len(STAGES)}: {name}", flush=True)
+        counts, status = run_stage(environment, arguments)
+        total += counts
+        if status != 0 or counts["passed"] == 0:
+            failed.append(str(number))
+    shown = ", ".join(f"{total[kind]} {kind}" for kind in ("failed", "passed", "skipped"))
+    where = f" (stage {', '.join(failed)} failed)" if failed else ""
+    print(f"\nall stages: {shown} in {time.monotonic() - began:.0f} s{where}")
+    return 1 if failed else 0
+
+
+def run_stage(environment: dict[str, str], arguments: tuple[str, ...]) -> tuple[Counter[str], int]:
+    """Tests by outcome, and pytest's exit status."""
+    ignored = () if environment else (INTERPRETED,)
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "junit.xml"
+        command = [sys.executable, "-m", "pytest", f"--junit-xml={report}", *ignored, *arguments]
+        status = subprocess.run(command, cwd=ROOT, env=os.environ | environment).returncode
+        return outcomes(report), status
+
+
+def outcomes(report: Path) -> Counter[str]:
+    """Tests in a JUnit report by outcome: failed (errors too), passed, skipped."""
+    counts: Counter[str] = Counter()
+    if report.exists():
+        for suite in ElementTree.parse(report).iter("testsuite"):
+            bad = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
+            skipped = int(suite.get("skipped", 0))
+            counts["failed"] += bad
+            counts["skipped"] += skipped
+            counts["passed"] += int(suite.get("tests", 0)) - bad - skipped
+    return counts
+
+
+if __name__ == "__main__":
+    sys.exit(main())
