@@ -1,4 +1,5 @@
 # make demo [MODEL=DIR]               quantize a model, serve it, compare it with bf16 and MXFP4
+# make video [ARGS="..."]             the same videos in 16 bit, MXFP4 and SemanticDialect
 # make serve MODEL=DIR [ARGS="..."]   serve a model with BlockDialect and leave the server running
 # make test                           all tests, in three stages
 # make lint                           formatting, lint, types, import directions
@@ -9,7 +10,7 @@ ARGS ?=
 RUN := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test lint clean
+.PHONY: help setup demo video serve test lint clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -19,6 +20,9 @@ setup:
 
 demo: setup
 	@$(RUN) -m demo.run --model "$(MODEL)" $(ARGS)
+
+video: setup
+	@$(RUN) -m demo.video.run $(ARGS)
 
 serve: setup
 	@$(RUN) -m demo.serve --model "$(MODEL)" -- $(ARGS)
@@ -33,6 +37,6 @@ lint: setup
 	@.venv/bin/lint-imports
 
 clean:
-	rm -rf .venv .cache build dist *.egg-info scripts/vllm_metadata/build \
+	rm -rf .venv .cache outputs build dist *.egg-info scripts/vllm_metadata/build \
 		scripts/vllm_metadata/*.egg-info .hypothesis .import_linter_cache .mypy_cache \
 		.pytest_cache .ruff_cache

@@ -12,38 +12,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from dialect_kernels import reference
 from dialect_plugin.checkpoint import PackedCheckpoint, open_packed
 
-__all__ = ["RoundedLinear", "emulate_blockdialect", "emulate_mxfp4", "load_bf16"]
+from .rounded import RoundedLinear
 
-Rounding = Callable[[torch.Tensor], torch.Tensor]
-"""[T, K] in any dtype -> the rounded values, float32 [T, K]."""
-
-
-class RoundedLinear(torch.nn.Module):
-    """A linear layer on rounded operands: products and bias in float32, one rounding at the end.
-
-    Args:
-        weight: the weight's rounded values, float32 [N, K].
-        bias: [N] or None.
-        rounding: what is done to the activations.
-    """
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rounding: Rounding) -> None:
-        super().__init__()
-        self.weight = weight
-        self.bias = None if bias is None else bias.detach().float()
-        self.rounding = rounding
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., K] -> [..., N] in x's dtype."""
-        y = F.linear(self.rounding(x.reshape(-1, x.shape[-1])), self.weight, self.bias)
-        return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
+__all__ = ["emulate_blockdialect", "emulate_mxfp4", "load_bf16"]
 
 
 def load_bf16(model: Path) -> PreTrainedModel:

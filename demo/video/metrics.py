@@ -1,0 +1,60 @@
+"""How far videos are from those of the 16-bit model, and whether they show what was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from .scenes import Scene, read
+
+__all__ = ["asked_for", "frame_change_error", "psnr", "sqnr", "ssim"]
+
+_WINDOW = 7
+
+
+def psnr(frames: torch.Tensor, reference: torch.Tensor) -> list[float]:
+    """dB for each video of [B, F, 3, H, W] in 0..1, against those of the 16-bit model."""
+    return [
+        float(peak_signal_noise_ratio(r.numpy(), f.numpy(), data_range=1.0))
+        for f, r in zip(frames, reference, strict=True)
+    ]
+
+
+def ssim(frames: torch.Tensor, reference: torch.Tensor) -> list[float]:
+    """Structural similarity of each video, the mean over its frames; windows of 7 x 7 pixels."""
+    return [
+        sum(
+            float(structural_similarity(
+                r.numpy(), f.numpy(), data_range=1.0, channel_axis=0, win_size=_WINDOW))
+            for f, r in zip(video, wanted, strict=True)
+        ) / len(video)
+        for video, wanted in zip(frames, reference, strict=True)
+    ]  # fmt: skip
+
+
+def frame_change_error(frames: torch.Tensor, reference: torch.Tensor) -> list[float]:
+    """Temporal consistency: how differently a video changes from frame to frame.
+
+    The root mean square of the difference between its frame-to-frame changes and those of the
+    16-bit model's video, in percent of full scale. Something that flickers scores high, a constant
+    shift of colour does not. Ours.
+    """
+    change = frames.diff(dim=1) - reference.diff(dim=1)
+    return [100 * float(video.square().mean().sqrt()) for video in change]
+
+
+def sqnr(output: torch.Tensor, reference: torch.Tensor) -> list[float]:
+    """dB for each sample [B, ...]: the reference's energy over that of the difference."""
+    error = (output - reference).flatten(1).double().square().sum(1)
+    return (10 * torch.log10(reference.flatten(1).double().square().sum(1) / error)).tolist()
+
+
+def asked_for(frames: torch.Tensor, scenes: Sequence[Scene], degrees: float = 20.0) -> list[bool]:
+    """Whether each video shows a shape of the right colour that moves in the right direction."""
+    seen = read(frames.transpose(1, 2) * 2 - 1)
+    return [
+        found.colour == scene.colour and found.angle_error(scene) <= degrees
+        for found, scene in zip(seen, scenes, strict=True)
+    ]
