@@ -1,6 +1,7 @@
-"""Tiny models whose salient tokens cannot be found: SANA, MiniMax-H3, Cosmos 3, Kandinsky 6 SR."""
+"""Tiny models whose salient tokens cannot be found: linear, packed, sparse, cached attention."""
 
 import torch
+from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
 from family_checks import CONTEXT, VIDEO, Case, spread
 from tiny_parts import (
     GRID,
@@ -13,6 +14,7 @@ from tiny_parts import (
     noise,
     self_attention,
 )
+from wan_cases import WAN, WAN_BLOCK, WAN_KEPT
 
 UNSCORED = {"attentions": (), "grid": GRID, "touch_video": None}
 TIMESTEP_EMBEDDER = (
@@ -308,5 +310,87 @@ KANDINSKY6_SR = Case(
     **UNSCORED,
 )
 
-CASES = (SANA_VIDEO, SANA_WM, SANA_WM_REFINER, MINIMAX_H3, COSMOS3, KANDINSKY6_SR)
+
+def anyflow_far_arguments(batch):
+    """Three chunks of one frame; the first stands for more pixels per token."""
+    frames, rows, columns = GRID
+    return {
+        **call(batch),
+        "hidden_states": noise(batch, frames, 4, 2 * rows, 2 * columns),
+        "timestep": torch.full((batch, frames), 500.0),
+        "r_timestep": torch.full((batch, frames), 400.0),
+        "chunk_partition": [1] * frames,
+    }
+
+
+ANYFLOW_FAR = Case(
+    name="anyflow far",
+    build=made("AnyFlowFARTransformer3DModel", **WAN, full_chunk_limit=2),
+    arguments=anyflow_far_arguments,
+    streams=spread("blocks", 2, dict.fromkeys(WAN_BLOCK, CONTEXT)),
+    kept=(*WAN_KEPT, *(f"condition_embedder.delta_embedder.linear_{i}" for i in (1, 2))),
+    modulation=("condition_embedder.time_proj",),
+    **UNSCORED,
+)
+
+
+def wan_animate_2_arguments(batch):
+    """The pass over the reference, which fills the cache; the other needs a compiled mask."""
+    frames, rows, columns = GRID
+    video = noise(batch, 4, frames, 2 * rows, 2 * columns)
+    return {
+        "hidden_states": list(video),
+        "timestep": torch.full((batch,), 500.0),
+        "encoder_hidden_states": list(noise(batch, TEXT_TOKENS, 32, seed=2)),
+        "encoder_hidden_states_image": noise(batch, 5, 1280, seed=3),
+        "condition_latents": list(noise(*video.shape, seed=4)),
+        "kv_cache": WanAnimate2KVCache(2),
+        "kv_cache_mode": "extract",
+        "seq_len": frames * rows * columns,
+        "offset_grid_sizes": torch.tensor([GRID] * batch),
+    }
+
+
+WAN_ANIMATE_2_BLOCK = {
+    **self_attention(CONTEXT, "self_attn"),
+    **self_attention(CONTEXT, "cross_attn"),
+    **attention_of("cross_attn", CONTEXT, "add_k_proj", "add_v_proj"),
+    **attention_of("ffn", CONTEXT, "0", "2"),
+}
+WAN_ANIMATE_2 = Case(
+    name="wan animate 2",
+    build=made(
+        "WanAnimate2Transformer3DModel",
+        in_dim=8,
+        dim=64,
+        ffn_dim=128,
+        freq_dim=32,
+        text_dim=32,
+        text_len=TEXT_TOKENS,
+        out_dim=4,
+        num_heads=2,
+        num_layers=2,
+    ),
+    arguments=wan_animate_2_arguments,
+    streams=spread("blocks", 2, WAN_ANIMATE_2_BLOCK),
+    kept=(
+        *(f"{name}_embedding.{i}" for name in ("text", "time") for i in (0, 2)),
+        *(f"img_emb.proj.{i}" for i in (1, 3)),
+        "head.head",
+    ),
+    modulation=("time_projection.1",),
+    output=lambda answer: torch.stack(answer[0]),
+    **UNSCORED,
+)
+
+CASES = (
+    SANA_VIDEO,
+    SANA_WM,
+    SANA_WM_REFINER,
+    MINIMAX_H3,
+    COSMOS3,
+    KANDINSKY6_SR,
+    ANYFLOW_FAR,
+    WAN_ANIMATE_2,
+)
 """Cases that are quantized without salient tokens and groups."""
