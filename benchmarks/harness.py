@@ -49,8 +49,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 Table: TypeAlias = Sequence[Sequence[str]]
 """Rows of cells, the first row is the head."""
 
-_MEASURED_CODE = ("benchmarks/*.py", "demo", "dialect_plugin", "triton_kernels")
-_VERSIONS = ("blockdialect", "torch", "triton", "vllm", "safetensors")
+_MEASURED_CODE = ("benchmarks/*.py", "demo", "dialect_plugin", "diffusers_hook", "triton_kernels")
+_VERSIONS = ("blockdialect", "torch", "triton", "vllm", "diffusers", "safetensors")
 
 
 class Machine(BaseModel):

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
+import imageio_ffmpeg
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from .pictures import SCALE, enlarged
 from .scenes import Scene, read
 
-__all__ = ["asked_for", "frame_change_error", "psnr", "sqnr", "ssim"]
+__all__ = ["asked_for", "frame_change_error", "psnr", "sqnr", "ssim", "vmaf"]
 
 _WINDOW = 7
 
@@ -58,3 +64,27 @@ def asked_for(frames: torch.Tensor, scenes: Sequence[Scene], degrees: float = 20
         found.colour == scene.colour and found.angle_error(scene) <= degrees
         for found, scene in zip(seen, scenes, strict=True)
     ]
+
+
+def vmaf(frames: torch.Tensor, reference: torch.Tensor) -> float | None:
+    """VMAF, 0..100, the mean over all frames of videos [B, F, 3, H, W] in 0..1.
+
+    Computed on enlarged videos by ffmpeg's filter; None where ffmpeg was built without it.
+    """
+    ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
+    listed = subprocess.run([ffmpeg, "-filters"], capture_output=True, text=True, check=True)
+    if " libvmaf " not in listed.stdout:
+        return None
+    height, width = (SCALE * size for size in frames.shape[-2:])
+    raw = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-i")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, videos in (("ours", frames), ("wanted", reference)):
+            (Path(folder) / name).write_bytes(enlarged(videos.flatten(0, 1)).numpy().tobytes())
+        graph = (
+            "[0]format=yuv420p[a];[1]format=yuv420p[b];"
+            "[a][b]libvmaf=log_fmt=json:log_path=vmaf.json"
+        )
+        command = [ffmpeg, "-v", "error", *raw, "ours", *raw, "wanted", "-lavfi", graph]
+        subprocess.run([*command, "-f", "null", "-"], cwd=folder, check=True)
+        found = json.loads((Path(folder) / "vmaf.json").read_text(encoding="utf-8"))
+    return float(found["pooled_metrics"]["vmaf"]["mean"])

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import imageio_ffmpeg
 import torch
+from PIL import Image
 
-__all__ = ["contact_sheet", "save_mp4"]
+__all__ = ["SCALE", "contact_sheet", "enlarged", "save_gif", "save_mp4"]
 
-_SCALE = 8
+SCALE = 8
 """A pixel of the model becomes a square of this many: players blur small videos."""
 
 _FRAMES_PER_SECOND = 6
@@ -18,10 +19,15 @@ _REPEATS = 3
 """A video is over in a second; the file shows it several times."""
 
 
+def enlarged(frames: torch.Tensor, scale: int = SCALE) -> torch.Tensor:
+    """Frames [F, 3, H, W] in 0..1 as bytes, uint8 [F, scale H, scale W, 3]."""
+    large = frames.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    return (large.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).contiguous()
+
+
 def save_mp4(frames: torch.Tensor, path: Path) -> None:
     """Write one video [F, 3, H, W] in 0..1 as H.264, enlarged."""
-    large = frames.repeat_interleave(_SCALE, -1).repeat_interleave(_SCALE, -2)
-    pixels = (large.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).contiguous().numpy()
+    pixels = enlarged(frames).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = imageio_ffmpeg.write_frames(
         str(path), (pixels.shape[2], pixels.shape[1]), fps=_FRAMES_PER_SECOND, quality=9
@@ -31,6 +37,22 @@ def save_mp4(frames: torch.Tensor, path: Path) -> None:
         for frame in pixels:
             writer.send(frame)
     writer.close()
+
+
+def save_gif(videos: Mapping[str, torch.Tensor], path: Path, scale: int = 4) -> None:
+    """Write all videos as one endless GIF: a row for each format, a column for each prompt.
+
+    Args:
+        videos: name of the format -> frames [B, F, 3, H, W] in 0..1.
+        path: of the GIF.
+        scale: how many pixels across a pixel becomes.
+    """
+    edged = [torch.nn.functional.pad(v, (0, 1, 0, 1), value=1.0) for v in videos.values()]
+    sheet = torch.stack(edged).permute(2, 3, 0, 4, 1, 5).flatten(4, 5).flatten(2, 3)
+    pictures = [Image.fromarray(frame.numpy()) for frame in enlarged(sheet, scale)]
+    pictures[0].save(
+        path, save_all=True, append_images=pictures[1:], duration=1000 // _FRAMES_PER_SECOND, loop=0
+    )
 
 
 def contact_sheet(

@@ -22,7 +22,7 @@ from rich.table import Table
 from .check import PROMPTS
 from .formats import MXFP4, PLAIN, Format, load, transformer_bytes
 from .metrics import asked_for, psnr, ssim
-from .pictures import contact_sheet, save_mp4
+from .pictures import contact_sheet, save_gif, save_mp4
 from .pipeline import MODEL
 from .scenes import parse
 
@@ -67,7 +67,7 @@ def run(
         prompts: each names a colour, a shape, a direction and a speed.
         seed: of the noise, the same in every format.
         steps: denoising steps.
-        out: folder for ``FORMAT/PROMPT.mp4`` and ``comparison.png``.
+        out: folder for ``FORMAT/PROMPT.mp4``, ``comparison.png`` and ``comparison.gif``.
         console: where to say what is happening.
         model: folder of the model.
 
@@ -103,6 +103,7 @@ def run(
         if format.options is not None and format.emulated is None:
             console.print(str(pipe.semantic_dialect_summary()), highlight=False)
     contact_sheet({row.name: row.frames for row in rows}, prompts, out / "comparison.png")
+    save_gif({row.name: row.frames for row in rows}, out / "comparison.gif")
     return rows
 
 
