@@ -17,7 +17,7 @@ from .layouts import Block, Layout, LayoutError, Stream, without_adapters
 from .linear import DialectLinear, Fp8Linear
 from .observe import observed_class
 
-__all__ = ["Plan", "make_plan", "put", "quantized_layer"]
+__all__ = ["Plan", "empty_layer", "make_plan", "put", "quantized_layer"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MODULATION_SHARE = 0.05
@@ -116,6 +116,15 @@ def quantized_layer(
     layer, stream = plan.quantized[path]
     book = book_by_name(config.book)
     return DialectLinear.quantized(layer, stream, book, config.block_size, config.activation, name)
+
+
+def empty_layer(plan: Plan, path: str, config: SemanticDialectConfig) -> DialectLinear | Fp8Linear:
+    """The layer that takes the place of `path`, on the meta device, for a loader to fill."""
+    if path in plan.modulation:
+        return Fp8Linear.empty(plan.modulation[path])
+    layer, stream = plan.quantized[path]
+    book = book_by_name(config.book)
+    return DialectLinear.empty(layer, stream, book, config.block_size, config.activation)
 
 
 def _check_layer(name: str, layer: nn.Linear, block_size: int, empty: bool) -> None:

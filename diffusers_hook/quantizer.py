@@ -15,14 +15,12 @@ from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
 
-from dialect_kernels.formatbook import book_by_name
-
 from .attach import attach, attached, detach
 from .config import QUANT_METHOD, SemanticDialectConfig
 from .layouts import Layout, LayoutError, layout_for
 from .linear import DialectLinear, Fp8Linear
 from .mark import mark, unmark
-from .plan import Plan, make_plan, put, quantized_layer
+from .plan import Plan, empty_layer, make_plan, put, quantized_layer
 
 __all__ = ["SemanticDialectQuantizer", "register"]
 
@@ -48,8 +46,8 @@ class SemanticDialectQuantizer(DiffusersQuantizer):
             model, self.quantization_config, layout, name, empty=True
         )
         if self.pre_quantized:
-            for path, layer in self._plan.layers.items():
-                put(model, path, _empty(layer, path, self._plan, self.quantization_config))
+            for path in self._plan.layers:
+                put(model, path, empty_layer(self._plan, path, self.quantization_config))
 
     def check_if_quantized_param(
         self,
@@ -143,17 +141,6 @@ def _layout(model: nn.Module) -> Layout:
             "diffusers_hook.enable() with one"
         )
     return layout
-
-
-def _empty(
-    layer: nn.Linear, path: str, plan: Plan, config: SemanticDialectConfig
-) -> DialectLinear | Fp8Linear:
-    """The quantized layer on the meta device, for the loader to fill."""
-    if path in plan.modulation:
-        return Fp8Linear.empty(layer)
-    stream = plan.quantized[path][1]
-    book = book_by_name(config.book)
-    return DialectLinear.empty(layer, stream, book, config.block_size, config.activation)
 
 
 def _check_loaded(model: nn.Module) -> None:

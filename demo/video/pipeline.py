@@ -6,8 +6,9 @@ It is an ordinary diffusers pipeline with a Wan transformer; what is missing is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
@@ -73,6 +74,7 @@ class MovingShapesPipeline(DiffusionPipeline):  # type: ignore[misc]
         num_inference_steps: int = 16,
         guidance_scale: float = 2.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict[str, Any]], Any] | None = None,
     ) -> MovingShapesOutput:
         """Generate one video for each prompt.
 
@@ -81,6 +83,7 @@ class MovingShapesPipeline(DiffusionPipeline):  # type: ignore[misc]
             num_inference_steps: steps of the sampler.
             guidance_scale: of classifier-free guidance; 1 switches it off.
             generator: source of the noise; a list holds one for each prompt.
+            callback_on_step_end: called as in diffusers' own pipelines; what it returns is ignored.
 
         Raises:
             ValueError: if a prompt lacks one of the four words, or names two.
@@ -92,7 +95,7 @@ class MovingShapesPipeline(DiffusionPipeline):  # type: ignore[misc]
         shape = (len(prompts), 3, FRAMES, SIZE, SIZE)
         latents = randn_tensor(shape, generator, self.device, torch.float32)
         self.scheduler.set_timesteps(num_inference_steps, device=self.device)
-        for timestep in self.progress_bar(self.scheduler.timesteps):
+        for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             model_input = latents.to(dtype)
             times = timestep.expand(len(prompts))
             with self.transformer.cache_context("cond"):
@@ -102,6 +105,8 @@ class MovingShapesPipeline(DiffusionPipeline):  # type: ignore[misc]
                     free = self.transformer(model_input, times, anything).sample.float()
                 velocity = free + guidance_scale * (velocity - free)
             latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+            if callback_on_step_end is not None:
+                callback_on_step_end(self, step, timestep, {"latents": latents})
         self.maybe_free_model_hooks()
         frames = (latents.clamp(-1, 1) + 1) / 2
         return MovingShapesOutput(frames=frames.transpose(1, 2))
