@@ -29,7 +29,7 @@ def rotated(x, angle):
     """Turn pairs of neighbouring channels; `angle` is [batch, 1, tokens, head size / 2]."""
     even, odd = x[..., 0::2], x[..., 1::2]
     turned = even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos()
-    return torch.stack(turned, dim=-1).flatten(-2)
+    return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
 
 
 def sinusoid(value, width):
