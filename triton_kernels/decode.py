@@ -99,14 +99,14 @@ def _by_meta(book: Formatbook) -> list[tuple[int, ...]]:
 
 @lru_cache(maxsize=16)
 def e4m3_table(book: Formatbook, device: torch.device) -> torch.Tensor:
-    """E4M3 bytes of a block's eight magnitudes by meta byte, int32 [256, 2]."""
+    """E4M3 bytes of a block's eight magnitudes by meta byte, int64 [256]: index 0 lowest."""
     table = torch.tensor(_by_meta(book), dtype=torch.uint8)
-    return table.view(torch.int32).to(device)
+    return table.view(torch.int64).flatten().to(device)
 
 
 @lru_cache(maxsize=16)
 def sixteen_table(book: Formatbook, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Magnitudes as `dtype` by meta byte, int32 [256, 4]: eight low bytes, then eight high ones.
+    """Magnitudes as `dtype` by meta byte, int64 [256, 2]: eight low bytes, then eight high ones.
 
     Args:
         book: the formatbook.
@@ -115,7 +115,7 @@ def sixteen_table(book: Formatbook, dtype: torch.dtype, device: torch.device) ->
     """
     e4m3 = torch.tensor(_by_meta(book), dtype=torch.uint8).view(torch.float8_e4m3fn)
     numbers = e4m3.to(torch.float32).to(dtype).view(torch.uint8).view(256, 8, 2)
-    return numbers.transpose(1, 2).contiguous().view(torch.int32).flatten(1).to(device)
+    return numbers.transpose(1, 2).contiguous().view(torch.int64).flatten(1).to(device)
 
 
 @triton.jit
@@ -124,6 +124,13 @@ def _load(p, mask, EVEN: tl.constexpr):
         return tl.load(p)
     else:
         return tl.load(p, mask=mask, other=0)
+
+
+@triton.jit
+def _load_pair(p_table, entry):
+    """Two neighbouring words of the table by one load, each [BN, blocks, 1]."""
+    pair = tl.load(p_table + entry)[:, :, None]
+    return pair.to(tl.int32), (pair >> 32).to(tl.int32)
 
 
 @triton.jit
@@ -170,8 +177,7 @@ def e4m3_parts(
     m_block = first // B + o_block < padded // B
     p_block = p_meta + o_row[:, None] * (padded // B) + (first // B + o_block)[None, :]
     b_meta = _load(p_block, m_block[None, :], EVEN).to(tl.int32)
-    low = tl.load(p_table + b_meta * 2)[:, :, None]
-    high = tl.load(p_table + b_meta * 2 + 1)[:, :, None]
+    low, high = _load_pair(p_table, b_meta)
 
     i_byte = tl.arange(0, B // 2)
     p_row = p_codes + o_row[:, None, None] * (padded // 2)
@@ -233,10 +239,8 @@ def sixteen_parts(
     m_block = first // B + o_block < padded // B
     p_block = p_meta + o_row[:, None] * (padded // B) + (first // B + o_block)[None, :]
     b_meta = _load(p_block, m_block[None, :], EVEN).to(tl.int32)
-    low0 = tl.load(p_table + b_meta * 4)[:, :, None]
-    low1 = tl.load(p_table + b_meta * 4 + 1)[:, :, None]
-    high0 = tl.load(p_table + b_meta * 4 + 2)[:, :, None]
-    high1 = tl.load(p_table + b_meta * 4 + 3)[:, :, None]
+    low0, low1 = _load_pair(p_table, b_meta * 2)
+    high0, high1 = _load_pair(p_table, b_meta * 2 + 1)
 
     i_pair = tl.arange(0, B // 4)
     p_row = p_codes + o_row[:, None, None] * (padded // 2)

@@ -7,7 +7,9 @@ it; :func:`dialect_linear` is the same on a :class:`PackedTensor`, with checks.
 from __future__ import annotations
 
 import logging
+import os
 from functools import cache
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -133,6 +135,12 @@ def _linear(
         return y.view(*x.shape[:-1], codes.shape[0])
     shape = (codes.shape[0], in_features)
     p = PackedTensor(codes, meta, row_exponent, shape, formatbook, block_size)
+    kernels = _gpu_kernels(x.device)
+    if kernels is not None and kernels.covers(x, p, activation_format, accumulation):
+        result: torch.Tensor = kernels.linear(
+            reference.as_tokens(x), p, bias, activation_format, accumulation
+        )
+        return result.view(*x.shape[:-1], codes.shape[0])
     if accumulation == "exact":
         return reference.dialect_linear(x, p, bias, activation_format, accumulation)
     return _decoded_linear(x, p, bias, activation_format)
@@ -154,6 +162,23 @@ def _linear_fake(
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
+def _gpu_kernels(device: torch.device) -> ModuleType | None:
+    """The Triton kernels if the device runs them: a GPU, or the CPU in Triton's interpreter."""
+    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        return _import_gpu_kernels()
+    return None
+
+
+@cache
+def _import_gpu_kernels() -> ModuleType | None:
+    try:
+        from . import gpu
+    except ImportError as error:  # torch without Triton
+        _say_once(f"no GPU kernels: {error}")
+        return None
+    return gpu
+
+
 def _decoded_linear(
     x: torch.Tensor, p: PackedTensor, bias: torch.Tensor | None, activation_format: str
 ) -> torch.Tensor:
@@ -163,7 +188,7 @@ def _decoded_linear(
     that an engine has written other weights into the same memory.
     """
     _say_once(
-        "no compiled kernel for this device: weights are decoded in every call, which is slow"
+        "no compiled kernel for this product: weights are decoded in every call, which is slow"
     )
     tokens = reference.as_tokens(x)
     weight = p.dequantize(torch.float32)

@@ -100,7 +100,7 @@ def operands_of(asm_inputs, copies, start):
 
 
 def table_words(table, shape):
-    columns = table.numpy().view(np.uint32).astype(np.uint64).T
+    columns = table.view(256, -1).numpy().view(np.uint32).astype(np.uint64).T
     return [np.broadcast_to(column[:, None], shape) for column in columns]
 
 

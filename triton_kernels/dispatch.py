@@ -1,0 +1,172 @@
+"""Which kernel multiplies T tokens with a weight, and with which tiles: tuning is data.
+
+A plan is looked up in ``configs/gemm,N=…,K=…,device=….json`` (written by measurements), else it
+comes from the table below, which is derived from instruction counts and never bad. A file holds one
+plan per number of tokens it was measured at, for each activation format::
+
+    {"dialect": {"1": {"kind": "fused", "tokens": 16, ...}, "4096": {"kind": "scratch"}}, ...}
+
+and the nearest T in log space counts. Nothing is measured while serving.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from typing import Any
+
+__all__ = ["GemmPlan", "choose", "default_plan", "parse_plans", "tuned_plans"]
+
+_log = logging.getLogger(__name__)
+
+_KINDS = ("fused", "scratch")
+
+
+@dataclass(frozen=True)
+class GemmPlan:
+    """How ``x @ p.T`` is computed.
+
+    Attributes:
+        kind: ``"fused"``: weights are decoded in registers; ``"scratch"``: they are decoded to
+            memory once, for the library's GEMM.
+        tokens, features, columns: the tile of a program of the fused kernel, powers of two; a
+            step over K is `columns` wide and at most 512, after which sums are kept in float32.
+        splits: programs that share the columns of one tile.
+        num_warps, num_stages: of the fused kernel.
+    """
+
+    kind: str
+    tokens: int = 16
+    features: int = 64
+    columns: int = 256
+    splits: int = 1
+    num_warps: int = 4
+    num_stages: int = 4
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise ValueError(f"kind: {self.kind!r}; allowed are 'fused' and 'scratch'")
+        for name, low, high in (
+            ("tokens", 16, 256),
+            ("features", 64, 256),
+            ("columns", 64, 512),
+            ("splits", 1, 64),
+            ("num_warps", 1, 16),
+            ("num_stages", 1, 8),
+        ):
+            value = getattr(self, name)
+            power = name in ("splits", "num_stages") or value & (value - 1) == 0
+            if not (low <= value <= high and power):
+                raise ValueError(
+                    f"{name}: {value}; allowed are {low}..{high}"
+                    f"{'' if name in ('splits', 'num_stages') else ', powers of two'}"
+                )
+
+
+_EIGHT_BITS = (
+    (16, GemmPlan("fused", 16, 64, 256, num_warps=4, num_stages=6)),
+    (32, GemmPlan("fused", 32, 64, 256, num_warps=4, num_stages=4)),
+    (256, GemmPlan("fused", 64, 64, 256, num_warps=4, num_stages=4)),
+)
+"""(largest T, plan) for FP8 operands; beyond the last: scratch. Derived from compiled code: no
+spilled registers, and at 256 tokens decoding four times costs what writing it once does."""
+_SIXTEEN_BITS = (
+    (16, GemmPlan("fused", 16, 64, 128, num_warps=4, num_stages=4)),
+    (32, GemmPlan("fused", 32, 64, 128, num_warps=4, num_stages=4)),
+    (128, GemmPlan("fused", 64, 64, 128, num_warps=4, num_stages=3)),
+)
+"""The same for 16-bit operands."""
+_SCRATCH = GemmPlan("scratch", 64, 64, 128, num_warps=4, num_stages=3)
+"""Its tile is for the 16-bit kernel, where scratch memory is not possible."""
+_LEAST_STEPS = 4
+"""Steps over K that are worth a program of their own."""
+
+
+def choose(
+    tokens: int,
+    features: int,
+    columns: int,
+    activation_format: str,
+    device_name: str,
+    processors: int,
+    eight_bits: bool,
+) -> GemmPlan:
+    """The plan for a product of [T, K] with [N, K].
+
+    Args:
+        tokens, features, columns: T, N and K.
+        activation_format: ``"dialect"``, ``"fp8"`` or ``"none"``.
+        device_name: as the driver gives it, for a measured configuration.
+        processors: multiprocessors of the device.
+        eight_bits: whether the operands are FP8.
+    """
+    plans = tuned_plans(features, columns, device_name).get(activation_format)
+    if plans:
+        position = math.log(max(1, tokens))
+        return plans[min(plans, key=lambda measured: abs(math.log(measured) - position))]
+    _say_once(f"no measured GEMM configuration for {device_name}: using derived ones")
+    return default_plan(tokens, features, columns, processors, eight_bits)
+
+
+def default_plan(
+    tokens: int, features: int, columns: int, processors: int, eight_bits: bool
+) -> GemmPlan:
+    """The derived plan; splits K where the tiles are too few for the device."""
+    table = _EIGHT_BITS if eight_bits else _SIXTEEN_BITS
+    plan = next((plan for most, plan in table if tokens <= most), None)
+    if plan is None:
+        return _SCRATCH
+    tiles = math.ceil(tokens / plan.tokens) * math.ceil(features / plan.features)
+    wanted = round(2 * processors / max(1, tiles))
+    possible = columns // (plan.columns * _LEAST_STEPS)
+    splits = max(1, min(8, wanted, possible))
+    return GemmPlan(
+        plan.kind,
+        plan.tokens,
+        plan.features,
+        plan.columns,
+        splits,
+        plan.num_warps,
+        plan.num_stages,
+    )
+
+
+@lru_cache(maxsize=256)
+def tuned_plans(
+    features: int, columns: int, device_name: str, folder: Traversable | None = None
+) -> dict[str, dict[int, GemmPlan]]:
+    """The measured plans of one weight shape by activation format and T; empty if there are none.
+
+    Raises:
+        ValueError: naming file and field, if a file holds something else.
+    """
+    name = f"gemm,N={features},K={columns},device={device_name.replace(' ', '_')}.json"
+    file = (folder or files(__package__) / "configs") / name
+    if not file.is_file():
+        return {}
+    try:
+        return parse_plans(json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}; measure again or remove the file") from error
+
+
+def parse_plans(data: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[int, GemmPlan]]:
+    """Plans from the JSON of a file.
+
+    Raises:
+        TypeError, ValueError: if a field is unknown, or its value not allowed.
+    """
+    return {
+        activation_format: {int(tokens): GemmPlan(**fields) for tokens, fields in plans.items()}
+        for activation_format, plans in data.items()
+    }
+
+
+@cache
+def _say_once(message: str) -> None:
+    _log.warning(message)
