@@ -75,7 +75,12 @@ class Case:
     @property
     def options(self):
         """Options of every enable()."""
-        return {"progress": False, "block_size": self.block_size, "modulation": "16bit"}
+        return {
+            "progress": False,
+            "block_size": self.block_size,
+            "modulation": "16bit",
+            "seda": True,
+        }
 
     @torch.no_grad()
     def run(self, model, arguments=None, batch=2, context=None, noise=1.0):

@@ -10,7 +10,13 @@ import diffusers_hook
 from diffusers_hook.attach import attached
 
 # random: the choice does not hang on the last bit of a score, which compilers change
-OPTIONS = {"progress": False, "salient_refresh": 2, "seda_refresh": 3, "selection": "random"}
+OPTIONS = {
+    "seda": True,
+    "progress": False,
+    "salient_refresh": 2,
+    "seda_refresh": 3,
+    "selection": "random",
+}
 
 
 def generation(model, steps):

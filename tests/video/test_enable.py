@@ -13,6 +13,7 @@ from torch import nn
 import dialect_kernels
 import diffusers_hook
 from diffusers_hook import ConfigError, LayoutError, SemanticDialectConfig
+from diffusers_hook.attach import attached
 from diffusers_hook.linear import DialectLinear, Fp8Linear
 
 
@@ -37,7 +38,7 @@ def test_disable_restores_every_bit(dtype):
     model = wan().to(dtype)
     output, shape = run(model, dtype=dtype), picture(model)
     state = copy.deepcopy(model.state_dict())
-    diffusers_hook.enable(model, progress=False)
+    diffusers_hook.enable(model, progress=False, seda=True)
     quantized = run(model, dtype=dtype)
     assert quantized.isfinite().all()
     assert not torch.equal(quantized, output)
@@ -51,7 +52,7 @@ def test_disable_restores_every_bit(dtype):
 def test_a_pipeline_and_back(two):
     pipe = wan_pipeline(two)
     before = generate(pipe)
-    assert pipe.enable_semantic_dialect(progress=False) is pipe
+    assert pipe.enable_semantic_dialect(progress=False, seda=True) is pipe
     first, second = generate(pipe), generate(pipe)
     assert torch.equal(first, second)
     assert first.isfinite().all()
@@ -70,7 +71,7 @@ def test_weights_are_those_of_the_exact_error_rule():
     expected = dialect_kernels.quantize(
         model.blocks[1].ffn.net[2].weight.detach(), dialect_kernels.SEMANTIC_32, 32, "mse"
     )
-    diffusers_hook.enable(model, progress=False)
+    diffusers_hook.enable(model, progress=False, seda=True)
     layer = model.blocks[1].ffn.net[2]
     assert torch.equal(layer.weight_packed, expected.codes)
     assert torch.equal(layer.weight_meta, expected.meta)
@@ -79,7 +80,7 @@ def test_weights_are_those_of_the_exact_error_rule():
 
 def test_only_the_linear_layers_of_blocks_are_quantized():
     model = wan()
-    diffusers_hook.enable(model, progress=False, modulation="16bit")
+    diffusers_hook.enable(model, progress=False, seda=True, modulation="16bit")
     quantized = {n for n, m in model.named_modules() if isinstance(m, DialectLinear)}
     attention = ("to_q", "to_k", "to_v", "to_out.0")
     inside = {f"{name}.{part}" for name in ("attn1", "attn2") for part in attention}
@@ -90,7 +91,9 @@ def test_only_the_linear_layers_of_blocks_are_quantized():
 
 def test_skip_is_anchored_at_the_models_root():
     model = wan()
-    diffusers_hook.enable(model, progress=False, skip=[r"blocks\.0\..*", "to_q", r".*\.ffn\..*"])
+    diffusers_hook.enable(
+        model, progress=False, seda=True, skip=[r"blocks\.0\..*", "to_q", r".*\.ffn\..*"]
+    )
     quantized = {n for n, m in model.named_modules() if isinstance(m, DialectLinear)}
     assert "blocks.1.attn1.to_q" in quantized
     assert not any(name.startswith("blocks.0") or "ffn" in name for name in quantized)
@@ -99,7 +102,7 @@ def test_skip_is_anchored_at_the_models_root():
 def test_modulation_in_fp8_is_within_e4m3s_error():
     model = wan()
     exact = model.condition_embedder.time_proj.weight.detach().clone()
-    diffusers_hook.enable(model, progress=False)  # more than 5 % of this tiny model
+    diffusers_hook.enable(model, progress=False, seda=True)  # more than 5 % of this tiny model
     layer = model.condition_embedder.time_proj
     assert isinstance(layer, Fp8Linear)
     limit = exact.abs() * 2**-4 + exact.abs().amax(dim=1, keepdim=True) / 448 * 2**-9
@@ -111,9 +114,9 @@ def test_enabling_twice_raises_and_disabling_when_off_warns(caplog):
     with caplog.at_level(logging.WARNING):
         diffusers_hook.disable(model)
     assert "nothing to disable" in caplog.text
-    diffusers_hook.enable(model, progress=False)
+    diffusers_hook.enable(model, progress=False, seda=True)
     with pytest.raises(RuntimeError, match="is enabled already"):
-        diffusers_hook.enable(model, progress=False)
+        diffusers_hook.enable(model, progress=False, seda=True)
     diffusers_hook.disable(model)
     with pytest.raises(RuntimeError, match="is not enabled"):
         diffusers_hook.summary(model)
@@ -163,7 +166,7 @@ def test_what_cannot_be_enabled_is_refused_and_left_as_it_was(spoil, options, er
         spoil(model)
     shape, parameters = picture(model), {n: id(p) for n, p in model.named_parameters()}
     with pytest.raises(error) as caught:
-        diffusers_hook.enable(model, progress=False, **options)
+        diffusers_hook.enable(model, progress=False, seda=True, **options)
     assert sentence in str(caught.value)
     assert picture(model) == shape
     assert {n: id(p) for n, p in model.named_parameters()} == parameters
@@ -173,7 +176,7 @@ def test_a_block_size_that_does_not_divide_names_the_layer():
     with pytest.raises(
         ValueError, match=r"blocks\.0\.attn1\.to_q\.weight: has 96 columns"
     ) as caught:
-        diffusers_hook.enable(wan(num_attention_heads=3), progress=False, block_size=64)
+        diffusers_hook.enable(wan(num_attention_heads=3), progress=False, seda=True, block_size=64)
     assert "not a multiple of block_size 64; choose a smaller block_size" in str(caught.value)
 
 
@@ -182,7 +185,7 @@ def test_a_second_transformer_that_cannot_be_enabled_leaves_the_first_alone():
     spoilt_nan(pipe.transformer_2)
     shape = picture(pipe.transformer)
     with pytest.raises(ValueError, match=r"transformer_2\.blocks\.1\.ffn"):
-        pipe.enable_semantic_dialect(progress=False)
+        pipe.enable_semantic_dialect(progress=False, seda=True)
     assert picture(pipe.transformer) == shape
 
 
@@ -203,7 +206,7 @@ def test_where_the_original_weights_wait(tmp_path, place):
     wan().save_pretrained(tmp_path)
     model = WanTransformer3DModel.from_pretrained(tmp_path)
     before = run(model)
-    diffusers_hook.enable(model, progress=False, keep_original=place)
+    diffusers_hook.enable(model, progress=False, seda=True, keep_original=place)
     found = diffusers_hook.summary(model).transformers[0]
     assert found.originals == (place or "disk")
     assert (found.host_bytes > 0) == (place == "host")
@@ -218,7 +221,7 @@ def test_files_with_other_weights_are_not_the_originals(tmp_path):
     model = WanTransformer3DModel.from_pretrained(tmp_path)
     model.blocks[0].attn1.to_q.weight.data[0, 0] += 1  # as a fused LoRA does
     before = run(model)
-    diffusers_hook.enable(model, progress=False)
+    diffusers_hook.enable(model, progress=False, seda=True)
     assert diffusers_hook.summary(model).transformers[0].originals == "host"
     diffusers_hook.disable(model)
     assert torch.equal(run(model), before)
@@ -226,7 +229,7 @@ def test_files_with_other_weights_are_not_the_originals(tmp_path):
 
 def test_disable_without_originals_says_what_to_do_and_changes_nothing(tmp_path):
     model = wan()
-    diffusers_hook.enable(model, progress=False, keep_original="none")
+    diffusers_hook.enable(model, progress=False, seda=True, keep_original="none")
     quantized = run(model)
     with pytest.raises(RuntimeError, match="load the pipeline again with from_pretrained"):
         diffusers_hook.disable(model)
@@ -238,7 +241,7 @@ def test_disable_after_the_files_are_gone_changes_nothing(tmp_path):
 
     wan().save_pretrained(tmp_path)
     model = WanTransformer3DModel.from_pretrained(tmp_path)
-    diffusers_hook.enable(model, progress=False)
+    diffusers_hook.enable(model, progress=False, seda=True)
     quantized = run(model)
     for file in tmp_path.glob("*.safetensors"):
         file.unlink()
@@ -256,13 +259,13 @@ def test_enabling_and_disabling_a_hundred_times_leaks_nothing():
 
     model = wan(layers=1)
     before = run(model)
-    diffusers_hook.enable(model, progress=False)
+    diffusers_hook.enable(model, progress=False, seda=True)
     diffusers_hook.disable(model)
     gc.collect()
     states = len(state._states)
     tensors = count_tensors()
     for _ in range(100):
-        diffusers_hook.enable(model, progress=False)
+        diffusers_hook.enable(model, progress=False, seda=True)
         diffusers_hook.disable(model)
     gc.collect()
     assert len(state._states) == states
@@ -272,7 +275,7 @@ def test_enabling_and_disabling_a_hundred_times_leaks_nothing():
 
 def test_an_enabled_model_can_be_freed():
     model = wan(layers=1)
-    diffusers_hook.enable(model, progress=False)
+    diffusers_hook.enable(model, progress=False, seda=True)
     run(model, context="cond")
     gone = weakref.ref(model)
     del model
@@ -282,11 +285,12 @@ def test_an_enabled_model_can_be_freed():
 
 def test_the_config_object_and_options_together():
     model = wan(layers=1)
-    config = SemanticDialectConfig(block_size=16, seda=False)
-    diffusers_hook.enable(model, config, progress=False, salient_fraction=0.5)
+    config = SemanticDialectConfig(block_size=16, seda=True, selection="bottom")
+    diffusers_hook.enable(model, config, progress=False, salient_fraction=0.5, selection="random")
     layer = model.blocks[0].attn1.to_q
     assert layer.block_size == 16
     run(model)
     found = diffusers_hook.summary(model).transformers[0]
-    assert found.groups == 0
+    assert found.groups > 0
     assert 0.3 < found.salient_share < 0.5
+    assert attached(model).config.selection == "random"

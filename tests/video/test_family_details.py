@@ -66,7 +66,7 @@ def test_consisid_keeps_its_face_layers():
     )()
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert any(name.startswith("perceiver_cross_attention.0.") for name in linears)
-    diffusers_hook.enable(model, progress=False)
+    diffusers_hook.enable(model, progress=False, seda=True)
     quantized = {n for n, module in model.named_modules() if isinstance(module, DialectLinear)}
     assert quantized == {
         f"transformer_blocks.{i}.{name}" for i in range(2) for name in COGVIDEOX_BLOCK

@@ -12,7 +12,7 @@ from diffusers_hook.config import SemanticDialectConfig
 from diffusers_hook.layouts import Grid
 
 GRID = Grid(1, 5, 4, 4)
-OPTIONS = {"progress": False, "salient_refresh": 2, "seda_refresh": 3}
+OPTIONS = {"seda": True, "progress": False, "salient_refresh": 2, "seda_refresh": 3}
 
 
 def branches(model):

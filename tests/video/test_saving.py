@@ -27,7 +27,7 @@ def plain(tmp_path_factory):
 @pytest.fixture
 def saved(plain, tmp_path):
     model = WanTransformer3DModel.from_pretrained(plain)
-    diffusers_hook.enable(model, progress=False, salient_fraction=0.25)
+    diffusers_hook.enable(model, progress=False, seda=True, salient_fraction=0.25)
     model.save_pretrained(tmp_path / "saved")
     return model, tmp_path / "saved"
 
@@ -60,10 +60,10 @@ def test_sharded_files_come_back_too(saved, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_quantizing_while_loading_gives_the_bytes_of_enable(plain, dtype):
     online = WanTransformer3DModel.from_pretrained(
-        plain, quantization_config=SemanticDialectConfig(), torch_dtype=dtype
+        plain, quantization_config=SemanticDialectConfig(seda=True), torch_dtype=dtype
     )
     model = WanTransformer3DModel.from_pretrained(plain, torch_dtype=dtype)
-    diffusers_hook.enable(model, progress=False)
+    diffusers_hook.enable(model, progress=False, seda=True)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, DialectLinear)}
     assert len(layers) == 20
     for name, layer in layers.items():
@@ -84,14 +84,16 @@ def test_loading_in_another_dtype_changes_no_code(saved):
 def test_a_whole_pipeline_is_saved_and_loaded(tmp_path):
     pipe = wan_pipeline()
     pipe.save_pretrained(tmp_path / "plain")
-    pipe.enable_semantic_dialect(progress=False)
+    pipe.enable_semantic_dialect(progress=False, seda=True)
     pipe.save_pretrained(tmp_path / "packed")
     video = generate(pipe)
     packed = WanPipeline.from_pretrained(tmp_path / "packed")
     packed.set_progress_bar_config(disable=True)
     assert_same(pipe.transformer, packed.transformer)
     assert torch.equal(generate(packed), video)
-    mapping = PipelineQuantizationConfig(quant_mapping={"transformer": SemanticDialectConfig()})
+    mapping = PipelineQuantizationConfig(
+        quant_mapping={"transformer": SemanticDialectConfig(seda=True)}
+    )
     online = WanPipeline.from_pretrained(tmp_path / "plain", quantization_config=mapping)
     online.set_progress_bar_config(disable=True)
     assert_same(pipe.transformer, online.transformer)
@@ -103,12 +105,12 @@ def test_a_pipeline_from_files_finds_its_originals_there(tmp_path):
     pipe = WanPipeline.from_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
     before = generate(pipe)
-    pipe.enable_semantic_dialect(progress=False)
+    pipe.enable_semantic_dialect(progress=False, seda=True)
     assert pipe.semantic_dialect_summary().transformers[0].originals == "disk"
     pipe.disable_semantic_dialect()
     assert torch.equal(generate(pipe), before)
     alone = WanTransformer3DModel.from_pretrained(tmp_path, subfolder="transformer")
-    diffusers_hook.enable(alone, progress=False)
+    diffusers_hook.enable(alone, progress=False, seda=True)
     assert diffusers_hook.summary(alone).transformers[0].originals == "disk"
 
 
@@ -124,7 +126,7 @@ def test_a_model_from_the_hubs_cache_finds_its_originals_there(tmp_path, monkeyp
         "someone/tiny-video", subfolder="transformer", cache_dir=tmp_path, local_files_only=True
     )
     before = run(model)
-    diffusers_hook.enable(model, progress=False)
+    diffusers_hook.enable(model, progress=False, seda=True)
     assert diffusers_hook.summary(model).transformers[0].originals == "disk"
     diffusers_hook.disable(model)
     assert torch.equal(run(model), before)
@@ -133,7 +135,7 @@ def test_a_model_from_the_hubs_cache_finds_its_originals_there(tmp_path, monkeyp
 def test_disable_takes_the_format_out_of_the_configuration(plain, tmp_path):
     model = WanTransformer3DModel.from_pretrained(plain)
     before = dict(model.config)
-    diffusers_hook.enable(model, progress=False)
+    diffusers_hook.enable(model, progress=False, seda=True)
     assert model.config["quantization_config"].quant_method == "semantic_dialect"
     diffusers_hook.disable(model)
     assert dict(model.config) == before

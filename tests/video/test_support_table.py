@@ -126,7 +126,7 @@ def test_full(name, text, caplog):
     assert seen.salient_refreshes == seen.group_refreshes == len(blocks)
     for option in ({"salient_fraction": 0.0}, {"seda": False}):  # both change the video
         other = case.build()
-        diffusers_hook.enable(other, **case.options, **option)
+        diffusers_hook.enable(other, **{**case.options, **option})
         assert not torch.equal(case.run(other, batch=1), video)
 
 

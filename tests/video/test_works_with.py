@@ -27,7 +27,7 @@ def with_lora(model):
 
 def test_lora_loaded_after():
     model = wan()
-    diffusers_hook.enable(model, progress=False)
+    diffusers_hook.enable(model, progress=False, seda=True)
     before = run(model)
     with_lora(model)
     changed = run(model)
@@ -39,7 +39,7 @@ def test_lora_loaded_after():
 def test_lora_loaded_before_is_kept_and_its_base_quantized():
     model = with_lora(wan())
     before = run(model)
-    diffusers_hook.enable(model, progress=False)
+    diffusers_hook.enable(model, progress=False, seda=True)
     quantized = [n for n, m in model.named_modules() if isinstance(m, DialectLinear)]
     assert len(quantized) == 10 * LAYERS
     assert sum(name.endswith(".base_layer") for name in quantized) == 8 * LAYERS
@@ -51,8 +51,8 @@ def test_lora_loaded_before_is_kept_and_its_base_quantized():
 
 def test_lora_before_and_after_give_the_same_output():
     first, second = with_lora(wan()), wan()
-    diffusers_hook.enable(first, progress=False)
-    diffusers_hook.enable(second, progress=False)
+    diffusers_hook.enable(first, progress=False, seda=True)
+    diffusers_hook.enable(second, progress=False, seda=True)
     assert torch.equal(run(first), run(with_lora(second)))
 
 
@@ -60,11 +60,11 @@ def test_projections_fused_before_are_quantized_as_they_are():
     model = wan()
     before = run(model)
     model.fuse_qkv_projections()
-    diffusers_hook.enable(model, progress=False)
+    diffusers_hook.enable(model, progress=False, seda=True)
     assert isinstance(model.blocks[0].attn1.to_qkv, DialectLinear)
     assert isinstance(model.blocks[0].attn2.to_kv, DialectLinear)
     apart = wan()
-    diffusers_hook.enable(apart, progress=False)
+    diffusers_hook.enable(apart, progress=False, seda=True)
     # one row exponent per output row: fused or not, the weights are the same numbers
     torch.testing.assert_close(run(model), run(apart), rtol=0, atol=1e-5)
     diffusers_hook.disable(model)
@@ -74,7 +74,7 @@ def test_projections_fused_before_are_quantized_as_they_are():
 
 def test_fusing_afterwards_is_refused():
     pipe = wan_pipeline()
-    pipe.enable_semantic_dialect(progress=False)
+    pipe.enable_semantic_dialect(progress=False, seda=True)
     with pytest.raises(RuntimeError, match="fuse them before enable_semantic_dialect"):
         pipe.transformer.fuse_qkv_projections()
     pipe.disable_semantic_dialect()
@@ -87,7 +87,7 @@ def test_fusing_afterwards_is_refused():
 ])  # fmt: skip
 def test_group_offload(options):
     model = wan()
-    diffusers_hook.enable(model, progress=False)
+    diffusers_hook.enable(model, progress=False, seda=True)
     before = run(model, context="cond")
     model.enable_group_offload(onload_device=CPU, offload_device=CPU, **options)
     assert torch.equal(run(model, context="cond"), before)
@@ -95,7 +95,7 @@ def test_group_offload(options):
 
 def test_model_offload_of_the_pipeline():
     pipe = wan_pipeline()
-    pipe.enable_semantic_dialect(progress=False)
+    pipe.enable_semantic_dialect(progress=False, seda=True)
     before = generate(pipe)
     pipe.enable_model_cpu_offload(device="cpu")
     assert torch.equal(generate(pipe), before)
@@ -104,7 +104,7 @@ def test_model_offload_of_the_pipeline():
 def test_sequential_offload():
     """Of the transformer alone: on CPU the whole pipeline fails without SemanticDialect too."""
     model = wan()
-    diffusers_hook.enable(model, progress=False)
+    diffusers_hook.enable(model, progress=False, seda=True)
     before = run(model)
     cpu_offload(model, CPU)
     assert model.blocks[0].attn1.to_q.bias.device.type == "meta"
@@ -113,7 +113,7 @@ def test_sequential_offload():
 
 def test_layerwise_casting():
     model = wan()
-    diffusers_hook.enable(model, progress=False)
+    diffusers_hook.enable(model, progress=False, seda=True)
     before = run(model)
     codes = model.blocks[0].attn1.to_q.weight_packed.clone()
     model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
@@ -143,13 +143,13 @@ def test_refreshes_count_attention_calls_and_not_steps():
 def test_vae_tiling():
     pipe = wan_pipeline()
     pipe.vae.enable_tiling()
-    pipe.enable_semantic_dialect(progress=False)
+    pipe.enable_semantic_dialect(progress=False, seda=True)
     assert generate(pipe).isfinite().all()
 
 
 def test_moving_the_pipeline_to_its_device_changes_nothing():
     pipe = wan_pipeline()
-    pipe.enable_semantic_dialect(progress=False)
+    pipe.enable_semantic_dialect(progress=False, seda=True)
     before = generate(pipe)
     assert torch.equal(generate(pipe.to("cpu")), before)
 
@@ -168,7 +168,7 @@ def test_a_modular_pipeline_through_the_function():
 
     pipe = Loaded(wan())
     before = run(pipe.transformer)
-    diffusers_hook.enable(pipe, progress=False)
+    diffusers_hook.enable(pipe, progress=False, seda=True)
     assert not torch.equal(run(pipe.transformer), before)
     diffusers_hook.disable(pipe)
     assert torch.equal(run(pipe.transformer), before)
