@@ -53,6 +53,17 @@ def _load_tokens(p_x, o_column, m_token, columns, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _added(total, step, ASM: tl.constexpr):
+    """total + step in float32; a plain sum would become the accumulator of the step's MMA."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "add.rn.f32 $0, $1, $2;", "=f,f,f", [total, step], tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return total + step
+
+
+@triton.jit
 def _eight_bit_dot(part, x, total, ASM: tl.constexpr):
     w = part.to(tl.float8e4nv, bitcast=True)
     if ASM:
@@ -102,7 +113,7 @@ def eight_bit_kernel(
         x0 = tl.reshape(x0, (BM, BK // 2))
         x1 = tl.reshape(x1, (BM, BK // 2))
         step = _eight_bit_dot(part0, x0, tl.zeros((BN, BM), tl.float32), ASM)
-        total += _eight_bit_dot(part1, x1, step, ASM)
+        total = _added(total, _eight_bit_dot(part1, x1, step, ASM), ASM)
     store_tile(
         total, p_x_scale, p_row_exponent, p_bias, p_y, o_token, o_feature, tokens, features,
         True, BIAS, PARTIAL, ASM,
@@ -179,7 +190,7 @@ def sixteen_bit_kernel(
             step = _sixteen_bit_dot(part2, x2, step, FLOAT16, ASM)
             x3 = _load_tokens(p_row, start + o_pair + 6, m_token, columns, EVEN)
             step = _sixteen_bit_dot(part3, x3, step, FLOAT16, ASM)
-        total += step
+        total = _added(total, step, ASM)
     store_tile(
         total, p_x_scale, p_row_exponent, p_bias, p_y, o_token, o_feature, tokens, features,
         SCALED, BIAS, PARTIAL, ASM,
