@@ -17,9 +17,10 @@ from .dispatch import GemmPlan, choose
 from .fp8_quantizer import quantize_activation_fp8
 from .gemm import launch_eight_bits, launch_sixteen_bits
 from .packed import PackedTensor
+from .packed_quantizer import quantize_weight
 from .rows import interpreted, with_unit_stride
 
-__all__ = ["covers", "linear", "product"]
+__all__ = ["covers", "decomposed_product", "linear", "product", "quantize_weight", "runs_on"]
 
 _FP8_CAPABILITY = (8, 9)
 _LEAST_CAPABILITY = (8, 0)
@@ -36,16 +37,20 @@ class _Device(NamedTuple):
     capability: tuple[int, int]
 
 
+def runs_on(device: torch.device) -> bool:
+    """Whether the device runs the kernels: compute capability 8.0, or Triton's interpreter."""
+    if device.type == "cuda":
+        return _device(device).capability >= _LEAST_CAPABILITY
+    return device.type == "cpu" and interpreted()
+
+
 def covers(x: torch.Tensor, p: PackedTensor, activation_format: str, accumulation: str) -> bool:
     """Whether the kernels compute this product.
 
-    They need compute capability 8.0. ``exact`` means the reference's bits, which the MMA gives for
-    W4A4 only; W4A16 needs 16-bit tokens.
+    ``exact`` means the reference's bits, which the MMA gives for W4A4 only; W4A16 needs 16-bit
+    tokens.
     """
-    if x.device.type == "cuda":
-        if _device(x.device).capability < _LEAST_CAPABILITY:
-            return False
-    elif not (x.device.type == "cpu" and interpreted()):
+    if not runs_on(x.device):
         return False
     if accumulation == "exact" and activation_format != "dialect":
         return False
@@ -79,6 +84,32 @@ def linear(
         q, scale = quantize_activation_fp8(tokens, p.block_size)
     exact = accumulation == "exact"
     return product(q, scale, p, bias, activation_format, tokens.dtype, exact)
+
+
+def decomposed_product(
+    tokens: torch.Tensor,
+    p: PackedTensor,
+    rows: torch.Tensor,
+    group: torch.Tensor | None,
+) -> torch.Tensor:
+    """Rounded tokens, then the residuals of `rows`, times the weight (SemanticDialect).
+
+    Args:
+        tokens: float32, bfloat16 or float16 [T, K].
+        p: packed weight [N, K], K > 0.
+        rows: int64 [S], the salient tokens.
+        group: integers [T] or None; tokens with the same number >= 0 share variants.
+
+    Returns:
+        float32 [T + S, N], without a bias.
+    """
+    if tokens.shape[0] == 0 or p.shape[0] == 0:
+        return tokens.new_empty(tokens.shape[0] + len(rows), p.shape[0], dtype=torch.float32)
+    if group is not None:  # any numbers; the quantizer's labels are smaller than T
+        _, label = torch.unique(group, return_inverse=True)
+        group = torch.where(group >= 0, label, -1).to(torch.int32)
+    q, scale = quantize_activation(tokens, p.book, p.block_size, salient=rows, group=group)
+    return product(q, scale, p, None, "dialect", torch.float32)
 
 
 def product(

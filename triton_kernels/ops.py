@@ -45,7 +45,13 @@ def quantize(
 ) -> PackedTensor:
     """Quantize a matrix; see :func:`dialect_kernels.reference.quantize`, whose bytes it returns."""
     if x.device.type != "cpu" or not cpu.available():
-        return reference.quantize(x, book, block_size, rule, window, name)
+        kernels = _gpu_kernels(x.device)
+        if kernels is None or not kernels.runs_on(x.device):
+            return reference.quantize(x, book, block_size, rule, window, name)
+        packed_on_gpu: PackedTensor = kernels.quantize_weight(
+            x, book, block_size, rule, window, name
+        )
+        return packed_on_gpu
     window = reference.check_quantize(x, book, block_size, rule, window, name)
     packed = cpu.quantize(x, book, block_size, rule, window)
     return PackedTensor(
@@ -266,17 +272,28 @@ def _semantic_linear(
             tokens, variants, rows, codes, meta, row_exponent, in_features, formatbook, block_size
         )
     else:
-        rounded = reference.round_activation(tokens, formatbook, block_size, groups)
-        residual = tokens[rows].to(torch.float32) - rounded[rows]
-        residual = reference.round_activation(residual, formatbook, block_size)
         shape = (codes.shape[0], in_features)
         p = PackedTensor(codes, meta, row_exponent, shape, formatbook, block_size)
-        y = F.linear(torch.cat([rounded, residual]), p.dequantize(torch.float32))
+        y = _decomposed_linear(tokens, p, rows, groups)
     y, left_over = y[: tokens.shape[0]], y[tokens.shape[0] :]
     y[rows] += left_over
     if bias is not None:
         y = y + bias.to(torch.float32)
     return y.to(x.dtype).view(*x.shape[:-1], codes.shape[0])
+
+
+def _decomposed_linear(
+    tokens: torch.Tensor, p: PackedTensor, rows: torch.Tensor, groups: torch.Tensor | None
+) -> torch.Tensor:
+    """Rounded tokens and then the residuals of `rows` times the weight, float32 [T + S, N]."""
+    kernels = _gpu_kernels(tokens.device)
+    if kernels is not None and kernels.covers(tokens, p, "dialect", "default"):
+        y: torch.Tensor = kernels.decomposed_product(tokens, p, rows, groups)
+        return y
+    rounded = reference.round_activation(tokens, p.book, p.block_size, groups)
+    residual = tokens[rows].to(torch.float32) - rounded[rows]
+    residual = reference.round_activation(residual, p.book, p.block_size)
+    return F.linear(torch.cat([rounded, residual]), p.dequantize(torch.float32))
 
 
 @torch.library.register_fake("blockdialect::semantic_linear", lib=_library)  # type: ignore[untyped-decorator]

@@ -17,6 +17,7 @@ from dialect_kernels import (
     dialect_linear,
     quantize,
     reference,
+    semantic_linear,
 )
 from dialect_kernels.formatbook import BLOCK_SIZES
 
@@ -272,3 +273,32 @@ def test_the_op_runs_the_kernels(monkeypatch):
     close = dialect_linear(x, p, bias)
     assert close.shape == (2, 3, 40)
     assert (close - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_the_op_quantizes_weights_with_the_kernel(monkeypatch):
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    w = tensor(5, 72)
+    want = reference.quantize(w, SEMANTIC_32, 16)
+    monkeypatch.setattr(reference, "quantize", None)
+    got = quantize(w, SEMANTIC_32, 16)
+    assert torch.equal(got.codes, want.codes)
+    assert torch.equal(got.meta, want.meta)
+    assert torch.equal(got.row_exponent, want.row_exponent)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_the_semantic_op_runs_the_kernels(batched, monkeypatch):
+    p, bias = weight(40, 200, SEMANTIC_32), tensor(1, 40, seed=3)[0]
+    x = tensor(8, 200).view(2, 4, 200) if batched else tensor(4, 200)
+    salient = torch.tensor([[1, -1, 3], [0, 1, 1]])
+    group = torch.tensor([[500, -1, 500, 7], [0, 0, -1, 500]])
+    if not batched:
+        salient, group = salient[0], group[0]
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    cases = [(salient, group), (salient, None), (None, group), (None, None)]
+    want = [reference.semantic_linear(x, p, bias, *case) for case in cases]
+    assert not torch.equal(want[0], want[1]), "the groups change something"
+    monkeypatch.setattr(PackedTensor, "dequantize", None)  # the path of plain torch
+    for case, wanted in zip(cases, want, strict=True):
+        got = semantic_linear(x, p, bias, *case)
+        assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
