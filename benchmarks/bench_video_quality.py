@@ -4,7 +4,7 @@ Sixteen prompts and three seeds; every video is compared with the one that the 1
 the same noise. All formats change the same linear layers; FP8, MXFP4 and NVFP4 are emulated there.
 
 * ``sqnr``: one step. The velocity that the transformer predicts for a noisy drawn video, against
-  the 16-bit model's, in dB; the mean over three noise levels.
+  the 16-bit model's, in dB; for each prompt the mean over three noise levels and all seeds.
 * ``psnr``, ``ssim``: the final video, 16 steps with guidance.
 * ``change``: temporal consistency, see `demo.video.metrics.frame_change_error`.
 * ``vmaf``: mean over all videos, by ffmpeg's filter on the videos enlarged eight times.
@@ -225,7 +225,7 @@ def _row(name: str, row: Mapping[str, Any]) -> list[str]:
 
 
 def _spread(values: list[float], digits: int) -> str:
-    """Mean and standard deviation over the videos."""
+    """Mean and standard deviation over the videos; of ``sqnr`` over the prompts."""
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 

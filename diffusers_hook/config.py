@@ -55,7 +55,7 @@ class SemanticDialectConfig(BaseModel):
         selection: which tokens by received attention: ``"top"``, or the controls ``"bottom"`` and
             ``"random"``.
         seda: whether tokens of one semantic group share a sub-formatbook (SemanticDialect);
-            semantic_32 only.
+            semantic_32 only. Off by default: on the shipped model it does not help (ours).
         seda_window: frames, rows and columns of tokens per window (ours).
         seda_threshold: correlation, relative to the window's largest, from which a token joins its
             anchor's group, 0..1 (ours).
@@ -80,7 +80,7 @@ class SemanticDialectConfig(BaseModel):
     salient_fraction: float = Field(default=0.10, ge=0.0, le=1.0)
     salient_refresh: int = Field(default=5, ge=1)
     selection: Literal["top", "bottom", "random"] = "top"
-    seda: bool = True
+    seda: bool = False
     seda_window: tuple[int, int, int] = Field(default=(4, 4, 4), strict=False)
     seda_threshold: float = Field(default=0.5, ge=0.0, le=1.0)
     seda_refresh: int = Field(default=10, ge=1)
