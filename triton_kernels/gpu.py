@@ -178,15 +178,8 @@ def _scratch_product(
         weight, weight_scale = decode_e4m3(p)
         fused = bias is not None and bias.dtype == dtype == torch.bfloat16
         fused = fused and len(weight) == p.shape[0]
-        y = torch._scaled_mm(
-            x,
-            weight.t(),
-            scale_a=_given(scale)[:, None],
-            scale_b=weight_scale[None, :],
-            bias=bias if fused else None,
-            out_dtype=torch.bfloat16,
-            use_fast_accum=False,
-        )[:, : p.shape[0]]
+        y = scaled_product(x, _given(scale), weight, weight_scale, bias if fused else None)
+        y = y[:, : p.shape[0]]
         bias = None if fused else bias
     elif scale is not None:
         y = F.linear(x[:, : p.shape[1]].to(torch.bfloat16), decode_bf16(p)).float()
@@ -196,6 +189,36 @@ def _scratch_product(
     if bias is not None:
         y = y.to(torch.float32) + bias.to(torch.float32)
     return y.to(dtype).contiguous()
+
+
+def scaled_product(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """The library's FP8 GEMM, float32 accumulation; bfloat16 is the one result all of them have.
+
+    Args:
+        x: float8_e4m3fn [T, Kp], Kp a multiple of 16.
+        scale: float32 [T].
+        weight: float8_e4m3fn [Np, Kp], Np a multiple of 16.
+        weight_scale: float32 [Np].
+        bias: bfloat16 [Np] or None.
+
+    Returns:
+        bfloat16 [T, Np].
+    """
+    return torch._scaled_mm(
+        x,
+        weight.t(),
+        scale_a=scale.unsqueeze(1),
+        scale_b=weight_scale.unsqueeze(0),
+        bias=bias,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=False,
+    )
 
 
 def _given(scale: torch.Tensor | None) -> torch.Tensor:
