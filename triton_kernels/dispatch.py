@@ -20,7 +20,7 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from typing import Any
 
-__all__ = ["GemmPlan", "choose", "default_plan", "parse_plans", "tuned_plans"]
+__all__ = ["TABLES", "GemmPlan", "choose", "default_plan", "parse_plans", "tuned_plans"]
 
 _log = logging.getLogger(__name__)
 
@@ -68,19 +68,26 @@ class GemmPlan:
                 )
 
 
-_EIGHT_BITS = (
-    (16, GemmPlan("fused", 16, 64, 256, num_warps=4, num_stages=6)),
-    (32, GemmPlan("fused", 32, 64, 256, num_warps=4, num_stages=4)),
-    (256, GemmPlan("fused", 64, 64, 256, num_warps=4, num_stages=4)),
-)
-"""(largest T, plan) for FP8 operands; beyond the last: scratch. Derived from compiled code: no
-spilled registers, and at 256 tokens decoding four times costs what writing it once does."""
-_SIXTEEN_BITS = (
-    (16, GemmPlan("fused", 16, 64, 128, num_warps=4, num_stages=4)),
-    (32, GemmPlan("fused", 32, 64, 128, num_warps=4, num_stages=4)),
-    (128, GemmPlan("fused", 64, 64, 128, num_warps=4, num_stages=3)),
-)
-"""The same for 16-bit operands."""
+TABLES = {
+    "fp8": (
+        (16, GemmPlan("fused", 16, 64, 256, num_warps=4, num_stages=6)),
+        (32, GemmPlan("fused", 32, 64, 256, num_warps=4, num_stages=4)),
+        (256, GemmPlan("fused", 64, 64, 256, num_warps=4, num_stages=4)),
+    ),
+    "fp8_in_warps": (
+        (16, GemmPlan("fused", 16, 64, 256, num_warps=4, num_stages=4)),
+        (32, GemmPlan("fused", 32, 64, 256, num_warps=4, num_stages=4)),
+        (256, GemmPlan("fused", 64, 64, 128, num_warps=4, num_stages=3)),
+    ),
+    "sixteen_bits": (
+        (16, GemmPlan("fused", 16, 64, 128, num_warps=4, num_stages=4)),
+        (32, GemmPlan("fused", 32, 64, 128, num_warps=4, num_stages=4)),
+        (128, GemmPlan("fused", 64, 64, 128, num_warps=4, num_stages=3)),
+    ),
+}
+"""(largest T, plan) by operands: FP8 on Hopper's and Blackwell's large MMAs, FP8 on the MMA of one
+warp, 16 bits; beyond the last T scratch. Derived from compiled code: no spilled registers, and at
+256 tokens decoding four times costs about what writing the weight once does."""
 _SCRATCH = GemmPlan("scratch", 64, 64, 128, num_warps=4, num_stages=3)
 """Its tile is for the 16-bit kernel, where scratch memory is not possible."""
 _LEAST_STEPS = 4
@@ -94,7 +101,7 @@ def choose(
     activation_format: str,
     device_name: str,
     processors: int,
-    eight_bits: bool,
+    table: str,
 ) -> GemmPlan:
     """The plan for a product of [T, K] with [N, K].
 
@@ -103,22 +110,19 @@ def choose(
         activation_format: ``"dialect"``, ``"fp8"`` or ``"none"``.
         device_name: as the driver gives it, for a measured configuration.
         processors: multiprocessors of the device.
-        eight_bits: whether the operands are FP8.
+        table: which of `TABLES` is for the operands on this device.
     """
     plans = tuned_plans(features, columns, device_name).get(activation_format)
     if plans:
         position = math.log(max(1, tokens))
         return plans[min(plans, key=lambda measured: abs(math.log(measured) - position))]
     _say_once(f"no measured GEMM configuration for {device_name}: using derived ones")
-    return default_plan(tokens, features, columns, processors, eight_bits)
+    return default_plan(tokens, features, columns, processors, table)
 
 
-def default_plan(
-    tokens: int, features: int, columns: int, processors: int, eight_bits: bool
-) -> GemmPlan:
+def default_plan(tokens: int, features: int, columns: int, processors: int, table: str) -> GemmPlan:
     """The derived plan; splits K where the tiles are too few for the device."""
-    table = _EIGHT_BITS if eight_bits else _SIXTEEN_BITS
-    plan = next((plan for most, plan in table if tokens <= most), None)
+    plan = next((plan for most, plan in TABLES[table] if tokens <= most), None)
     if plan is None:
         return _SCRATCH
     tiles = math.ceil(tokens / plan.tokens) * math.ceil(features / plan.features)

@@ -148,7 +148,7 @@ def product(
             activation_format,
             device.name,
             device.processors,
-            eight_bits,
+            _table(device) if eight_bits else "sixteen_bits",
         )
         if plan.kind == "scratch" and x.dtype != torch.float16:
             return _scratch_product(x, scale, p, bias, dtype, eight_bits)
@@ -219,6 +219,11 @@ def scaled_product(
         out_dtype=torch.bfloat16,
         use_fast_accum=False,
     )
+
+
+def _table(device: _Device) -> str:
+    """The dispatch table of FP8 operands: Hopper and data-centre Blackwell have large MMAs."""
+    return "fp8" if device.capability[0] in (9, 10) else "fp8_in_warps"
 
 
 def _given(scale: torch.Tensor | None) -> torch.Tensor:

@@ -9,16 +9,16 @@ import pytest
 from dialect_kernels import dispatch
 from dialect_kernels.dispatch import GemmPlan, choose, default_plan, parse_plans, tuned_plans
 
-H200 = {"processors": 132, "eight_bits": True}
+H200 = {"processors": 132, "table": "fp8"}
 
 
 def plan_of(tokens, features=4096, columns=4096, **facts):
     return default_plan(tokens, features, columns, **(H200 | facts))
 
 
-@pytest.mark.parametrize("eight_bits", [True, False])
-def test_a_plan_for_every_number_of_tokens(eight_bits):
-    kinds = [plan_of(tokens, eight_bits=eight_bits).kind for tokens in range(1, 2049)]
+@pytest.mark.parametrize("table", dispatch.TABLES)
+def test_a_plan_for_every_number_of_tokens(table):
+    kinds = [plan_of(tokens, table=table).kind for tokens in range(1, 2049)]
     assert kinds[0] == "fused"
     assert kinds[-1] == "scratch"
     assert sum(a != b for a, b in pairwise(kinds)) == 1, "one crossover"
