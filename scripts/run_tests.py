@@ -1,7 +1,8 @@
-"""Run all tests in three processes and sum them up in the last line. Run by `make test`.
+"""Run all tests in four processes and sum them up in the last line. Run by `make test`.
 
 Triton reads `TRITON_INTERPRET` once, when it is imported, so tests in its interpreter have a
-process of their own. Each stage runs even if an earlier one failed.
+process of their own; so do those that compile with an older Triton, the one beside the oldest torch
+that is supported. Each stage runs even if an earlier one failed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
+OLD_TRITON = "3.6.0"
+OLD_TRITON_FOLDER = ROOT / ".cache" / f"triton-{OLD_TRITON}"
 STAGES = (
     ("everything quick", {}, ("-m", "not slow")),
     (
@@ -23,7 +26,12 @@ STAGES = (
         {"TRITON_INTERPRET": "1"},
         ("tests/kernels/interpreted",),
     ),
-    ("vLLM's engine and server, crashes, wheels, compilers", {}, ("-m", "slow")),
+    (
+        f"kernels compiled by Triton {OLD_TRITON}",
+        {"PYTHONPATH": str(OLD_TRITON_FOLDER)},
+        ("tests/kernels/compiled",),
+    ),
+    ("vLLM's engine and server, crashes, wheels, compiled kernels", {}, ("-m", "slow")),
 )
 INTERPRETED = "--ignore=tests/kernels/interpreted"
 
@@ -31,6 +39,9 @@ INTERPRETED = "--ignore=tests/kernels/interpreted"
 def main() -> int:
     """Run the stages; the exit status is 0 if each of them passed at least one test."""
     began = time.monotonic()
+    if not (OLD_TRITON_FOLDER / "triton").exists():
+        wanted = ("--no-deps", "--target", str(OLD_TRITON_FOLDER), f"triton=={OLD_TRITON}")
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *wanted], check=True)
     total: Counter[str] = Counter()
     failed = []
     for number, (name, environment, arguments) in enumerate(STAGES, start=1):

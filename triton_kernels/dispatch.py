@@ -81,7 +81,7 @@ TABLES = {
     ),
     "sixteen_bits": (
         (16, GemmPlan("fused", 16, 64, 128, num_warps=4, num_stages=4)),
-        (32, GemmPlan("fused", 32, 64, 128, num_warps=4, num_stages=4)),
+        (32, GemmPlan("fused", 32, 64, 64, num_warps=4, num_stages=4)),
         (128, GemmPlan("fused", 64, 64, 128, num_warps=4, num_stages=3)),
     ),
 }

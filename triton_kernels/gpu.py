@@ -20,11 +20,19 @@ from .packed import PackedTensor
 from .packed_quantizer import quantize_weight
 from .rows import interpreted, with_unit_stride
 
-__all__ = ["covers", "decomposed_product", "linear", "product", "quantize_weight", "runs_on"]
+__all__ = [
+    "EXACT_PLANS",
+    "covers",
+    "decomposed_product",
+    "linear",
+    "product",
+    "quantize_weight",
+    "runs_on",
+]
 
 _FP8_CAPABILITY = (8, 9)
 _LEAST_CAPABILITY = (8, 0)
-_EXACT_PLANS = (
+EXACT_PLANS = (
     (16, GemmPlan("fused", 16, 64, 64, num_stages=3)),
     (2**31, GemmPlan("fused", 64, 64, 64, num_stages=3)),
 )
@@ -139,7 +147,7 @@ def product(
     eight_bits = scale is not None and device.capability >= _FP8_CAPABILITY
     bias = None if bias is None else bias.contiguous()
     if exact:
-        plan = next(plan for most, plan in _EXACT_PLANS if x.shape[0] <= most)
+        plan = next(plan for most, plan in EXACT_PLANS if x.shape[0] <= most)
     else:
         plan = choose(
             x.shape[0],
