@@ -112,7 +112,7 @@ def test_defaults_quantize_everything_that_is_large(layout):
     """More than 5 % of the parameters are modulation: it becomes FP8."""
     model = CASES[0].build()
     before = model(**arguments(2))
-    assert diffusers_hook.enable(model, layout=layout, progress=False) is model
+    assert diffusers_hook.enable(model, layout=layout, progress=False, seda=True) is model
     kinds = {n: type(m) for n, m in model.named_modules() if type(m) in (DialectLinear, Fp8Linear)}
     assert kinds == {
         **dict.fromkeys(CASES[0].streams, DialectLinear),

@@ -238,7 +238,7 @@ def test_every_tile_of_the_tables():
         y = torch.empty(3, 40)
         launch_eight_bits(q, scale, p, None, y, plan)
         assert_within(y, x, p, "dialect")
-    for _, plan in TABLES["sixteen_bits"] + gpu._EXACT_PLANS:
+    for _, plan in TABLES["sixteen_bits"] + gpu.EXACT_PLANS:
         y = torch.empty(3, 40)
         launch_sixteen_bits(q.to(torch.bfloat16), scale, p, None, y, plan)
         assert_within(y, x, p, "dialect")
