@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
+
+import torch
 
 __all__ = [
     "current_architectures",
     "is_expert_layer",
     "loads_through_loaders",
+    "permit_amx",
     "tied_embeddings",
 ]
 
@@ -49,6 +53,19 @@ def loads_through_loaders() -> bool:
     """
     config = _vllm_config()
     return config is not None and str(config.load_config.load_format) in _LOAD_FORMATS
+
+
+@cache
+def permit_amx() -> None:
+    """Ask Linux for the AMX tiles of the CPU, for the whole process.
+
+    Symptom: the worker dies of SIGILL in its first attention with bfloat16 on a CPU with AMX.
+    Cause: vLLM's attention uses tiles without asking for them. A 16-bit model does not show it,
+    because oneDNN's linear layers ask, and a quantized one runs none of these before its attention.
+    Ends with the first vLLM that asks itself (0.32 does not).
+    """
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
 
 
 def _hf_config() -> Any:

@@ -27,6 +27,8 @@ from dialect_kernels import PackedTensor, quantize
 from dialect_kernels.formatbook import book_by_name
 from dialect_kernels.ops import linear
 
+from . import compat
+
 __all__ = ["BlockDialectLinearMethod", "LinearSpec"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -142,6 +144,7 @@ class BlockDialectLinearMethod(LinearMethodBase):
         """
         if getattr(layer, "_already_called_process_weights_after_loading", False):
             return
+        compat.permit_amx()
         if self.spec.complete:
             self._check_loaded(layer)
         if self.spec.serialized:

@@ -6,6 +6,7 @@ import textwrap
 from importlib.metadata import entry_points
 
 import pytest
+import torch
 from served_models import build
 
 from dialect_plugin.convert import convert
@@ -80,7 +81,9 @@ def test_other_models_start_where_the_plugin_cannot(tmp_path):
             EngineArgs({str(tmp_path / "packed")!r}, skip_tokenizer_init=True).create_model_config()
         except ValueError as error:
             print("refused:", error)
-        llm = LLM({str(source)!r}, skip_tokenizer_init=True, enforce_eager=True, max_model_len=64)
+        # float32: with bfloat16 this vLLM dies of SIGILL on CPUs with AMX, see compat.permit_amx
+        llm = LLM({str(source)!r}, skip_tokenizer_init=True, enforce_eager=True, max_model_len=64,
+                  dtype="float32")
         parameters = SamplingParams(max_tokens=3, ignore_eos=True, detokenize=False)
         (output,) = llm.generate([{{"prompt_token_ids": [1, 2, 3]}}], parameters)
         print("generated", len(output.outputs[0].token_ids))
@@ -90,3 +93,23 @@ def test_other_models_start_where_the_plugin_cannot(tmp_path):
     assert "blockdialect is not available" in output
     assert "Unknown quantization method: blockdialect" in output
     assert "generated 3" in output
+
+
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="this CPU has no AMX")
+def test_amx_is_asked_for():
+    output = run(
+        """
+        import ctypes
+        from dialect_plugin.compat import permit_amx
+
+        def tiles_are_permitted():
+            mask, prctl, get_permission = ctypes.c_uint64(), 158, 0x1022
+            assert ctypes.CDLL(None).syscall(prctl, get_permission, ctypes.byref(mask)) == 0
+            return bool(mask.value >> 18 & 1)
+
+        print(tiles_are_permitted())
+        permit_amx()
+        print(tiles_are_permitted())
+        """
+    )
+    assert output.split() == ["False", "True"]
