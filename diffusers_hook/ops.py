@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from dialect_kernels import PackedTensor, dialect_linear, semantic_linear
-from dialect_kernels.formatbook import book_by_name
+from dialect_kernels.ops import linear as dialect_op
+from dialect_kernels.ops import semantic_op
 
 from .layouts import Stream
 from .state import state_of
@@ -51,18 +51,17 @@ def _linear(
     activation: str,
     stream: str,
 ) -> torch.Tensor:
-    shape = (codes.shape[0], in_features)
-    packed = PackedTensor(codes, meta, row_exponent, shape, book_by_name(book), block_size)
+    weight = (codes, meta, row_exponent, bias, in_features, book, block_size)
     state = state_of(slot)
     if state is None:
-        return dialect_linear(x, packed, bias, activation)
+        return dialect_op(x, *weight, activation, "default")
     count = x.numel() // in_features
     rows = state.rows(Stream(stream), count, x.device)
     with state.model.clock("linear layers"):
         if rows.salient is None and rows.group is None:
-            return dialect_linear(x, packed, bias, activation)
+            return dialect_op(x, *weight, activation, "default")
         samples = x.reshape(rows.batch, rows.tokens, in_features)
-        y = semantic_linear(samples, packed, bias, salient=rows.salient, group=rows.group)
+        y = semantic_op(samples, *weight, rows.salient, rows.group)
         return y.view(*x.shape[:-1], codes.shape[0])
 
 

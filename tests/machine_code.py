@@ -17,13 +17,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Bytes of shared memory that one program may use, by compute capability."""
 
 POINTERS = {
     "p_x_scale": "*fp32", "p_scale": "*fp32", "p_codes": "*u8", "p_meta": "*u8", "p_q": "*u8",
     "p_row_exponent": "*i8", "p_salient": "*i32", "p_group": "*i32", "p_totals": "*i32",
-    "p_book": "*i32", "p_bias": "*bf16", "p_y": "*bf16", "p_x": "*bf16",
+    "p_book": "*i32", "p_bias": "*bf16", "p_y": "*bf16", "p_x": "*bf16", "p_zeros": "*i32",
+    "p_partial": "*fp32", "p_arrived": "*i32",
 }  # fmt: skip
 
 
@@ -79,7 +80,7 @@ def compile_kernel(kernel, capability, constants, pointers=(), num_warps=4, num_
 
     Args:
         kernel: the jitted function.
-        capability: 80, 89, 90 or 100.
+        capability: 80, 89, 90, 100 or 120.
         constants: its constexpr arguments, and arguments that are None.
         pointers: types of pointers where they are not those of `POINTERS`.
         num_warps, num_stages: as at a launch.

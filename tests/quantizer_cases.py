@@ -77,10 +77,9 @@ def same_rows(got, want) -> bool:
     )
 
 
-def permute(q: torch.Tensor) -> torch.Tensor:
-    """[T, Kp] with the first 16 of every 32 columns in the first half, the others in the second."""
-    padded = torch.nn.functional.pad(q, (0, -q.shape[1] % 32))
-    halves = padded.view(len(q), -1, 2, 16)
+def operand_order(q: torch.Tensor) -> torch.Tensor:
+    """[T, Kp] with the first 4 of every 8 columns in the first half, the others in the second."""
+    halves = q.view(len(q), -1, 2, 4)
     return torch.cat([halves[:, :, 0].flatten(1), halves[:, :, 1].flatten(1)], dim=1)
 
 

@@ -6,13 +6,9 @@ One program per output row. It reads the row twice, once for the row exponent R 
 it block by block (once in all, if the row fits into registers). Rows T + i are the residuals of
 the salient tokens: their program rounds the token again and then rounds what was left of it.
 
-Row layout, Kp = K rounded up to whole blocks, the tail zero::
-
-    natural    | 0 ... 31 | 32 ... 63 | ...
-    permuted   | 0 ... 15 | 32 ... 47 | ... || 16 ... 31 | 48 ... 63 | ...
-
-The permuted order (Kp rounded up to 32) keeps the first and the last sixteen of every 32 columns
-in a half of the row each, which is how decoded weights leave the registers of the GEMM.
+Kp is K rounded up to whole blocks, the tail is zero. Columns leave in their natural order or in
+that of the GEMM's operands (:mod:`dialect_kernels.rows`), numbers as E4M3 or, for GPUs without FP8,
+as bfloat16, which holds every E4M3 number.
 """
 
 # Kernel arguments are Triton's: pointers and tensors have no Python types.
@@ -47,11 +43,13 @@ from .rows import (
     RowConfig,
     aligned,
     block_columns,
+    clear,
     interpreted,
     load_blocks,
-    permuted_columns,
+    operand_columns,
     row_config,
     with_unit_stride,
+    written_dtype,
 )
 
 __all__ = ["quantize_activation"]
@@ -137,7 +135,7 @@ def _source(
     return b_x
 
 
-@triton.jit(do_not_specialize=["tokens", "columns", "padded", "stride"])
+@triton.jit(do_not_specialize=["tokens", "columns", "padded", "stride", "zeros"])
 def quantize_activation_kernel(
     p_x,
     p_q,
@@ -146,15 +144,17 @@ def quantize_activation_kernel(
     p_group,
     p_totals,
     p_book,
+    p_zeros,
     tokens,
     columns,
     padded,
     stride,
+    zeros,
     DIALECTS: tl.constexpr,
     B: tl.constexpr,
     CHUNK: tl.constexpr,
     ONE_CHUNK: tl.constexpr,
-    PERMUTED: tl.constexpr,
+    OPERANDS: tl.constexpr,
     SALIENT: tl.constexpr,
     GROUPED: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -165,6 +165,7 @@ def quantize_activation_kernel(
         columns = columns // 16 * 16
         stride = stride // 16 * 16
     i_row = tl.program_id(0)
+    clear(p_zeros, zeros)
     token = i_row
     residual = i_row >= tokens
     if SALIENT:  # noqa: SIM102 (decided while compiling)
@@ -212,11 +213,13 @@ def quantize_activation_kernel(
             DIALECTS, B, GROUPED, ASM,
         )  # fmt: skip
         o_column = block_columns(first, B, CHUNK)
-        o_place = permuted_columns(o_column, padded) if PERMUTED else o_column
+        o_place = operand_columns(o_column, padded) if OPERANDS else o_column
+        if p_q.dtype.element_ty == tl.bfloat16:
+            b_q = e4m3_values(b_q).to(tl.bfloat16)
         tl.store(p_out + o_place, b_q, mask=o_column < padded)
 
 
-@triton.jit(do_not_specialize=["tokens", "columns", "padded", "stride"])
+@triton.jit(do_not_specialize=["tokens", "columns", "stride"])
 def group_errors_kernel(
     p_x,
     p_group,
@@ -269,10 +272,11 @@ def launch_quantize_activation(
     scale: torch.Tensor,
     salient: torch.Tensor | None,
     group: torch.Tensor | None,
-    permuted: bool,
+    operand_order: bool,
+    zeros: torch.Tensor | None,
     config: RowConfig,
 ) -> None:
-    """Fill `q` (uint8 [T + S, Kp]) and `scale`; one launch, three with `group`."""
+    """Fill `q` (uint8 or bfloat16 [T + S, Kp]) and `scale`; one launch, three with `group`."""
     rows = q.shape[0]
     if rows == 0:
         return
@@ -300,13 +304,15 @@ def launch_quantize_activation(
         group,
         totals,
         table,
+        zeros,
         tokens,
         columns,
         q.shape[1],
         x.stride(0),
+        0 if zeros is None else zeros.numel(),
         DIALECTS=len(book),
         ONE_CHUNK=q.shape[1] <= config.chunk,
-        PERMUTED=permuted,
+        OPERANDS=operand_order,
         SALIENT=salient is not None,
         GROUPED=group is not None,
         **shape,
@@ -320,7 +326,9 @@ def quantize_activation(
     *,
     salient: torch.Tensor | None = None,
     group: torch.Tensor | None = None,
-    permuted: bool = False,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    operand_order: bool = False,
+    zeros: torch.Tensor | None = None,
     config: RowConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Round tokens as ``reference.round_activation`` does, to FP8 rows that hold them exactly.
@@ -336,14 +344,15 @@ def quantize_activation(
         group: int32 [T], labels 0..T-1 of tokens that share the shape of their dialects in each
             channel block (SemanticDialect's SeDA; formulas ours); -1 (or any label outside the
             range) is a free token. 32-dialect book only. Residuals are always free.
-        permuted: write the columns in the order of the GEMM's operands, see above.
+        dtype: of q: float8_e4m3fn, or bfloat16 with the same numbers.
+        operand_order: write the columns in the order of the GEMM's operands, see above.
+        zeros: int32, contiguous: memory that the same launch fills with zeros if T > 0.
         config: how a program works; any gives the same bytes.
 
     Returns:
-        (float8_e4m3fn [T + S, Kp], float32 scale [T + S]): a value is ``q * scale``. Kp is K in
-        whole blocks, with `permuted` also a multiple of 32; the tail is zero. A row with NaN or Inf
-        has NaN as its scale and zeros in q, so that every product with it is NaN. An unused place
-        has zeros and the scale 1.
+        (q [T + S, Kp], float32 scale [T + S]): a value is ``q * scale``. Kp is K in whole blocks;
+        the tail is zero. A row with NaN or Inf has NaN as its scale and zeros in q, so that every
+        product with it is NaN. An unused place has zeros and the scale 1.
 
     Raises:
         ValueError: if dtypes, shapes, devices or options do not fit.
@@ -352,14 +361,23 @@ def quantize_activation(
     check_block_size(block_size)
     _check_rows(x, salient, group, book)
     x = with_unit_stride(x)
-    padded = padded_columns(x.shape[1], max(block_size, 32) if permuted else block_size)
+    padded = padded_columns(x.shape[1], block_size)
     rows = x.shape[0] + (0 if salient is None else salient.shape[0])
-    q = torch.empty(rows, padded, dtype=torch.uint8, device=x.device)
+    q = torch.empty(rows, padded, dtype=written_dtype(dtype), device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     launch_quantize_activation(
-        x, book, block_size, q, scale, salient, group, permuted, config or row_config(padded)
+        x,
+        book,
+        block_size,
+        q,
+        scale,
+        salient,
+        group,
+        operand_order,
+        zeros,
+        config or row_config(padded),
     )
-    return q.view(torch.float8_e4m3fn), scale
+    return q.view(dtype), scale
 
 
 def _check_rows(

@@ -15,7 +15,8 @@ have tables of their own. The stored layout is read as it is: nothing is rearran
 
 Results leave the permutes in *parts*, tensors whose columns are every 8 elements' first four and
 last four (E4M3), or its four pairs (16 bits). A product over K may take its columns in any order,
-so the GEMM multiplies part by part; :func:`joined_e4m3` and :func:`joined_sixteen` restore it.
+so the GEMM multiplies part by part. In memory the E4M3 parts are the halves of a row (the order of
+operands, see :mod:`dialect_kernels.rows`); :func:`joined_sixteen` restores the natural order.
 
 Functions that take ``ASM`` have two bodies with the same results: inline PTX, and arithmetic for
 Triton's interpreter. (Tables, layout and instructions: ours.)
@@ -42,7 +43,6 @@ __all__ = [
     "decode_e4m3",
     "e4m3_parts",
     "e4m3_table",
-    "joined_e4m3",
     "joined_sixteen",
     "sixteen_parts",
     "sixteen_table",
@@ -203,14 +203,6 @@ def e4m3_parts(
 
 
 @triton.jit
-def joined_e4m3(part0, part1, BN: tl.constexpr, BK: tl.constexpr):
-    """The parts as one tensor in the order of the elements, uint8 [BN, BK]."""
-    part0 = tl.reshape(part0, (BN, BK // 8, 4))
-    part1 = tl.reshape(part1, (BN, BK // 8, 4))
-    return tl.reshape(tl.permute(tl.join(part0, part1), (0, 1, 3, 2)), (BN, BK))
-
-
-@triton.jit
 def _sixteen_bits(word, low0, low1, high0, high1, shift):
     low, sign = _block_bytes(word, low0, low1, shift)
     high, _ = _block_bytes(word, high0, high1, shift)
@@ -303,15 +295,14 @@ def decode_kernel(
 ):
     """A tile of the weight as E4M3 bytes with scales, or as bfloat16 values. Grid (N/BN, Kp/BK).
 
-    Rows beyond the weight's last (padding of the output) repeat it.
+    E4M3 is written in the order of operands, bfloat16 in the natural one. Rows beyond the weight's
+    last (padding of the output) repeat it.
     """
     padded = padded // 16 * 16
     o_row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     o_source = tl.minimum(o_row, rows - 1)
     first = tl.program_id(1) * BK
-    o_column = first + tl.arange(0, BK)
-    m_column = (o_column < padded)[None, :]
-    p_out = p_w + o_row[:, None] * padded + o_column[None, :]
+    p_out = p_w + o_row[:, None] * padded
     exponent = tl.load(p_row_exponent + o_source).to(tl.int32)
     scale = tl.where(
         exponent == _NAN_ROW, float("nan"), power_of_two(tl.maximum(exponent, -120) - 5)
@@ -320,7 +311,10 @@ def decode_kernel(
         part0, part1 = e4m3_parts(
             p_codes, p_meta, p_table, o_source, first, padded, B, BN, BK, False, ASM
         )
-        tl.store(p_out, joined_e4m3(part0, part1, BN, BK), mask=m_column)
+        o_half = first // 2 + tl.arange(0, BK // 2)
+        m_half = (o_half < padded // 2)[None, :]
+        tl.store(p_out + o_half[None, :], part0, mask=m_half)
+        tl.store(p_out + padded // 2 + o_half[None, :], part1, mask=m_half)
         if first == 0:
             tl.store(p_scale + o_row, scale)
     else:
@@ -329,7 +323,9 @@ def decode_kernel(
         )
         bits = joined_sixteen(part0, part1, part2, part3, BN, BK)
         values = bits.to(tl.bfloat16, bitcast=True).to(tl.float32) * scale[:, None]
-        tl.store(p_out, values.to(tl.bfloat16), mask=m_column)
+        o_column = first + tl.arange(0, BK)
+        m_column = (o_column < padded)[None, :]
+        tl.store(p_out + o_column[None, :], values.to(tl.bfloat16), mask=m_column)
 
 
 def _launch(
@@ -368,8 +364,9 @@ def decode_e4m3(p: PackedTensor) -> tuple[torch.Tensor, torch.Tensor]:
         p: packed weight [N, K] on a GPU (or anywhere, in Triton's interpreter).
 
     Returns:
-        (float8_e4m3fn [Np, Kp], float32 scale [Np]): Kp as in the packed tensor, Np is N rounded up
-        to 32; what is beyond N has no meaning. A value is ``e4m3 * scale``.
+        (float8_e4m3fn [Np, Kp], columns in the order of operands; float32 scale [Np]): Kp as in the
+        packed tensor, Np is N rounded up to 32; what is beyond N has no meaning. A value is
+        ``e4m3 * scale``.
     """
     rows, padded = _whole_programs(p.shape[0]), p.codes.shape[1] * 2
     w = torch.empty(rows, padded, dtype=torch.uint8, device=p.device)

@@ -72,22 +72,29 @@ TABLES = {
     "fp8": (
         (16, GemmPlan("fused", 16, 64, 256, num_warps=4, num_stages=6)),
         (32, GemmPlan("fused", 32, 64, 256, num_warps=4, num_stages=4)),
-        (256, GemmPlan("fused", 64, 64, 256, num_warps=4, num_stages=4)),
+        (64, GemmPlan("fused", 64, 64, 256, num_warps=4, num_stages=4)),
+        (512, GemmPlan("fused", 128, 128, 256, num_warps=8, num_stages=3)),
     ),
     "fp8_in_warps": (
         (16, GemmPlan("fused", 16, 64, 256, num_warps=4, num_stages=4)),
         (32, GemmPlan("fused", 32, 64, 256, num_warps=4, num_stages=4)),
-        (256, GemmPlan("fused", 64, 64, 128, num_warps=4, num_stages=3)),
+        (256, GemmPlan("fused", 64, 64, 256, num_warps=4, num_stages=3)),
     ),
     "sixteen_bits": (
-        (16, GemmPlan("fused", 16, 64, 128, num_warps=4, num_stages=4)),
+        (16, GemmPlan("fused", 16, 64, 256, num_warps=4, num_stages=3)),
+        (32, GemmPlan("fused", 32, 128, 256, num_warps=8, num_stages=3)),
+        (128, GemmPlan("fused", 64, 128, 128, num_warps=8, num_stages=3)),
+    ),
+    "sixteen_bits_in_warps": (
+        (16, GemmPlan("fused", 16, 64, 256, num_warps=4, num_stages=3)),
         (32, GemmPlan("fused", 32, 64, 64, num_warps=4, num_stages=4)),
         (128, GemmPlan("fused", 64, 64, 128, num_warps=4, num_stages=3)),
     ),
 }
-"""(largest T, plan) by operands: FP8 on Hopper's and Blackwell's large MMAs, FP8 on the MMA of one
-warp, 16 bits; beyond the last T scratch. Derived from compiled code: no spilled registers, and at
-256 tokens decoding four times costs about what writing the weight once does."""
+"""(largest T, plan) by operands and MMA: the large one of Hopper and data-centre Blackwell, or that
+of a single warp; beyond the last T scratch. Derived from compiled code: no spilled registers, only
+asynchronous loads in the loop where that can be had, and scratch begins where decoding several
+times costs about as much as writing the weight once."""
 _SCRATCH = GemmPlan("scratch", 64, 64, 128, num_warps=4, num_stages=3)
 """Its tile is for the 16-bit kernel, where scratch memory is not possible."""
 _LEAST_STEPS = 4

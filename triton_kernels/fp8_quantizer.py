@@ -18,15 +18,17 @@ import triton.language as tl
 
 from .packed import check_block_size, padded_columns
 from .reference import check_matrix
-from .rounding import INFINITY_BITS, block_largest
+from .rounding import INFINITY_BITS, block_largest, e4m3_values
 from .rows import (
     RowConfig,
     aligned,
     block_columns,
+    clear,
     load_blocks,
-    permuted_columns,
+    operand_columns,
     row_config,
     with_unit_stride,
+    written_dtype,
 )
 
 __all__ = ["quantize_activation_fp8"]
@@ -48,23 +50,26 @@ def _rounded_bytes(x):
     return ((small >> 20) | ((bits >> 24) & 0x80)).to(tl.uint8)
 
 
-@triton.jit(do_not_specialize=["columns", "padded", "stride"])
+@triton.jit(do_not_specialize=["columns", "padded", "stride", "zeros"])
 def quantize_activation_fp8_kernel(
     p_x,
     p_q,
     p_scale,
+    p_zeros,
     columns,
     padded,
     stride,
+    zeros,
     CHUNK: tl.constexpr,
     ONE_CHUNK: tl.constexpr,
-    PERMUTED: tl.constexpr,
+    OPERANDS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     if ALIGNED:
         columns = columns // 16 * 16
         padded = padded // 16 * 16
         stride = stride // 16 * 16
+    clear(p_zeros, zeros)
     i_row = tl.program_id(0).to(tl.int64)
     p_row = p_x + i_row * stride
     b_x = tl.zeros((CHUNK // _B, _B), tl.float32)
@@ -84,7 +89,9 @@ def quantize_activation_fp8_kernel(
         o_column = block_columns(first, _B, CHUNK)
         b_q = _rounded_bytes(tl.div_rn(b_x, scale))
         b_q = tl.where(finite | (o_column >= columns), b_q, 0x7F)
-        o_place = permuted_columns(o_column, padded) if PERMUTED else o_column
+        if p_q.dtype.element_ty == tl.bfloat16:
+            b_q = e4m3_values(b_q).to(tl.bfloat16)
+        o_place = operand_columns(o_column, padded) if OPERANDS else o_column
         tl.store(p_q + i_row * padded + o_place, b_q, mask=o_column < padded)
 
 
@@ -92,7 +99,9 @@ def quantize_activation_fp8(
     x: torch.Tensor,
     block_size: int = 32,
     *,
-    permuted: bool = False,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    operand_order: bool = False,
+    zeros: torch.Tensor | None = None,
     config: RowConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize tokens as ``reference.quantize_fp8`` does, padded to a weight's columns.
@@ -100,13 +109,15 @@ def quantize_activation_fp8(
     Args:
         x: float32, bfloat16 or float16 [T, K].
         block_size: the weight's block size, 16, 32 or 64; K is padded to whole blocks.
-        permuted: write the columns in the order of the GEMM's operands, see
-            :mod:`dialect_kernels.activation_quantizer`.
+        dtype: of q: float8_e4m3fn, or bfloat16 with the same numbers.
+        operand_order: write the columns in the order of the GEMM's operands, see
+            :mod:`dialect_kernels.rows`.
+        zeros: int32, contiguous: memory that the same launch fills with zeros if T > 0.
         config: how a program works on a row; any gives the same bytes.
 
     Returns:
-        (float8_e4m3fn [T, Kp], float32 scale [T]): a value is about ``q * scale``. With `permuted`
-        Kp is also a multiple of 32; the tail is zero. A token with NaN or Inf has NaN in both.
+        (q [T, Kp], float32 scale [T]): a value is about ``q * scale``; the tail is zero. A token
+        with NaN or Inf has NaN as its scale, and in q as E4M3.
 
     Raises:
         ValueError: if dtype, shape or block size are not allowed.
@@ -115,8 +126,8 @@ def quantize_activation_fp8(
     check_block_size(block_size)
     x = with_unit_stride(x)
     rows, columns = x.shape
-    padded = padded_columns(columns, max(block_size, 32) if permuted else block_size)
-    q = torch.empty(rows, padded, dtype=torch.uint8, device=x.device)
+    padded = padded_columns(columns, block_size)
+    q = torch.empty(rows, padded, dtype=written_dtype(dtype), device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     config = config or row_config(padded)
     if rows:
@@ -124,13 +135,15 @@ def quantize_activation_fp8(
             x,
             q,
             scale,
+            zeros,
             columns,
             padded,
             x.stride(0),
+            0 if zeros is None else zeros.numel(),
             CHUNK=config.chunk,
             ONE_CHUNK=padded <= config.chunk,
-            PERMUTED=permuted,
+            OPERANDS=operand_order,
             ALIGNED=aligned(x),
             num_warps=config.num_warps,
         )
-    return q.view(torch.float8_e4m3fn), scale
+    return q.view(dtype), scale

@@ -10,10 +10,11 @@ costs no more than sixteen::
     y = sum * x_scale * 2**(R - 5) + bias
 
 Columns are taken in the order in which parts of words are decoded, see
-:mod:`dialect_kernels.decode`; x is read accordingly. Every step starts from zero, because Hopper's
-FP8 accumulator keeps about 13 bits. In the mode ``exact`` a step is one block: its sum is exact in
-the 16-bit MMA, and float32 sums of blocks ascend, as in the reference. Scales and bias:
-:mod:`dialect_kernels.gemm_output`.
+:mod:`dialect_kernels.decode`: E4M3 tokens lie in this order in memory (the order of operands, see
+:mod:`dialect_kernels.rows`), 16-bit ones are read accordingly. Every step starts from zero, because
+Hopper's FP8 accumulator keeps about 13 bits. In the mode ``exact`` a step is one block: its sum is
+exact in the 16-bit MMA, and float32 sums of blocks ascend, as in the reference. Splits, scales and
+bias: :mod:`dialect_kernels.gemm_output`.
 """
 
 # Kernel arguments are Triton's: pointers and tensors have no Python types.
@@ -27,11 +28,11 @@ import triton.language as tl
 
 from .decode import e4m3_parts, e4m3_table, joined_sixteen, sixteen_parts, sixteen_table
 from .dispatch import GemmPlan
-from .gemm_output import add_splits, store_tile, workspace
+from .gemm_output import store_tile
 from .packed import PackedTensor
 from .rows import aligned, interpreted
 
-__all__ = ["launch_eight_bits", "launch_sixteen_bits"]
+__all__ = ["arrivals", "launch_eight_bits", "launch_sixteen_bits"]
 
 
 @triton.jit
@@ -82,6 +83,8 @@ def eight_bit_kernel(
     p_table,
     p_bias,
     p_y,
+    p_partial,
+    p_arrived,
     tokens,
     features,
     padded,
@@ -90,11 +93,11 @@ def eight_bit_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     BIAS: tl.constexpr,
-    PARTIAL: tl.constexpr,
+    SPLIT: tl.constexpr,
     EVEN: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """E4M3 tokens [T, Kp] times E4M3 weights. Grid (N/BN, T/BM, splits)."""
+    """E4M3 tokens [T, Kp] in the order of operands times weights. Grid (N/BN, T/BM, splits)."""
     padded = padded // (BK if EVEN else 16) * (BK if EVEN else 16)
     o_feature = tl.program_id(0) * BN + tl.arange(0, BN)
     o_token = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -108,15 +111,14 @@ def eight_bit_kernel(
         part0, part1 = e4m3_parts(
             p_codes, p_meta, p_table, o_row, start, padded, B, BN, BK, EVEN, ASM
         )
-        x = _load_tokens(p_row, start + tl.arange(0, BK), m_token, padded, EVEN)
-        x0, x1 = tl.split(tl.permute(tl.reshape(x, (BM, BK // 8, 2, 4)), (0, 1, 3, 2)))
-        x0 = tl.reshape(x0, (BM, BK // 2))
-        x1 = tl.reshape(x1, (BM, BK // 2))
+        o_half = start // 2 + tl.arange(0, BK // 2)
+        x0 = _load_tokens(p_row, o_half, m_token, padded // 2, EVEN)
+        x1 = _load_tokens(p_row + padded // 2, o_half, m_token, padded // 2, EVEN)
         step = _eight_bit_dot(part0, x0, tl.zeros((BN, BM), tl.float32), ASM)
         total = _added(total, _eight_bit_dot(part1, x1, step, ASM), ASM)
     store_tile(
-        total, p_x_scale, p_row_exponent, p_bias, p_y, o_token, o_feature, tokens, features,
-        True, BIAS, PARTIAL, ASM,
+        total, p_x_scale, p_row_exponent, p_bias, p_y, p_partial, p_arrived, o_token, o_feature,
+        tokens, features, True, BIAS, SPLIT, ASM,
     )  # fmt: skip
 
 
@@ -139,6 +141,8 @@ def sixteen_bit_kernel(
     p_table,
     p_bias,
     p_y,
+    p_partial,
+    p_arrived,
     tokens,
     features,
     columns,
@@ -150,7 +154,7 @@ def sixteen_bit_kernel(
     BK: tl.constexpr,
     SCALED: tl.constexpr,
     BIAS: tl.constexpr,
-    PARTIAL: tl.constexpr,
+    SPLIT: tl.constexpr,
     EVEN: tl.constexpr,
     ALIGNED: tl.constexpr,
     EXACT: tl.constexpr,
@@ -192,9 +196,23 @@ def sixteen_bit_kernel(
             step = _sixteen_bit_dot(part3, x3, step, FLOAT16, ASM)
         total = _added(total, step, ASM)
     store_tile(
-        total, p_x_scale, p_row_exponent, p_bias, p_y, o_token, o_feature, tokens, features,
-        SCALED, BIAS, PARTIAL, ASM,
+        total, p_x_scale, p_row_exponent, p_bias, p_y, p_partial, p_arrived, o_token, o_feature,
+        tokens, features, SCALED, BIAS, SPLIT, ASM,
     )  # fmt: skip
+
+
+def arrivals(
+    tokens: int, features: int, plan: GemmPlan, device: torch.device
+) -> torch.Tensor | None:
+    """Memory for the counters of a plan that splits K, int32; they must be zeros at the launch.
+
+    Args:
+        tokens, features: T and N.
+    """
+    if plan.splits == 1:
+        return None
+    tiles = triton.cdiv(tokens, plan.tokens) * triton.cdiv(features, plan.features)
+    return torch.empty(tiles, dtype=torch.int32, device=device)
 
 
 def launch_eight_bits(
@@ -204,17 +222,18 @@ def launch_eight_bits(
     bias: torch.Tensor | None,
     y: torch.Tensor,
     plan: GemmPlan,
+    arrived: torch.Tensor | None,
 ) -> None:
     """Fill `y` [T, N] (float32, bfloat16 or float16) with ``(q * scale) @ p.T + bias``.
 
     Args:
-        q: float8_e4m3fn [T, Kp], contiguous.
+        q: float8_e4m3fn [T, Kp], contiguous, columns in the order of operands.
         scale: float32 [T].
         p: packed weight [N, K].
         bias: [N], contiguous, or None.
-        plan: tile and splits; two launches if K is split.
+        plan: tile and splits.
+        arrived: zeros in the memory from :func:`arrivals`, if the plan splits K.
     """
-    total = workspace(y, plan.splits)
     eight_bit_kernel[_grid(y, plan)](
         q,
         scale,
@@ -223,15 +242,15 @@ def launch_eight_bits(
         p.row_exponent,
         e4m3_table(p.book, q.device),
         bias,
-        y if total is None else total,
+        y,
+        _partial(y, plan),
+        arrived,
         y.shape[0],
         y.shape[1],
         q.shape[1],
         EVEN=q.shape[1] % plan.columns == 0,
         **_shape(p, bias, plan),
     )
-    if total is not None:
-        add_splits(total, scale, p, bias, y)
 
 
 def launch_sixteen_bits(
@@ -241,6 +260,7 @@ def launch_sixteen_bits(
     bias: torch.Tensor | None,
     y: torch.Tensor,
     plan: GemmPlan,
+    arrived: torch.Tensor | None,
     exact: bool = False,
 ) -> None:
     """Fill `y` [T, N] with ``(x * scale) @ p.T + bias`` on the 16-bit MMA.
@@ -250,16 +270,15 @@ def launch_sixteen_bits(
         scale: float32 [T] or None.
         p: packed weight [N, K].
         bias: [N], contiguous, or None.
-        plan: tile and splits; its `columns` and `splits` do not count with `exact`.
+        plan: tile and splits; with `exact` its `columns` do not count, and it has one split.
+        arrived: zeros in the memory from :func:`arrivals`, if the plan splits K.
         exact: add block by block, blocks ascending. Equal to the reference for tokens that were
             rounded with the weight's book and block size.
     """
     columns = p.block_size if exact else plan.columns
-    total = None if exact else workspace(y, plan.splits)
     operand = torch.float16 if x.dtype == torch.float16 else torch.bfloat16
     padded = p.codes.shape[1] * 2
-    shape = _shape(p, bias, plan) | {"BK": columns, "PARTIAL": total is not None}
-    sixteen_bit_kernel[_grid(y, plan, splits=1 if exact else plan.splits)](
+    sixteen_bit_kernel[_grid(y, plan)](
         x,
         scale,
         p.codes,
@@ -267,7 +286,9 @@ def launch_sixteen_bits(
         p.row_exponent,
         sixteen_table(p.book, operand, x.device),
         bias,
-        y if total is None else total,
+        y,
+        _partial(y, plan),
+        arrived,
         y.shape[0],
         y.shape[1],
         x.shape[1],
@@ -278,19 +299,22 @@ def launch_sixteen_bits(
         ALIGNED=aligned(x),
         EXACT=exact,
         FLOAT16=operand == torch.float16,
-        **shape,
+        **_shape(p, bias, plan) | {"BK": columns},
     )
-    if total is not None:
-        add_splits(total, scale, p, bias, y)
 
 
-def _grid(y: torch.Tensor, plan: GemmPlan, splits: int | None = None) -> tuple[int, int, int]:
+def _grid(y: torch.Tensor, plan: GemmPlan) -> tuple[int, int, int]:
     tokens, features = y.shape
-    return (
-        triton.cdiv(features, plan.features),
-        triton.cdiv(tokens, plan.tokens),
-        plan.splits if splits is None else splits,
-    )
+    return triton.cdiv(features, plan.features), triton.cdiv(tokens, plan.tokens), plan.splits
+
+
+def _partial(y: torch.Tensor, plan: GemmPlan) -> torch.Tensor | None:
+    """Memory for the sums of every split, float32, or None if there is one."""
+    if plan.splits == 1:
+        return None
+    features, tokens, splits = _grid(y, plan)
+    tile = plan.features * plan.tokens
+    return torch.empty(features * tokens * splits * tile, dtype=torch.float32, device=y.device)
 
 
 def _shape(p: PackedTensor, bias: torch.Tensor | None, plan: GemmPlan) -> dict[str, int | bool]:
@@ -301,7 +325,7 @@ def _shape(p: PackedTensor, bias: torch.Tensor | None, plan: GemmPlan) -> dict[s
         "BN": plan.features,
         "BK": plan.columns,
         "BIAS": bias is not None,
-        "PARTIAL": plan.splits > 1,
+        "SPLIT": plan.splits > 1,
         "ASM": not interpreted(),
         "num_warps": plan.num_warps,
         "num_stages": plan.num_stages,

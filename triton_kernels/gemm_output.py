@@ -2,7 +2,10 @@
 
     y = (sum of splits) * x_scale * 2**(R - 5) + bias
 
-Scales are applied in float64: powers of two of both signs must not overflow on the way.
+The programs that share the columns of a tile leave their sums in memory and count themselves; the
+last one adds all sums in the order of the splits, so that the result does not depend on who was
+last, and needs no launch of its own. Scales are applied in float64: powers of two of both signs
+must not overflow on the way.
 """
 
 # Kernel arguments are Triton's: pointers and tensors have no Python types.
@@ -10,17 +13,14 @@ Scales are applied in float64: powers of two of both signs must not overflow on 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from .packed import NAN_ROW, PackedTensor
-from .rows import interpreted
+from .packed import NAN_ROW
 
-__all__ = ["add_splits", "store_tile", "workspace"]
+__all__ = ["store_tile"]
 
 _NAN_ROW = tl.constexpr(NAN_ROW)
-_FEATURES = 1024
 
 
 @triton.jit
@@ -36,28 +36,34 @@ def _rounded(y, p_y, ASM: tl.constexpr):
 
 
 @triton.jit
-def _finished(
+def _write(
     total,
     p_x_scale,
     p_row_exponent,
     p_bias,
+    p_y,
     o_token,
     o_feature,
-    m_token,
-    m_feature,
+    tokens,
+    features,
     SCALED: tl.constexpr,
     BIAS: tl.constexpr,
+    ASM: tl.constexpr,
 ):
-    """Sums with their scales and the bias, float32; `o_token` and `o_feature` broadcast."""
+    """Sums [BN, BM] with their scales and the bias, to y [T, N]."""
+    m_token = (o_token < tokens)[None, :]
+    m_feature = o_feature < features
     exponent = tl.load(p_row_exponent + o_feature, mask=m_feature, other=0).to(tl.int64)
     power = ((tl.maximum(exponent, -120) + (1023 - 5)) << 52).to(tl.float64, bitcast=True)
-    y = total.to(tl.float64) * tl.where(exponent == _NAN_ROW, float("nan"), power)
+    power = tl.where(exponent == _NAN_ROW, float("nan"), power)
+    y = total.to(tl.float64) * power[:, None]
     if SCALED:
-        y = y * tl.load(p_x_scale + o_token, mask=m_token, other=1.0).to(tl.float64)
+        y = y * tl.load(p_x_scale + o_token[None, :], mask=m_token, other=1.0).to(tl.float64)
     y = y.to(tl.float32)
     if BIAS:
-        y += tl.load(p_bias + o_feature, mask=m_feature, other=0.0).to(tl.float32)
-    return y
+        y += tl.load(p_bias + o_feature, mask=m_feature, other=0.0).to(tl.float32)[:, None]
+    p_tile = p_y + o_token.to(tl.int64)[None, :] * features + o_feature[:, None]
+    tl.store(p_tile, _rounded(y, p_y, ASM), mask=m_token & m_feature[:, None])
 
 
 @triton.jit
@@ -67,96 +73,45 @@ def store_tile(
     p_row_exponent,
     p_bias,
     p_y,
+    p_partial,
+    p_arrived,
     o_token,
     o_feature,
     tokens,
     features,
     SCALED: tl.constexpr,
     BIAS: tl.constexpr,
-    PARTIAL: tl.constexpr,
+    SPLIT: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Write sums [BN, BM]: finished, or to this split's part of a workspace [splits, T, N]."""
-    m_token = (o_token < tokens)[None, :]
-    m_feature = (o_feature < features)[:, None]
-    p_tile = p_y + o_token.to(tl.int64)[None, :] * features + o_feature[:, None]
-    if PARTIAL:
-        p_tile += tl.program_id(2).to(tl.int64) * tokens * features
-        tl.store(p_tile, total, mask=m_token & m_feature)
+    """Finish and write sums [BN, BM]; where K is split, the last of a tile's programs does.
+
+    Args:
+        total: float32 [BN, BM].
+        p_partial: float32 [tiles, splits, BN, BM], for the sums of the splits.
+        p_arrived: int32 [tiles], zeros: how many of a tile's programs have written theirs.
+    """
+    if SPLIT:
+        BN: tl.constexpr = total.shape[0]
+        BM: tl.constexpr = total.shape[1]
+        splits = tl.num_programs(2)
+        tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        p_sum = p_partial + tile.to(tl.int64) * splits * (BN * BM)
+        p_sum += (tl.arange(0, BN) * BM)[:, None] + tl.arange(0, BM)[None, :]
+        tl.store(p_sum + tl.program_id(2) * (BN * BM), total)
+        tl.debug_barrier()  # every thread has written before one of them counts
+        arrived = tl.atomic_add(p_arrived + tile, 1, sem="acq_rel", scope="gpu")
+        if arrived == splits - 1:
+            total = tl.zeros((BN, BM), tl.float32)
+            for _ in range(splits):
+                total += tl.load(p_sum, cache_modifier=".cg")  # written by other processors
+                p_sum += BN * BM
+            _write(
+                total, p_x_scale, p_row_exponent, p_bias, p_y, o_token, o_feature, tokens,
+                features, SCALED, BIAS, ASM,
+            )  # fmt: skip
     else:
-        y = _finished(
-            total,
-            p_x_scale,
-            p_row_exponent,
-            p_bias,
-            o_token[None, :],
-            o_feature[:, None],
-            m_token,
-            m_feature,
-            SCALED,
-            BIAS,
-        )
-        tl.store(p_tile, _rounded(y, p_y, ASM), mask=m_token & m_feature)
-
-
-@triton.jit(do_not_specialize=["splits", "tokens", "features"])
-def reduce_kernel(
-    p_partial,
-    p_x_scale,
-    p_row_exponent,
-    p_bias,
-    p_y,
-    splits,
-    tokens,
-    features,
-    BN: tl.constexpr,
-    SCALED: tl.constexpr,
-    BIAS: tl.constexpr,
-    ASM: tl.constexpr,
-):
-    """Add the splits in their order and finish. Grid (T, N/BN)."""
-    i_token = tl.program_id(0).to(tl.int64)
-    o_feature = tl.program_id(1) * BN + tl.arange(0, BN)
-    m_feature = o_feature < features
-    p_row = p_partial + i_token * features + o_feature
-    total = tl.zeros((BN,), tl.float32)
-    for _ in range(splits):
-        total += tl.load(p_row, mask=m_feature, other=0.0)
-        p_row += tokens.to(tl.int64) * features
-    y = _finished(
-        total, p_x_scale, p_row_exponent, p_bias, i_token, o_feature, i_token < tokens, m_feature,
-        SCALED, BIAS,
-    )  # fmt: skip
-    tl.store(p_y + i_token * features + o_feature, _rounded(y, p_y, ASM), mask=m_feature)
-
-
-def workspace(y: torch.Tensor, splits: int) -> torch.Tensor | None:
-    """Memory for the sums of every split, or None if there is one."""
-    if splits == 1:
-        return None
-    return torch.empty(splits, *y.shape, dtype=torch.float32, device=y.device)
-
-
-def add_splits(
-    total: torch.Tensor,
-    scale: torch.Tensor | None,
-    p: PackedTensor,
-    bias: torch.Tensor | None,
-    y: torch.Tensor,
-) -> None:
-    splits, tokens, features = total.shape
-    reduce_kernel[(tokens, triton.cdiv(features, _FEATURES))](
-        total,
-        scale,
-        p.row_exponent,
-        bias,
-        y,
-        splits,
-        tokens,
-        features,
-        BN=_FEATURES,
-        SCALED=scale is not None,
-        BIAS=bias is not None,
-        ASM=not interpreted(),
-        num_warps=4,
-    )
+        _write(
+            total, p_x_scale, p_row_exponent, p_bias, p_y, o_token, o_feature, tokens, features,
+            SCALED, BIAS, ASM,
+        )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The linear layer on a GPU: quantize the tokens, choose a plan, launch.
+"""The linear layer on a GPU: choose a plan, quantize the tokens, multiply.
 
 Which products the kernels cover is said by :func:`covers`; the rest is left to torch.
 """
@@ -15,19 +15,24 @@ from .activation_quantizer import quantize_activation
 from .decode import decode_bf16, decode_e4m3
 from .dispatch import GemmPlan, choose
 from .fp8_quantizer import quantize_activation_fp8
-from .gemm import launch_eight_bits, launch_sixteen_bits
+from .gemm import arrivals, launch_eight_bits, launch_sixteen_bits
 from .packed import PackedTensor
 from .packed_quantizer import quantize_weight
 from .rows import interpreted, with_unit_stride
 
 __all__ = [
     "EXACT_PLANS",
+    "Route",
     "covers",
-    "decomposed_product",
     "linear",
-    "product",
+    "multiply",
+    "quantize_tokens",
     "quantize_weight",
+    "route",
     "runs_on",
+    "semantic_linear",
+    "table_of",
+    "warm_up",
 ]
 
 _FP8_CAPABILITY = (8, 9)
@@ -38,11 +43,33 @@ EXACT_PLANS = (
 )
 """(largest T, tile) of the mode `exact`; any gives the same bits."""
 
+MOST_TOKENS = 1 << 17
+"""Products of more tokens are not looked for when kernels are compiled ahead."""
+
 
 class _Device(NamedTuple):
     name: str
     processors: int
     capability: tuple[int, int]
+
+
+class Route(NamedTuple):
+    """How a product is computed.
+
+    Attributes:
+        plan: tile and splits, or the library.
+        eight_bits: operands are E4M3 on the FP8 MMA; else 16-bit numbers.
+        exact: block by block, in the mode `exact`.
+    """
+
+    plan: GemmPlan
+    eight_bits: bool
+    exact: bool = False
+
+    @property
+    def decodes_to_memory(self) -> bool:
+        """Whether a library's GEMM multiplies."""
+        return self.plan.kind == "scratch"
 
 
 def runs_on(device: torch.device) -> bool:
@@ -76,6 +103,8 @@ def linear(
 ) -> torch.Tensor:
     """``tokens @ p.T + bias`` as :func:`dialect_kernels.dialect_linear`, for covered products.
 
+    Two launches where the kernel decodes in registers, three where a library multiplies.
+
     Args:
         tokens: float32, bfloat16 or float16 [T, K].
 
@@ -84,116 +113,196 @@ def linear(
     """
     if tokens.shape[0] == 0 or p.shape[0] == 0:
         return tokens.new_empty(tokens.shape[0], p.shape[0])
+    how = route(
+        tokens.shape[0], p.shape, activation_format, tokens.dtype, tokens.device, accumulation
+    )
     if activation_format == "none":
-        return product(with_unit_stride(tokens), None, p, bias, activation_format, tokens.dtype)
-    if activation_format == "dialect":
-        q, scale = quantize_activation(tokens, p.book, p.block_size)
-    else:
-        q, scale = quantize_activation_fp8(tokens, p.block_size)
-    exact = accumulation == "exact"
-    return product(q, scale, p, bias, activation_format, tokens.dtype, exact)
+        return multiply(with_unit_stride(tokens), None, p, bias, tokens.dtype, how)
+    zeros = arrivals(tokens.shape[0], p.shape[0], how.plan, tokens.device)
+    q, scale = quantize_tokens(tokens, p, activation_format, how, zeros=zeros)
+    return multiply(q, scale, p, bias, tokens.dtype, how, arrived=zeros)
 
 
-def decomposed_product(
+def semantic_linear(
     tokens: torch.Tensor,
     p: PackedTensor,
-    rows: torch.Tensor,
+    bias: torch.Tensor | None,
+    rows: torch.Tensor | None,
     group: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Rounded tokens, then the residuals of `rows`, times the weight (SemanticDialect).
+    """As :func:`dialect_kernels.semantic_linear`, for covered W4A4 products; never waits.
 
     Args:
         tokens: float32, bfloat16 or float16 [T, K].
         p: packed weight [N, K], K > 0.
-        rows: int64 [S], the salient tokens.
-        group: integers [T] or None; tokens with the same number >= 0 share variants.
+        bias: [N] or None.
+        rows: int64 [S] or None, the salient tokens, each once; -1 is an unused place.
+        group: int32 [T] or None; tokens with the same number in 0..T-1 share variants.
 
     Returns:
-        float32 [T + S, N], without a bias.
+        [T, N] in the tokens' dtype. Where a library multiplies, products and residual products are
+        bfloat16 before they are added.
     """
-    if tokens.shape[0] == 0 or p.shape[0] == 0:
-        return tokens.new_empty(tokens.shape[0] + len(rows), p.shape[0], dtype=torch.float32)
-    if group is not None:  # any numbers; the quantizer's labels are smaller than T
-        _, label = torch.unique(group, return_inverse=True)
-        group = torch.where(group >= 0, label, -1).to(torch.int32)
-    q, scale = quantize_activation(tokens, p.book, p.block_size, salient=rows, group=group)
-    return product(q, scale, p, None, "dialect", torch.float32)
+    count = tokens.shape[0]
+    if count == 0 or p.shape[0] == 0:
+        return tokens.new_empty(count, p.shape[0])
+    all_rows = count + (0 if rows is None else rows.shape[0])
+    how = route(all_rows, p.shape, "dialect", tokens.dtype, tokens.device)
+    zeros = arrivals(all_rows, p.shape[0], how.plan, tokens.device)
+    q, scale = quantize_tokens(tokens, p, "dialect", how, salient=rows, group=group, zeros=zeros)
+    if how.decodes_to_memory:
+        weight = _decoded(p, how.eight_bits)
+        y = _library_product(q[:count], scale[:count], weight, p, bias, tokens.dtype)
+        if rows is not None:
+            left_over = _library_product(q[count:], scale[count:], weight, p, None, y.dtype)
+            y.index_add_(0, rows.clamp(min=0), left_over)  # unused places add zeros
+        return y
+    y = multiply(q, scale, p, None, torch.float32, how, arrived=zeros)
+    y, left_over = y[:count], y[count:]
+    if rows is not None:
+        y.index_add_(0, rows.clamp(min=0), left_over)
+    if bias is not None:
+        y = y + bias.to(torch.float32)
+    return y.to(tokens.dtype)
 
 
-def product(
+def route(
+    tokens: int,
+    shape: tuple[int, int],
+    activation_format: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    accumulation: str = "default",
+) -> Route:
+    """How T tokens are multiplied with a weight of `shape` [N, K].
+
+    Args:
+        tokens: T, at least 1.
+        shape: N and K.
+        activation_format: ``"dialect"``, ``"fp8"`` or ``"none"``.
+        dtype: of the tokens as they are given.
+        device: where they are.
+        accumulation: ``"default"`` or ``"exact"``.
+    """
+    facts = _device(device)
+    if accumulation == "exact":
+        return Route(next(plan for most, plan in EXACT_PLANS if tokens <= most), False, True)
+    eight_bits = activation_format != "none" and facts.capability >= _FP8_CAPABILITY
+    table = table_of(facts.capability, eight_bits)
+    plan = choose(tokens, *shape, activation_format, facts.name, facts.processors, table)
+    if plan.kind == "scratch" and activation_format == "none" and dtype == torch.float16:
+        # beside a weight of bfloat16 tokens would lose bits, one of float16 could overflow
+        plan = GemmPlan("fused", plan.tokens, plan.features, plan.columns, 1, 4, plan.num_stages)
+    return Route(plan, eight_bits)
+
+
+def quantize_tokens(
+    tokens: torch.Tensor,
+    p: PackedTensor,
+    activation_format: str,
+    how: Route,
+    salient: torch.Tensor | None = None,
+    group: torch.Tensor | None = None,
+    zeros: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens as a route's operands: (q [T + S, Kp], float32 scale [T + S]).
+
+    Args:
+        tokens: float32, bfloat16 or float16 [T, K].
+        p: the weight they are for.
+        activation_format: ``"dialect"`` or ``"fp8"``.
+        how: decides dtype and order of q.
+        salient, group: see :func:`semantic_linear`.
+        zeros: int32 memory to be filled with zeros, or None.
+    """
+    dtype = torch.float8_e4m3fn if how.eight_bits else torch.bfloat16
+    if activation_format == "fp8":
+        return quantize_activation_fp8(
+            tokens, p.block_size, dtype=dtype, operand_order=how.eight_bits, zeros=zeros
+        )
+    return quantize_activation(
+        tokens,
+        p.book,
+        p.block_size,
+        salient=salient,
+        group=group,
+        dtype=dtype,
+        operand_order=how.eight_bits,
+        zeros=zeros,
+    )
+
+
+def multiply(
     x: torch.Tensor,
     scale: torch.Tensor | None,
     p: PackedTensor,
     bias: torch.Tensor | None,
-    activation_format: str,
     dtype: torch.dtype,
-    exact: bool = False,
+    how: Route,
+    arrived: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``(x * scale) @ p.T + bias`` of tokens that are quantized already, at least one.
+    """``(x * scale) @ p.T + bias`` of a route's operands, at least one token.
 
     Args:
-        x: float8_e4m3fn [T, Kp], or bfloat16 or float16 [T, K] with neighbouring elements.
+        x: from :func:`quantize_tokens`, or bfloat16 or float16 [T, K] with neighbouring elements.
         scale: float32 [T], or None for 16-bit tokens.
         p: packed weight [N, K], N > 0.
         bias: [N] or None.
-        activation_format: what x is, to choose a plan.
         dtype: of the result.
-        exact: add block by block (tokens rounded with the weight's book and block size).
+        how: the route.
+        arrived: zeros in the memory from :func:`~dialect_kernels.gemm.arrivals`; None makes them.
 
     Returns:
         [T, N], contiguous.
     """
-    device = _device(x.device)
-    eight_bits = scale is not None and device.capability >= _FP8_CAPABILITY
     bias = None if bias is None else bias.contiguous()
-    if exact:
-        plan = next(plan for most, plan in EXACT_PLANS if x.shape[0] <= most)
-    else:
-        plan = choose(
-            x.shape[0],
-            p.shape[0],
-            p.shape[1],
-            activation_format,
-            device.name,
-            device.processors,
-            _table(device) if eight_bits else "sixteen_bits",
-        )
-        if plan.kind == "scratch" and x.dtype != torch.float16:
-            return _scratch_product(x, scale, p, bias, dtype, eight_bits)
+    if how.decodes_to_memory:
+        return _library_product(x, scale, _decoded(p, how.eight_bits), p, bias, dtype)
+    if arrived is None:
+        arrived = arrivals(x.shape[0], p.shape[0], how.plan, x.device)
+        arrived = None if arrived is None else arrived.zero_()
     y = torch.empty(x.shape[0], p.shape[0], dtype=dtype, device=x.device)
-    if eight_bits and not exact:
-        launch_eight_bits(x, _given(scale), p, bias, y, plan)
+    if how.eight_bits:
+        assert scale is not None, "8-bit tokens have scales"
+        launch_eight_bits(x, scale, p, bias, y, how.plan, arrived)
     else:
-        tokens = x if scale is None else x.to(torch.bfloat16)  # exact
-        launch_sixteen_bits(tokens, scale, p, bias, y, plan, exact)
+        launch_sixteen_bits(x, scale, p, bias, y, how.plan, arrived, how.exact)
     return y
 
 
-def _scratch_product(
+class _Decoded(NamedTuple):
+    """A weight in memory that is free again after the product."""
+
+    values: torch.Tensor
+    """float8_e4m3fn [Np, Kp] in the order of operands, or bfloat16 [N, K]."""
+    scale: torch.Tensor | None
+    """float32 [Np] beside float8_e4m3fn."""
+
+
+def _decoded(p: PackedTensor, eight_bits: bool) -> _Decoded:
+    return _Decoded(*decode_e4m3(p)) if eight_bits else _Decoded(decode_bf16(p), None)
+
+
+def _library_product(
     x: torch.Tensor,
     scale: torch.Tensor | None,
+    weight: _Decoded,
     p: PackedTensor,
     bias: torch.Tensor | None,
     dtype: torch.dtype,
-    eight_bits: bool,
 ) -> torch.Tensor:
-    """Decode the weight to memory that is free again afterwards; the library multiplies.
-
-    float16 tokens have no place here: beside a weight of bfloat16 they would lose bits, and one of
-    float16 could overflow.
-    """
-    if eight_bits:
-        weight, weight_scale = decode_e4m3(p)
+    """``(x * scale) @ p.T + bias`` by the library's GEMM, [T, N] contiguous."""
+    if weight.scale is not None:
+        assert scale is not None, "8-bit tokens have scales"
         fused = bias is not None and bias.dtype == dtype == torch.bfloat16
-        fused = fused and len(weight) == p.shape[0]
-        y = scaled_product(x, _given(scale), weight, weight_scale, bias if fused else None)
+        fused = fused and len(weight.values) == p.shape[0]
+        y = scaled_product(x, scale, weight.values, weight.scale, bias if fused else None)
         y = y[:, : p.shape[0]]
         bias = None if fused else bias
     elif scale is not None:
-        y = F.linear(x[:, : p.shape[1]].to(torch.bfloat16), decode_bf16(p)).float()
-        y = y * scale[:, None]
+        y = F.linear(x[:, : p.shape[1]], weight.values).float() * scale[:, None]
     else:
-        y = F.linear(x, decode_bf16(p))
+        y = F.linear(x, weight.values)
     if bias is not None:
         y = y.to(torch.float32) + bias.to(torch.float32)
     return y.to(dtype).contiguous()
@@ -229,14 +338,55 @@ def scaled_product(
     )
 
 
-def _table(device: _Device) -> str:
-    """The dispatch table of FP8 operands: Hopper and data-centre Blackwell have large MMAs."""
-    return "fp8" if device.capability[0] in (9, 10) else "fp8_in_warps"
+def warm_up(
+    p: PackedTensor, bias: torch.Tensor | None, activation_format: str, dtype: torch.dtype
+) -> None:
+    """Compile every kernel that products of tokens with this weight can need, by running it.
+
+    Weights of the same shape share their kernels: only the first of them costs time.
+
+    Args:
+        p: packed weight [N, K].
+        bias: [N] or None.
+        activation_format: ``"dialect"``, ``"fp8"`` or ``"none"``.
+        dtype: of the tokens to come.
+    """
+    if p.shape[0] == 0 or not runs_on(p.device):
+        return
+    bias_dtype = None if bias is None else bias.dtype
+    facts = (p.shape, p.book.name, p.block_size, bias_dtype, activation_format, dtype, p.device)
+    if facts in _warm:
+        return
+    for tokens in first_of_each_route(p.shape, activation_format, dtype, p.device):
+        x = torch.zeros(tokens, p.shape[1], dtype=dtype, device=p.device)
+        if covers(x, p, activation_format, "default"):
+            linear(x, p, bias, activation_format, "default")
+    _warm.add(facts)
 
 
-def _given(scale: torch.Tensor | None) -> torch.Tensor:
-    assert scale is not None, "8-bit tokens have scales"
-    return scale
+_warm: set[tuple[object, ...]] = set()
+
+
+def first_of_each_route(
+    shape: tuple[int, int], activation_format: str, dtype: torch.dtype, device: torch.device
+) -> list[int]:
+    """The smallest numbers of tokens that together need every kernel that any number needs."""
+    first: dict[tuple[object, ...], int] = {}
+    tokens = 1
+    while tokens <= MOST_TOKENS:
+        how = route(tokens, shape, activation_format, dtype, device)
+        plan = how.plan
+        tile = (plan.tokens, plan.features, plan.columns, plan.num_warps, plan.num_stages)
+        key = (plan.kind, plan.splits > 1, *(() if how.decodes_to_memory else tile))
+        first.setdefault(key, tokens)
+        tokens += 1 if tokens < 4096 else tokens // 64
+    return sorted(first.values())
+
+
+def table_of(capability: tuple[int, int], eight_bits: bool) -> str:
+    """The dispatch table of a device: Hopper and data-centre Blackwell have large MMAs."""
+    operands = "fp8" if eight_bits else "sixteen_bits"
+    return operands if capability[0] in (9, 10) else f"{operands}_in_warps"
 
 
 @cache

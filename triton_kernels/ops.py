@@ -18,7 +18,14 @@ from . import cpu, reference
 from .formatbook import DIALECT_FP4, Formatbook, book_by_name
 from .packed import PackedTensor
 
-__all__ = ["dialect_linear", "linear", "quantize", "semantic_linear"]
+__all__ = [
+    "dialect_linear",
+    "linear",
+    "quantize",
+    "semantic_linear",
+    "semantic_op",
+    "warm_up",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -168,6 +175,23 @@ def _linear_fake(
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
+def warm_up(
+    p: PackedTensor, bias: torch.Tensor | None, activation_format: str, dtype: torch.dtype
+) -> None:
+    """Compile ahead what products with this weight can need on its device; else nothing to do.
+
+    Args:
+        p: packed weight [N, K].
+        bias: [N] or None.
+        activation_format: as for :func:`dialect_linear`.
+        dtype: of the tokens to come.
+    """
+    if p.device.type == "cuda":
+        kernels = _gpu_kernels(p.device)
+        if kernels is not None:
+            kernels.warm_up(p, bias, activation_format, dtype)
+
+
 def _gpu_kernels(device: torch.device) -> ModuleType | None:
     """The Triton kernels if the device runs them: a GPU, or the CPU in Triton's interpreter."""
     if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
@@ -231,7 +255,7 @@ def semantic_linear(
     reference.check_semantic(x, p.shape, p.book, bias, salient, group)
     if x.device != p.device:
         raise ValueError(f"x: is on {x.device}, the weight on {p.device}; move them to one device")
-    y: torch.Tensor = torch.ops.blockdialect.semantic_linear(
+    y: torch.Tensor = semantic_op(
         x,
         p.codes,
         p.meta,
@@ -240,10 +264,33 @@ def semantic_linear(
         p.shape[1],
         p.book.name,
         p.block_size,
-        salient,
-        group,
+        None if salient is None else _each_once(salient),
+        None if group is None else _renumbered(group),
     )
     return y
+
+
+semantic_op = torch.ops.blockdialect.semantic_linear
+"""The op behind :func:`semantic_linear`: the same on plain tensors, without checks, never waiting
+for a GPU. It needs each salient token of a sample once (-1 is an unused place), and group numbers
+below the sample's number of tokens."""
+
+
+def _each_once(salient: torch.Tensor) -> torch.Tensor:
+    """The named tokens of every sample, ascending; -1 where one is named again."""
+    ordered = salient.sort(dim=-1).values
+    repeated = ordered[..., 1:] == ordered[..., :-1]
+    ordered[..., 1:] = torch.where(repeated, -1, ordered[..., 1:])
+    return ordered
+
+
+def _renumbered(group: torch.Tensor) -> torch.Tensor:
+    """The same groups with the smallest numbers there are, int32; -1 stays."""
+    ordered, position = group.to(torch.int64).sort(dim=-1)
+    number = torch.zeros_like(ordered)
+    number[..., 1:] = (ordered[..., 1:] != ordered[..., :-1]).cumsum(dim=-1)
+    renumbered = torch.empty_like(number).scatter_(-1, position, number)
+    return torch.where(group >= 0, renumbered, -1).to(torch.int32)
 
 
 @torch.library.impl(_library, "semantic_linear", "CompositeExplicitAutograd")
@@ -259,37 +306,56 @@ def _semantic_linear(
     salient: torch.Tensor | None,
     group: torch.Tensor | None,
 ) -> torch.Tensor:
-    formatbook = book_by_name(book)
     tokens = reference.as_tokens(x)
+    shape = (codes.shape[0], in_features)
+    p = PackedTensor(codes, meta, row_exponent, shape, book_by_name(book), block_size)
+    on_cpu = x.device.type == "cpu" and cpu.available()
+    kernels = None if on_cpu else _gpu_kernels(x.device)
+    if kernels is not None and kernels.covers(tokens, p, "dialect", "default"):
+        y: torch.Tensor = kernels.semantic_linear(
+            tokens, p, bias, _by_sample(salient, x), _by_sample(group, x, torch.int32)
+        )
+        return y.view(*x.shape[:-1], shape[0])
     rows = reference.salient_rows(salient, x)
     groups = None if group is None else reference.group_numbers(group)
-    if x.device.type == "cpu" and cpu.available():
-        variants = None
-        if groups is not None:
-            costs = cpu.variant_costs(tokens, formatbook, block_size)
-            variants = reference.group_variants(costs, groups)
-        y = cpu.decomposed_linear(
-            tokens, variants, rows, codes, meta, row_exponent, in_features, formatbook, block_size
-        )
-    else:
-        shape = (codes.shape[0], in_features)
-        p = PackedTensor(codes, meta, row_exponent, shape, formatbook, block_size)
-        y = _decomposed_linear(tokens, p, rows, groups)
+    products = _decomposed_on_cpu if on_cpu else _decomposed_by_torch
+    y = products(tokens, p, rows, groups)
     y, left_over = y[: tokens.shape[0]], y[tokens.shape[0] :]
     y[rows] += left_over
     if bias is not None:
         y = y + bias.to(torch.float32)
-    return y.to(x.dtype).view(*x.shape[:-1], codes.shape[0])
+    return y.to(x.dtype).view(*x.shape[:-1], shape[0])
 
 
-def _decomposed_linear(
+def _by_sample(
+    numbers: torch.Tensor | None, x: torch.Tensor, dtype: torch.dtype = torch.int64
+) -> torch.Tensor | None:
+    """Numbers below T of [B, ...] samples as numbers below B * T, flattened; -1 stays."""
+    if numbers is None:
+        return None
+    if numbers.dim() == 2:
+        sample = torch.arange(numbers.shape[0], device=numbers.device)[:, None]
+        numbers = torch.where(numbers >= 0, numbers + sample * x.shape[-2], -1)
+    return numbers.flatten().to(dtype)
+
+
+def _decomposed_on_cpu(
     tokens: torch.Tensor, p: PackedTensor, rows: torch.Tensor, groups: torch.Tensor | None
 ) -> torch.Tensor:
     """Rounded tokens and then the residuals of `rows` times the weight, float32 [T + S, N]."""
-    kernels = _gpu_kernels(tokens.device)
-    if kernels is not None and kernels.covers(tokens, p, "dialect", "default"):
-        y: torch.Tensor = kernels.decomposed_product(tokens, p, rows, groups)
-        return y
+    variants = None
+    if groups is not None:
+        costs = cpu.variant_costs(tokens, p.book, p.block_size)
+        variants = reference.group_variants(costs, groups)
+    return cpu.decomposed_linear(
+        tokens, variants, rows, p.codes, p.meta, p.row_exponent, p.shape[1], p.book, p.block_size
+    )
+
+
+def _decomposed_by_torch(
+    tokens: torch.Tensor, p: PackedTensor, rows: torch.Tensor, groups: torch.Tensor | None
+) -> torch.Tensor:
+    """As :func:`_decomposed_on_cpu`."""
     rounded = reference.round_activation(tokens, p.book, p.block_size, groups)
     residual = tokens[rows].to(torch.float32) - rounded[rows]
     residual = reference.round_activation(residual, p.book, p.block_size)

@@ -1,4 +1,12 @@
-"""Reading rows of a matrix inside Triton kernels, a chunk of whole blocks at a time."""
+"""Reading and writing rows of a matrix inside Triton kernels, a chunk of whole blocks at a time.
+
+Quantized tokens leave in one of two orders of their columns. A product over K may take columns in
+any order, and packed weights leave their decoder in the *order of operands*, every eight columns'
+first four in one half of the row and their last four in the other::
+
+    natural    | 0 1 2 3 4 5 6 7 | 8 9 10 11 12 13 14 15 | ...
+    operands   | 0 1 2 3 8 9 10 11 | ...    || 4 5 6 7 12 13 14 15 | ...
+"""
 
 # Kernel arguments are Triton's: pointers and tensors have no Python types.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -15,11 +23,13 @@ __all__ = [
     "RowConfig",
     "aligned",
     "block_columns",
+    "clear",
     "interpreted",
     "load_blocks",
-    "permuted_columns",
+    "operand_columns",
     "row_config",
     "with_unit_stride",
+    "written_dtype",
 ]
 
 
@@ -57,6 +67,28 @@ def aligned(x: torch.Tensor) -> bool:
     return x.shape[1] % 16 == 0 and x.stride(0) % 16 == 0
 
 
+def written_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What kernels write for quantized tokens of `dtype`; E4M3 numbers are written as their bytes.
+
+    Raises:
+        ValueError: if it is neither float8_e4m3fn nor bfloat16.
+    """
+    written = {torch.float8_e4m3fn: torch.uint8, torch.bfloat16: torch.bfloat16}.get(dtype)
+    if written is None:
+        raise ValueError(f"dtype: {dtype}; allowed are float8_e4m3fn and bfloat16")
+    return written
+
+
+@triton.jit
+def clear(p_zeros, count):
+    """The first program fills an int32 array with zeros; nothing to do where there is none."""
+    if p_zeros is not None:  # noqa: SIM102 (decided while compiling)
+        if tl.program_id(0) == 0:
+            for first in range(0, count, 1024):
+                o_zero = first + tl.arange(0, 1024)
+                tl.store(p_zeros + o_zero, tl.zeros((1024,), tl.int32), mask=o_zero < count)
+
+
 @triton.jit
 def block_columns(first, B: tl.constexpr, CHUNK: tl.constexpr):
     """Columns of the blocks of a chunk, int32 [CHUNK / B, B]."""
@@ -71,8 +103,6 @@ def load_blocks(p_row, first, columns, B: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def permuted_columns(o_column, padded):
-    """Where columns go if the first sixteen of every 32 fill one half of the row, the others the
-    other half; `padded` is a multiple of 32."""
-    second = (o_column // 16) % 2
-    return o_column // 32 * 16 + o_column % 16 + second * (padded // 32 * 16)
+def operand_columns(o_column, padded):
+    """Where columns of a row of `padded` (a multiple of 8) go in the order of operands."""
+    return o_column // 8 * 4 + o_column % 4 + (o_column // 4) % 2 * (padded // 2)

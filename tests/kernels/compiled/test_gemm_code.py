@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -12,16 +13,17 @@ from machine_code import assert_nothing_spills, compile_kernel
 
 from dialect_kernels import gemm
 from dialect_kernels.dispatch import TABLES
-from dialect_kernels.gpu import EXACT_PLANS
+from dialect_kernels.gpu import EXACT_PLANS, table_of
 
 pytestmark = pytest.mark.slow
 
 FP8 = {
-    89: ("fp8_in_warps", r"QMMA\.16832\.F32\.E4M3"),
-    90: ("fp8", r"QGMMA\.64x\d+x32\.F32\.E4M3"),
-    100: ("fp8", r"UTCQMMA"),
+    89: r"QMMA\.16832\.F32\.E4M3",
+    90: r"QGMMA\.64x\d+x32\.F32\.E4M3",
+    100: r"UTCQMMA",
+    120: r"QMMA\.16832\.F32\.E4M3",
 }
-"""Compute capability -> table of plans, matrix instruction."""
+"""Compute capability -> matrix instruction."""
 
 SIXTEEN_BITS = {
     80: r"HMMA\.16816\.F32\.BF16",
@@ -30,18 +32,30 @@ SIXTEEN_BITS = {
     100: r"UTCHMMA|HMMA\.16816\.F32\.BF16",
 }
 
-MOST_PER_WEIGHT = {16: 2.6, 32: 3.4, 64: 3.4}
+MOST_PER_WEIGHT = {16: 2.45, 32: 2.45, 64: 2.7, 128: 3.0}
 """Instructions of the main loop per weight on Hopper in FP8, by tokens of a tile."""
 
-FP8_CASES = [
-    pytest.param(capability, plan, wanted, id=f"sm_{capability}, {plan.tokens} tokens")
-    for capability, (table, wanted) in FP8.items()
-    for _, plan in TABLES[table]
-]
+NOT_SPLIT = {"SPLIT": False, "p_partial": None, "p_arrived": None}
+
+
+def cases(capability, wanted, eight_bits):
+    """Every plan with its columns in one program and split among several."""
+    plans = TABLES[table_of(divmod(capability, 10), eight_bits)]
+    return [
+        pytest.param(
+            capability,
+            replace(plan, splits=splits),
+            wanted,
+            id=f"sm_{capability}, {plan.tokens} tokens{', split' if splits > 1 else ''}",
+        )
+        for _, plan in plans
+        for splits in (1, 4)
+    ]
+
+
+FP8_CASES = [case for where, wanted in FP8.items() for case in cases(where, wanted, True)]
 SIXTEEN_BIT_CASES = [
-    pytest.param(capability, plan, wanted, id=f"sm_{capability}, {plan.tokens} tokens")
-    for capability, wanted in SIXTEEN_BITS.items()
-    for _, plan in TABLES["sixteen_bits"]
+    case for where, wanted in SIXTEEN_BITS.items() for case in cases(where, wanted, False)
 ]
 
 EXACT_CASES = [
@@ -53,7 +67,8 @@ EXACT_CASES = [
 
 def constants(plan, **others):
     tile = {"BM": plan.tokens, "BN": plan.features, "BK": plan.columns}
-    return {"B": 32, "BIAS": True, "PARTIAL": False, "EVEN": True, "ASM": True, **tile, **others}
+    split = {"SPLIT": True} if plan.splits > 1 else NOT_SPLIT
+    return {"B": 32, "BIAS": True, "EVEN": True, "ASM": True, **split, **tile, **others}
 
 
 def checked(kernel, capability, plan, wanted, given, pointers):

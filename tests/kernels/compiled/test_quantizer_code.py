@@ -39,10 +39,12 @@ def test_activations(capability, kind):
     """One launch reads a row once, decomposed tokens twice, in vectors of 16 bytes."""
     dialects, video = ACTIVATIONS[kind]
     constants = {
-        "DIALECTS": dialects, "B": 32, "CHUNK": 4096, "ONE_CHUNK": True, "PERMUTED": False,
+        "DIALECTS": dialects, "B": 32, "CHUNK": 4096, "ONE_CHUNK": True, "OPERANDS": False,
         "SALIENT": video, "GROUPED": video, "ALIGNED": True, "ASM": True,
     }  # fmt: skip
-    if not video:
+    if video:
+        constants |= {"p_zeros": None}
+    else:
         constants |= {"p_salient": None, "p_group": None, "p_totals": None}
     kernel = activation_quantizer.quantize_activation_kernel
     code = checked(kernel, capability, constants, {}, num_warps=8)
@@ -54,7 +56,7 @@ def test_activations(capability, kind):
 @everywhere
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.get)
 def test_fp8_activations(capability, dtype):
-    constants = {"CHUNK": 4096, "ONE_CHUNK": True, "PERMUTED": False, "ALIGNED": True}
+    constants = {"CHUNK": 4096, "ONE_CHUNK": True, "OPERANDS": True, "ALIGNED": True}
     kernel = fp8_quantizer.quantize_activation_fp8_kernel
     checked(kernel, capability, constants, {"p_x": dtype}, num_warps=8)
 

@@ -28,7 +28,8 @@ from dialect_kernels import gpu
 from dialect_kernels.activation_quantizer import quantize_activation
 from dialect_kernels.dispatch import TABLES, GemmPlan
 from dialect_kernels.fp8_quantizer import quantize_activation_fp8
-from dialect_kernels.gemm import launch_eight_bits, launch_sixteen_bits
+from dialect_kernels.gemm import arrivals
+from dialect_kernels.gpu import Route
 
 NAN = float("nan")
 TOKENS = (0, 1, 2, 3, 8, 15, 16, 17, 31, 33, 64, 65, 127, 257)
@@ -117,12 +118,13 @@ def test_any_number_of_tokens(activation_format):
     tokens, p = tensor(max(TOKENS), 96).to(torch.bfloat16), weight(40, 96)
     x, scale = tokens, None
     if activation_format == "dialect":
-        x, scale = quantize_activation(tokens)
+        x, scale = quantize_activation(tokens, operand_order=True)
     elif activation_format == "fp8":
-        x, scale = quantize_activation_fp8(tokens)
+        x, scale = quantize_activation_fp8(tokens, operand_order=True)
     for count in TOKENS[1:]:
         few = None if scale is None else scale[:count]
-        y = gpu.product(x[:count], few, p, None, activation_format, torch.bfloat16)
+        how = gpu.route(count, p.shape, activation_format, tokens.dtype, tokens.device)
+        y = gpu.multiply(x[:count], few, p, None, torch.bfloat16, how)
         assert y.shape == (count, 40)
         assert y.dtype == torch.bfloat16
         assert_within(y, tokens[:count], p, activation_format)
@@ -131,9 +133,10 @@ def test_any_number_of_tokens(activation_format):
 def test_a_token_has_the_same_bits_in_every_batch():
     x, p = tensor(max(TOKENS), 96), weight(40, 96)
     want = reference.dialect_linear(x, p, None, "dialect", "exact")
-    q, scale = quantize_activation(x)
+    q, scale = quantize_activation(x, dtype=torch.bfloat16)
     for count in TOKENS[1:]:
-        y = gpu.product(q[:count], scale[:count], p, None, "dialect", torch.float32, exact=True)
+        how = gpu.route(count, p.shape, "dialect", x.dtype, x.device, "exact")
+        y = gpu.multiply(q[:count], scale[:count], p, None, torch.float32, how)
         assert torch.equal(y, want[:count])
 
 
@@ -158,19 +161,28 @@ def test_edges_of_the_weight(shape, activation_format):
 
 @pytest.mark.parametrize("splits", [2, 3, 5])
 def test_split_columns(splits):
-    x, p, bias = tensor(3, 256), weight(65, 256), tensor(1, 65, seed=3)[0]
+    x, p, bias = tensor(18, 256), weight(65, 256), tensor(1, 65, seed=3)[0]
     plan = GemmPlan("fused", 16, 64, 64, splits)
-    q, scale = quantize_activation(x)
-    y = torch.empty(3, 65)
-    launch_eight_bits(q, scale, p, bias, y, plan)
-    assert_within(y, x, p, "dialect", bias)
-    for tokens, factor, name in (
-        (x.to(torch.bfloat16), None, "none"),
-        (q.to(torch.bfloat16), scale, "dialect"),
-    ):
-        y = torch.empty(3, 65)
-        launch_sixteen_bits(tokens, factor, p, bias, y, plan)
-        assert_within(y, tokens if factor is None else x, p, name, bias)
+    cases = {
+        "dialect": (Route(plan, True), Route(plan, False)),
+        "fp8": (Route(plan, True),),
+        "none": (Route(plan, False),),
+    }
+    for activation_format, routes in cases.items():
+        for how in routes:
+            tokens, scale = x.to(torch.bfloat16), None
+            zeros = arrivals(18, 65, plan, x.device)
+            assert zeros.shape == (4,), "one counter for each tile"
+            if activation_format == "none":
+                zeros.zero_()
+            else:
+                tokens, scale = gpu.quantize_tokens(x, p, activation_format, how, zeros=zeros)
+            y = gpu.multiply(tokens, scale, p, bias, torch.float32, how, zeros)
+            given = tokens if scale is None else x
+            assert_within(y, given, p, activation_format, bias)
+            assert zeros.tolist() == [splits] * 4
+            again = gpu.multiply(tokens, scale, p, bias, torch.float32, how)
+            assert torch.equal(again, y), "counters are made where none are given"
 
 
 @pytest.mark.parametrize("activation_format", ["dialect", "fp8", "none"])
@@ -233,15 +245,13 @@ def test_tokens_of_any_stride():
 
 def test_every_tile_of_the_tables():
     x, p = tensor(3, 544), weight(40, 544)
-    q, scale = quantize_activation(x)
-    for _, plan in TABLES["fp8"] + TABLES["fp8_in_warps"][-1:]:
-        y = torch.empty(3, 40)
-        launch_eight_bits(q, scale, p, None, y, plan)
-        assert_within(y, x, p, "dialect")
-    for _, plan in TABLES["sixteen_bits"] + gpu.EXACT_PLANS:
-        y = torch.empty(3, 40)
-        launch_sixteen_bits(q.to(torch.bfloat16), scale, p, None, y, plan)
-        assert_within(y, x, p, "dialect")
+    eight_bits = TABLES["fp8"] + TABLES["fp8_in_warps"][-1:]
+    sixteen_bits = TABLES["sixteen_bits"] + gpu.EXACT_PLANS
+    for plans, how in ((eight_bits, True), (sixteen_bits, False)):
+        for _, plan in plans:
+            given = gpu.quantize_tokens(x, p, "dialect", Route(plan, how))
+            y = gpu.multiply(*given, p, None, torch.float32, Route(plan, how))
+            assert_within(y, x, p, "dialect")
 
 
 def test_what_is_left_to_torch():

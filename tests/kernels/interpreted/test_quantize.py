@@ -13,7 +13,7 @@ from quantizer_cases import (
     adversarial,
     as_fp8,
     decompose,
-    permute,
+    operand_order,
     reference_fp8,
     round_groups,
     row_exponents,
@@ -114,14 +114,36 @@ def test_strided_tokens_are_read_as_they_look():
 
 
 @all_blocks
-def test_permuted_columns(block_size):
+def test_columns_in_the_order_of_operands(block_size):
     x = tensor(2, 112)
     q, scale = reference_fp8(x, DIALECT_FP4, block_size)
-    got = quantize_activation(x, DIALECT_FP4, block_size, permuted=True)
-    assert_rows(got, (permute(q), scale))
+    got = quantize_activation(x, DIALECT_FP4, block_size, operand_order=True)
+    assert_rows(got, (operand_order(q), scale))
     q, scale = quantize_activation_fp8(x, block_size)
-    got = quantize_activation_fp8(x, block_size, permuted=True)
-    assert_rows(got, (permute(q.view(torch.uint8)), scale))
+    got = quantize_activation_fp8(x, block_size, operand_order=True)
+    assert_rows(got, (operand_order(q.view(torch.uint8)), scale))
+
+
+def test_operands_without_fp8():
+    x = torch.cat([adversarial(16)[:, :64], tensor(4, 64)])
+    finite = x.isfinite().all(dim=1)
+    for quantizer in (quantize_activation, quantize_activation_fp8):
+        want, want_scale = quantizer(x)
+        q, scale = quantizer(x, dtype=torch.bfloat16)
+        assert q.dtype == torch.bfloat16
+        assert torch.equal(q[finite].float(), want[finite].float())
+        assert torch.equal(scale.view(torch.int32), want_scale.view(torch.int32))
+        assert q.isfinite().all(), "a NaN scale beside them makes every product NaN"
+
+
+@pytest.mark.parametrize("count", [1, 1024, 3000])
+def test_memory_that_is_cleared_beside(count):
+    x = tensor(3, 64)
+    for quantizer in (quantize_activation, quantize_activation_fp8):
+        zeros = torch.full((count + 7,), -1, dtype=torch.int32)
+        quantizer(x, zeros=zeros[:count])
+        assert zeros[:count].eq(0).all()
+        assert zeros[count:].eq(-1).all()
 
 
 def decomposed(x, book, block_size, salient, group=None):
@@ -307,6 +329,7 @@ def test_arguments_that_are_refused():
         ({"x": x.double()}, "x: has dtype torch.float64; allowed are"),
         ({"x": x[0]}, r"x: has shape \[64\]; it must be 2-D"),
         ({"block_size": 8}, "block_size: 8; allowed are 16, 32 and 64"),
+        ({"dtype": torch.float16}, "dtype: torch.float16; allowed are float8_e4m3fn and bfloat16"),
         ({"salient": torch.zeros(2)}, r"salient: torch.float32 \[2\]; it must be int32 or int64"),
         ({"group": group.long()}, r"group: torch.int64 \[4\]; it must be torch.int32 \[4\]"),
         ({"group": group[:3]}, r"group: torch.int32 \[3\]; it must be torch.int32 \[4\]"),
