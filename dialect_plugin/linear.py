@@ -25,7 +25,7 @@ from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
 from dialect_kernels import PackedTensor, quantize
 from dialect_kernels.formatbook import book_by_name
-from dialect_kernels.ops import linear
+from dialect_kernels.ops import linear, warm_up
 
 from . import compat
 
@@ -93,6 +93,7 @@ class BlockDialectLinearMethod(LinearMethodBase):
         """
         rows, columns = sum(output_partition_sizes), input_size_per_partition
         self._check(params_dtype, columns, input_size)
+        self.dtype = params_dtype
         layer.logical_widths = output_partition_sizes
         loader = extra_weight_attrs.pop("weight_loader")
         if not self.spec.serialized:
@@ -163,6 +164,7 @@ class BlockDialectLinearMethod(LinearMethodBase):
             tensors = (packed.codes, packed.meta, packed.row_exponent)
             for name, tensor in zip(_STORED, tensors, strict=True):
                 layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+        self._warm_up(layer)
         layer._already_called_process_weights_after_loading = True
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -179,6 +181,12 @@ class BlockDialectLinearMethod(LinearMethodBase):
             self.spec.activation_format,
             "default",
         )
+
+    def _warm_up(self, layer: Any) -> None:
+        """Compile a GPU's kernels now: nothing is compiled while serving, or in a CUDA graph."""
+        bias = None if getattr(layer, "skip_bias_add", False) else getattr(layer, "bias", None)
+        bias_dtype = None if bias is None else self.dtype
+        warm_up(self._packed(layer), self.spec.activation_format, self.dtype, bias_dtype)
 
     def _check_loaded(self, layer: Any) -> None:
         """Raise ValueError if a tensor was not in the checkpoint: vLLM does not look after that."""

@@ -14,6 +14,7 @@ os.environ.update(
     VLLM_DISABLE_COMPILE_CACHE="1",
 )
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns until 3.10 changes it
 
 # pytest's importlib mode puts no folder on the path; helpers beside the tests need this line
 sys.path.append(str(Path(__file__).parent))

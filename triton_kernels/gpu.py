@@ -339,7 +339,10 @@ def scaled_product(
 
 
 def warm_up(
-    p: PackedTensor, bias: torch.Tensor | None, activation_format: str, dtype: torch.dtype
+    p: PackedTensor,
+    activation_format: str,
+    dtype: torch.dtype,
+    bias_dtype: torch.dtype | None = None,
 ) -> None:
     """Compile every kernel that products of tokens with this weight can need, by running it.
 
@@ -347,16 +350,18 @@ def warm_up(
 
     Args:
         p: packed weight [N, K].
-        bias: [N] or None.
         activation_format: ``"dialect"``, ``"fp8"`` or ``"none"``.
         dtype: of the tokens to come.
+        bias_dtype: of the bias, if there is one.
     """
     if p.shape[0] == 0 or not runs_on(p.device):
         return
-    bias_dtype = None if bias is None else bias.dtype
     facts = (p.shape, p.book.name, p.block_size, bias_dtype, activation_format, dtype, p.device)
     if facts in _warm:
         return
+    bias = None
+    if bias_dtype is not None:
+        bias = torch.zeros(p.shape[0], dtype=bias_dtype, device=p.device)
     for tokens in first_of_each_route(p.shape, activation_format, dtype, p.device):
         x = torch.zeros(tokens, p.shape[1], dtype=dtype, device=p.device)
         if covers(x, p, activation_format, "default"):

@@ -176,20 +176,23 @@ def _linear_fake(
 
 
 def warm_up(
-    p: PackedTensor, bias: torch.Tensor | None, activation_format: str, dtype: torch.dtype
+    p: PackedTensor,
+    activation_format: str,
+    dtype: torch.dtype,
+    bias_dtype: torch.dtype | None = None,
 ) -> None:
-    """Compile ahead what products with this weight can need on its device; else nothing to do.
+    """Compile all that products with this weight can need on its GPU; nothing to do on a CPU.
 
     Args:
         p: packed weight [N, K].
-        bias: [N] or None.
         activation_format: as for :func:`dialect_linear`.
         dtype: of the tokens to come.
+        bias_dtype: of the bias, if there is one.
     """
     if p.device.type == "cuda":
         kernels = _gpu_kernels(p.device)
         if kernels is not None:
-            kernels.warm_up(p, bias, activation_format, dtype)
+            kernels.warm_up(p, activation_format, dtype, bias_dtype)
 
 
 def _gpu_kernels(device: torch.device) -> ModuleType | None:

@@ -122,3 +122,61 @@ def test_a_captured_graph_repeats_itself(tokens, activation_format):
         y.fill_(float("nan"))
         graph.replay()
         assert torch.equal(y, want)
+
+
+def test_exact_sums_are_those_of_integers():
+    """Blocks on one scale: every sum is an integer, which float32 holds up to K = 16384."""
+    columns = 16384
+    generator = torch.Generator().manual_seed(0)
+
+    def half_units(rows):
+        x = torch.randint(-15, 16, (rows, columns), generator=generator) / 2.0
+        x[:, ::32] = 7.5  # every block has the exponent 0
+        return x
+
+    x, w = half_units(65), half_units(64)
+    p = quantize(w)
+    a = (reference.round_activation(x) * 2).to(torch.int64)
+    b = (p.dequantize() * 2).to(torch.int64)
+    y = dialect_linear(x.to(DEVICE), p.to(DEVICE), accumulation="exact")
+    assert torch.equal((y.cpu() * 4).to(torch.int64), a @ b.T)
+
+
+def test_exact_has_the_bits_of_the_cpu_kernel():
+    x, p = tensor(64, 4096).to(torch.bfloat16), quantize(tensor(4096, 4096, 1) / 50)
+    want = dialect_linear(x, p, accumulation="exact")
+    for tokens in (1, 2, 17, 64):
+        y = dialect_linear(x[:tokens].to(DEVICE), p.to(DEVICE), accumulation="exact")
+        assert torch.equal(y.cpu(), want[:tokens])
+
+
+@all_formats
+def test_nothing_is_compiled_after_the_warm_up(activation_format, monkeypatch):
+    import triton
+
+    from dialect_kernels.ops import warm_up
+
+    p = quantize(tensor(1024, 4096, 1) / 50).to(DEVICE)
+    warm_up(p, activation_format, torch.bfloat16)
+    compiled = []
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_post_compile_hook", lambda *_, **facts: compiled.append(facts)
+    )
+    for tokens in (*range(1, 70), 128, 129, 255, 256, 257, 512, 513, 1000, 4097, 16384):
+        dialect_linear(
+            torch.ones(tokens, 4096, dtype=torch.bfloat16, device=DEVICE),
+            p,
+            None,
+            activation_format,
+        )
+    assert not compiled
+
+
+@pytest.mark.parametrize("features", [1024, 4096])
+def test_splits_agree_run_after_run(features):
+    """Whoever is last adds the splits in their order: the same bits in every run."""
+    x = tensor(16, 14336).to(torch.bfloat16).to(DEVICE)
+    p = quantize(tensor(features, 14336, 1) / 50).to(DEVICE)
+    want = dialect_linear(x, p)
+    for _ in range(200):
+        assert torch.equal(dialect_linear(x, p), want)
