@@ -9,10 +9,13 @@ A benchmark is a module ``benchmarks/bench_NAME.py`` with
   how the figures are shown, used by :mod:`benchmarks.render`.
 
 It ends with ``harness.main(gate, measure)`` and is started as ``python -m benchmarks.bench_NAME``.
+Every benchmark takes ``--out DIR``; one with options of its own hands over a function that adds
+them, and gets their values as arguments of `measure`.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import statistics
@@ -199,7 +202,7 @@ def measure_result(
     figures = measure()
     return Result(
         name=name,
-        command=" ".join(["python -m benchmarks.bench_" + name, *sys.argv[1:]]),
+        command=" ".join(["python -m benchmarks.bench_" + name, *_shown(sys.argv[1:])]),
         commit=before,
         date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"),
         machine=Machine.here(),
@@ -208,16 +211,32 @@ def measure_result(
     )
 
 
-def main(gate: Callable[[], list[str]], measure: Callable[[], dict[str, Any]]) -> None:
-    """Measure and write ``results/NAME.json``, NAME being that of the started module."""
+def main(
+    gate: Callable[[], list[str]],
+    measure: Callable[..., dict[str, Any]],
+    options: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> None:
+    """Measure and write ``NAME.json``, NAME being that of the started module.
+
+    Args:
+        gate: see above.
+        measure: see above; it gets the values of `options` as keyword arguments.
+        options: adds options to the command.
+    """
     name = Path(sys.argv[0]).stem.removeprefix("bench_")
-    result = measure_result(name, gate, measure)
-    RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"{name}.json"
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.bench_{name}")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the result")
+    if options is not None:
+        options(parser)
+    given = vars(parser.parse_args())
+    out: Path = given.pop("out")
+    result = measure_result(name, gate, lambda: measure(**given))
+    out.mkdir(parents=True, exist_ok=True)
+    target = out / f"{name}.json"
     temporary = target.with_suffix(".tmp")
     temporary.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
     temporary.replace(target)
-    print(f"wrote benchmarks/results/{target.name}; python -m benchmarks.render shows it in docs/")
+    print(f"wrote {target.name}; python -m benchmarks.render shows what lies in benchmarks/results")
 
 
 def read_result(path: Path) -> Result:
@@ -232,8 +251,24 @@ def read_result(path: Path) -> Result:
     return result
 
 
+def _shown(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command without ``--out``, which is a place and not a choice."""
+    shown, skip = [], False
+    for argument in arguments:
+        if not skip and not argument.startswith("--out"):
+            shown.append(argument)
+        skip = argument == "--out"
+    return shown
+
+
 def commit() -> str:
-    """The short commit id, with ``-dirty`` if code that is measured differs from it."""
+    """The short commit id, with ``-dirty`` if code that is measured differs from it.
+
+    A copy of the tree without its history is told by ``BENCHMARK_COMMIT``.
+    """
+    told = os.environ.get("BENCHMARK_COMMIT")
+    if told:
+        return told
     head = _git("rev-parse", "--short=12", "HEAD")
     changed = _git("status", "--porcelain", "--", *_MEASURED_CODE)
     return f"{head}-dirty" if changed else head

@@ -20,7 +20,15 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from typing import Any
 
-__all__ = ["TABLES", "GemmPlan", "choose", "default_plan", "parse_plans", "tuned_plans"]
+__all__ = [
+    "TABLES",
+    "GemmPlan",
+    "choose",
+    "config_name",
+    "default_plan",
+    "parse_plans",
+    "tuned_plans",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -156,7 +164,7 @@ def tuned_plans(
     Raises:
         ValueError: naming file and field, if a file holds something else.
     """
-    name = f"gemm,N={features},K={columns},device={device_name.replace(' ', '_')}.json"
+    name = config_name(features, columns, device_name)
     file = (folder or files(__package__) / "configs") / name
     if not file.is_file():
         return {}
@@ -164,6 +172,11 @@ def tuned_plans(
         return parse_plans(json.loads(file.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}; measure again or remove the file") from error
+
+
+def config_name(features: int, columns: int, device_name: str) -> str:
+    """The name of the file that holds the measured plans of a weight [N, K] on a device."""
+    return f"gemm,N={features},K={columns},device={device_name.replace(' ', '_')}.json"
 
 
 def parse_plans(data: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[int, GemmPlan]]:

@@ -31,14 +31,30 @@ def test_a_result_names_command_commit_machine_and_versions(monkeypatch):
 
 
 def test_main_writes_what_read_result_reads(monkeypatch, tmp_path):
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["/anywhere/bench_speed.py"])
+    monkeypatch.setattr(sys, "argv", ["/anywhere/bench_speed.py", "--out", str(tmp_path)])
     harness.main(list, lambda: {"ratio": 0.1 + 0.2})
     (path,) = tmp_path.iterdir()
     assert harness.read_result(path).figures == {"ratio": 0.1 + 0.2}
     renamed = path.rename(tmp_path / "other.json")
     with pytest.raises(ValueError, match="holds the result of 'speed'"):
         harness.read_result(renamed)
+
+
+def test_options_reach_the_measurement_and_the_place_is_not_shown(monkeypatch, tmp_path):
+    def options(parser):
+        parser.add_argument("--rows", type=int, default=3)
+
+    place = tmp_path / "made" / "here"
+    monkeypatch.setattr(sys, "argv", ["bench_speed.py", "--out", str(place), "--rows", "5"])
+    harness.main(list, lambda rows: {"rows": rows}, options)
+    result = harness.read_result(place / "speed.json")
+    assert result.figures == {"rows": 5}
+    assert result.command == "python -m benchmarks.bench_speed --rows 5"
+
+
+def test_a_tree_without_history_is_told_its_commit(monkeypatch):
+    monkeypatch.setenv("BENCHMARK_COMMIT", "0123456789ab")
+    assert harness.commit() == "0123456789ab"
 
 
 def test_a_result_with_an_unknown_field_is_refused():

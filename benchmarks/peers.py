@@ -1,0 +1,73 @@
+"""Other projects' kernels for 4-bit weights, where they are installed: peers of a comparison.
+
+A peer is a function that takes a weight [N, K] (bfloat16, on the GPU) and returns a call that
+multiplies tokens [T, K] with it, in whatever way its own documentation recommends. None of them is
+a dependency; one that is missing, or that does not run on this device, is named with its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+
+__all__ = ["PEERS", "Peer", "Product"]
+
+Product: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+Peer: TypeAlias = Callable[[torch.Tensor], Product]
+
+
+def _humming(weight: torch.Tensor, activation: str | None) -> Product:
+    """`humming-kernels`: MXFP4 weights (E2M1, E8M0 scales of 32), compiled on the device."""
+    from humming.layer import HummingLayer
+
+    rows, columns = weight.shape
+    layer = HummingLayer(
+        shape_n=rows,
+        shape_k=columns,
+        weight_config={"dtype": "float4e2m1", "group_size": 32, "scale_dtype": "float8e8m0"},
+        input_config={} if activation is None else {"dtype": activation},
+        torch_dtype=weight.dtype,
+    ).to(weight.device)
+    layer.load_from_unquantized(weight)
+    layer.transform()
+    product: Product = layer
+    return product
+
+
+def _gemlite(weight: torch.Tensor, helper: str) -> Product:
+    """`gemlite`: MXFP4 weights, Triton, tuned by itself on the first calls."""
+    import gemlite.helper
+
+    plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    plain.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+    make = getattr(gemlite.helper, helper)(device=str(weight.device), dtype=weight.dtype)
+    product: Product = make.from_linear(plain)
+    return product
+
+
+def _marlin(weight: torch.Tensor) -> Product:
+    """vLLM's Marlin: MXFP4 weights, 16-bit activations. Random weights of the shape are as fast."""
+    from vllm.model_executor.layers.quantization.utils import marlin_utils, marlin_utils_fp4
+
+    rows, columns = weight.shape
+    _, packed, scales = marlin_utils_fp4.rand_marlin_weight_mxfp4_like(weight, 32)
+    workspace = marlin_utils.marlin_make_workspace_new(weight.device)
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = marlin_utils_fp4.apply_fp4_marlin_linear(
+            x, packed, scales, None, workspace, rows, columns
+        )
+        return y
+
+    return product
+
+
+PEERS: dict[str, Peer] = {
+    "Humming MXFP4 W4A16": lambda weight: _humming(weight, None),
+    "Humming MXFP4 W4A8": lambda weight: _humming(weight, "float8e4m3"),
+    "gemlite MXFP4 W4A16": lambda weight: _gemlite(weight, "A16W4_MXFP"),
+    "gemlite MXFP4 W4A8": lambda weight: _gemlite(weight, "A8W4_MXFP_dynamic"),
+    "Marlin MXFP4 W4A16": _marlin,
+}

@@ -1,0 +1,178 @@
+"""The benchmarks of a GPU, as far as they can be seen without one: tables, plans, the session."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import bench_gemm, bench_quantize, gpu_timing, tune
+from benchmarks.gpu_timing import Ceilings, copies_for
+from benchmarks.render import markdown
+from dialect_kernels.dispatch import GemmPlan, config_name, parse_plans
+
+ROOT = Path(bench_gemm.__file__).parent.parent
+H200 = Ceilings(bytes_per_s=4.3e12, bf16_per_s=790e12, fp8_per_s=1500e12)
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+def layer(shape, **median_us):
+    found = {
+        name: {"median_us": us, "fastest_us": us, "slowest_us": us, "of_floor": 0.5}
+        for name, us in median_us.items()
+    }
+    return {"shape": list(shape), "tokens": {"1": found, "4096": found}}
+
+
+GEMM = {
+    "ceilings": {},
+    "missing": {"gemlite MXFP4 W4A8": "ImportError: No module named 'gemlite'"},
+    "models": {
+        "8B": {
+            "qkv": layer((6144, 4096), bfloat16=10, W4A4=4, FP8=5, Humming=6),
+            "o": layer((4096, 4096), bfloat16=10, W4A4=5, FP8=5),
+            "down": layer((4096, 14336), bfloat16=30, W4A4=10, FP8=15, Humming=20),
+        }
+    },
+}
+
+
+def test_ratios_are_medians_over_the_layers_of_what_all_of_them_have():
+    table = bench_gemm.tables(GEMM)["ratios_8b"]
+    assert table[0] == ["tokens", "W4A4", "FP8"], "a peer that failed for one layer is left out"
+    assert table[1] == ["1", "2.50 x", "2.00 x"]
+
+
+def test_every_layer_has_its_times_with_the_share_of_the_floor():
+    table = bench_gemm.tables(GEMM)["times_8b"]
+    assert table[1][:3] == ["qkv 6144 x 4096", "1", "10.0 µs (50%)"]
+    assert len(table) == 1 + 3 * 2
+    for shown in bench_gemm.tables(GEMM).values():
+        markdown(shown)
+
+
+def test_a_missing_peer_is_named_with_its_reason():
+    assert bench_gemm.tables(GEMM)["missing"][1][1] == "ImportError: No module named 'gemlite'"
+
+
+def test_the_floor_is_bytes_for_few_tokens_and_operations_for_many():
+    shape = (28672, 4096)
+    few = bench_gemm._floor_s("W4A4", shape, 1, H200)
+    assert few == pytest.approx((28672 * 4096 * 4.25 / 8) / 4.3e12, rel=0.01)
+    many = bench_gemm._floor_s("W4A4", shape, 16384, H200)
+    assert many == pytest.approx(2 * 16384 * 28672 * 4096 / 1500e12)
+    assert bench_gemm._floor_s("W4A16", shape, 16384, H200) > many
+    assert bench_gemm._floor_s("bfloat16", shape, 1, H200) == pytest.approx(few * 16 / 4.25, 0.01)
+
+
+def test_copies_do_not_fit_into_the_cache():
+    assert copies_for(200 << 20, 60 << 20) == 2
+    assert copies_for(13 << 20, 60 << 20) * 13 >= 3 * 60
+    assert copies_for(100, 60 << 20) == 64
+
+
+def test_quantizing_is_compared_with_plain_fp8():
+    times = {
+        kind: {"median_us": 10.0 * (1 + number), "of_copy": 0.5}
+        for number, kind in enumerate(bench_quantize.KINDS)
+    }
+    figures = {
+        "tokens": {"16 x 4096": times},
+        "share": {"2048": {"quantize_us": 50.0, "multiply_us": 950.0, "share": 0.05}},
+        "weights": {"dialect_fp4": {"weights_per_s": 2e9}},
+    }
+    made = bench_quantize.tables(figures)
+    assert made["tokens"][1][-1] == "3.00 x"
+    assert made["share"][1] == ["2048", "50 µs", "5.0%"]
+    assert made["weights"][1] == ["dialect_fp4", "2000", "3.5 s"], "6.98 billion weights"
+
+
+@pytest.mark.parametrize("tokens", tune.TOKENS)
+@pytest.mark.parametrize("shape", bench_gemm.MODELS["8B"].values(), ids=str)
+def test_candidates_are_plans_that_fit(shape, tokens):
+    plans = list(tune.candidates(tokens, *shape, processors=132))
+    assert len(plans) == len(set(plans))
+    assert [plan.kind for plan in plans].count("scratch") == 1
+    assert any(plan.kind == "fused" for plan in plans)
+    for plan in plans:
+        steps = shape[1] // plan.columns
+        assert plan.splits == 1 or steps // plan.splits >= 2
+
+
+def test_measured_plans_are_added_to_a_file(tmp_path):
+    plan = GemmPlan("fused", 32, 64, 256, splits=3)
+    first = {"dialect": {"16": tune.fields(plan)}}
+    file = tune.write(tmp_path / "configs", 64, 128, "NVIDIA H200", first)
+    assert file.name == config_name(64, 128, "NVIDIA H200")
+    tune.write(tmp_path / "configs", 64, 128, "NVIDIA H200", {"none": {"1": {"kind": "scratch"}}})
+    read = parse_plans(json.loads(file.read_text()))
+    assert read == {"dialect": {16: plan}, "none": {1: GemmPlan("scratch")}}
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+@without_gpu
+@pytest.mark.parametrize("module", ["bench_gemm", "bench_quantize", "tune"])
+def test_one_sentence_without_a_gpu(module, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", "--out", str(tmp_path / "out")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip() == "this benchmark measures a GPU, and there is no CUDA device"
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_reason_of_a_peer_is_short():
+    assert gpu_timing.reason(ValueError("no\nsuch thing")) == "ValueError: no"
+    assert gpu_timing.reason(RuntimeError()) == "RuntimeError: "
+
+
+@pytest.fixture
+def session(tmp_path):
+    """Runs the session script with a Python that fails where its arguments hold a word."""
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/bash\necho "$*" >>"$CALLS"\nif [ -n "$FAIL" ]; then\n'
+        '  case "$*" in *"$FAIL"*) exit 3 ;; esac\nfi\n'
+    )
+    python.chmod(0o755)
+
+    def run(steps, fail=""):
+        calls = tmp_path / "calls"
+        calls.write_text("")
+        environment = {"PYTHON": str(python), "STEPS": steps, "FAIL": fail, "CALLS": str(calls)}
+        done = subprocess.run(
+            ["benchmarks/gpu_session.sh", str(tmp_path / "out")],
+            cwd=ROOT,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+        )
+        return done.returncode, done.stdout, calls.read_text()
+
+    return run
+
+
+def test_the_session_goes_on_where_it_stopped(session, tmp_path):
+    status, output, calls = session("gate probes gemm quantize", fail="bench_gemm")
+    assert status == 1
+    assert "gemm: FAILED" in output
+    assert "quantize: done" in output, "one failed step does not keep others from running"
+    status, output, calls = session("gate probes gemm quantize")
+    assert status == 0
+    assert "quantize: done before" in output
+    assert "bench_gemm" in calls
+    assert "bench_quantize" not in calls
+    assert (tmp_path / "out" / "session.tar.gz").exists()
+
+
+def test_nothing_is_measured_while_results_are_wrong(session):
+    status, output, calls = session("gate gemm", fail="verify")
+    assert status == 1
+    assert "nothing is measured while results are wrong" in output
+    assert "bench_gemm" not in calls
