@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_gemm, bench_quantize, gpu_timing, tune
+from benchmarks import bench_gemm, bench_machine_code, bench_quantize, gpu_timing, tune
 from benchmarks.gpu_timing import Ceilings, copies_for
 from benchmarks.render import markdown
 from dialect_kernels.dispatch import GemmPlan, config_name, parse_plans
@@ -176,3 +176,22 @@ def test_nothing_is_measured_while_results_are_wrong(session):
     assert status == 1
     assert "nothing is measured while results are wrong" in output
     assert "bench_gemm" not in calls
+
+
+def test_machine_code_is_shown_side_by_side():
+    def row(gpu, operands, per_weight):
+        return {
+            "gpu": gpu, "operands": operands, "tokens": 16, "instruction": "QGMMA",
+            "per_weight": per_weight, "registers": 100, "shared_kib": 1.0, "faults": [],
+        }  # fmt: skip
+
+    hopper = bench_machine_code.GPUS[90]
+    figures = {
+        "triton": {
+            "3.6.0": [row(hopper, "FP8", 2.25), row(hopper, "bfloat16", 4.0)],
+            "3.9.0": [row(hopper, "FP8", 2.5), row(hopper, "bfloat16", 5.0)],
+        }
+    }
+    made = bench_machine_code.tables(figures)
+    assert made["hopper"][1:] == [["16", "2.25", "2.50"]]
+    assert made["gemm"][2] == [hopper, "bfloat16", "16", "`QGMMA`", "4.00", "100", "5.00", "100"]

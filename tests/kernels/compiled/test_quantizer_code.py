@@ -7,8 +7,7 @@ import pytest
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels made for the interpreter cannot be compiled", allow_module_level=True)
 
-from machine_code import assert_nothing_spills, compile_kernel
-
+from benchmarks.machine_code import compile_kernel, faults
 from dialect_kernels import activation_quantizer, fp8_quantizer, packed_quantizer
 
 pytestmark = pytest.mark.slow
@@ -25,7 +24,7 @@ both_books = pytest.mark.parametrize("dialects", BOOKS, ids=BOOKS.get)
 
 def checked(kernel, capability, constants, pointers, num_warps):
     code = compile_kernel(kernel, capability, constants, pointers, num_warps)
-    assert_nothing_spills(code, capability)
+    assert not faults(code, capability)
     return code
 
 
