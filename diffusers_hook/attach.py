@@ -7,20 +7,21 @@ import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from .branch import watch_branch
 from .config import SemanticDialectConfig
+from .guards import guard, unguard
 from .layouts import Layout
 from .linear import DialectLinear
-from .observe import observed_processor
+from .observe import Observed, observed_processor
 from .originals import Originals
 from .state import BlockState, ModelState
 
-__all__ = ["Attached", "attach", "attached", "detach"]
+__all__ = ["Attached", "attach", "attached", "detach", "follow"]
 
 _log = logging.getLogger(__name__)
 
@@ -35,8 +36,8 @@ class Attached:
         state: what the hook remembers between calls.
         bytes_before: bytes of the parameters before.
         originals: the replaced layers; None for a transformer that was loaded quantized.
-        processors: attention's name -> its processor before.
-        undo: what takes the hooks off again.
+        processors: number of a block's state -> its attention's processor before.
+        undo: what takes the hooks off the module again, in the order they were put on.
     """
 
     config: SemanticDialectConfig
@@ -44,8 +45,8 @@ class Attached:
     state: ModelState
     bytes_before: int
     originals: Originals | None = None
-    processors: dict[str, Any] = field(default_factory=dict)
-    undo: Callable[[nn.Module], None] = lambda module: None
+    processors: dict[int, Any] = field(default_factory=dict)
+    undo: list[Callable[[nn.Module], None]] = field(default_factory=list)
 
 
 _attached: weakref.WeakKeyDictionary[nn.Module, Attached] = weakref.WeakKeyDictionary()
@@ -80,8 +81,9 @@ def attach(
             layout.remark,
         )
         config = config.replaced(salient_fraction=0.0, seda=False)
-    state = ModelState(config)
-    hook = Attached(config, layout, state, bytes_before, originals)
+    state = ModelState(config, timestep_rises=layout.timestep_rises)
+    # known from the first step on, so that detach can undo whatever was done
+    hook = _attached[module] = Attached(config, layout, state, bytes_before, originals)
     for index, block in enumerate(layout.blocks(module)):
         block_state = BlockState(state, block, index)
         state.blocks.append(block_state)
@@ -90,22 +92,41 @@ def attach(
                 layer.slot = block_state.slot
         if (config.decomposes or config.groups) and block.kind.attention is not None:
             path = f"{block.name}.{block.kind.attention}".rstrip(".")
-            attention = module.get_submodule(path)
-            hook.processors[path] = attention.processor
+            attention: Any = module.get_submodule(path)
+            hook.processors[int(block_state.slot[0])] = attention.processor
             attention.processor = observed_processor(attention.processor, block_state.slot)
     _watch_calls(module, hook)
-    _attached[module] = hook
+    hook.undo.append(unguard)
+    guard(module, originals.files if originals is not None else ())
 
 
 def detach(module: nn.Module) -> None:
-    """Take the hook off a transformer; its linear layers stay as they are."""
-    hook = _attached.pop(module)
-    for path, processor in hook.processors.items():
-        module.get_submodule(path).processor = processor
-    hook.undo(module)
+    """Take the hook off a transformer, also one half put on; its linear layers stay as they are."""
+    hook = _attached[module]
+    _give_back_processors(module, hook.processors)
+    while hook.undo:
+        hook.undo.pop(0)(module)
     for layer in module.modules():
         if isinstance(layer, DialectLinear):
             layer.leave_block()
+    del _attached[module]
+
+
+def _give_back_processors(module: nn.Module, processors: dict[int, Any]) -> None:
+    """Give attention its own processors back, except where the user has set another one."""
+    for attention in module.modules():
+        observed = getattr(attention, "processor", None)
+        if isinstance(observed, Observed) and int(observed._slot[0]) in processors:
+            processor = processors[int(observed._slot[0])]
+            # what was set in the meantime, e.g. by set_attention_backend
+            kept = {name: value for name, value in vars(observed).items() if name != "_slot"}
+            vars(processor).update(kept)
+            setattr(attention, "processor", processor)  # noqa: B010 - not a module's type
+
+
+def follow(module: nn.Module, pipeline: object) -> None:
+    """Let a hooked transformer know its pipeline, whose scheduler tells where generations begin."""
+    _attached[module].state.follow(pipeline)
 
 
 def _watch_calls(module: nn.Module, hook: Attached) -> None:
@@ -114,39 +135,41 @@ def _watch_calls(module: nn.Module, hook: Attached) -> None:
     own = type(module).forward is nn.Module.forward  # Open-Sora gives every instance its own
     signature = inspect.signature(module.forward if own else type(module).forward)
     branch, unwatch = watch_branch(module)
+    hook.undo.append(unwatch)
 
     @torch.compiler.disable
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = signature.bind_partial(*(() if own else (module,)), *args, **kwargs).arguments
-        timestep = arguments.get(layout.timestep)
-        noise = 0.0 if timestep is None else float(torch.as_tensor(timestep).max())
-        state.begin(layout.grid(module, arguments), noise, branch())
+        state.begin(layout.grid(module, arguments), arguments.get(layout.timestep), branch())
 
     @torch.compiler.disable
     def end(module: nn.Module, args: object, output: object) -> None:
         state.end()
 
-    handles = (
-        module.register_forward_pre_hook(begin, with_kwargs=True),
-        module.register_forward_hook(end),
-    )
-    refuses_fusing = hasattr(module, "fuse_qkv_projections")
-    if refuses_fusing:
-        setattr(module, "fuse_qkv_projections", _refuse_fusing)  # noqa: B010 - not a module's type
-
-    def undo(module: nn.Module) -> None:
-        for handle in handles:
-            handle.remove()
-        unwatch(module)
-        if refuses_fusing:
-            del module.fuse_qkv_projections
-
-    hook.undo = undo
+    before = module.register_forward_pre_hook(_Call(begin), with_kwargs=True)
+    hook.undo.append(lambda module: before.remove())
+    after = module.register_forward_hook(_Call(end))
+    hook.undo.append(lambda module: after.remove())
 
 
-def _refuse_fusing() -> None:
-    """Fused now, the projections would be 16-bit copies beside the quantized ones."""
+class _Call:
+    """A hook of a transformer that is neither copied nor pickled: a copy would share its state."""
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call = call
+
+    def __call__(self, *args: object) -> None:
+        self._call(*args)
+
+    def __deepcopy__(self, memo: object) -> None:
+        _refuse_copying()
+
+    def __reduce_ex__(self, protocol: object) -> str:
+        return _refuse_copying()
+
+
+def _refuse_copying() -> NoReturn:
     raise RuntimeError(
-        "fuse_qkv_projections: the projections are quantized already; fuse them before "
-        "enable_semantic_dialect()"
+        "a transformer cannot be copied or pickled while SemanticDialect is enabled; call "
+        "disable_semantic_dialect() first, or use save_pretrained and from_pretrained"
     )

@@ -89,9 +89,10 @@ def log_sum_exp(
 ) -> torch.Tensor:
     """``logsumexp(q k^T * scale + mask)`` over the keys.
 
-    From an attention kernel, whose output is thrown away, or where none takes the inputs from
-    :func:`tiled_log_sum_exp`, which does half the multiplications but is slower. Whoever computes
-    the attention anyway gets it for nothing from :func:`attention_with_lse`.
+    From an attention kernel, whose output is thrown away: it costs as much as the attention. Where
+    no kernel takes the inputs, from :func:`tiled_log_sum_exp`, which does half the multiplications
+    but is slower. Whoever computes the attention anyway gets it for nothing from
+    :func:`attention_with_lse`.
 
     Args:
         query, key, mask, scale: as for :func:`attention_with_lse`.
@@ -287,6 +288,8 @@ def _cuda_kernel(
         turned = (x.transpose(1, 2) for x in (query, key, value))
         try:
             out, lse = forward(*turned, scale=scale)
+        except torch.OutOfMemoryError:  # a RuntimeError, but nothing that another kernel could cure
+            raise
         except (NotImplementedError, RuntimeError, ValueError):
             pass  # no operator for this device, dtype or head size; torch's are next
         else:

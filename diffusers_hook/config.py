@@ -12,11 +12,19 @@ import re
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 __all__ = ["FORMAT_VERSION", "QUANT_METHOD", "ConfigError", "QuantMethod", "SemanticDialectConfig"]
 
 FORMAT_VERSION = 1
+_SALIENT_FRACTION = 0.10
 
 
 class QuantMethod(enum.StrEnum):
@@ -77,7 +85,7 @@ class SemanticDialectConfig(BaseModel):
     activation: Literal["dialect", "fp8", "none"] = "dialect"
     skip: tuple[str, ...] = Field(default=(), strict=False)
     modulation: Literal["16bit", "fp8"] | None = None
-    salient_fraction: float = Field(default=0.10, ge=0.0, le=1.0)
+    salient_fraction: float = Field(default=_SALIENT_FRACTION, ge=0.0, le=1.0)
     salient_refresh: int = Field(default=5, ge=1)
     selection: Literal["top", "bottom", "random"] = "top"
     seda: bool = False
@@ -123,12 +131,33 @@ class SemanticDialectConfig(BaseModel):
                     raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
         return patterns
 
-    @field_validator("seda_window")
+    @field_validator("seda_window", mode="before")
     @classmethod
-    def _window_is_positive(cls, window: tuple[int, int, int]) -> tuple[int, int, int]:
-        if min(window) < 1:
-            raise ValueError("frames, rows and columns must each be at least 1")
+    def _window_is_three_sizes(cls, window: object) -> object:
+        sizes = list(window) if isinstance(window, list | tuple) else []
+        if len(sizes) != 3 or not all(type(size) is int and size >= 1 for size in sizes):
+            raise ValueError("it must be three whole numbers from 1 on: frames, rows and columns")
         return window
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> SemanticDialectConfig:
+        """Refuse what would silently do nothing; what is at its default was not asked for."""
+        for option, asked in (
+            ("seda", self.seda),
+            ("salient_fraction", self.salient_fraction not in (0.0, _SALIENT_FRACTION)),
+        ):
+            if asked and self.activation != "dialect":
+                raise ValueError(
+                    f"{option}: {getattr(self, option)!r} has no effect with "
+                    f"activation={self.activation!r}; use activation='dialect' or leave {option} "
+                    "out"
+                )
+        if self.seda and self.book != "semantic_32":
+            raise ValueError(
+                f"seda: True has no effect with book={self.book!r}; use book='semantic_32' or "
+                "leave seda out"
+            )
+        return self
 
     @property
     def decomposes(self) -> bool:
@@ -138,7 +167,7 @@ class SemanticDialectConfig(BaseModel):
     @property
     def groups(self) -> bool:
         """Whether tokens are grouped (SeDA)."""
-        return self.activation == "dialect" and self.seda and self.book == "semantic_32"
+        return self.seda
 
     def replaced(self, **options: Any) -> SemanticDialectConfig:
         """The same configuration with other options.
@@ -146,7 +175,7 @@ class SemanticDialectConfig(BaseModel):
         Raises:
             ConfigError: as the constructor.
         """
-        return SemanticDialectConfig(**{**self.model_dump(), **options})
+        return SemanticDialectConfig(**{**self.model_dump(exclude_unset=True), **options})
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> SemanticDialectConfig:
@@ -176,11 +205,13 @@ class SemanticDialectConfig(BaseModel):
 def _one_sentence(error: ValidationError) -> str:
     """The first fault as option, value, what is allowed."""
     fault = error.errors()[0]
+    reason = fault["msg"].removeprefix("Value error, ")
+    if not fault["loc"]:
+        return reason  # two options that do not go together: it names both
     option = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         known = sorted(SemanticDialectConfig.model_fields)
         near = get_close_matches(option, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(known)}"
         return f"{option}: is not an option of SemanticDialectConfig; {hint}"
-    reason = fault["msg"].removeprefix("Value error, ")
     return f"{option}: {fault['input']!r} cannot be used: {reason[:1].lower()}{reason[1:]}"

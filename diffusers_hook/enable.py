@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from . import families  # noqa: F401 - registers the layouts
-from .attach import attach, attached, detach
-from .config import SemanticDialectConfig
-from .layouts import Layout, LayoutError, layout_for, layout_named
-from .mark import mark, unmark
-from .originals import choose_place, keep
-from .plan import Plan, make_plan, put, quantized_layer
-from .quantizer import SemanticDialectQuantizer
+from .attach import attached, follow
+from .config import ConfigError, SemanticDialectConfig
+from .layouts import Layout, LayoutError, generic_layout, layout_for, layout_named
+from .linear import QuantizedLinear
+from .offload import check_offloading
+from .originals import choose_place
+from .plan import make_plan, quantized_layer
+from .runtime import change_options, changed_config
 from .summary import Summary, summarize
+from .swap import Job, put_in, take_out
 
 __all__ = ["disable", "enable", "summary"]
 
@@ -34,6 +34,9 @@ def enable(
     **options: Any,
 ) -> Any:
     """Quantize a pipeline's transformers, or one transformer, and hook their attention.
+
+    A transformer that was loaded quantized takes the given options instead, where they need no
+    other weights.
 
     Args:
         target: a diffusers pipeline, or a video transformer (any `nn.Module` with a layout).
@@ -54,24 +57,26 @@ def enable(
 
         Nothing is changed if an error is raised.
     """
-    config = (config or SemanticDialectConfig()).replaced(**options)
-    if isinstance(layout, str):
-        layout = layout_named(layout)
-    modules = _transformers(target, layout)
-    for name, module in modules.items():
-        if attached(module) is not None:
-            raise RuntimeError(
-                f"{name}: SemanticDialect is enabled already; call disable_semantic_dialect() first"
-            )
-    work = [_prepare(name, module, config, layout) for name, module in modules.items()]
-    layers = [_quantize(job, progress) for job in work]
-    for job, new in zip(work, layers, strict=True):
-        _replace(job, new)
+    config = _config(config).replaced(**options)
+    layout = _layout(layout)
+    work, changes = [], []
+    for name, module in _transformers(target, layout).items():
+        if attached(module) is None:
+            check_offloading(name, module)
+            work.append(_prepare(name, module, config, layout))
+        else:
+            changes.append((module, changed_config(name, module, config, layout)))
+    put_in(work, [_quantize(job, progress) for job in work])
+    for module, changed in changes:
+        change_options(module, changed)
+    for module in (*(job.module for job in work), *(module for module, _ in changes)):
+        if target is not module:
+            follow(module, target)
     return target
 
 
 def disable(target: Any) -> Any:
-    """Take everything off again: exactly the pipeline or transformer it was.
+    """Take everything off again: the weights are bit for bit those before.
 
     Args:
         target: what was given to :func:`enable`.
@@ -80,19 +85,16 @@ def disable(target: Any) -> Any:
         The target.
 
     Raises:
-        RuntimeError: if the 16-bit weights were not kept or their files are gone; nothing is
-            changed then.
+        RuntimeError: if the 16-bit weights were not kept, if their files are gone or others, or
+            under offloading that does not let layers be exchanged; nothing is changed then.
     """
-    modules = list(_enabled(target).values())
+    modules = _enabled(target)
     if not modules:
         _log.warning("SemanticDialect is not enabled; there is nothing to disable")
         return target
-    restored = [_restored(module) for module in modules]
-    for module, layers in zip(modules, restored, strict=True):
-        detach(module)
-        for path, layer in layers.items():
-            put(module, path, layer)
-        unmark(module)
+    for name, module in modules.items():
+        check_offloading(name, module)
+    take_out(list(modules.values()))
     return target
 
 
@@ -112,60 +114,48 @@ def summary(target: Any) -> Summary:
     return Summary(tuple(found))
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One transformer and everything that was decided about it before it is touched."""
+def _config(config: object) -> SemanticDialectConfig:
+    if config is None:
+        return SemanticDialectConfig()
+    if not isinstance(config, SemanticDialectConfig):
+        raise ConfigError(
+            f"config: {config!r} cannot be used: it must be a SemanticDialectConfig; give single "
+            "options as keywords, e.g. salient_fraction=0.2"
+        )
+    return config
 
-    name: str
-    module: nn.Module
-    layout: Layout
-    config: SemanticDialectConfig
-    plan: Plan
-    place: str
-    files: dict[str, Path]
+
+def _layout(layout: object) -> Layout | None:
+    if isinstance(layout, str):
+        return layout_named(layout)
+    if layout is not None and not isinstance(layout, Layout):
+        raise LayoutError(
+            f"layout: {layout!r} cannot be used: it must be a diffusers_hook.Layout or the name of "
+            "a known one, e.g. 'wan'"
+        )
+    return layout
 
 
 def _prepare(
     name: str, module: nn.Module, config: SemanticDialectConfig, layout: Layout | None
-) -> _Job:
-    layout = layout or layout_for(module)
+) -> Job:
+    layout = layout or layout_for(module) or generic_layout(module)
     if layout is None:
         raise LayoutError(
             f"{name}: the layout of {type(module).__name__} is not known; pass one as layout=, see "
             "diffusers_hook.Layout"
         )
     config, plan = make_plan(module, config, layout, name)
-    place, files = choose_place(module, plan.layers, config.keep_original)
-    return _Job(name, module, layout, config, plan, place, files)
+    place, sources = choose_place(module, plan.layers, config.keep_original)
+    return Job(name, module, layout, config, plan, place, sources)
 
 
-def _quantize(job: _Job, progress: bool) -> dict[str, nn.Linear]:
+def _quantize(job: Job, progress: bool) -> dict[str, QuantizedLinear]:
     """The new layers, by name; nothing in the model is touched."""
     from diffusers.utils.logging import tqdm
 
     bar = tqdm(job.plan.layers, desc=f"{job.name} to 4 bit", unit="layer", disable=not progress)
     return {path: quantized_layer(job.plan, path, job.config, f"{job.name}.{path}") for path in bar}
-
-
-def _replace(job: _Job, layers: Mapping[str, nn.Linear]) -> None:
-    """Put the new layers in, hook the attention and let go of the 16-bit weights."""
-    module = job.module
-    bytes_before = sum(parameter.nbytes for parameter in module.parameters())
-    originals = keep(job.place, job.plan.layers, job.files)
-    for path, layer in layers.items():
-        put(module, path, layer.train(module.training))
-    attach(module, job.config, job.layout, bytes_before, originals)
-    mark(module, job.config, SemanticDialectQuantizer(job.config, pre_quantized=False))
-
-
-def _restored(module: nn.Module) -> Mapping[str, nn.Linear]:
-    hook = attached(module)
-    if hook is None or hook.originals is None:
-        raise RuntimeError(
-            f"{type(module).__name__} was loaded quantized; load the 16-bit checkpoint with "
-            "from_pretrained instead"
-        )
-    return hook.originals.restored()
 
 
 def _transformers(target: Any, layout: Layout | None) -> dict[str, nn.Module]:
@@ -179,6 +169,8 @@ def _transformers(target: Any, layout: Layout | None) -> dict[str, nn.Module]:
         return modules
     if layout is None:
         found = {n: m for n, m in modules.items() if layout_for(m) is not None}
+        # where no class is known, diffusers' names say which parts are the transformers
+        found = found or {n: m for n, m in modules.items() if n in ("transformer", "transformer_2")}
     else:
         found = {n: m for n, m in modules.items() if type(m).__name__ in layout.models}
     if not found:
@@ -195,8 +187,19 @@ def _enabled(target: Any) -> dict[str, nn.Module]:
 
 
 def _modules(target: Any) -> dict[str, nn.Module]:
-    """The modules of a pipeline, or the module itself, by name."""
+    """The modules of a pipeline, or the module itself, by name; each once and not compiled."""
     if isinstance(target, nn.Module):
-        return {type(target).__name__: target}
+        module = _uncompiled(target)
+        return {type(module).__name__: module}
     components: Mapping[str, Any] = getattr(target, "components", None) or {}
-    return {name: part for name, part in components.items() if isinstance(part, nn.Module)}
+    found: dict[str, nn.Module] = {}
+    for name, part in components.items():
+        if isinstance(part, nn.Module) and _uncompiled(part) not in found.values():
+            found[name] = _uncompiled(part)
+    return found
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    """What `torch.compile(module)` was put around."""
+    inner: nn.Module = getattr(module, "_orig_mod", module)
+    return inner

@@ -20,10 +20,11 @@ import enum
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = [
     "Block",
@@ -32,14 +33,22 @@ __all__ = [
     "Layout",
     "LayoutError",
     "Stream",
+    "generic_layout",
     "known_layouts",
     "layout_for",
     "layout_named",
     "no_grid",
     "patched_grid",
     "register_layout",
+    "remembered",
     "without_adapters",
 ]
+
+_GENERIC = r"(?i)(?!.*(norm|modulat|mod\b|ada_?ln|embed|lora_)).+"
+"""Linear layers of a block that we know nothing about: all but norms, modulation and embedders."""
+
+
+_Read = TypeVar("_Read")
 
 
 class LayoutError(ValueError):
@@ -157,6 +166,7 @@ class Layout:
         grid: (model, its call's arguments by name) -> the grid of that call, or None where its
             tokens lie on no grid; they are rounded alone then.
         timestep: name of the call's argument that holds the noise level.
+        timestep_rises: whether it rises during a generation; in most families it falls.
         modulation: regular expressions for the whole names, from the model's root, of the adaLN
             modulation's linear layers.
         remark: what a user should know, e.g. why salient tokens are not available.
@@ -167,6 +177,7 @@ class Layout:
     kinds: tuple[Blocks, ...]
     grid: Callable[[nn.Module, Mapping[str, Any]], Grid | None]
     timestep: str = "timestep"
+    timestep_rises: bool = False
     modulation: tuple[str, ...] = ()
     remark: str = ""
 
@@ -249,6 +260,49 @@ def layout_for(model: nn.Module) -> Layout | None:
         if base.__name__ in _by_model:
             return _by_model[base.__name__]
     return None
+
+
+def generic_layout(model: nn.Module) -> Layout | None:
+    """A layout for a model whose own is not known, or None if it has no list of blocks.
+
+    Its blocks are the list that holds most weights of linear layers. Whose tokens a layer sees
+    cannot be told, so that all rows are rounded alone.
+    """
+    sizes = {
+        name: sum(
+            layer.in_features * layer.out_features
+            for layer in part.modules()
+            if isinstance(layer, nn.Linear)
+        )
+        for name, part in model.named_modules()
+        if isinstance(part, nn.ModuleList)
+    }
+    path = max(sizes, key=lambda name: sizes[name], default="")  # of equals the outermost
+    if not sizes.get(path):
+        return None
+    return Layout(
+        name="generic",
+        models=(type(model).__name__,),
+        kinds=(Blocks(path, streams=((_GENERIC, Stream.CONTEXT),), attention=None),),
+        grid=no_grid,
+        remark=f"its layout is not known, and only linear layers in {path} become 4 bit",
+    )
+
+
+def remembered(read: Callable[[torch.Tensor], _Read]) -> Callable[[torch.Tensor], _Read]:
+    """`read`, asked once for every tensor object: reading values waits for a GPU.
+
+    For tensors that a pipeline makes once and passes in every call, such as coordinates.
+    """
+    known: Any = WeakTensorKeyDictionary()
+
+    def read_once(tensor: torch.Tensor) -> _Read:
+        if tensor not in known:
+            known[tensor] = read(tensor)
+        found: _Read = known[tensor]
+        return found
+
+    return read_once
 
 
 def patched_grid(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from dialect_kernels import PackedTensor, quantize
@@ -13,23 +15,89 @@ from dialect_kernels.reference import check_finite, quantize_fp8
 from . import ops
 from .layouts import Stream
 from .state import NO_BLOCK
+from .weight import PackedWeight
 
-__all__ = ["DialectLinear", "Fp8Linear"]
+__all__ = ["DialectLinear", "Fp8Linear", "QuantizedLinear"]
 
-_NO_BLOCK = torch.tensor([NO_BLOCK, 0])
+_NO_BLOCK = torch.tensor([NO_BLOCK, 0], device="cpu")  # whatever the default device is
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CHUNK = 2**24
+"""Weights that are taken out of FP8 at a time."""
+_LARGEST_SCALE = torch.finfo(torch.float32).max / 448
 
 
-class DialectLinear(nn.Linear):
+class QuantizedLinear(nn.Linear):
+    """What the linear layers of a quantized transformer have in common.
+
+    They are `nn.Linear`, because PEFT and diffusers look for that class; `weight` is decoded only
+    when something computes with it, and the forward pass never does.
+
+    Attributes:
+        bias: parameter [N] or None.
+        original_dtype: what `weight` is decoded to; ``.to(dtype)`` changes it.
+        original_name: name, from the model's root, of the layer that this one stands for.
+    """
+
+    original_dtype: torch.dtype
+    original_name: str = ""
+
+    def decode(self) -> torch.Tensor:
+        """The decoded weight [N, K], a new tensor."""
+        raise NotImplementedError
+
+    def check(self, name: str) -> None:
+        """Raise ValueError, naming the tensor, if what was loaded is not valid."""
+        if self.bias is not None:
+            _check_finite(self.bias.detach(), f"{name}.bias")
+
+    @property
+    def packed_tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of the packed weight, by name."""
+        return {name: p for name, p in self.named_parameters() if name != "bias"}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the packed weight is."""
+        return next(iter(self.packed_tensors.values())).device
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The weight [N, K], read-only; see :class:`PackedWeight`."""
+        shape = (self.out_features, self.in_features)
+        return PackedWeight(self.decode, shape, self.original_dtype, self.device)
+
+    def decoded(self) -> nn.Linear:
+        """A plain linear layer with the decoded weight."""
+        with torch.device("meta"):
+            plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        plain.weight = nn.Parameter(self.decode(), requires_grad=False)
+        plain.bias = self.bias
+        return plain.train(self.training)
+
+    def _register(self, name: str, tensor: torch.Tensor) -> None:
+        """Store a tensor of the packed weight.
+
+        As a parameter: accelerate's sequential offload leaves the buffers of most models, and
+        layers that have buffers only, where they are.
+        """
+        self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """What ``.to``, ``.half`` and their like do to tensors; the packed ones are integers."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        dtype = fn(torch.empty(0, dtype=self.original_dtype, device=self.device)).dtype
+        if dtype in _DTYPES:  # not the storage format of layerwise casting
+            self.original_dtype = dtype
+        return self
+
+
+class DialectLinear(QuantizedLinear):
     """A linear layer whose weight is a packed dialect tensor.
-
-    It is an `nn.Linear`, because PEFT and diffusers look for that class; its `weight` is decoded
-    whenever somebody asks for it, and the forward pass never asks.
 
     Attributes:
         weight_packed: uint8 [N, K/2], the codes.
         weight_meta: uint8 [N, K/B].
         weight_row_exponent: int8 [N].
-        bias: parameter [N] or None.
         stream: whose tokens its input's rows are.
         slot: the block's slot, see :mod:`diffusers_hook.state`; set when the hook is attached.
     """
@@ -55,9 +123,9 @@ class DialectLinear(nn.Linear):
         self.stream = stream
         self.original_dtype = dtype
         self.slot = _NO_BLOCK
-        self.register_buffer("weight_packed", packed.codes)
-        self.register_buffer("weight_meta", packed.meta)
-        self.register_buffer("weight_row_exponent", packed.row_exponent)
+        self._register("weight_packed", packed.codes)
+        self._register("weight_meta", packed.meta)
+        self._register("weight_row_exponent", packed.row_exponent)
         self.register_parameter("bias", bias)
 
     def leave_block(self) -> None:
@@ -107,12 +175,9 @@ class DialectLinear(nn.Linear):
         )
         return cls(packed, layer.bias, stream, activation, layer.weight.dtype)
 
-    def decoded(self) -> nn.Linear:
-        """A plain linear layer with the decoded weight."""
-        return _plain(self)
-
     def check(self, name: str) -> None:
-        """Raise ValueError, naming tensor and position, if the stored bytes are not valid."""
+        """Raise ValueError, naming tensor and position, if what was loaded is not valid."""
+        super().check(name)
         self.packed.validate(name, prefix="weight_")
 
     @property
@@ -127,9 +192,8 @@ class DialectLinear(nn.Linear):
             self.block_size,
         )
 
-    @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """The decoded weight [N, K], made anew in every access."""
+    def decode(self) -> torch.Tensor:
+        """The decoded weight [N, K], a new tensor."""
         return self.packed.dequantize(torch.float32).to(self.original_dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -158,7 +222,7 @@ class DialectLinear(nn.Linear):
         )
 
 
-class Fp8Linear(nn.Linear):
+class Fp8Linear(QuantizedLinear):
     """A linear layer whose weight is E4M3 with a float32 scale per row (ours).
 
     For adaLN modulation: a few rows of input, many weights. Both are stored as integers with the
@@ -167,7 +231,6 @@ class Fp8Linear(nn.Linear):
     Attributes:
         weight_fp8: uint8 [N, K], the bits of the E4M3 values.
         weight_scale: int32 [N], the bits of the float32 scales.
-        bias: parameter [N] or None.
     """
 
     weight_fp8: torch.Tensor
@@ -184,8 +247,8 @@ class Fp8Linear(nn.Linear):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.original_dtype = dtype
-        self.register_buffer("weight_fp8", weight.view(torch.uint8))
-        self.register_buffer("weight_scale", scale.view(torch.int32))
+        self._register("weight_fp8", weight.view(torch.uint8))
+        self._register("weight_scale", scale.view(torch.int32))
         self.register_parameter("bias", bias)
 
     @classmethod
@@ -207,30 +270,64 @@ class Fp8Linear(nn.Linear):
         scale = torch.empty(layer.out_features, dtype=torch.float32, device="meta")
         return cls(weight, scale, layer.bias, layer.weight.dtype)
 
-    def decoded(self) -> nn.Linear:
-        """A plain linear layer with the decoded weight."""
-        return _plain(self)
-
     def check(self, name: str) -> None:
-        """Raise ValueError, naming the tensor, if the stored bytes are not finite numbers."""
-        check_finite(self.weight_fp8.view(torch.float8_e4m3fn).float(), f"{name}.weight_fp8")
-        check_finite(self.weight_scale.view(torch.float32), f"{name}.weight_scale")
+        """Raise ValueError, naming the tensor, if what was loaded is not valid."""
+        super().check(name)
+        _check_finite(self._e4m3.float(), f"{name}.weight_fp8")
+        scale = self._scale
+        outside = ~((scale > 0) & (scale <= _LARGEST_SCALE))
+        if outside.any():
+            at = int(outside.nonzero()[0])
+            raise ValueError(
+                f"{name}.weight_scale: {float(scale[at])} at [{at}]; allowed are numbers above 0 "
+                f"and up to {_LARGEST_SCALE:.3g}: the file is damaged, quantize the 16-bit model "
+                "again"
+            )
 
-    @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """The decoded weight [N, K], made anew in every access."""
-        decoded = self.weight_fp8.view(torch.float8_e4m3fn).to(torch.float32)
-        decoded = decoded * self.weight_scale.view(torch.float32)[:, None]
-        return decoded.to(self.original_dtype)
+    def decode(self) -> torch.Tensor:
+        """The decoded weight [N, K], a new tensor."""
+        return (self._e4m3.to(torch.float32) * self._scale[:, None]).to(self.original_dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """``input @ weight.T + bias``, [..., K] -> [..., N] in the input's dtype."""
-        return F.linear(input, self.weight.to(input.dtype), self.bias)
+        """``(input @ e4m3.T) * scale + bias``, [..., K] -> [..., N] in the input's dtype.
+
+        E4M3 numbers are exact in every dtype of inputs. All else is done in float32 and rounded
+        once; the weight is never whole in anything but FP8.
+        """
+        x = input.reshape(-1, self.in_features)
+        y = x.new_empty(len(x), self.out_features)
+        e4m3, scale = self._e4m3, self._scale
+        step = max(1, _CHUNK // self.in_features)
+        for first in range(0, self.out_features, step):
+            rows = slice(first, first + step)
+            part = _product(x, e4m3[rows]) * scale[rows]
+            if self.bias is not None:
+                part = part + self.bias[rows].to(torch.float32)
+            y[:, rows] = part
+        return y.view(*input.shape[:-1], self.out_features)
+
+    @property
+    def _e4m3(self) -> torch.Tensor:
+        return self.weight_fp8.view(torch.float8_e4m3fn)
+
+    @property
+    def _scale(self) -> torch.Tensor:
+        return self.weight_scale.view(torch.float32)
 
 
-def _plain(layer: DialectLinear | Fp8Linear) -> nn.Linear:
-    with torch.device("meta"):
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-    plain.weight = nn.Parameter(layer.weight, requires_grad=False)
-    plain.bias = layer.bias
-    return plain.train(layer.training)
+def _product(x: torch.Tensor, e4m3: torch.Tensor) -> torch.Tensor:
+    """``x @ e4m3.T``, [T, K] and [N, K] -> float32 [T, N]."""
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.mm(x, e4m3.to(x.dtype).T, out_dtype=torch.float32)
+    # elsewhere a product of 16-bit numbers has a 16-bit result
+    return x.to(torch.float32) @ e4m3.to(torch.float32).T
+
+
+def _check_finite(stored: torch.Tensor, name: str) -> None:
+    bad = ~stored.isfinite()
+    if bad.any():
+        at = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(
+            f"{name}: {float(stored[at])} at {list(at)}; the file is damaged, quantize the 16-bit "
+            "model again"
+        )

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .config import ConfigError
 from .layouts import without_adapters
+from .linear import QuantizedLinear
 
-__all__ = ["Originals", "choose_place", "keep", "source_folders"]
+__all__ = ["Originals", "Source", "choose_place", "keep", "source_folders"]
 
 _WEIGHTS = "diffusion_pytorch_model"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A weight in a file, with its SHA-256, so that another one is not taken for it."""
+
+    path: Path
+    digest: bytes
 
 
 @dataclass
@@ -24,15 +34,13 @@ class Originals:
 
     Attributes:
         place: ``"disk"``, ``"host"`` or ``"none"``.
-        layers: the layers themselves; on ``"disk"`` and ``"none"`` without their weights.
-        devices: where each layer's weight was.
-        files: on ``"disk"``: the file of each layer's weight.
+        layers: the layers themselves; on ``"disk"`` without their weights, on ``"none"`` no layers.
+        sources: on ``"disk"``: where each layer's weight is.
     """
 
     place: str
     layers: dict[str, nn.Linear] = field(default_factory=dict)
-    devices: dict[str, torch.device] = field(default_factory=dict)
-    files: dict[str, Path] = field(default_factory=dict)
+    sources: dict[str, Source] = field(default_factory=dict)
 
     @property
     def host_bytes(self) -> int:
@@ -41,27 +49,38 @@ class Originals:
             return 0
         return sum(layer.weight.nbytes for layer in self.layers.values())
 
-    def restored(self) -> dict[str, nn.Linear]:
-        """The layers with their weights, where they were.
+    @property
+    def files(self) -> set[Path]:
+        """The files that ``disable`` will read, symbolic links followed."""
+        return {source.path.resolve() for source in self.sources.values()}
+
+    def weight(self, layer: QuantizedLinear) -> torch.Tensor:
+        """The weight [N, K] that a quantized layer stands for, on its device and in its dtype.
 
         Raises:
-            RuntimeError: if no weights were kept, or the files are gone or other than they were.
+            RuntimeError: if no weights were kept, or the file is gone or other than it was.
         """
         if self.place == "none":
             raise RuntimeError(
                 "the 16-bit weights were not kept (keep_original='none'); load the pipeline again "
                 "with from_pretrained"
             )
-        weights = _read(self) if self.place == "disk" else {}
-        for name, layer in self.layers.items():
-            weight = weights.get(name, layer.weight).to(self.devices[name])
-            layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
-        return self.layers
+        name = layer.original_name
+        if name not in self.layers:
+            raise RuntimeError(
+                f"a quantized layer ({name or 'without a name'}) was put into the transformer by "
+                "something else; load the pipeline again with from_pretrained"
+            )
+        if name in self.sources:
+            # a copy: the file's mapping is neither aligned nor ours to keep
+            stored = _read(name, self.sources[name])
+            return stored.to(layer.device, layer.original_dtype, copy=True)
+        return self.layers[name].weight.detach().to(layer.device, layer.original_dtype)
 
 
 def choose_place(
     module: nn.Module, layers: Mapping[str, nn.Linear], wanted: str | None
-) -> tuple[str, dict[str, Path]]:
+) -> tuple[str, dict[str, Source]]:
     """Where the weights will be kept; nothing is changed.
 
     Args:
@@ -71,7 +90,7 @@ def choose_place(
             works.
 
     Returns:
-        (the place, on ``"disk"`` the file of each layer's weight).
+        (the place, on ``"disk"`` the source of each layer's weight).
 
     Raises:
         ConfigError: if `wanted` is ``"disk"`` and the model's files do not hold exactly the weights
@@ -79,9 +98,9 @@ def choose_place(
     """
     if wanted in ("host", "none"):
         return wanted, {}
-    files = _exact_files(layers, source_folders(module))
-    if files is not None:
-        return "disk", files
+    sources = _exact_sources(layers, source_folders(module))
+    if sources is not None:
+        return "disk", sources
     if wanted == "disk":
         raise ConfigError(
             "keep_original: 'disk' needs the files the weights were loaded from, with exactly "
@@ -90,16 +109,18 @@ def choose_place(
     return "host", {}
 
 
-def keep(place: str, layers: Mapping[str, nn.Linear], files: dict[str, Path]) -> Originals:
-    """Let go of the weights, or move them to host memory, as :func:`choose_place` found."""
-    devices = {name: layer.weight.device for name, layer in layers.items()}
+def keep(place: str, layers: Mapping[str, nn.Linear], sources: dict[str, Source]) -> Originals:
+    """Let go of the weights, or move them to host memory, as :func:`choose_place` found.
+
+    Each layer gets a new parameter: who holds the old ones can put them back.
+    """
+    if place == "none":
+        return Originals(place)
     for layer in layers.values():
-        if place == "host":
-            layer.weight.data = layer.weight.data.to("cpu")
-        else:
-            empty = torch.empty_like(layer.weight, device="meta")
-            layer.weight = nn.Parameter(empty, requires_grad=layer.weight.requires_grad)
-    return Originals(place, dict(layers), devices, files)
+        weight = layer.weight.detach()
+        weight = weight.to("cpu") if place == "host" else torch.empty_like(weight, device="meta")
+        layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+    return Originals(place, dict(layers), sources)
 
 
 def source_folders(module: nn.Module) -> list[Path]:
@@ -130,50 +151,67 @@ def _key(name: str) -> str:
     return f"{without_adapters(name)}.weight"
 
 
-def _exact_files(layers: Mapping[str, nn.Linear], folders: list[Path]) -> dict[str, Path] | None:
-    """The file of each layer's weight in the first folder that holds all of them exactly."""
+def _exact_sources(
+    layers: Mapping[str, nn.Linear], folders: list[Path]
+) -> dict[str, Source] | None:
+    """The source of each layer's weight in the first folder that holds all of them exactly."""
     for folder in folders:
-        found = _files(folder)
-        keys = {name: _key(name) for name in layers}
-        if all(key in found for key in keys.values()) and all(
-            _equal(found[key], key, layers[name].weight) for name, key in keys.items()
-        ):
-            return {name: found[key] for name, key in keys.items()}
+        files = _files(folder)
+        sources = {}
+        for name, layer in layers.items():
+            source = _exact_source(files.get(_key(name)), name, layer.weight)
+            if source is None:
+                break
+            sources[name] = source
+        else:
+            return sources
     return None
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, for every safetensors file of a model's folder."""
+    """Tensor name -> file, for every safetensors file of a model's folder that can be read."""
     found = {}
     for path in sorted(folder.glob(f"{_WEIGHTS}*.safetensors")):
-        with safe_open(path, "pt") as file:
-            found.update(dict.fromkeys(file.keys(), path))
+        try:
+            with safe_open(path, "pt") as file:
+                found.update(dict.fromkeys(file.keys(), path))
+        except (OSError, SafetensorError):
+            continue
     return found
 
 
-def _equal(path: Path, key: str, weight: torch.Tensor) -> bool:
+def _exact_source(path: Path | None, name: str, weight: torch.Tensor) -> Source | None:
+    """The source of a weight in a file, or None if the file holds another one."""
+    if path is None:
+        return None
     with safe_open(path, "pt") as file:
-        stored = file.get_tensor(key)
-    return torch.equal(stored.to(weight.dtype), weight.detach().to("cpu"))
+        stored = file.get_tensor(_key(name))
+    if not torch.equal(stored.to(weight.dtype), weight.detach().to("cpu")):
+        return None
+    return Source(path, _digest(stored))
 
 
-def _read(originals: Originals) -> dict[str, torch.Tensor]:
-    weights = {}
-    for name, layer in originals.layers.items():
-        path, key = originals.files[name], _key(name)
-        try:
-            with safe_open(path, "pt") as file:
-                stored = file.get_tensor(key)
-        except (OSError, KeyError) as error:
-            raise RuntimeError(
-                f"{key} cannot be read from {path} any more ({error}); load the pipeline again "
-                "with from_pretrained"
-            ) from None
-        if stored.shape != layer.weight.shape:
-            raise RuntimeError(
-                f"{key} in {path} has shape {list(stored.shape)} now, it was "
-                f"{list(layer.weight.shape)}; load the pipeline again with from_pretrained"
-            )
-        # a copy of our own: the file's mapping is neither aligned nor ours to keep
-        weights[name] = stored.to(layer.weight.dtype, copy=True)
-    return weights
+def _digest(stored: torch.Tensor) -> bytes:
+    """SHA-256 of a tensor's dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{stored.dtype} {list(stored.shape)}".encode())
+    digest.update(stored.contiguous().view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def _read(name: str, source: Source) -> torch.Tensor:
+    """A layer's weight as it is in its file."""
+    key = _key(name)
+    try:
+        with safe_open(source.path, "pt") as file:
+            stored = file.get_tensor(key)
+    except (OSError, SafetensorError) as error:
+        raise RuntimeError(
+            f"{key} cannot be read from {source.path} any more ({error}); load the pipeline again "
+            "with from_pretrained"
+        ) from None
+    if _digest(stored) != source.digest:
+        raise RuntimeError(
+            f"{key} in {source.path} is not the weight it was; load the pipeline again with "
+            "from_pretrained"
+        )
+    return stored

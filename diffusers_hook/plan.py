@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,12 @@ from torch import nn
 
 from dialect_kernels.formatbook import book_by_name
 
-from .config import SemanticDialectConfig
-from .layouts import Block, Layout, LayoutError, Stream, without_adapters
+from .config import ConfigError, SemanticDialectConfig
+from .layouts import Layout, LayoutError, Stream, without_adapters
 from .linear import DialectLinear, Fp8Linear
-from .observe import observed_class
+from .observe import Observed, observed_class
 
-__all__ = ["Plan", "empty_layer", "make_plan", "put", "quantized_layer"]
+__all__ = ["Plan", "check_mechanisms", "empty_layer", "make_plan", "put", "quantized_layer"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MODULATION_SHARE = 0.05
@@ -65,11 +65,7 @@ def make_plan(
     Raises:
         LayoutError, ConfigError, ValueError: if the model does not fit; one sentence.
     """
-    if config.strict and not layout.has_saliency and (config.decomposes or config.groups):
-        raise LayoutError(
-            f"{name}: {type(module).__name__} has no attention that salient tokens could be read "
-            f"from ({layout.remark}); pass strict=False, or salient_fraction=0 and seda=False"
-        )
+    check_mechanisms(module, config, layout, name)
     if getattr(module, "hf_quantizer", None) is not None:
         raise ValueError(
             f"{name}: is quantized already; load the 16-bit checkpoint to quantize it another way"
@@ -86,21 +82,33 @@ def make_plan(
             f"{name}: no linear layer is left to quantize; skip={list(config.skip)} matches all of "
             f"{len(linears)}"
         )
-    if config.decomposes or config.groups:
-        check_observable(blocks)
     for path, (layer, _) in quantized.items():
         _check_layer(f"{name}.{path}", layer, config.block_size, empty)
     modulation = _modulation(module, layout, config)
+    _check_skip(name, config, [*linears, *_modulation_layers(module, layout)])
     config = config.replaced(modulation="fp8" if modulation else "16bit")
     return config, Plan(quantized, modulation)
 
 
-def check_observable(blocks: Iterable[Block]) -> None:
-    """Raise LayoutError if the attention of a block cannot be observed."""
-    for block in blocks:
+def check_mechanisms(
+    module: nn.Module, config: SemanticDialectConfig, layout: Layout, name: str
+) -> None:
+    """Raise LayoutError if what the configuration reads from attention cannot be had.
+
+    Where there is no such attention, only `strict` asks for it.
+    """
+    if not (config.decomposes or config.groups):
+        return
+    if config.strict and not layout.has_saliency:
+        raise LayoutError(
+            f"{name}: {type(module).__name__} has no attention that salient tokens could be read "
+            f"from ({layout.remark}); pass strict=False, or salient_fraction=0 and seda=False"
+        )
+    for block in layout.blocks(module):
         if block.kind.attention is not None:
             attention: Any = block.module.get_submodule(block.kind.attention)
-            observed_class(type(attention.processor))
+            if not isinstance(attention.processor, Observed):
+                observed_class(type(attention.processor))
 
 
 def quantized_layer(
@@ -155,16 +163,34 @@ def _modulation(
     """The modulation layers that are stored in FP8, by name."""
     layers = {
         name: layer
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear)
-        and any(re.fullmatch(p, without_adapters(name)) for p in layout.modulation)
-        and not _skipped(name, config)
+        for name, layer in _modulation_layers(module, layout).items()
+        if not _skipped(name, config)
     }
     if config.modulation is None:
         held = sum(layer.weight.numel() for layer in layers.values())
         whole = sum(parameter.numel() for parameter in module.parameters())
         return layers if held > _MODULATION_SHARE * whole else {}
     return layers if config.modulation == "fp8" else {}
+
+
+def _modulation_layers(module: nn.Module, layout: Layout) -> dict[str, nn.Linear]:
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear)
+        and any(re.fullmatch(p, without_adapters(name)) for p in layout.modulation)
+    }
+
+
+def _check_skip(name: str, config: SemanticDialectConfig, candidates: Sequence[str]) -> None:
+    """Raise ConfigError if a pattern keeps none of the layers that could be quantized."""
+    names = [without_adapters(candidate) for candidate in candidates]
+    for pattern in config.skip:
+        if not any(re.fullmatch(pattern, candidate) for candidate in names):
+            raise ConfigError(
+                f"skip: {pattern!r} matches no layer of {name} that would be quantized; it must "
+                f"match a whole name from the model's root, e.g. {names[0]!r}"
+            )
 
 
 def _skipped(name: str, config: SemanticDialectConfig) -> bool:

@@ -17,12 +17,21 @@ from torch import nn
 
 from .attach import attach, attached, detach
 from .config import QUANT_METHOD, SemanticDialectConfig
-from .layouts import Layout, LayoutError, layout_for
-from .linear import DialectLinear, Fp8Linear
+from .layouts import Layout, LayoutError, generic_layout, layout_for
+from .linear import QuantizedLinear
 from .mark import mark, unmark
 from .plan import Plan, empty_layer, make_plan, put, quantized_layer
 
 __all__ = ["SemanticDialectQuantizer", "register"]
+
+_STORED = {
+    "weight_packed": torch.uint8,
+    "weight_meta": torch.uint8,
+    "weight_row_exponent": torch.int8,
+    "weight_fp8": torch.uint8,
+    "weight_scale": torch.int32,
+}
+"""Last part of a packed tensor's name -> its dtype in files; loaders would cast any other."""
 
 
 class SemanticDialectQuantizer(DiffusersQuantizer):
@@ -39,7 +48,47 @@ class SemanticDialectQuantizer(DiffusersQuantizer):
         self._plan: Plan | None = None
         self.model: weakref.ref[nn.Module] | None = None
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse a `device_map` that takes layers off their device.
+
+        Raises:
+            ValueError: if it does.
+        """
+        places = (
+            {str(place) for place in device_map.values()} if isinstance(device_map, dict) else {}
+        )
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise ValueError(
+                f"device_map: offloads layers ({', '.join(sorted(places))}), which cannot be done "
+                "while loading; load without it and call pipe.enable_model_cpu_offload()"
+            )
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Check a file's packed tensors before a loader casts them.
+
+        Raises:
+            ValueError: naming the tensor, if one has another dtype than was saved.
+        """
+        for name, tensor in state_dict.items():
+            dtype = _STORED.get(name.rpartition(".")[2], tensor.dtype)
+            if tensor.dtype != dtype:
+                raise ValueError(
+                    f"{name}: is stored as {tensor.dtype}, but must be {dtype}; the file is "
+                    "damaged, quantize the 16-bit model again"
+                )
+        return state_dict
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, state_dict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        if state_dict is not None:  # from_single_file does not say what the file holds
+            self.pre_quantized = False
+            if any(name.rpartition(".")[2] in _STORED for name in state_dict):
+                raise ValueError(
+                    f"{type(model).__name__}: the file holds a quantized model, whose tensors "
+                    "from_single_file renames; save it with save_pretrained and load it with "
+                    "from_pretrained"
+                )
         layout = _layout(model)
         name = type(model).__name__
         self.quantization_config, self._plan = make_plan(
@@ -93,7 +142,7 @@ class SemanticDialectQuantizer(DiffusersQuantizer):
         if attached(model) is not None:
             detach(model)
         for path, layer in list(model.named_modules()):
-            if isinstance(layer, DialectLinear | Fp8Linear):
+            if isinstance(layer, QuantizedLinear):
                 put(model, path, layer.decoded())
         quantizer = model.hf_quantizer
         unmark(model)
@@ -134,7 +183,7 @@ def register() -> None:
 
 
 def _layout(model: nn.Module) -> Layout:
-    layout = layout_for(model)
+    layout = layout_for(model) or generic_layout(model)
     if layout is None:
         raise LayoutError(
             f"{type(model).__name__}: has no known layout; load it in 16 bit and give it to "
@@ -144,15 +193,15 @@ def _layout(model: nn.Module) -> Layout:
 
 
 def _check_loaded(model: nn.Module) -> None:
-    """Raise ValueError, naming the tensor, if a quantized layer is incomplete or not valid."""
+    """Raise ValueError, naming the tensor, if one is missing or not valid."""
+    for name, tensor in model.named_parameters():
+        if tensor.device.type == "meta":
+            raise ValueError(
+                f"{name}: is missing in the checkpoint; it is damaged or was saved by another "
+                "release: quantize the 16-bit model again"
+            )
     for path, layer in model.named_modules():
-        if isinstance(layer, DialectLinear | Fp8Linear):
-            for name, tensor in (*layer.named_buffers(), *layer.named_parameters()):
-                if tensor.device.type == "meta":
-                    raise ValueError(
-                        f"{path}.{name}: is missing in the checkpoint; it was saved by another "
-                        "release or is damaged: quantize the 16-bit model again"
-                    )
+        if isinstance(layer, QuantizedLinear):
             layer.check(path)
 
 
@@ -166,6 +215,7 @@ def _own_memory(model: nn.Module) -> None:
 def _bytes_in_16_bit(model: nn.Module) -> int:
     held = sum(parameter.nbytes for parameter in model.parameters())
     for layer in model.modules():
-        if isinstance(layer, DialectLinear | Fp8Linear):
+        if isinstance(layer, QuantizedLinear):
             held += 2 * layer.in_features * layer.out_features
+            held -= sum(tensor.nbytes for tensor in layer.packed_tensors.values())
     return held

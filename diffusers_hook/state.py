@@ -12,21 +12,22 @@ Both ops declare that they write the slot: that keeps compilers from moving one 
 from __future__ import annotations
 
 import itertools
-import math
 import time
 import weakref
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
 
+from .attention import log_sum_exp
 from .branch import Context
 from .config import SemanticDialectConfig
 from .layouts import Block, Grid, LayoutError, Stream
-from .saliency import received_attention, select_salient
+from .saliency import received_attention, received_attention_from_lse, select_salient
 from .seda import assign_groups
 
 __all__ = ["NO_BLOCK", "BlockState", "BranchState", "ModelState", "Rows", "state_of"]
@@ -37,6 +38,12 @@ _states: weakref.WeakValueDictionary[int, BlockState] = weakref.WeakValueDiction
 
 NO_BLOCK = -1
 """The number in the slot of a layer that belongs to no enabled transformer."""
+
+_MOST_BRANCHES = 16
+"""Guidance branches of one generation, at most: more calls of one timestep are another's."""
+
+_Place: TypeAlias = tuple[float, ...]
+"""How far a generation is, in numbers of which none rises: the step, negated, or all timesteps."""
 
 
 def state_of(slot: torch.Tensor) -> BlockState | None:
@@ -90,7 +97,7 @@ class BlockState:
         self.index = index
         self.branches: dict[str, BranchState] = {}
         number = next(_numbers)
-        self.slot = torch.tensor([number, 0])
+        self.slot = torch.tensor([number, 0], device="cpu")  # whatever the default device is
         _states[number] = self
 
     @property
@@ -107,6 +114,10 @@ class BlockState:
     ) -> None:
         """Count an attention call; choose salient tokens and groups where they are due.
 
+        Salient tokens need a few sampled queries. Groups need the log-sum-exp of all queries, which
+        costs as much as the attention itself: with the default refresh a tenth of the attention's
+        time. The model's own call does not hand it out.
+
         Args:
             query: [rows, heads, tokens, head dim] as they enter the softmax.
             key: [rows, heads, tokens, head dim].
@@ -119,12 +130,16 @@ class BlockState:
         config, branch = self.model.config, self.branch
         choose = config.decomposes and branch.calls % config.salient_refresh == 0
         group = config.groups and branch.calls % config.seda_refresh == 0
-        if choose or group:
-            with self.model.clock("saliency"):
-                branch.scores.append(self._scores(query, key, mask, scale, grid))
+        lse = None
         if group:
             with self.model.clock("SeDA"):
-                groups = self._assign(query, key, mask, scale, branch.scores[-1], grid)
+                lse = log_sum_exp(query, key, mask=mask, scale=scale)
+        if choose or group:
+            with self.model.clock("saliency"):
+                branch.scores.append(self._scores(query, key, lse, mask, scale, grid))
+        if group:
+            with self.model.clock("SeDA"):
+                groups = self._assign(query, key, lse, mask, scale, branch.scores[-1], grid)
                 branch.groups.append(groups)
         branch.samples += 1
         if branch.samples == (grid.batch if self.kind.one_by_one else 1):
@@ -185,12 +200,16 @@ class BlockState:
         self,
         query: torch.Tensor,
         key: torch.Tensor,
+        lse: torch.Tensor | None,
         mask: torch.Tensor | None,
         scale: float | None,
         grid: Grid,
     ) -> torch.Tensor:
         """Received attention of the video tokens in the block's order, float32 [batch, tokens]."""
-        scores = received_attention(query, key, mask=mask, scale=scale)
+        if lse is None:
+            scores = received_attention(query, key, mask=mask, scale=scale)
+        else:
+            scores = received_attention_from_lse(query, key, lse, mask=mask, scale=scale)
         if self.kind.attends != "all":
             return scores.reshape(grid.batch, grid.tokens)
         first = self._first_video(key.shape[2], grid)
@@ -211,6 +230,7 @@ class BlockState:
         self,
         query: torch.Tensor,
         key: torch.Tensor,
+        lse: torch.Tensor | None,
         mask: torch.Tensor | None,
         scale: float | None,
         scores: torch.Tensor,
@@ -226,6 +246,7 @@ class BlockState:
             key,
             scores[:, order.argsort()],
             grid.shape,
+            lse=lse,
             mask=mask,
             scale=scale,
             window=config.seda_window,
@@ -285,47 +306,68 @@ class ModelState:
         grid: the grid of the call in progress; None outside a call, and where there is none.
         branch: the guidance branch of the call in progress.
         counts: how often things happened, by name.
-        seconds: time spent in the hook's parts, by name; on a GPU the time to launch them.
+        seconds: time spent in the hook's parts, by name; on a GPU the time to launch them, unless
+            `wait` waits for it.
+        wait: called whenever the clock of a part is read; ``torch.cuda.synchronize`` in benchmarks.
     """
 
-    def __init__(self, config: SemanticDialectConfig) -> None:
-        """State of a transformer whose blocks are added by the caller."""
+    def __init__(self, config: SemanticDialectConfig, *, timestep_rises: bool = False) -> None:
+        """State of a transformer whose blocks are added by the caller.
+
+        Args:
+            config: the configuration in force.
+            timestep_rises: see :class:`~diffusers_hook.layouts.Layout`.
+        """
         self.config = config
         self.blocks: list[BlockState] = []
         self.grid: Grid | None = None
         self.branch = ""
         self.counts: Counter[str] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self._timestep = -math.inf
-        self._step: int | None = None
-        self._branches_of_step: list[str] = []
-        self._last_grid: Grid | None = None
+        self.wait: Callable[[], object] = lambda: None
+        self._timestep_rises = timestep_rises
+        self._pipeline: Callable[[], Any] = lambda: None
+        self._schedule: torch.Tensor | None = None
+        self._first: _Place | None = None
+        self._last: dict[str, tuple[_Place, Grid | None]] = {}
 
-    def begin(self, grid: Grid | None, timestep: float, context: Context) -> None:
+    def follow(self, pipeline: object) -> None:
+        """Know the pipeline: a generation begins wherever its scheduler gets new timesteps."""
+        with suppress(TypeError):  # what cannot be referred to weakly is not followed
+            self._pipeline = weakref.ref(pipeline)
+
+    def begin(self, grid: Grid | None, timestep: object, context: Context) -> None:
         """A call of the transformer begins.
 
-        A generation begins where the timestep rises, the grid changes, a named branch comes again
-        at the same step, or the call before did not come to its end; then every block forgets its
-        salient tokens and groups.
+        It begins a generation, and every block forgets its salient tokens and groups, if the call
+        before did not come to its end, if the pipeline we follow has new timesteps, or if its
+        guidance branch
+
+        * goes back, to more noise or to an earlier step;
+        * comes again where the generation began: schedulers of second order repeat a timestep, but
+          never the first;
+        * has another grid than in its last call.
 
         Args:
             grid: the call's video tokens; None where they lie on no grid.
-            timestep: the call's noise level; it falls during a generation.
+            timestep: the call's noise level, a number or a tensor of any shape; all its values are
+                compared, as a generation may denoise one frame after the other.
             context: what the pipeline says about the call. Where it does not name the guidance
                 branch, the calls of one timestep are numbered.
+
+        Waits for a GPU only where neither the context nor the followed pipeline tells the step.
         """
-        aborted = self.grid is not None
-        same_step = (timestep, context.step) == (self._timestep, self._step)
-        again = same_step and context.branch in self._branches_of_step
-        if aborted or again or timestep > self._timestep or grid != self._last_grid:
-            self.reset()
-        elif not same_step:
-            self._branches_of_step.clear()
-        self._timestep, self._step = timestep, context.step
-        self._last_grid = self.grid = grid
-        self.branch = context.branch or f"call {len(self._branches_of_step)}"
-        self._branches_of_step.append(self.branch)
         self.counts["calls"] += 1
+        if not (self.config.decomposes or self.config.groups):
+            return  # rows are rounded alone, whosever they are
+        aborted, scheduled = self.grid is not None, self._scheduled()
+        place = self._place(timestep, context.step)
+        if aborted or scheduled or self._begins_anew(place, grid, self._branch(place, context)):
+            self.reset()
+            self._first = place
+        self.grid = grid
+        self.branch = self._branch(place, context)
+        self._last[self.branch] = place, grid
 
     def end(self) -> None:
         """The call came to its end."""
@@ -333,11 +375,41 @@ class ModelState:
 
     def reset(self) -> None:
         """Forget salient tokens and groups: a new generation begins."""
-        self.grid = None
-        self._timestep = -math.inf
-        self._branches_of_step.clear()
+        self.grid = self._first = None
+        self._last.clear()
         for block in self.blocks:
             block.reset()
+
+    def _scheduled(self) -> bool:
+        """Whether the pipeline has set timesteps since the last call."""
+        before = self._schedule
+        scheduler = getattr(self._pipeline(), "scheduler", None)
+        # an attribute and no property: a property could make a new tensor for everybody who asks
+        self._schedule = getattr(scheduler, "__dict__", {}).get("timesteps")
+        return self._schedule is not before
+
+    def _place(self, timestep: object, step: int | None) -> _Place:
+        if step is None:
+            step = _index_in(self._schedule, timestep)
+        if step is not None:
+            return (-step,)
+        if timestep is None:
+            return ()
+        values = torch.as_tensor(timestep).flatten().tolist()
+        return tuple(-value for value in values) if self._timestep_rises else tuple(values)
+
+    def _branch(self, place: _Place, context: Context) -> str:
+        here = sum(last == place for last, _ in self._last.values())
+        return context.branch or f"call {here}"
+
+    def _begins_anew(self, place: _Place, grid: Grid | None, branch: str) -> bool:
+        """Whether a call of this branch cannot go on with the generation so far."""
+        if branch not in self._last:
+            return len(self._last) in (0, _MOST_BRANCHES)
+        last, last_grid = self._last[branch]
+        if place == self._first or len(place) != len(last) or grid != last_grid:
+            return True
+        return any(now > before for now, before in zip(place, last, strict=True))
 
     def count_rows(self, count: int, rows: Rows) -> None:
         """Count the rows of a linear layer's input, and those of them that are decomposed."""
@@ -348,11 +420,22 @@ class ModelState:
     @contextmanager
     def clock(self, part: str) -> Iterator[None]:
         """Add the time of the `with` block to `seconds`."""
+        self.wait()
         start = time.perf_counter()
         try:
             yield
         finally:
+            self.wait()
             self.seconds[part] += time.perf_counter() - start
+
+
+def _index_in(schedule: torch.Tensor | None, timestep: object) -> int | None:
+    """Which of the schedule's timesteps this is, if it is a view of one; reads no values."""
+    if not (isinstance(schedule, torch.Tensor) and isinstance(timestep, torch.Tensor)):
+        return None
+    if timestep.untyped_storage().data_ptr() != schedule.untyped_storage().data_ptr():
+        return None
+    return int(timestep.storage_offset() - schedule.storage_offset())
 
 
 def _places(

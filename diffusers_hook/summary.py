@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from .linear import DialectLinear, Fp8Linear
@@ -31,7 +31,9 @@ class TransformerSummary:
         fp8_layers: modulation layers in FP8.
         bits: bits per weight of the 4-bit layers.
         bytes_before: bytes of all parameters before.
-        bytes_after: bytes of all parameters and packed weights now, on the device.
+        bytes_after: bytes of all parameters and packed weights now.
+        bytes_by_device: the same for each device, e.g. ``"cuda:0"``; ``"offloaded"`` are those that
+            accelerate has taken away (sequential offload).
         host_bytes: bytes of 16-bit weights kept in host memory for ``disable``.
         originals: where the 16-bit weights are: ``"disk"``, ``"host"``, ``"none"``.
         calls: calls of the transformer so far.
@@ -50,6 +52,7 @@ class TransformerSummary:
     bits: float
     bytes_before: int
     bytes_after: int
+    bytes_by_device: Mapping[str, int]
     host_bytes: int
     originals: str
     calls: int
@@ -78,13 +81,11 @@ class Summary:
 
         table = Table(title="SemanticDialect", title_justify="left")
         table.add_column("")
-        rows: dict[str, list[str]] = {}
+        columns = [dict(_lines(found)) for found in self.transformers]
         for found in self.transformers:
             table.add_column(found.name, justify="right")
-            for label, text in _lines(found):
-                rows.setdefault(label, []).append(text)
-        for label, texts in rows.items():
-            table.add_row(label, *texts)
+        for label in dict.fromkeys(label for column in columns for label in column):
+            table.add_row(label, *(column.get(label, "") for column in columns))
         out = io.StringIO()
         Console(file=out, width=100).print(table)
         return out.getvalue().rstrip()
@@ -96,6 +97,7 @@ def summarize(name: str, module: nn.Module, attached: Attached) -> TransformerSu
     counts = attached.state.counts
     sizes = [size for block in attached.state.blocks for size in block.group_sizes()]
     originals = attached.originals
+    bytes_by_device = _bytes_by_device(module)
     return TransformerSummary(
         name=name,
         model=type(module).__name__,
@@ -103,7 +105,8 @@ def summarize(name: str, module: nn.Module, attached: Attached) -> TransformerSu
         fp8_layers=sum(isinstance(layer, Fp8Linear) for layer in module.modules()),
         bits=_bits(layers),
         bytes_before=attached.bytes_before,
-        bytes_after=_device_bytes(module),
+        bytes_after=sum(bytes_by_device.values()),
+        bytes_by_device=bytes_by_device,
         host_bytes=0 if originals is None else originals.host_bytes,
         originals="none" if originals is None else originals.place,
         calls=counts["calls"],
@@ -117,20 +120,24 @@ def summarize(name: str, module: nn.Module, attached: Attached) -> TransformerSu
 
 
 def _bits(layers: list[DialectLinear]) -> float:
-    packed = [
-        (layer.weight_packed, layer.weight_meta, layer.weight_row_exponent) for layer in layers
-    ]
-    stored = sum(tensor.nbytes for tensors in packed for tensor in tensors)
+    stored = sum(tensor.nbytes for layer in layers for tensor in layer.packed_tensors.values())
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     return 8 * stored / weights
 
 
-def _device_bytes(module: nn.Module) -> int:
-    seen: dict[int, int] = {}
-    tensors: list[torch.Tensor] = [*module.parameters(), *module.buffers()]
-    for tensor in tensors:
-        seen[tensor.data_ptr()] = tensor.nbytes
-    return sum(seen.values())
+def _bytes_by_device(module: nn.Module) -> dict[str, int]:
+    """Bytes of parameters and buffers on each device; memory that several share counts once."""
+    found: Counter[str] = Counter()
+    seen = set()
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type == "meta":
+            found["offloaded"] += tensor.nbytes
+            continue
+        place, storage = str(tensor.device), tensor.untyped_storage()
+        if (place, storage.data_ptr()) not in seen:
+            seen.add((place, storage.data_ptr()))
+            found[place] += storage.nbytes()
+    return dict(found)
 
 
 def _lines(found: TransformerSummary) -> list[tuple[str, str]]:
@@ -140,12 +147,13 @@ def _lines(found: TransformerSummary) -> list[tuple[str, str]]:
         ("modulation layers in FP8", f"{found.fp8_layers}"),
         ("bits per weight", f"{found.bits:.3f}"),
         ("MiB before", f"{found.bytes_before / 2**20:.1f}"),
-        ("MiB now, device", f"{found.bytes_after / 2**20:.1f}"),
-        ("MiB now, host (16-bit copy)", f"{found.host_bytes / 2**20:.1f}"),
-        (
-            "16-bit weights are kept",
-            {"disk": "on disk", "host": "in host memory"}.get(found.originals, "nowhere"),
+        ("MiB now", f"{found.bytes_after / 2**20:.1f}"),
+        *(
+            (f"MiB now, {place}", f"{held / 2**20:.1f}")
+            for place, held in found.bytes_by_device.items()
         ),
+        ("MiB now, host (16-bit copy)", f"{found.host_bytes / 2**20:.1f}"),
+        ("16-bit weights are kept", _PLACES[found.originals]),
         ("transformer calls", f"{found.calls}"),
         ("decomposed rows", f"{found.salient_share:.1%}"),
         ("groups per block", f"{found.groups:.1f}"),

@@ -50,6 +50,8 @@ class Case:
         one_by_one: whether attention runs once for every sample.
         beside: tokens of other videos that stand in the sequence beside these.
         last: a linear layer that runs after every attention; default: the last of `streams`.
+        timestep: name of the argument with the noise level.
+        later: what a later step's timestep is multiplied with.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Case:
     beside: int = 0
     last: str | None = None
     timestep: str = "timestep"
+    later: float = 0.5
 
     def __repr__(self):
         return self.name
@@ -356,7 +359,7 @@ def check_rows(case, layout: Layout | None = None, batch=2, context=None):
     chosen = _chosen_tokens(case, watch, 0.3)
     by_attention = zip(_by_attention(case, grouped), case.attentions, strict=True)
     groups = {name: result for (_, result), name in by_attention}
-    second, _, _ = _handed(case, model, batch, context, 0.5)
+    second, _, _ = _handed(case, model, batch, context, case.later)
     found, _ = places(case)
     for name in case.streams:
         attention = _attention_of(case, name)
@@ -385,23 +388,22 @@ def _handed(case, model, batch, context, noise):
     handed, inside = {}, []
 
     def note(function):
-        @functools.wraps(function)
-        def noted(x, *args, salient=None, group=None, **options):
+        def noted(*arguments):
             before = frozenset(name for name, *_ in watch.attention)
+            salient, group = arguments[-2:] if function is semantic else (None, None)
             handed[inside[-1]] = Handed(salient, group, before)
-            given = {"salient": salient, "group": group} if function is semantic else {}
-            return function(x, *args, **given, **options)
+            return function(*arguments)
 
         return noted
 
-    semantic = ops.semantic_linear
+    semantic = ops.semantic_op
     with ExitStack() as stack:
         for name in case.streams:
             remember = functools.partial(lambda n, module, args: inside.append(n), name)
             handle = model.get_submodule(name).register_forward_pre_hook(remember)
             stack.callback(handle.remove)
-        stack.enter_context(_replaced(ops, "semantic_linear", note))
-        stack.enter_context(_replaced(ops, "dialect_linear", note))
+        stack.enter_context(_replaced(ops, "semantic_op", note))
+        stack.enter_context(_replaced(ops, "dialect_op", note))
         grouped = stack.enter_context(_spy(state, "assign_groups"))
         watch = stack.enter_context(Watch(model, case.attentions))
         case.run(model, batch=batch, context=context, noise=noise)
@@ -520,7 +522,7 @@ def check_branches(case):
     with _spy(state, "select_salient") as chosen:
         case.run(model, context=cond)
         case.run(model, context=uncond)
-        case.run(model, context=cond, noise=0.5)
+        case.run(model, context=cond, noise=case.later)
     assert len(chosen) == 2 * len(case.attentions)
     hook = diffusers_hook.attach.attached(model)
     for block in hook.state.blocks:

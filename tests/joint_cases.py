@@ -108,6 +108,7 @@ MOCHI = Case(
     name="mochi",
     build=mochi,
     one_by_one=True,
+    later=1.5,  # its timestep is 0 for pure noise
     arguments=mochi_arguments,
     streams={
         **{f"transformer_blocks.0.{n}": s for n, s in MOCHI_BLOCK.items()},

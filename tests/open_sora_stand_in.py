@@ -33,7 +33,8 @@ def rotated(x, angle):
 
 
 def sinusoid(value, width):
-    frequency = torch.exp(-math.log(10000) * torch.arange(width // 2) / (width // 2))
+    index = torch.arange(width // 2, device=value.device)
+    frequency = torch.exp(-math.log(10000) * index / (width // 2))
     angle = 1000 * value[:, None].float() * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1).to(value.dtype)
 
@@ -204,7 +205,7 @@ class MMDiTModel(nn.Module):
         ids = torch.cat((txt_ids, img_ids), dim=1).float()
         pe = torch.cat(
             [
-                ids[..., i, None] / 100 ** (torch.arange(0, axis, 2) / axis)
+                ids[..., i, None] / 100 ** (torch.arange(0, axis, 2, device=ids.device) / axis)
                 for i, axis in enumerate(self.axes)
             ],
             dim=-1,

@@ -22,26 +22,26 @@ PIXART_EMBEDDERS = (
     "proj_out",
 )
 
+LATTE_CONFIG = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 32,
+    "in_channels": 4,
+    "num_layers": 2,
+    "cross_attention_dim": 64,
+    "attention_bias": True,
+    "sample_size": 8,
+    "patch_size": 2,
+    "activation_fn": "gelu-approximate",
+    "num_embeds_ada_norm": 1000,
+    "norm_type": "ada_norm_single",
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+    "caption_channels": 32,
+    "video_length": GRID[0],
+}
 LATTE = Case(
     name="latte",
-    build=made(
-        "LatteTransformer3DModel",
-        num_attention_heads=2,
-        attention_head_dim=32,
-        in_channels=4,
-        num_layers=2,
-        cross_attention_dim=64,
-        attention_bias=True,
-        sample_size=8,
-        patch_size=2,
-        activation_fn="gelu-approximate",
-        num_embeds_ada_norm=1000,
-        norm_type="ada_norm_single",
-        norm_elementwise_affine=False,
-        norm_eps=1e-6,
-        caption_channels=32,
-        video_length=GRID[0],
-    ),
+    build=made("LatteTransformer3DModel", **LATTE_CONFIG),
     arguments=call,
     streams={
         **spread(

@@ -1,4 +1,7 @@
-"""Tiny models whose salient tokens cannot be found: linear, packed, sparse, cached attention."""
+"""Tiny models whose salient tokens cannot be found.
+
+Linear, packed, sparse and cached attention, and classes whose layout is not known.
+"""
 
 import torch
 from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
@@ -383,6 +386,56 @@ WAN_ANIMATE_2 = Case(
     **UNSCORED,
 )
 
+
+def patches_of_pictures(batch):
+    """A picture to be made and one to be edited, 4 x 2 patches each."""
+    pictures = [(1, 4, 2), (1, 4, 2)]
+    return {
+        "hidden_states": noise(batch, 16, 4, 1, 2, 2),
+        "timestep": torch.full((batch,), 500.0),
+        "encoder_hidden_states": noise(batch, TEXT_TOKENS, 32, seed=2),
+        "shape_list": [pictures] * batch,
+    }
+
+
+JOYIMAGE_BLOCK = {
+    **attention_of("attn", CONTEXT, "img_attn_qkv", "img_attn_proj"),
+    **attention_of("attn", CONTEXT, "txt_attn_qkv", "txt_attn_proj"),
+    **feed_forward(CONTEXT, "img_mlp"),
+    **feed_forward(CONTEXT, "txt_mlp"),
+}
+
+
+def joyimage(name, model, arguments):
+    """Models for pictures that are video transformers by name only; they have no layout."""
+    return Case(
+        name=name,
+        build=made(
+            model,
+            in_channels=4,
+            hidden_size=64,
+            num_attention_heads=2,
+            text_dim=32,
+            num_layers=2,
+            rope_dim_list=[8, 12, 12],
+        ),
+        arguments=arguments,
+        streams=spread("double_blocks", 2, JOYIMAGE_BLOCK),
+        kept=(
+            *(f"condition_embedder.time_embedder.linear_{i}" for i in (1, 2)),
+            *(f"condition_embedder.text_embedder.linear_{i}" for i in (1, 2)),
+            "condition_embedder.time_proj",
+            "proj_out",
+        ),
+        **UNSCORED,
+    )
+
+
+JOYIMAGE_EDIT = joyimage("joyimage edit", "JoyImageEditTransformer3DModel", call)
+JOYIMAGE_EDIT_PLUS = joyimage(
+    "joyimage edit plus", "JoyImageEditPlusTransformer3DModel", patches_of_pictures
+)
+
 CASES = (
     SANA_VIDEO,
     SANA_WM,
@@ -392,5 +445,7 @@ CASES = (
     KANDINSKY6_SR,
     ANYFLOW_FAR,
     WAN_ANIMATE_2,
+    JOYIMAGE_EDIT,
+    JOYIMAGE_EDIT_PLUS,
 )
 """Cases that are quantized without salient tokens and groups."""

@@ -1,4 +1,4 @@
-"""A tiny model of every video transformer class of diffusers: the families' and the refused."""
+"""A tiny model of every video transformer class of diffusers."""
 
 import functools
 
@@ -7,11 +7,8 @@ import joint_cases
 import kandinsky_cases
 import ltx_cases
 import separate_cases
-import torch
 import unscored_cases
 import wan_cases
-from family_checks import Case
-from tiny_parts import GRID, TEXT_TOKENS, call, made, noise
 
 FULL = (
     *wan_cases.CASES,
@@ -26,50 +23,11 @@ FULL = (
 UNSCORED = unscored_cases.CASES
 """What is tested to work without salient tokens and groups."""
 
-JOYIMAGE = {
-    "in_channels": 4,
-    "hidden_size": 64,
-    "num_attention_heads": 2,
-    "text_dim": 32,
-    "num_layers": 2,
-    "rope_dim_list": [8, 12, 12],
-}
-
-
-def patches_of_pictures(batch):
-    """A picture to be made and one to be edited, 4 x 2 patches each."""
-    pictures = [(1, 4, 2), (1, 4, 2)]
-    return {
-        "hidden_states": noise(batch, 16, 4, 1, 2, 2),
-        "timestep": torch.full((batch,), 500.0),
-        "encoder_hidden_states": noise(batch, TEXT_TOKENS, 32, seed=2),
-        "shape_list": [pictures] * batch,
-    }
-
-
-def refused_case(name, model, arguments):
-    return Case(
-        name=name,
-        build=made(model, **JOYIMAGE),
-        arguments=arguments,
-        streams={},
-        kept=(),
-        attentions=(),
-        grid=GRID,
-        touch_video=None,
-    )
-
-
-REFUSED = (
-    refused_case("joyimage edit", "JoyImageEditTransformer3DModel", call),
-    refused_case("joyimage edit plus", "JoyImageEditPlusTransformer3DModel", patches_of_pictures),
-)
-
 
 @functools.cache
 def tiny_models():
     """Class name -> the first case that builds it."""
     found = {}
-    for case in (*FULL, *UNSCORED, *REFUSED):
+    for case in (*FULL, *UNSCORED):
         found.setdefault(type(case.build()).__name__, case)
     return found

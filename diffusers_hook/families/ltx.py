@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layouts import Blocks, Grid, Layout, Stream
+from ..layouts import Blocks, Grid, Layout, Stream, remembered
 
 __all__ = ["LAYOUTS"]
 
@@ -20,15 +20,16 @@ __all__ = ["LAYOUTS"]
 def _packed_grid(video_last: bool) -> Callable[[nn.Module, Mapping[str, Any]], Grid | None]:
     """A grid from the tokens' coordinates or, without them, from the grid's sizes."""
 
+    @remembered
+    def raster(coordinates: torch.Tensor) -> tuple[int, int, int]:
+        # [batch, 3, tokens] or, from start to end, [batch, 3, tokens, 2]
+        starts = coordinates[0] if coordinates.ndim == 3 else coordinates[0, ..., 0]
+        return _raster((-starts.flip(1) if video_last else starts).cpu())
+
     def grid(model: nn.Module, arguments: Mapping[str, Any]) -> Grid | None:
         batch, tokens = arguments["hidden_states"].shape[:2]
         coordinates = arguments.get("video_coords")
-        if coordinates is None:
-            sizes = _sizes(model, arguments)
-        else:
-            # [batch, 3, tokens] or, from start to end, [batch, 3, tokens, 2]
-            starts = coordinates[0] if coordinates.ndim == 3 else coordinates[0, ..., 0]
-            sizes = _raster(-starts.flip(1) if video_last else starts)
+        sizes = _sizes(model, arguments) if coordinates is None else raster(coordinates)
         count = sizes[0] * sizes[1] * sizes[2]
         if not 0 < count <= tokens:
             return None
@@ -46,15 +47,15 @@ def _sizes(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, int, in
 
 
 def _raster(starts: torch.Tensor) -> tuple[int, int, int]:
-    """Frames, rows and columns of the grid that coordinates [3, tokens] begin with."""
-    time, row, column = starts.cpu()
+    """Frames, rows and columns of the grid that coordinates [3, tokens] on the CPU begin with."""
+    time, row, column = starts
     columns = _rising(column)
     rows = _rising(row[::columns])
     frame = rows * columns
     places = torch.cartesian_prod(row[::columns][:rows], column[:columns])
     frames = _rising(time[::frame])
     for t in range(frames):
-        here = starts.cpu()[:, t * frame : (t + 1) * frame]
+        here = starts[:, t * frame : (t + 1) * frame]
         if not torch.equal(here[1:].T, places) or (here[0] != here[0, 0]).any():
             return t, rows, columns
     return frames, rows, columns

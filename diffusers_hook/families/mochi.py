@@ -1,6 +1,7 @@
 """Mochi: joint attention of a video and a text stream, text last.
 
-Its attention runs once per sample, over the video and that sample's valid text tokens.
+Its attention runs once per sample, over the video and that sample's valid text tokens. Its timestep
+is 0 for pure noise, so that it rises during a generation.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ LAYOUTS = (
             ),
         ),
         grid=patched_grid(),
+        timestep_rises=True,
         modulation=(
             r"transformer_blocks\.\d+\.norm1\.linear",
             r"transformer_blocks\.\d+\.norm1_context\.linear(_1)?",

@@ -18,18 +18,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layouts import Blocks, Grid, Layout, LayoutError, Stream
+from ..layouts import Blocks, Grid, Layout, LayoutError, Stream, remembered
 
 __all__ = ["LAYOUTS"]
 
 
-def _grid_of_ids(model: nn.Module, arguments: Mapping[str, Any]) -> Grid:
+def _grid(model: nn.Module, arguments: Mapping[str, Any]) -> Grid:
+    return _grid_of_ids(arguments["img_ids"])
+
+
+@remembered
+def _grid_of_ids(ids: torch.Tensor) -> Grid:
     """The grid of `img_ids`, [batch, video tokens, (frame, row, column)].
 
     Raises:
         LayoutError: if the tokens do not follow each other frame by frame and row by row.
     """
-    ids: torch.Tensor = arguments["img_ids"]
     batch, tokens, _ = ids.shape
     places = ids[0].float().cpu()
     # run lengths, not largest values: bfloat16 counts to 256 only
@@ -83,7 +87,7 @@ LAYOUTS = (
         name="open_sora",
         models=("MMDiTModel",),
         kinds=(_DOUBLE, _SINGLE),
-        grid=_grid_of_ids,
+        grid=_grid,
         timestep="timesteps",
         modulation=(
             r"double_blocks\.\d+\.(img|txt)_mod\.lin",

@@ -166,6 +166,18 @@ def test_never_a_full_map(masked):
     assert largest.elements < 1024 * 1024
 
 
+def test_no_memory_is_no_reason_to_try_another_kernel(monkeypatch):
+    """The error is a RuntimeError, as is the one of a kernel that does not take the inputs."""
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(attention, "_xformers_forward", lambda: full)
+    (query,) = tensors((1, 2, 9, 8))
+    with pytest.raises(torch.OutOfMemoryError):
+        attention._cuda_kernel(query, query, query, None, 1.0)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

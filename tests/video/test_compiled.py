@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from tiny_video import run, wan
+from tiny_video import generate, run, wan, wan_pipeline
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 import diffusers_hook
 from diffusers_hook.attach import attached
+from diffusers_hook.linear import QuantizedLinear
 
 # random: the choice does not hang on the last bit of a score, which compilers change
 OPTIONS = {
@@ -53,6 +54,32 @@ def _compiles_once(backend):
     limit = 0 if backend == "aot_eager" else 1e-3
     for a, b in zip(compiled, expected, strict=True):
         assert (a - b).norm() <= limit * b.norm()
+
+
+@pytest.mark.parametrize("first", ["enable", "compile"])
+def test_a_compiled_transformer_is_enabled_and_disabled(first):
+    """`pipe.transformer = torch.compile(pipe.transformer)` puts another module around it."""
+    torch._dynamo.reset()
+    pipe = wan_pipeline()
+    inner, before = pipe.transformer, generate(pipe)
+
+    def compiled():
+        pipe.transformer = torch.compile(inner, backend="eager")
+
+    if first == "compile":
+        compiled()
+    pipe.enable_semantic_dialect(progress=False)
+    if first == "enable":
+        compiled()
+    assert [found.model for found in pipe.semantic_dialect_summary().transformers] == [
+        "WanTransformer3DModel"
+    ]
+    quantized = generate(pipe)
+    assert quantized.isfinite().all()
+    assert not torch.equal(quantized, before)
+    pipe.disable_semantic_dialect()
+    assert not any(isinstance(part, QuantizedLinear) for part in inner.modules())
+    assert torch.equal(generate(pipe), before)
 
 
 def test_the_ops_pass_opcheck():

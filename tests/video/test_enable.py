@@ -2,19 +2,25 @@
 
 import copy
 import gc
+import io
 import logging
+import os
 import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_video import generate, run, wan, wan_pipeline
 from torch import nn
 
 import dialect_kernels
 import diffusers_hook
-from diffusers_hook import ConfigError, LayoutError, SemanticDialectConfig
+from diffusers_hook import ConfigError, LayoutError, SemanticDialectConfig, attach, swap
 from diffusers_hook.attach import attached
 from diffusers_hook.linear import DialectLinear, Fp8Linear
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def picture(module):
@@ -91,9 +97,11 @@ def test_only_the_linear_layers_of_blocks_are_quantized():
 
 def test_skip_is_anchored_at_the_models_root():
     model = wan()
-    diffusers_hook.enable(
-        model, progress=False, seda=True, skip=[r"blocks\.0\..*", "to_q", r".*\.ffn\..*"]
-    )
+    with pytest.raises(
+        ConfigError, match=r"skip: 'to_q' matches no layer of WanTransformer3DModel"
+    ):
+        diffusers_hook.enable(model, progress=False, skip=["to_q"])
+    diffusers_hook.enable(model, progress=False, seda=True, skip=[r"blocks\.0\..*", r".*\.ffn\..*"])
     quantized = {n for n, m in model.named_modules() if isinstance(m, DialectLinear)}
     assert "blocks.1.attn1.to_q" in quantized
     assert not any(name.startswith("blocks.0") or "ffn" in name for name in quantized)
@@ -157,7 +165,10 @@ def spoilt_layer(model):
         (None, {"skip": [".*"]}, ValueError, "no linear layer is left to quantize"),
         (None, {"keep_original": "disk"}, ConfigError, "needs the files the weights were loaded"),
         (None, {"layout": "wann"}, LayoutError, "layout: 'wann' is not known; known are "),
+        (None, {"layout": 3}, LayoutError, "layout: 3 cannot be used: it must be a "),
+        (None, {"config": 3}, ConfigError, "config: 3 cannot be used: it must be a "),
         (None, {"salient": 1}, ConfigError, "did you mean"),
+        (None, {"skip": ["proj_out"]}, ConfigError, "skip: 'proj_out' matches no layer of "),
     ],
 )  # fmt: skip
 def test_what_cannot_be_enabled_is_refused_and_left_as_it_was(spoil, options, error, sentence):
@@ -236,18 +247,179 @@ def test_disable_without_originals_says_what_to_do_and_changes_nothing(tmp_path)
     assert torch.equal(run(model), quantized)
 
 
-def test_disable_after_the_files_are_gone_changes_nothing(tmp_path):
+def remove(file):
+    file.unlink()
+
+
+def damage(file):
+    file.unlink()  # the model may have it mapped into memory
+    file.write_bytes(b"\x10\0\0\0\0\0\0\0garbage")
+
+
+def change(file):
+    """One number, in a file of the same size and with the same time of change."""
+    stat, tensors = file.stat(), {k: v.clone() for k, v in load_file(file).items()}
+    tensors["blocks.1.ffn.net.2.weight"][3, 5] += 1
+    file.unlink()
+    save_file(tensors, file, metadata={"format": "pt"})
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert file.stat().st_size == stat.st_size
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (remove, r"cannot be read from .* any more"),
+        (damage, r"cannot be read from .* any more"),
+        (change, r"blocks\.1\.ffn\.net\.2\.weight in .* is not the weight it was; load the pipe"),
+    ],
+)
+def test_disable_after_the_files_have_changed_changes_nothing(tmp_path, spoil, sentence):
     from diffusers import WanTransformer3DModel
 
     wan().save_pretrained(tmp_path)
     model = WanTransformer3DModel.from_pretrained(tmp_path)
     diffusers_hook.enable(model, progress=False, seda=True)
-    quantized = run(model)
-    for file in tmp_path.glob("*.safetensors"):
-        file.unlink()
-    with pytest.raises(RuntimeError, match=r"cannot be read from .* any more"):
+    quantized, shape = run(model), picture(model)
+    spoil(tmp_path / WEIGHTS)
+    with pytest.raises(RuntimeError, match=sentence):
         diffusers_hook.disable(model)
+    assert picture(model) == shape
     assert torch.equal(run(model), quantized)
+
+
+def test_a_damaged_file_beside_a_model_in_memory_is_not_its_origin(tmp_path):
+    from diffusers import WanTransformer3DModel
+
+    wan().save_pretrained(tmp_path)
+    model = WanTransformer3DModel.from_pretrained(tmp_path)
+    damage(tmp_path / WEIGHTS)
+    diffusers_hook.enable(model, progress=False)
+    assert diffusers_hook.summary(model).transformers[0].originals == "host"
+
+
+def test_the_files_that_disable_reads_are_not_saved_over(tmp_path):
+    from diffusers import WanPipeline
+
+    wan_pipeline().save_pretrained(tmp_path)
+    pipe = WanPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    before = generate(pipe)
+    pipe.enable_semantic_dialect(progress=False)
+    assert pipe.semantic_dialect_summary().transformers[0].originals == "disk"
+    link = tmp_path / "link"
+    link.mkdir()
+    (link / WEIGHTS).symlink_to(tmp_path / "transformer" / WEIGHTS)
+    for folder in (tmp_path / "transformer", link):
+        with pytest.raises(RuntimeError, match="save into another one, or enable with keep_origi"):
+            pipe.transformer.save_pretrained(folder)
+    with pytest.raises(RuntimeError, match="holds the 16-bit weights that disable_semantic_dial"):
+        pipe.save_pretrained(tmp_path)
+    pipe.save_pretrained(tmp_path / "elsewhere", max_shard_size="100KB")
+    assert len(list((tmp_path / "elsewhere" / "transformer").glob("*.safetensors"))) > 1
+    pipe.disable_semantic_dialect()
+    assert torch.equal(generate(pipe), before)
+    pipe.save_pretrained(tmp_path)
+
+
+def test_weights_come_back_to_the_device_and_in_the_dtype_of_now():
+    model = wan()
+    diffusers_hook.enable(model, progress=False)
+    nn.Module.to(model, "meta", torch.bfloat16)  # diffusers' own .to refuses the dtype
+    diffusers_hook.disable(model)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: torch.save(model, io.BytesIO())])
+def test_an_enabled_model_is_not_copied(copied):
+    """A copy would share the original's state, and neither could be disabled alone."""
+    model = wan(layers=1)
+    diffusers_hook.enable(model, progress=False)
+    with pytest.raises(RuntimeError, match="cannot be copied or pickled while SemanticDialect is"):
+        copied(model)
+    diffusers_hook.disable(model)
+    copied(model)
+
+
+@contextmanager
+def interrupted(where, call, module=swap):
+    """Ctrl-C in a certain call of a function."""
+    function, calls = getattr(module, where), []
+
+    def stop(*args):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return function(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, where, stop)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
+@pytest.mark.parametrize(
+    ("where", "call"),
+    [("put", 1), ("put", 30), ("keep", 2), ("attach", 1), ("attach", 2), ("mark", 1), ("mark", 2)],
+)
+@pytest.mark.parametrize("place", ["host", "none"])
+def test_an_interrupted_enable_leaves_everything_as_it_was(where, call, place):
+    pipe = wan_pipeline(two=True)
+    parts = (pipe.transformer, pipe.transformer_2)
+    before, shapes = generate(pipe), [picture(part) for part in parts]
+    weights = [{n: p.data_ptr() for n, p in part.named_parameters()} for part in parts]
+    with interrupted(where, call):
+        pipe.enable_semantic_dialect(progress=False, keep_original=place)
+    assert [picture(part) for part in parts] == shapes
+    assert [{n: p.data_ptr() for n, p in part.named_parameters()} for part in parts] == weights
+    assert torch.equal(generate(pipe), before)
+    pipe.enable_semantic_dialect(progress=False)
+    pipe.disable_semantic_dialect()
+    assert torch.equal(generate(pipe), before)
+
+
+def test_an_enable_that_is_interrupted_while_it_hooks_the_attention_leaves_no_hook():
+    model = wan()
+    before, shape = run(model, context="cond"), picture(model)
+    with interrupted("guard", 1, attach):
+        diffusers_hook.enable(model, progress=False)
+    assert picture(model) == shape
+    assert "forward" not in vars(model)
+    assert torch.equal(run(model, context="cond"), before)
+
+
+@pytest.mark.parametrize(("where", "call"), [("put", 5), ("put", 30), ("unmark", 2), ("detach", 1)])
+def test_an_interrupted_disable_can_be_called_again(where, call):
+    pipe = wan_pipeline(two=True)
+    before = generate(pipe)
+    pipe.enable_semantic_dialect(progress=False)
+    quantized = generate(pipe)
+    with interrupted(where, call):
+        pipe.disable_semantic_dialect()
+    if where == "put":
+        assert torch.equal(generate(pipe), quantized)
+    pipe.disable_semantic_dialect()
+    assert torch.equal(generate(pipe), before)
+    assert attached(pipe.transformer) is attached(pipe.transformer_2) is None
+
+
+def test_no_refusal_is_left_behind():
+    model = wan()
+    methods = {name: getattr(model, name) for name in ("fuse_lora", "save_pretrained")}
+    diffusers_hook.enable(model, progress=False)
+    diffusers_hook.disable(model)
+    assert {name: getattr(model, name) for name in methods} == methods
+
+
+def test_one_transformer_under_two_names_is_one():
+    pipe = wan_pipeline(two=True)
+    pipe.transformer_2 = pipe.transformer
+    before = generate(pipe)
+    pipe.enable_semantic_dialect(progress=False)
+    assert [found.name for found in pipe.semantic_dialect_summary().transformers] == ["transformer"]
+    assert generate(pipe).isfinite().all()
+    pipe.disable_semantic_dialect()
+    assert torch.equal(generate(pipe), before)
 
 
 def count_tensors():

@@ -11,13 +11,14 @@ from family_checks import (
 )
 from joint_cases import CASES, COGVIDEOX, COGVIDEOX_BLOCK, EASYANIMATE_SHARED
 from kandinsky_cases import KANDINSKY5, call5
+from ltx_cases import ltx2, ltx_with_conditions
 from separate_cases import LATTE
 from tiny_parts import GRID, made
 from torch import nn
 
 import diffusers_hook
 from diffusers_hook.attach import attached
-from diffusers_hook.layouts import Stream
+from diffusers_hook.layouts import Stream, layout_for
 from diffusers_hook.linear import DialectLinear
 
 COGVIDEOX_CASE = CASES[0]
@@ -46,6 +47,19 @@ def test_cogvideox_with_fused_projections():
     assert all(map(torch.equal, *chosen))
     diffusers_hook.disable(fused)
     assert torch.equal(COGVIDEOX_CASE.run(fused), before)
+
+
+@pytest.mark.parametrize("case", [ltx2("LTX-2", beside=2), ltx_with_conditions()], ids=repr)
+def test_ltx_coordinates_are_copied_from_the_device_once(case, monkeypatch):
+    """The pipeline passes the same tensor in every call, and a copy waits for a GPU."""
+    copies = []
+    copy = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: copies.append(self.shape) or copy(self))
+    model, arguments = case.build(), case.arguments(2)
+    layout = layout_for(model)
+    for _ in range(3):
+        assert layout.grid(model, arguments).shape == case.grid
+    assert len(copies) == 1
 
 
 def test_consisid_keeps_its_face_layers():

@@ -1,15 +1,21 @@
 """Salient tokens and groups over calls: branches, refreshes, new generations, aborted ones."""
 
+import weakref
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
+import tiny_pipelines
 import torch
 from tiny_video import run, wan
+from torch import nn
 
 import diffusers_hook
 from diffusers_hook import state
 from diffusers_hook.attach import attached
 from diffusers_hook.branch import Context
 from diffusers_hook.config import SemanticDialectConfig
-from diffusers_hook.layouts import Grid
+from diffusers_hook.layouts import Block, Blocks, Grid, Stream, remembered
 
 GRID = Grid(1, 5, 4, 4)
 OPTIONS = {"seda": True, "progress": False, "salient_refresh": 2, "seda_refresh": 3}
@@ -67,6 +73,27 @@ def test_refreshes_happen_when_they_are_due(model, monkeypatch):
         run(model, context="cond", timestep=900 - step)
     assert chosen == [0, 0, 2, 2, 4, 4, 6, 6]  # every second call, in both blocks
     assert grouped == [0, 0, 3, 3, 6, 6]
+
+
+def test_scores_come_from_the_log_sum_exp_where_it_is_at_hand(model, monkeypatch):
+    """Groups need it anyway; each call computes it once."""
+    used = []
+    for name in ("log_sum_exp", "received_attention", "received_attention_from_lse"):
+        monkeypatch.setattr(state, name, spied(getattr(state, name), used))
+    monkeypatch.setattr(diffusers_hook.seda, "log_sum_exp", None)
+    for step in range(4):
+        used.append(step)
+        run(model, context="cond", timestep=900 - step)
+    with_lse = ["log_sum_exp", "received_attention_from_lse"] * 2
+    assert used == [0, *with_lse, 1, 2, *["received_attention"] * 2, 3, *with_lse]
+
+
+def spied(function, used):
+    def call(*arguments, **options):
+        used.append(function.__name__)
+        return function(*arguments, **options)
+
+    return call
 
 
 def test_a_set_serves_its_block_until_the_next_refresh(model, monkeypatch):
@@ -159,21 +186,27 @@ def test_random_selection_is_drawn_anew_and_the_same_in_every_run():
     assert torch.equal(sets[0][0], sets[0][1])  # refreshed every second call
 
 
-def fresh():
-    found = state.ModelState(SemanticDialectConfig())
-    found.resets = 0
-    reset = found.reset
+class Counted(state.ModelState):
+    """Counts the beginnings of generations."""
 
-    def counted():
-        found.resets += 1
-        reset()
+    resets = 0
 
-    found.reset = counted
-    return found
+    def reset(self):
+        self.resets += 1
+        super().reset()
+
+
+def resets(calls, **options):
+    """How many generations begin in calls of (timestep, branch, step)."""
+    found = Counted(SemanticDialectConfig(), **options)
+    for timestep, branch, step in calls:
+        found.begin(GRID, timestep, Context(branch, step))
+        found.end()
+    return found.resets
 
 
 @pytest.mark.parametrize(
-    ("calls", "resets"),
+    ("calls", "expected"),
     [
         # (timestep, branch, step) of each call
         ([(9, "c", None), (9, "u", None), (8, "c", None), (8, "u", None)], 1),
@@ -182,14 +215,181 @@ def fresh():
         ([(9, "c", 0), (9, "u", 0), (9, "c", 1), (9, "u", 1)], 1),  # a timestep met twice
         ([(9, None, None), (9, None, None), (8, None, None)], 1),
         ([(9, "c", 0), (9, "c", 0)], 2),
+        ([(9, "c", 0), (9, "u", 0), (8, "c", 1), (9, "c", 0)], 2),
+        # schedulers of second order repeat every timestep but the first
+        ([(t, branch, None) for t in (9, 8, 8, 7, 7) for branch in "cu"], 1),
+        ([(t, branch, None) for t in (9, 8, 8, 9, 8, 8) for branch in "cu"], 2),
+        # frame after frame, then the next part of the video
+        ([((9, 9, 9), "c", None), ((8, 9, 9), "c", None), ((8, 8, 9), "c", None)], 1),
+        ([((9, 9, 9), "c", None), ((4, 4, 4), "c", None), ((1, 1, 9), "c", None)], 2),
+        ([(None, "c", None)], 1),
     ],
 )
-def test_where_a_generation_begins(calls, resets):
-    found = fresh()
-    for timestep, branch, step in calls:
-        found.begin(GRID, timestep, Context(branch, step))
+def test_where_a_generation_begins(calls, expected):
+    def tensors(convert):
+        return [(None if t is None else convert(t), branch, step) for t, branch, step in calls]
+
+    assert resets(calls) == expected
+    assert resets(tensors(torch.tensor)) == expected
+    assert resets(tensors(lambda t: -torch.tensor(t)), timestep_rises=True) == expected
+
+
+def test_a_branch_may_have_samples_of_its_own():
+    """LTX-2: two samples with guidance by the text, one for each of the other branches."""
+    found = Counted(SemanticDialectConfig())
+    for timestep in (9.0, 8.0, 7.0):
+        for branch, batch in (("cond_uncond", 2), ("uncond_stg", 1), ("uncond_modality", 1)):
+            found.begin(Grid(batch, 5, 4, 4), torch.full((batch,), timestep), Context(branch))
+            found.end()
+    assert found.resets == 1
+    found.begin(Grid(1, 5, 4, 4), torch.tensor([6.0]), Context("cond_uncond"))
+    assert found.resets == 2
+
+
+PIPELINES = {
+    # (pipeline, options, transformer calls of a generation, generations in it)
+    "Latte": (tiny_pipelines.latte, {}, 4, 1),
+    "LTX-2": (tiny_pipelines.ltx2, {}, 12, 1),
+    "Mochi": (tiny_pipelines.mochi, {}, 4, 1),
+    "SkyReels-V2": (tiny_pipelines.skyreels, {}, 16, 1),
+    "SkyReels-V2, frame after frame": (
+        tiny_pipelines.skyreels, {"ar_step": 2, "causal_block_size": 1}, 32, 1,
+    ),
+    "SkyReels-V2, three parts": (
+        tiny_pipelines.skyreels, {"base_num_frames": 9, "overlap_history": 5}, 48, 3,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["pipeline", "transformer"])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_generation_of_a_real_pipeline_begins_once(name, whole):
+    """Whether the hook knows the pipeline or its transformer only."""
+    make, options, calls, generations = PIPELINES[name]
+    pipe, generate = make()
+    diffusers_hook.enable(pipe if whole else pipe.transformer, progress=False, salient_refresh=100)
+    found = attached(pipe.transformer).state
+    found.__class__ = Counted
+    first = generate(**options)
+    assert found.counts["calls"] == calls
+    assert found.resets == generations
+    assert torch.equal(generate(**options), first)
+    assert found.resets == 2 * generations
+    branches = sum(len(block.branches) for block in found.blocks)
+    assert found.counts["salient refreshes"] == 2 * generations * branches
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("step", [0, 2])
+@pytest.mark.parametrize(
+    "make", [tiny_pipelines.latte, tiny_pipelines.ltx2], ids=["Latte", "LTX-2"]
+)
+def test_a_callback_that_aborts_leaves_nothing_behind(make, step, error):
+    """Latte does not name its branches; its next first call looks like another one of the step."""
+    pipe, generate = make()
+    pipe.enable_semantic_dialect(progress=False, seda=True)
+    expected = generate()
+
+    def stop(pipe, index, timestep, tensors):
+        if index == step:
+            raise error("stop")
+        return tensors
+
+    with pytest.raises(error):
+        generate(seed=1, callback_on_step_end=stop)
+    assert torch.equal(generate(), expected)
+
+
+def pipeline(timesteps):
+    """What the hook looks at of a pipeline."""
+
+    class Pipeline:
+        scheduler = SimpleNamespace(timesteps=timesteps)
+
+    return Pipeline()
+
+
+def test_a_pipeline_is_not_kept_alive_and_not_missed():
+    model = wan()
+    diffusers_hook.enable(model, **OPTIONS)
+    expected = outputs(model)
+    pipe = pipeline(torch.arange(3))
+    attached(model).state.follow(pipe)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(model), expected, strict=True))
+    seen = weakref.ref(pipe)
+    del pipe
+    assert seen() is None
+    attached(model).state.follow(SimpleNamespace())  # cannot be referred to weakly
+    assert all(torch.equal(a, b) for a, b in zip(outputs(model), expected, strict=True))
+
+
+@pytest.mark.parametrize("context", [None, "cond"])
+def test_branches_do_not_pile_up(model, context):
+    for _ in range(100):
+        run(model, context=context, timestep=500)
+        assert len(branches(model)) <= 16
+
+
+def test_no_value_is_read_where_the_step_is_known():
+    """Tensors without values stand for those of a GPU that is not done yet."""
+    timesteps = torch.arange(3, device="meta")
+    found = Counted(SemanticDialectConfig())
+    pipe = pipeline(timesteps)
+    found.follow(pipe)
+    for timestep in timesteps:
+        for branch in ("cond", "uncond", None, None):
+            found.begin(GRID, timestep[None].expand(2), Context(branch))
+            found.end()
+    assert found.resets == 1
+    assert found._last.keys() == {"cond", "uncond", "call 2", "call 3"}
+    pipe.scheduler.timesteps = torch.arange(3, device="meta")
+    found.begin(GRID, pipe.scheduler.timesteps[0], Context("cond"))
+    assert found.resets == 2
+
+    found = Counted(SemanticDialectConfig())
+    found.begin(GRID, torch.empty(2, device="meta"), Context("cond", 0))
+    alone = state.ModelState(SemanticDialectConfig(salient_fraction=0.0))
+    alone.begin(GRID, torch.empty(2, device="meta"), Context("cond"))
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        found.begin(GRID, torch.empty(2, device="meta"), Context("cond"))
+
+
+@pytest.mark.parametrize("attends", ["all", "frame", "time"])
+@pytest.mark.parametrize("text", ["first", "last", None])
+def test_choosing_and_grouping_read_no_value(monkeypatch, attends, text):
+    """Data-dependent sizes and conditions make a GPU wait; without values they are errors."""
+    monkeypatch.setattr(torch, "autocast", lambda *a, **k: nullcontext())  # knows no such device
+    found = state.ModelState(SemanticDialectConfig(seda=True))
+    block = Block("block", nn.Identity(), Blocks("blocks", (), "", text=text, attends=attends))
+    block = state.BlockState(found, block, 0)
+    grid = Grid(2, 5, 4, 6)
+    rows = {"all": (2, 120 + 7 * (text is not None)), "frame": (10, 24), "time": (48, 5)}[attends]
+    query = torch.empty(rows[0], 4, rows[1], 32, device="meta", dtype=torch.bfloat16)
+    for step in range(2):
+        found.begin(grid, None, Context("cond", step))
+        block.observe(query, query, None, None)
+        for stream, count in ((Stream.VIDEO, 240), (Stream.JOINT, 254), (Stream.TEXT, 14)):
+            block.rows(stream, count, query.device)
         found.end()
-    assert found.resets == resets
+    assert found.counts["group refreshes"] == 1
+
+
+def test_values_are_read_once_from_each_tensor():
+    read = []
+    sizes = remembered(lambda tensor: read.append(tensor.shape) or len(tensor))
+    first, second = torch.zeros(3), torch.zeros(4)
+    assert [sizes(first), sizes(second), sizes(first)] == [3, 4, 3]
+    assert len(read) == 2
+
+
+def test_the_clock_waits_where_it_is_told_to():
+    events = []
+    found = state.ModelState(SemanticDialectConfig())
+    found.wait = lambda: events.append("wait")
+    with found.clock("part"):
+        events.append("work")
+    assert events == ["wait", "work", "wait"]
+    assert found.seconds["part"] > 0
 
 
 def test_rows_that_do_not_fit_the_grid_are_refused(model):

@@ -12,6 +12,7 @@ from tiny_video import generate, run, wan, wan_pipeline
 
 import diffusers_hook
 from diffusers_hook import ConfigError, SemanticDialectConfig
+from diffusers_hook.attach import attached
 from diffusers_hook.linear import DialectLinear
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -163,6 +164,79 @@ def test_a_loaded_model_cannot_be_disabled(saved):
         diffusers_hook.enable(loaded)
 
 
+def test_a_loaded_model_takes_other_options_for_its_activations(saved, tmp_path):
+    """As if the model had been enabled with them; what is in the weights stays."""
+    _, folder = saved
+    loaded = WanTransformer3DModel.from_pretrained(folder)
+    codes = loaded.blocks[0].attn1.to_q.weight_packed
+    for options in (
+        {"selection": "random", "seed": 3, "salient_fraction": 0.5, "seda": False},
+        {"activation": "none", "salient_fraction": 0.0, "seda": False},
+        {"seda": True, "seda_refresh": 1, "salient_refresh": 1},
+    ):
+        enabled = wan()
+        diffusers_hook.enable(enabled, progress=False, **options)
+        loaded = WanTransformer3DModel.from_pretrained(folder)
+        config = SemanticDialectConfig(salient_fraction=0.1, seda=False).replaced(**options)
+        assert diffusers_hook.enable(loaded, config) is loaded
+        assert torch.equal(run(loaded), run(enabled))
+    loaded.save_pretrained(tmp_path / "again")
+    again = WanTransformer3DModel.from_pretrained(tmp_path / "again")
+    assert attached(again).config.seda_refresh == 1
+    assert torch.equal(run(again), run(loaded))
+    assert torch.equal(again.blocks[0].attn1.to_q.weight_packed, codes)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "sentence"),
+    [
+        (
+            {"block_size": 16},
+            ConfigError,
+            "block_size: 16 cannot be had of weights that were loaded",
+        ),
+        ({"book": "dialect_fp4", "seda": False}, ConfigError, "book: 'dialect_fp4' cannot be had"),
+        ({"modulation": "16bit"}, ConfigError, "modulation: '16bit' cannot be had of weights"),
+        ({"skip": ["blocks.*"]}, ConfigError, "skip: ('blocks.*',) cannot be had of weights"),
+        ({"keep_original": "host"}, ConfigError, "keep_original: 'host' cannot be had of weights"),
+        ({"salient_fraction": 2}, ConfigError, "salient_fraction: 2 cannot be used"),
+        ({"layout": "ltx", "seed": 1}, diffusers_hook.LayoutError, "quantized with layout 'wan'"),
+    ],
+)
+def test_what_needs_other_weights_is_refused_of_a_loaded_model(saved, options, error, sentence):
+    loaded = WanTransformer3DModel.from_pretrained(saved[1])
+    before, hook = run(loaded), attached(loaded)
+    with pytest.raises(error) as caught:
+        diffusers_hook.enable(loaded, **options)
+    assert sentence in str(caught.value)
+    assert attached(loaded) is hook
+    assert torch.equal(run(loaded), before)
+
+
+def test_a_single_file_is_quantized_while_loading(plain, saved, tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file(wan().state_dict(), file)
+    options = {"config": str(plain), "quantization_config": SemanticDialectConfig()}
+    loaded = WanTransformer3DModel.from_single_file(str(file), **options)
+    model = wan()
+    diffusers_hook.enable(model, progress=False)
+    assert_same(model, loaded)
+    assert torch.equal(run(model), run(loaded))
+    with pytest.raises(
+        ValueError, match="the file holds a quantized model, whose tensors from_sin"
+    ):
+        WanTransformer3DModel.from_single_file(str(saved[1] / WEIGHTS), **options)
+
+
+def test_a_device_map_that_offloads_is_refused(saved, tmp_path):
+    options = {"offload_folder": tmp_path / "offload"}
+    places = {"": "cpu", "blocks.1": "disk"}
+    with pytest.raises(
+        ValueError, match=r"device_map: offloads layers \(cpu, disk\), which cannot"
+    ):
+        WanTransformer3DModel.from_pretrained(saved[1], device_map=places, **options)
+
+
 def test_without_our_import_diffusers_refuses_the_model(saved):
     code = f"import diffusers\ndiffusers.WanTransformer3DModel.from_pretrained({str(saved[1])!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -177,6 +251,8 @@ def edited(folder, edit):
 
 
 NAME = "blocks.1.ffn.net.2"
+TIME = "condition_embedder.time_proj"
+EXPONENT = f"{NAME}.weight_row_exponent: is stored as"
 
 
 def nan_row(tensors):
@@ -192,7 +268,36 @@ def wrong_shape(tensors):
 
 
 def nan_fp8(tensors):
-    tensors["condition_embedder.time_proj.weight_fp8"][2, 3] = 0x7F
+    tensors[f"{TIME}.weight_fp8"][2, 3] = 0x7F
+
+
+def scale(value):
+    def edit(tensors):
+        tensors[f"{TIME}.weight_scale"].view(torch.float32)[4] = value
+
+    return edit
+
+
+def nan_bias(name):
+    def edit(tensors):
+        tensors[f"{name}.bias"][1] = torch.nan
+
+    return edit
+
+
+def no_norm(tensors):
+    del tensors["blocks.1.norm2.weight"]
+
+
+def row_exponent(change):
+    def edit(tensors):
+        tensors[f"{NAME}.weight_row_exponent"] = change(tensors[f"{NAME}.weight_row_exponent"])
+
+    return edit
+
+
+def wide_codes(tensors):
+    tensors[f"{NAME}.weight_packed"] = tensors[f"{NAME}.weight_packed"].to(torch.int16)
 
 
 @pytest.mark.parametrize(
@@ -201,14 +306,24 @@ def nan_fp8(tensors):
         (nan_row, f"{NAME}.weight_row_exponent: -128 at [5]; allowed are -120..125"),
         (missing, f"{NAME}.weight_meta: is missing in the checkpoint"),
         (wrong_shape, f"{NAME}.weight_meta expected shape"),
-        (nan_fp8, "condition_embedder.time_proj.weight_fp8: nan at [2, 3]"),
+        (nan_fp8, f"{TIME}.weight_fp8: nan at [2, 3]"),
+        (scale(3.4e38), f"{TIME}.weight_scale: 3.3999999521443642e+38 at [4]; allowed are numbers"),
+        (scale(-1.0), f"{TIME}.weight_scale: -1.0 at [4]; allowed are numbers above 0 and up to"),
+        (scale(torch.nan), f"{TIME}.weight_scale: nan at [4]; allowed are numbers above 0"),
+        (nan_bias(TIME), f"{TIME}.bias: nan at [1]; the file is damaged"),
+        (nan_bias(NAME), f"{NAME}.bias: nan at [1]; the file is damaged"),
+        (no_norm, "blocks.1.norm2.weight: is missing in the checkpoint"),
+        (row_exponent(lambda r: r + 0.5), f"{EXPONENT} torch.float32, but must be torch.int8"),
+        (row_exponent(lambda r: r.int() + 256), f"{EXPONENT} torch.int32, but must be torch.int8"),
+        (wide_codes, f"{NAME}.weight_packed: is stored as torch.int16, but must be torch.uint8"),
     ],
 )
 def test_tampered_tensors_are_refused_by_name(saved, edit, sentence):
     edited(saved[1], edit)
-    with pytest.raises(ValueError, match="weight") as caught:
+    with pytest.raises(ValueError, match=r"\.") as caught:
         WanTransformer3DModel.from_pretrained(saved[1])
     assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from diffusers import ModelMixin
 from diffusers.models import transformers
 from family_checks import picture
 from torch import nn
-from video_transformers import FULL, REFUSED, UNSCORED, tiny_models
+from video_transformers import FULL, UNSCORED, tiny_models
 
 import diffusers_hook
 from diffusers_hook import LayoutError
@@ -31,8 +31,8 @@ from diffusers_hook.layouts import layout_for
 from diffusers_hook.linear import DialectLinear
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "video-support.md"
-LEVELS = {"full": FULL, "no saliency": UNSCORED, "refused": REFUSED}
-ROW = re.compile(r"\| `(\w+)` \| (full|no saliency|refused) \| (\S.*\S) \|")
+LEVELS = {"full": FULL, "no saliency": UNSCORED}
+ROW = re.compile(r"\| `(\w+)` \| (full|no saliency) \| (\S.*\S) \|")
 
 
 def rows():
@@ -155,24 +155,16 @@ def test_no_saliency(name, text, caplog):
 
 @rows_of("no saliency")
 def test_strict_refuses_what_has_no_saliency(name, text):
-    refuses(tiny_models()[name], f"({text})", strict=True)
-
-
-@rows_of("refused")
-def test_refused(name, text):
-    refuses(tiny_models()[name], f"the layout of {name} is not known")
-
-
-def refuses(case, reason, **options):
-    """One sentence with the reason, and the model is what it was."""
+    """One sentence with the row's reason, and the model is what it was."""
+    case = tiny_models()[name]
     model = case.build()
     video, shape = case.run(model, batch=1), picture(model)
     tensors = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with pytest.raises(LayoutError) as error:
-        diffusers_hook.enable(model, progress=False, **options)
+        diffusers_hook.enable(model, progress=False, strict=True)
     message = str(error.value)
-    assert reason in message
-    assert type(model).__name__ in message
+    assert f"({text})" in message
+    assert name in message
     assert re.fullmatch(r"(?!.*\. )[^\n]*[^.\n]", message), message
     assert attached(model) is None
     assert picture(model) == shape

@@ -21,8 +21,18 @@ from diffusers_hook import ConfigError, SemanticDialectConfig
          "'dialect_fp4'"),
         ({"activation": "int8"}, "activation: 'int8' cannot be used: "),
         ({"selection": "best"}, "selection: 'best' cannot be used: "),
-        ({"seda_window": (4, 0, 4)}, "seda_window: (4, 0, 4) cannot be used: frames, rows and "
-         "columns must each be at least 1"),
+        ({"seda_window": (4, 0, 4)}, "seda_window: (4, 0, 4) cannot be used: it must be three "
+         "whole numbers from 1 on: frames, rows and columns"),
+        ({"seda_window": (4, 4)}, "seda_window: (4, 4) cannot be used: it must be three whole "),
+        ({"seda_window": 4}, "seda_window: 4 cannot be used: it must be three whole numbers "),
+        ({"seda_window": (4, "a", 4)}, "seda_window: (4, 'a', 4) cannot be used: "),
+        ({"seda": True, "book": "dialect_fp4"}, "seda: True has no effect with "
+         "book='dialect_fp4'; use book='semantic_32' or leave seda out"),
+        ({"seda": True, "activation": "fp8"}, "seda: True has no effect with activation='fp8'; use "
+         "activation='dialect' or leave seda out"),
+        ({"seda": True, "activation": "none"}, "seda: True has no effect with activation='none'; "),
+        ({"salient_fraction": 0.2, "activation": "fp8"}, "salient_fraction: 0.2 has no effect with "
+         "activation='fp8'; use activation='dialect' or leave salient_fraction out"),
         ({"seda_threshold": 2.0}, "seda_threshold: 2.0 cannot be used: "),
         ({"skip": ["("]}, "skip: ['('] cannot be used: '(' is no regular expression: "),
         ({"skip": "blocks"}, "skip: 'blocks' cannot be used: must be a list of regular "
@@ -47,6 +57,7 @@ def test_it_survives_json():
     )
     read = SemanticDialectConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert read == config
+    assert SemanticDialectConfig.from_dict(SemanticDialectConfig(activation="fp8").to_dict())
     assert json.loads(config.to_json_string()) == {
         "quant_method": "semantic_dialect",
         "format_version": 1,
@@ -60,6 +71,7 @@ def test_it_survives_json():
 def test_options_replace_single_fields_and_are_checked():
     config = SemanticDialectConfig(block_size=16)
     assert config.replaced(seda=False).block_size == 16
+    assert config.replaced(seda=True).model_fields_set == {"block_size", "seda"}
     with pytest.raises(ConfigError, match="salient_fraction: 7"):
         config.replaced(salient_fraction=7)
 
@@ -70,9 +82,10 @@ def test_options_replace_single_fields_and_are_checked():
         ({"seda": True}, True, True),
         ({"salient_fraction": 0.0, "seda": True}, False, True),
         ({"seda": False}, True, False),
-        ({"book": "dialect_fp4", "seda": True}, True, False),
-        ({"activation": "fp8", "seda": True}, False, False),
-        ({"activation": "none", "seda": True}, False, False),
+        ({"book": "dialect_fp4"}, True, False),
+        ({"activation": "fp8"}, False, False),
+        ({"activation": "none"}, False, False),
+        ({"activation": "none", "salient_fraction": 0.0}, False, False),
     ],
 )
 def test_which_mechanisms_an_activation_format_has(options, decomposes, groups):

@@ -3,13 +3,16 @@
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import FirstBlockCacheConfig
+from diffusers import FirstBlockCacheConfig, WanPipeline
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
 from tiny_video import LAYERS, generate, run, wan, wan_pipeline
 
 import diffusers_hook
 from diffusers_hook.attach import attached
-from diffusers_hook.linear import DialectLinear
+from diffusers_hook.linear import DialectLinear, Fp8Linear, QuantizedLinear
 
 LORA = LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
 CPU = torch.device("cpu")
@@ -56,6 +59,125 @@ def test_lora_before_and_after_give_the_same_output():
     assert torch.equal(run(first), run(with_lora(second)))
 
 
+def lora_file(folder):
+    """A LoRA as diffusers saves it."""
+    layers = get_peft_model_state_dict(with_lora(wan()))
+    WanPipeline.save_lora_weights(folder, transformer_lora_layers=layers)
+    return folder
+
+
+def quantized_layers(model):
+    return [name for name, part in model.named_modules() if isinstance(part, QuantizedLinear)]
+
+
+def test_loading_a_lora_decodes_no_weight(tmp_path, monkeypatch):
+    """PEFT asks every weight some twenty times for its shape, dtype and device."""
+    decoded = []
+    for kind in (DialectLinear, Fp8Linear):
+        monkeypatch.setattr(kind, "decode", lambda self: decoded.append(self))
+    pipe = wan_pipeline()
+    pipe.enable_semantic_dialect(progress=False)
+    pipe.load_lora_weights(lora_file(tmp_path))
+    pipe.set_adapters(["default_0"], [0.5])
+    assert generate(pipe).isfinite().all()
+    pipe.unload_lora_weights()
+    assert not decoded
+
+
+def test_a_lora_loaded_before_and_unloaded_leaves_nothing_quantized(tmp_path):
+    pipe = wan_pipeline()
+    before = generate(pipe)
+    pipe.load_lora_weights(lora_file(tmp_path))
+    pipe.enable_semantic_dialect(progress=False)
+    pipe.unload_lora_weights()
+    pipe.disable_semantic_dialect()
+    assert not quantized_layers(pipe.transformer)
+    assert torch.equal(generate(pipe), before)
+
+
+def test_a_lora_loaded_after_stays_when_disabled(tmp_path):
+    pipe = wan_pipeline()
+    before = generate(pipe)
+    pipe.enable_semantic_dialect(progress=False)
+    pipe.load_lora_weights(lora_file(tmp_path))
+    pipe.disable_semantic_dialect()
+    assert not quantized_layers(pipe.transformer)
+    other = wan_pipeline()
+    other.load_lora_weights(tmp_path)
+    assert torch.equal(generate(pipe), generate(other))
+    pipe.unload_lora_weights()
+    assert torch.equal(generate(pipe), before)
+
+
+def by_adapter(method):
+    """PEFT's own door, e.g. of `merge_adapter`: each adapter is asked."""
+
+    def door(pipe):
+        for part in pipe.transformer.modules():
+            if isinstance(part, BaseTunerLayer):
+                getattr(part, method)()
+
+    return door
+
+
+FUSED = "cannot be put into or taken out of quantized weights; call disable_semantic_dialect"
+
+
+@pytest.mark.parametrize(
+    ("fuse", "sentence"),
+    [
+        (lambda pipe: pipe.fuse_lora(), f"fuse_lora: a LoRA {FUSED}"),
+        (lambda pipe: pipe.transformer.fuse_lora(), f"fuse_lora: a LoRA {FUSED}"),
+        (by_adapter("merge"), "the weight of a quantized layer cannot be written to"),
+        (
+            lambda pipe: [m.merge(safe_merge=True) for m in adapters(pipe)],
+            "the weight of a quantized layer cannot be written to",
+        ),
+    ],
+)
+def test_fusing_a_lora_while_enabled_is_refused(tmp_path, fuse, sentence):
+    pipe = wan_pipeline()
+    pipe.enable_semantic_dialect(progress=False)
+    pipe.load_lora_weights(lora_file(tmp_path))
+    before = generate(pipe)
+    with pytest.raises(RuntimeError, match=sentence):
+        fuse(pipe)
+    assert not any(part.merged for part in adapters(pipe))
+    assert torch.equal(generate(pipe), before)
+    pipe.disable_semantic_dialect()
+    pipe.fuse_lora()
+
+
+def adapters(pipe):
+    return [part for part in pipe.transformer.modules() if isinstance(part, BaseTunerLayer)]
+
+
+@pytest.mark.parametrize(
+    "unfuse",
+    [
+        lambda pipe: pipe.unfuse_lora(),
+        lambda pipe: pipe.transformer.unfuse_lora(),
+        by_adapter("unmerge"),
+    ],
+)
+def test_unfusing_a_lora_while_enabled_is_refused(tmp_path, unfuse):
+    """It is in the quantized weights; taken out of nothing, it would be applied twice."""
+    pipe = wan_pipeline()
+    pipe.load_lora_weights(lora_file(tmp_path))
+    pipe.fuse_lora()
+    fused = generate(pipe)
+    pipe.enable_semantic_dialect(progress=False)
+    before = generate(pipe)
+    with pytest.raises(RuntimeError, match=f"unfuse_lora: a LoRA {FUSED}"):
+        unfuse(pipe)
+    assert all(part.merged for part in adapters(pipe))
+    assert torch.equal(generate(pipe), before)
+    pipe.disable_semantic_dialect()
+    assert torch.equal(generate(pipe), fused)
+    unfuse(pipe)
+    assert not any(part.merged for part in adapters(pipe))
+
+
 def test_projections_fused_before_are_quantized_as_they_are():
     model = wan()
     before = run(model)
@@ -93,11 +215,57 @@ def test_group_offload(options):
     assert torch.equal(run(model, context="cond"), before)
 
 
+@pytest.mark.parametrize("first", ["enable", "offload"])
+def test_group_offload_sees_the_layers_that_are_there(first):
+    """Layer by layer: what has no hook would stay on the wrong device."""
+    model = wan()
+    before = run(model)
+
+    def offload():
+        model.enable_group_offload(CPU, CPU, offload_type="leaf_level")
+
+    def hooked():
+        linear = [part for part in model.modules() if isinstance(part, torch.nn.Linear)]
+        return all(part._diffusers_hook.get_hook("group_offloading") for part in linear)
+
+    if first == "offload":
+        offload()
+    diffusers_hook.enable(model, progress=False)
+    if first == "enable":
+        offload()
+    assert hooked()
+    assert run(model).isfinite().all()
+    diffusers_hook.disable(model)
+    assert hooked()
+    assert torch.equal(run(model), before)
+
+
+def test_group_offload_to_disk_refuses_an_exchange_of_layers(tmp_path):
+    """Between calls its weights are nowhere in memory."""
+    options = {"offload_type": "leaf_level", "offload_to_disk_path": str(tmp_path)}
+    model = wan()
+    model.enable_group_offload(CPU, CPU, **options)
+    with pytest.raises(RuntimeError, match="group offloading has its weights on disk"):
+        diffusers_hook.enable(model, progress=False)
+    model = wan()
+    diffusers_hook.enable(model, progress=False)
+    before = run(model)
+    model.enable_group_offload(CPU, CPU, **options | {"offload_to_disk_path": str(tmp_path / "b")})
+    with pytest.raises(RuntimeError, match="group offloading has its weights on disk"):
+        diffusers_hook.disable(model)
+    assert torch.equal(run(model), before)
+
+
 def test_model_offload_of_the_pipeline():
     pipe = wan_pipeline()
+    plain = generate(pipe)
     pipe.enable_semantic_dialect(progress=False, seda=True)
     before = generate(pipe)
     pipe.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(generate(pipe), before)
+    pipe.disable_semantic_dialect()
+    assert torch.equal(generate(pipe), plain)
+    pipe.enable_semantic_dialect(progress=False, seda=True)
     assert torch.equal(generate(pipe), before)
 
 
@@ -105,10 +273,44 @@ def test_sequential_offload():
     """Of the transformer alone: on CPU the whole pipeline fails without SemanticDialect too."""
     model = wan()
     diffusers_hook.enable(model, progress=False, seda=True)
-    before = run(model)
+    model.blocks[0].attn2.to_k.bias = None  # accelerate forgets layers without parameters
+    before, held = run(model), diffusers_hook.summary(model).transformers[0].bytes_after
     cpu_offload(model, CPU)
-    assert model.blocks[0].attn1.to_q.bias.device.type == "meta"
+    for layer in (model.blocks[0].attn1.to_q, model.blocks[0].attn2.to_k):
+        assert {tensor.device.type for tensor in layer.parameters()} == {"meta"}
+    summary = diffusers_hook.summary(model).transformers[0]
+    assert summary.bytes_after == held
+    assert summary.bytes_by_device["offloaded"] > 0.9 * held
     assert torch.equal(run(model), before)
+
+
+def test_sequential_offload_comes_off_before_an_exchange_of_layers():
+    pipe = wan_pipeline()
+    before = run(pipe.transformer)
+    pipe.enable_semantic_dialect(progress=False)
+    quantized = run(pipe.transformer)
+    cpu_offload(pipe.transformer, CPU)
+    with pytest.raises(
+        RuntimeError, match=r"offloaded one by one; call pipe\.remove_all_hooks\(\)"
+    ):
+        pipe.disable_semantic_dialect()
+    assert torch.equal(run(pipe.transformer), quantized)
+    pipe.remove_all_hooks()
+    pipe.disable_semantic_dialect()
+    assert torch.equal(run(pipe.transformer), before)
+    cpu_offload(pipe.transformer, CPU)
+    with pytest.raises(ValueError, match="enable SemanticDialect before offloading"):
+        pipe.enable_semantic_dialect(progress=False)
+
+
+def test_the_summary_counts_shared_memory_once():
+    model = wan()
+    diffusers_hook.enable(model, progress=False)
+    summary = diffusers_hook.summary(model).transformers[0]
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    assert summary.bytes_by_device == {"cpu": summary.bytes_after} == {"cpu": held}
+    model.register_buffer("view", model.patch_embedding.weight.data[:2])
+    assert diffusers_hook.summary(model).transformers[0].bytes_after == held
 
 
 def test_layerwise_casting():
@@ -119,6 +321,29 @@ def test_layerwise_casting():
     model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
     assert torch.equal(model.blocks[0].attn1.to_q.weight_packed, codes)
     assert ((run(model) - before).norm() / before.norm()) < 0.02
+    with pytest.raises(RuntimeError, match="layerwise casting is on and diffusers cannot take it"):
+        diffusers_hook.disable(model)
+
+
+def test_an_attention_processor_set_by_the_user_stays():
+    model, mine = wan(), WanAttnProcessor()
+    before = model.blocks[1].attn1.processor
+    diffusers_hook.enable(model, progress=False)
+    model.blocks[0].attn1.processor = mine
+    diffusers_hook.disable(model)
+    assert model.blocks[0].attn1.processor is mine
+    assert model.blocks[1].attn1.processor is before
+
+
+def test_an_attention_backend_set_by_the_user_stays():
+    model = wan()
+    diffusers_hook.enable(model, progress=False)
+    model.set_attention_backend("_native_math")
+    diffusers_hook.disable(model)
+    backends = {
+        part.processor._attention_backend for part in model.modules() if hasattr(part, "processor")
+    }
+    assert backends == {"_native_math"}
 
 
 def test_refreshes_count_attention_calls_and_not_steps():

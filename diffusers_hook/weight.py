@@ -1,0 +1,84 @@
+"""The weight of a quantized layer as a tensor that is decoded only where it is computed with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_any, tree_map_only
+
+__all__ = ["PackedWeight"]
+
+
+class PackedWeight(torch.Tensor):
+    """A read-only weight [N, K]: shape, dtype and device cost nothing, all else decodes it.
+
+    PEFT asks every weight some twenty times for these three while it loads an adapter. What PEFT
+    would write into a decoded copy (`fuse_lora`) would be lost with it, so writing is refused.
+    """
+
+    _decode: Callable[[], torch.Tensor]
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(
+        cls,
+        decode: Callable[[], torch.Tensor],
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> PackedWeight:
+        """A weight of that shape, dtype and device that `decode` makes."""
+        new = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        new._decode = decode
+        return new
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run an operation on the decoded weight.
+
+        Raises:
+            RuntimeError: if it would write into the weight.
+        """
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.detach.default:
+            weight = args[0]
+            return cls(weight._decode, tuple(weight.shape), weight.dtype, weight.device)
+        for number, argument in enumerate(func._schema.arguments):
+            value = args[number] if number < len(args) else kwargs.get(argument.name)
+            if argument.is_write and tree_any(lambda leaf: isinstance(leaf, cls), value):
+                _refuse()
+        args, kwargs = tree_map_only(cls, lambda weight: weight._decode(), (args, kwargs))
+        return func(*args, **kwargs)
+
+    @property
+    def data(self) -> torch.Tensor:
+        """The same weight."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: object) -> None:
+        _refuse()
+
+    def __setitem__(self, key: object, value: object) -> None:
+        """Refuse: torch would write into a decoded copy."""
+        _refuse()
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        """Shape, dtype and device; nothing is decoded."""
+        shape = list(self.shape)
+        return f"PackedWeight(shape={shape}, dtype={self.dtype}, device={self.device})"
+
+
+def _refuse() -> None:
+    raise RuntimeError(
+        "the weight of a quantized layer cannot be written to; call disable_semantic_dialect() "
+        "first, e.g. to fuse or unfuse a LoRA"
+    )

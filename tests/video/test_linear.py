@@ -1,0 +1,122 @@
+"""The quantized linear layers by themselves: what they compute and how they look from outside."""
+
+import pytest
+import torch
+from tiny_video import wan
+from torch import nn
+
+import diffusers_hook
+from diffusers_hook.linear import DialectLinear, Fp8Linear
+
+HALF_UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def fp8(rows=40, columns=96, bias=True, dtype=torch.float32):
+    torch.manual_seed(0)
+    return Fp8Linear.quantized(nn.Linear(columns, rows, bias=bias).to(dtype), "layer")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", list(HALF_UNIT))
+def test_fp8_rounds_its_product_once(dtype, bias):
+    layer = fp8(bias=bias, dtype=dtype)
+    x = (200 * torch.randn(2, 3, 96)).to(dtype)  # in float16 the unscaled sums would overflow
+    scale = layer.weight_scale.view(torch.float32).double()
+    e4m3 = layer.weight_fp8.view(torch.float8_e4m3fn).double()
+    exact = (x.double() @ e4m3.T) * scale
+    sums = (x.double().abs() @ e4m3.abs().T) * scale  # of what is added up
+    if bias:
+        exact = exact + layer.bias.double()
+        sums = sums + layer.bias.double().abs()
+    y = layer(x)
+    assert y.dtype == dtype
+    assert y.shape == (2, 3, 40)
+    limit = HALF_UNIT[dtype] * exact.abs() + 100 * 2.0**-24 * sums
+    assert ((y.double() - exact).abs() <= limit).all()
+
+
+def test_fp8_takes_the_weight_in_parts(monkeypatch):
+    layer, x = fp8(), torch.randn(3, 96)
+    whole = layer(x)
+    monkeypatch.setattr("diffusers_hook.linear._CHUNK", 96 * 7)
+    torch.testing.assert_close(layer(x), whole, rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def layer():
+    model = wan(layers=1)
+    diffusers_hook.enable(model, progress=False)
+    return model.blocks[0].attn1.to_q
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """How many weights were decoded."""
+    calls = []
+    decode = DialectLinear.decode
+    monkeypatch.setattr(DialectLinear, "decode", lambda self: calls.append(1) or decode(self))
+    return calls
+
+
+def test_asking_for_shape_dtype_and_device_decodes_nothing(layer, decoded):
+    weight = layer.weight
+    assert weight.shape == (64, 64)
+    assert weight.dtype == torch.float32
+    assert weight.device == weight.data.device == layer.weight_packed.device
+    assert (weight.ndim, weight.numel(), weight.requires_grad) == (2, 4096, False)
+    assert "float32" in repr(weight)
+    assert not decoded
+
+
+def test_computing_with_the_weight_decodes_it(layer, decoded):
+    values, x = layer.decode(), torch.randn(2, 64, requires_grad=True)
+    assert torch.equal(layer.weight, values)
+    assert torch.equal(layer.weight.data, values)
+    assert torch.equal(layer.weight[3], values[3])
+    assert torch.equal(layer.weight.T + 1, values.T + 1)
+    y = nn.functional.linear(x, layer.weight)
+    assert torch.equal(y, nn.functional.linear(x, values))
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, values.sum(dim=0).expand(2, -1))
+    assert decoded
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda layer: layer.weight.data.add_(1),
+        lambda layer: setattr(layer.weight, "data", torch.zeros(64, 64)),
+        lambda layer: layer.weight.copy_(torch.zeros(64, 64)),
+        lambda layer: layer.weight.__setitem__(0, 1.0),
+        lambda layer: torch.add(layer.weight, 1, out=layer.weight),
+        lambda layer: torch._foreach_add_([layer.weight], 1.0),
+        lambda layer: layer.reset_parameters(),
+    ],
+)
+def test_writing_into_the_weight_is_refused(layer, write):
+    """It would be lost: what is written into is a decoded copy."""
+    before = layer.decode()
+    with pytest.raises(RuntimeError, match="the weight of a quantized layer cannot be written to"):
+        write(layer)
+    assert torch.equal(layer.decode(), before)
+
+
+def test_a_weight_may_be_copied_from(layer):
+    target = torch.empty(64, 64)
+    target.copy_(layer.weight)
+    assert torch.equal(target, layer.decode())
+
+
+def test_the_weight_follows_the_layers_dtype():
+    for layer in (fp8(), DialectLinear.empty(nn.Linear(64, 64), "video", *book())):
+        assert layer.to(torch.bfloat16).weight.dtype == torch.bfloat16
+        assert layer.half().weight.dtype == torch.float16
+        assert layer.to("meta").weight.device.type == "meta"
+        layer.to(torch.float8_e4m3fn)  # as layerwise casting stores parameters
+        assert layer.weight.dtype == torch.float16
+
+
+def book():
+    from dialect_kernels import SEMANTIC_32
+
+    return SEMANTIC_32, 32, "dialect"
