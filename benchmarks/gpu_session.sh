@@ -57,7 +57,7 @@ step_tune() {
 }
 step_gemm_tuned() { "$python" -m benchmarks.bench_gemm --models 8B --out "$out"; }
 step_gemm_large() { "$python" -m benchmarks.bench_gemm --models 70B --out "$out/70B"; }
-step_video() { has diffusers && "$python" -m benchmarks.bench_video_speed --out "$out"; }
+step_video() { has diffusers && "$python" -m benchmarks.bench_video_speed_gpu --out "$out"; }
 step_serve() { has vllm && "$python" -m benchmarks.bench_serve --out "$out"; }
 step_sanitizer() {
   local tool

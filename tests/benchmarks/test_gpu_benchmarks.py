@@ -114,7 +114,9 @@ def test_measured_plans_are_added_to_a_file(tmp_path):
 
 
 @without_gpu
-@pytest.mark.parametrize("module", ["bench_gemm", "bench_quantize", "tune"])
+@pytest.mark.parametrize(
+    "module", ["bench_gemm", "bench_quantize", "bench_video_speed_gpu", "tune"]
+)
 def test_one_sentence_without_a_gpu(module, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{module}", "--out", str(tmp_path / "out")],

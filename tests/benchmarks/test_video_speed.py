@@ -1,8 +1,18 @@
-"""Bytes at published shapes: the sums of the benchmark, by hand, and the goals they must meet."""
+"""Bytes at published shapes, by hand, and the goals they must meet; how times are taken."""
+
+import math
 
 import pytest
+import torch
+from tiny_video import wan, wan_inputs
+from torch import nn
 
+import diffusers_hook
 from benchmarks import bench_video_speed as speed
+from benchmarks.bench_video_speed import Place, Shape
+from benchmarks.render import markdown
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 LARGEST = {"Wan 2.1 1.3B": 0.30, "Wan 2.1 14B": 0.30, "Open-Sora 2.0": 0.40}
 
@@ -35,3 +45,132 @@ def test_wan_by_hand(counted):
 def test_open_soras_modulation_is_fp8(counted):
     """19 double blocks with two modulations each, 38 single blocks, the final layer."""
     assert counted["Open-Sora 2.0"]["fp8_layers"] == 19 * 2 + 38 + 1
+
+
+def tiny_call(place, dtype):
+    frames, rows, _ = place.grid
+    given = wan_inputs(frames=frames, size=2 * rows, dtype=dtype)
+    return {name: value for name, value in given.items() if name != "timestep"}
+
+
+TINY = Shape(
+    lambda layers: wan(layers=layers),
+    (30,),
+    tiny_call,
+    ("timestep", -10.0, 999.0),
+    cpu=Place((2, 4, 4), 7, (2,)),
+    gpu=Place((9, 9, 9), 7, (3,)),
+)
+
+
+def test_the_whole_way_on_a_tiny_model(monkeypatch, capsys):
+    monkeypatch.setattr(speed, "shapes", lambda: {"tiny": TINY})
+    figures = speed.measure("cpu", ["tiny"])
+    taken = figures["models"]["tiny"]["time"]
+    assert list(taken) == ["float32", "bfloat16", "quantized"]
+    for kind in taken.values():
+        assert min(kind.values()) > 0
+    assert {"rounding_s", "saliency_s", "seda_s"} < taken["quantized"].keys()
+    assert "tiny, 2 of 30 blocks, 32 tokens" in capsys.readouterr().out
+    tables = speed.tables(figures)
+    assert list(tables) == ["bytes", "time", "step", "memory"]
+    assert all("tiny" in markdown(table) for table in tables.values())
+    ours = taken["quantized"]
+    assert tables["step"][1][2] == f"{15 * ours['call_s']:.1f} s"
+    share = (ours["saliency_s"] + ours["seda_s"]) / ours["call_in_parts_s"]
+    assert tables["step"][1][4] == f"{share:.1%}"
+
+
+def enabled():
+    model = wan()
+    diffusers_hook.enable(model, progress=False, seda=True)
+    return model
+
+
+@torch.no_grad()
+def test_calls_that_are_not_one_generation_give_no_figure():
+    model = enabled()
+
+    def watched(calls):
+        with speed.refreshed_in_time(model):
+            for call in calls:
+                call()
+
+    call = speed.generation(model, TINY, torch.float32, CPU)
+    call()
+    watched([call] * speed.CALLS)
+    first_calls = [speed.generation(model, TINY, torch.float32, CPU) for _ in range(speed.CALLS)]
+    with pytest.raises(SystemExit, match="not those of one generation"):
+        watched(first_calls)
+
+
+def test_a_gpu_gets_a_videos_tokens():
+    places = {name: shape.place(CUDA) for name, shape in speed.shapes().items()}
+    tokens = {name: math.prod(place.grid) for name, place in places.items()}
+    assert tokens == {
+        "Wan 2.1 1.3B": 32_760, "Wan 2.1 14B": 75_600, "Open-Sora 2.0": 76_032,
+    }  # fmt: skip
+    for shape in speed.shapes().values():
+        assert math.prod(shape.place(CPU).grid) == 780
+        for device in (CPU, CUDA):  # a step is the call times one factor
+            pairs = zip(shape.place(device).blocks, shape.blocks, strict=True)
+            assert len({whole / built for built, whole in pairs}) == 1
+
+
+def test_every_part_waits_for_the_device(monkeypatch):
+    """A GPU that is not there: its peak, and what waits for it."""
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 77)
+    with speed.peak_memory(CUDA) as peak:
+        pass
+    assert peak == [77]
+    assert speed.wait(CUDA) is torch.cuda.synchronize
+    events = []
+    layer = nn.Identity()
+    with speed.clocked([layer], lambda: events.append("wait")) as seconds:
+        layer.register_forward_hook(lambda *_: events.append("work"))
+        layer(torch.ones(1))
+    assert events == ["wait", "wait", "work"]
+    assert seconds[0] > 0
+    layer(torch.ones(1))
+    assert events == ["wait", "wait", "work", "work"]
+
+
+@torch.no_grad()
+def test_rounding_is_that_of_the_call_in_progress(monkeypatch):
+    """The layers with few outputs get the same tokens, salient rows and groups."""
+    from diffusers_hook import ops
+    from diffusers_hook.linear import DialectLinear
+
+    model = enabled()
+    call = speed.generation(model, TINY, torch.float32, CPU)
+    call()
+    seen = []
+    semantic = ops.semantic_op
+
+    def noted(*arguments):
+        seen.append(arguments)
+        return semantic(*arguments)
+
+    monkeypatch.setattr(ops, "semantic_op", noted)
+    layers = [layer for layer in model.modules() if isinstance(layer, DialectLinear)]
+    with speed.rounding_apart(layers, lambda: None) as seconds:
+        call()
+    assert seconds[0] > 0
+    assert len(seen) == 2 * 2 * 8  # the text's projections have no salient rows
+    for layer, few in zip(seen[::2], seen[1::2], strict=True):
+        assert few[0] is layer[0] or torch.equal(few[0], layer[0])
+        assert len(few[1]) == speed.ROWS
+        assert torch.equal(few[1], layer[1][: speed.ROWS])
+        assert all(torch.equal(a, b) for a, b in zip(few[-2:], layer[-2:], strict=True))
+
+
+def test_the_gate_knows_decomposed_and_grouped_tokens(monkeypatch):
+    assert not speed.semantic_faults(CPU)
+    exact = speed.semantic_linear
+
+    def lossy(x, p, bias, **rows):
+        return exact(x, p, bias, **rows) + 1e-3
+
+    monkeypatch.setattr(speed, "semantic_linear", lossy)
+    assert len(speed.semantic_faults(CPU)) == 2
