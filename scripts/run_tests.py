@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -50,10 +51,21 @@ def main() -> int:
         total += counts
         if status != 0 or counts["passed"] == 0:
             failed.append(str(number))
-    shown = ", ".join(f"{total[kind]} {kind}" for kind in ("failed", "passed", "skipped"))
-    where = f" (stage {', '.join(failed)} failed)" if failed else ""
-    print(f"\nall stages: {shown} in {time.monotonic() - began:.0f} s{where}")
+    if failed:
+        print(f"\nfailed: stage {', '.join(failed)} of {len(STAGES)}")
+    print(f"\n{last_line(total, time.monotonic() - began)}")
     return 1 if failed else 0
+
+
+def last_line(total: Counter[str], seconds: float) -> str:
+    """All stages in the form of pytest's own last line, which programs read."""
+    shown = ", ".join(
+        f"{total[kind]} {kind}"
+        for kind in ("failed", "passed", "skipped")
+        if total[kind] or kind == "passed"
+    )
+    minutes = timedelta(seconds=int(seconds))
+    return f" {shown} in {seconds:.2f}s ({minutes}) ".center(80, "=")
 
 
 def run_stage(environment: dict[str, str], arguments: tuple[str, ...]) -> tuple[Counter[str], int]:

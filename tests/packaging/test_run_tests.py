@@ -1,0 +1,32 @@
+"""The last line of `make test`, and what it is made of."""
+
+import importlib.util
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "run_tests.py"
+
+
+@pytest.fixture(scope="module")
+def run_tests():
+    spec = importlib.util.spec_from_file_location("run_tests", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_last_line_is_pytests(run_tests):
+    line = run_tests.last_line(Counter(passed=3192, skipped=178), 958.2)
+    assert line.strip("= ") == "3192 passed, 178 skipped in 958.20s (0:15:58)"
+    line = run_tests.last_line(Counter(failed=2, passed=5), 9.0)
+    assert line.strip("= ") == "2 failed, 5 passed in 9.00s (0:00:09)"
+
+
+def test_outcomes_of_a_report(run_tests, tmp_path):
+    report = tmp_path / "junit.xml"
+    report.write_text('<testsuites><testsuite tests="9" failures="1" errors="2" skipped="3"/>'
+                      "</testsuites>")  # fmt: skip
+    assert run_tests.outcomes(report) == Counter(failed=3, skipped=3, passed=3)
+    assert run_tests.outcomes(tmp_path / "none.xml") == Counter()
