@@ -91,16 +91,27 @@ def _measure() -> dict[str, Any]:
 
 
 def tables(figures: dict[str, Any]) -> dict[str, Table]:
-    """``linear`` and ``linear_avx2``: times and ratios; ``quantize``: million weights a second."""
+    """``summary`` of W4A4; ``linear`` and ``linear_avx2``: all; ``quantize``: weights a second."""
     quantize = [["formatbook", "all instructions", "AVX2"]]
     for name in figures["native"]["quantize"]:
         found = (figures[kind]["quantize"][name] for kind in ("native", "avx2"))
         quantize.append([name, *(f"{rate['million_weights_per_s']:.0f}" for rate in found)])
     return {
+        "summary": _summary(figures),
         "linear": _linear_table(figures["native"]),
         "linear_avx2": _linear_table(figures["avx2"]),
         "quantize": quantize,
     }
+
+
+def _summary(figures: dict[str, Any]) -> Table:
+    shown = {"avx2": "AVX2", "native": figures["native"]["instructions"].upper().replace("_", " ")}
+    rows = [["tokens", *(f"{how} against {peer}" for how in shown.values() for peer in PEERS)]]
+    for tokens in map(str, TOKENS):
+        found = [figures[kind]["linear"][tokens]["dialect"] for kind in shown]
+        ratios = [f"{m[f'times_{peer}']['median']:.2f} x" for m in found for peer in PEERS]
+        rows.append([tokens, *ratios])
+    return rows
 
 
 def _linear_table(figures: dict[str, Any]) -> Table:

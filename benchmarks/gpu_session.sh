@@ -22,7 +22,8 @@ limit=480
 
 python=${PYTHON:-python3}
 site=$out/site
-export PYTHONPATH=$site:$PWD PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+# not the repository: vLLM would take its folder triton_kernels for OpenAI's package of that name
+export PYTHONPATH=$site PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 export BENCHMARK_COMMIT=${BENCHMARK_COMMIT:-$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)}
 
 prepare() {
@@ -30,9 +31,9 @@ prepare() {
   if [ -n "$wheels" ]; then
     "$python" -m pip install --quiet --no-index --no-deps --upgrade --target "$site" "$wheels"/*.whl
   fi
-  ln -sfn "$PWD/triton_kernels" "$site/dialect_kernels"
-  ln -sfn "$PWD/dialect_plugin" "$site/dialect_plugin"
-  ln -sfn "$PWD/diffusers_hook" "$site/diffusers_hook"
+  rm -rf "$site"/{dialect_kernels,dialect_plugin,diffusers_hook} # those of a wheel
+  ln -s "$PWD/triton_kernels" "$site/dialect_kernels"
+  ln -s "$PWD/dialect_plugin" "$PWD/diffusers_hook" "$site"
   "$python" -c 'import torch
 if not torch.cuda.is_available():
     raise SystemExit("gpu_session: there is no CUDA device")
@@ -58,7 +59,7 @@ step_tune() {
 step_gemm_tuned() { "$python" -m benchmarks.bench_gemm --models 8B --out "$out"; }
 step_gemm_large() { "$python" -m benchmarks.bench_gemm --models 70B --out "$out/70B"; }
 step_video() { has diffusers && "$python" -m benchmarks.bench_video_speed_gpu --out "$out"; }
-step_serve() { has vllm && "$python" -m benchmarks.bench_serve --out "$out"; }
+step_serve() { has vllm && "$python" -m benchmarks.bench_serve_gpu --out "$out"; }
 step_sanitizer() {
   local tool
   for tool in memcheck racecheck initcheck; do

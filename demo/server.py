@@ -41,8 +41,6 @@ def serve_environment() -> dict[str, str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     environment.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", PATH=path)
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; the default is a share of all RAM
-    # vLLM's CPU workers run on one thread unless they are told
-    environment.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     return environment
 
 

@@ -27,7 +27,7 @@ from dialect_kernels import PackedTensor, quantize
 from dialect_kernels.formatbook import book_by_name
 from dialect_kernels.ops import linear, warm_up
 
-from . import compat
+from . import compat, heap
 
 __all__ = ["BlockDialectLinearMethod", "LinearSpec"]
 
@@ -160,7 +160,9 @@ class BlockDialectLinearMethod(LinearMethodBase):
                 self.spec.block_size,
                 name=f"{self.spec.name}.weight",
             )
-            del layer.weight
+            del layer.weight, weight
+            if packed.device.type == "cpu":
+                heap.trim()
             tensors = (packed.codes, packed.meta, packed.row_exponent)
             for name, tensor in zip(_STORED, tensors, strict=True):
                 layer.register_parameter(name, Parameter(tensor, requires_grad=False))

@@ -115,7 +115,8 @@ def test_measured_plans_are_added_to_a_file(tmp_path):
 
 @without_gpu
 @pytest.mark.parametrize(
-    "module", ["bench_gemm", "bench_quantize", "bench_video_speed_gpu", "tune"]
+    "module",
+    ["bench_gemm", "bench_quantize", "bench_serve_gpu", "bench_video_speed_gpu", "tune"],
 )
 def test_one_sentence_without_a_gpu(module, tmp_path):
     done = subprocess.run(
