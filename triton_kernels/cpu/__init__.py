@@ -342,7 +342,7 @@ class _Book(ctypes.Structure):
         ("steps", ctypes.c_uint8 * 7 * 32),
         ("index", ctypes.c_uint8 * CELLS * 32),
         ("half_units", ctypes.c_int8 * 16 * 32),
-        ("online_cost", ctypes.c_uint64 * CELLS * 8),
+        ("online_cost", ctypes.c_uint8 * CELLS * 4 * 8),
     )
 
 
@@ -434,11 +434,8 @@ def _book(book: Formatbook) -> _Book:
         out.index[id_][:] = index
         out.half_units[id_][:] = signed
     for group in range(LARGEST_HALF_UNIT - SMALLEST_RANGE + 1):
-        lanes = _online_costs(book, group)
-        out.online_cost[group][:] = [
-            sum(cost << (16 * v) for v, cost in enumerate(of_cell))
-            for of_cell in zip(*lanes, strict=True)
-        ]
+        for variant, costs in enumerate(_online_costs(book, group)):
+            out.online_cost[group][variant][:] = costs
     return out
 
 

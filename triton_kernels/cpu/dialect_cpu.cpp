@@ -14,6 +14,7 @@
 //     several tokens:
 //         4 x 4 dwords transposed -> 8 registers, each with 4 elements of all 8 rows; done once
 //         8 times maddubs with 4 elements of x, broadcast to all rows; madd -> 8 block sums
+//         with AVX-512: two groups of 8 rows in one register, vpdpbusd, up to 16 tokens at a time
 //     minus 16 * sum(x), to float32, times 2^-(deltas), added to 8 float32 accumulators
 //
 // Half-units are stored + 16 because maddubs wants one unsigned operand. No sum leaves int16.
@@ -53,6 +54,7 @@
 #define DIALECT_X86 1
 #define AVX2 __attribute__((target("avx2,fma")))
 #define AVX2_INLINE __attribute__((target("avx2,fma"), always_inline)) inline
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 #endif
 
 extern "C" {
@@ -66,7 +68,7 @@ struct Book {
     uint8_t steps[32][7];          // half-unit i+1 minus half-unit i
     uint8_t index[32][32];         // [dialect][cell]
     int8_t half_units[32][16];     // [dialect][code], signed
-    uint64_t online_cost[8][32];   // [15 - M][cell], one 16-bit lane per variant; smallest sum wins
+    uint8_t online_cost[8][4][32]; // [15 - M][variant][cell]; the smallest sum wins
 };
 
 // Element types, rules, activation formats and instruction sets as numbers.
@@ -94,7 +96,8 @@ constexpr int kLowestExponent = -120;
 constexpr int kNanRow = -128;
 constexpr int kCells = 32;
 constexpr int kTile = 96;              // tokens that share one decoded panel of weights
-constexpr int kSmallestTile = 24;      // below, decoding the panel would cost too much of the time
+constexpr int kSmallestTile = 32;      // below, decoding the panel would cost too much of the time
+constexpr int kTileStep = 16;          // tokens that AVX-512 works on together
 constexpr int64_t kTileBytes = 1 << 19;
 constexpr int kBlocksPerException = 32;  // of a token that is multiplied in integers, at least
 constexpr int kLanes = 16;             // rows handled together by the float64 product
@@ -389,24 +392,123 @@ INLINE int range_index(int largest_cell) {
     return 15 - std::min(15, std::max(8, (largest_cell + 1) >> 1));
 }
 
-// The sums of the variants' costs, one in each lane of 16 bits; a lane reaches 64 * 121.
+// What is done to the bytes of a block: one by one or, in functions for AVX2, with shuffles, sixteen at
+// a time. The shuffles are text, so that these functions need no target of their own.
+template <int B, bool Shuffles>
+struct Bytes {
+    static constexpr int kChunk = B < 32 ? B : 32;
+
+    static INLINE void take32(const uint8_t* table, const uint8_t* index, uint8_t* out) {
+        for (int i = 0; i < B; i++) out[i] = table[index[i]];
+    }
+    static INLINE void take16(const int8_t* table, const uint8_t* index, int8_t* out) {
+        for (int i = 0; i < B; i++) out[i] = table[index[i]];
+    }
+    // sums[v] is the sum of what tables[v] holds for the bytes.
+    template <int V>
+    static INLINE void sums32(const uint8_t (*tables)[32], const uint8_t* index, int* sums) {
+        for (int v = 0; v < V; v++) {
+            sums[v] = 0;
+            for (int i = 0; i < B; i++) sums[v] += tables[v][index[i]];
+        }
+    }
+    // The even, then the odd bytes of every 32 (B = 16: 16); returns the sum.
+    static INLINE int split(const int8_t* from, int8_t* to) {
+        int sum = 0;
+        for (int c = 0; c < B; c += kChunk)
+            for (int i = 0; i < kChunk / 2; i++) {
+                to[c + i] = from[c + 2 * i];
+                to[c + kChunk / 2 + i] = from[c + 2 * i + 1];
+                sum += to[c + i] + to[c + kChunk / 2 + i];
+            }
+        return sum;
+    }
+};
+
+#if DIALECT_X86
 template <int B>
-INLINE uint64_t online_costs(const int32_t* fixed, int range, const Book& book) {
-    const uint64_t* cost = book.online_cost[range];
-    uint64_t sum = 0;
-    for (int i = 0; i < B; i++) sum += cost[fixed[i] >> 23];
-    return sum;
+struct Bytes<B, true> {
+    static INLINE __m128i load(const void* from) { return _mm_loadu_si128((const __m128i*)from); }
+    static INLINE void store(void* to, __m128i bytes) { _mm_storeu_si128((__m128i*)to, bytes); }
+
+    static INLINE __m128i shuffle(__m128i table, __m128i index) {
+        __m128i out;
+        asm("vpshufb %2, %1, %0" : "=x"(out) : "x"(table), "x"(index));
+        return out;
+    }
+    // A shuffle gives 0 where bit 7 of the index is set: each half of a table answers for itself.
+    static INLINE __m128i low(__m128i index) { return _mm_add_epi8(index, _mm_set1_epi8(112)); }
+    static INLINE __m128i high(__m128i index) { return _mm_sub_epi8(index, _mm_set1_epi8(16)); }
+
+    static INLINE void take32(const uint8_t* table, const uint8_t* index, uint8_t* out) {
+        for (int i = 0; i < B; i += 16) {
+            const __m128i at = load(index + i);
+            store(out + i, _mm_or_si128(shuffle(load(table), low(at)),
+                                        shuffle(load(table + 16), high(at))));
+        }
+    }
+    static INLINE void take16(const int8_t* table, const uint8_t* index, int8_t* out) {
+        for (int i = 0; i < B; i += 16) store(out + i, shuffle(load(table), load(index + i)));
+    }
+    static INLINE int sum(__m128i halves) {
+        return _mm_cvtsi128_si32(halves) + _mm_cvtsi128_si32(_mm_unpackhi_epi64(halves, halves));
+    }
+    template <int V>
+    static INLINE void sums32(const uint8_t (*tables)[32], const uint8_t* index, int* sums) {
+        __m128i halves[V];
+        for (int v = 0; v < V; v++) halves[v] = _mm_setzero_si128();
+        for (int i = 0; i < B; i += 16) {
+            const __m128i at = load(index + i), first = low(at), second = high(at);
+            for (int v = 0; v < V; v++) {
+                const __m128i found = _mm_or_si128(shuffle(load(tables[v]), first),
+                                                   shuffle(load(tables[v] + 16), second));
+                halves[v] = _mm_add_epi64(halves[v], _mm_sad_epu8(found, _mm_setzero_si128()));
+            }
+        }
+        for (int v = 0; v < V; v++) sums[v] = sum(halves[v]);
+    }
+    static INLINE int split(const int8_t* from, int8_t* to) {
+        const __m128i even = _mm_set1_epi16(255);
+        __m128i halves = _mm_setzero_si128();
+        for (int i = 0; i < B; i += 16) {
+            const __m128i positive = _mm_xor_si128(load(from + i), _mm_set1_epi8(-128));  // + 128
+            halves = _mm_add_epi64(halves, _mm_sad_epu8(positive, _mm_setzero_si128()));
+        }
+        if constexpr (B == 16) {
+            const __m128i all = load(from);
+            store(to, _mm_packus_epi16(_mm_and_si128(all, even), _mm_srli_epi16(all, 8)));
+        } else {
+            for (int c = 0; c < B; c += 32) {
+                const __m128i a = load(from + c), b = load(from + c + 16);
+                store(to + c, _mm_packus_epi16(_mm_and_si128(a, even), _mm_and_si128(b, even)));
+                store(to + c + 16, _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8)));
+            }
+        }
+        return sum(halves) - 128 * B;
+    }
+};
+#endif
+
+// The sum of each variant's costs; it reaches 64 * 121.
+template <int B, bool Shuffles>
+INLINE void online_costs(const uint8_t* cells, int range, const Book& book, int* sums) {
+    const uint8_t(*costs)[32] = book.online_cost[range];
+    if (book.variants == 2)
+        Bytes<B, Shuffles>::template sums32<2>(costs, cells, sums);
+    else
+        Bytes<B, Shuffles>::template sums32<4>(costs, cells, sums);
 }
 
-template <int B>
-INLINE int least_online_cost(const int32_t* fixed, int largest_cell, int variant,
+template <int B, bool Shuffles>
+INLINE int least_online_cost(const uint8_t* cells, int largest_cell, int variant,
                              const Book& book) {
     const int range = range_index(largest_cell);
     if (variant < 0) {
-        const uint64_t sum = online_costs<B>(fixed, range, book);
+        int sums[4];
+        online_costs<B, Shuffles>(cells, range, book, sums);
         variant = 0;
         for (int v = 1; v < book.variants; v++)
-            if ((sum >> 16 * v & 0xffff) < (sum >> 16 * variant & 0xffff)) variant = v;
+            if (sums[v] < sums[variant]) variant = v;
     }
     return book.variants * range + variant;
 }
@@ -423,8 +525,13 @@ INLINE int32_t to_fixed(const float* x, int effective_exponent, int32_t* fixed) 
     return largest;
 }
 
-// Rounds one block of finite values; `codes` gets one byte per element.
 template <int B>
+INLINE void to_cells(const int32_t* fixed, uint8_t* cells) {
+    for (int i = 0; i < B; i++) cells[i] = uint8_t(fixed[i] >> 23);
+}
+
+// Rounds one block of finite values; `codes` gets one byte per element.
+template <int B, bool Shuffles>
 INLINE RoundedBlock round_block(const float* x, int row_exponent, int exponent, Choice choice,
                                 int window, const Book& book, uint8_t* codes) {
     const int delta = std::min(row_exponent - exponent, window);
@@ -434,11 +541,16 @@ INLINE RoundedBlock round_block(const float* x, int row_exponent, int exponent, 
         std::memset(codes, 0, B);
         return {0, 0};
     }
-    const int id = choice.rule == EXACT_ERROR
-                       ? least_error<B>(fixed, book)
-                       : least_online_cost<B>(fixed, largest >> 23, choice.variant, book);
-    for (int i = 0; i < B; i++) codes[i] = book.index[id][fixed[i] >> 23];
-    for (int i = 0; i < B; i++) codes[i] |= codes[i] && bits_of(x[i]) >> 31 ? 8 : 0;
+    uint8_t cells[B];
+    to_cells<B>(fixed, cells);
+    const int id =
+        choice.rule == EXACT_ERROR
+            ? least_error<B>(fixed, book)
+            : least_online_cost<B, Shuffles>(cells, largest >> 23, choice.variant, book);
+    Bytes<B, Shuffles>::take32(book.index[id], cells, codes);
+    uint8_t signs[B];
+    for (int i = 0; i < B; i++) signs[i] = uint8_t(bits_of(x[i]) >> 31 << 3);
+    for (int i = 0; i < B; i++) codes[i] |= codes[i] ? signs[i] : 0;
     return {id, delta};
 }
 
@@ -491,6 +603,11 @@ struct Rounded {
     int dtype = FLOAT32;
     int64_t columns = 0;
 
+    // For AVX-512, of tokens number 16g..16g+15: [T/16, digits, Kp/4, 16] groups of four values, and
+    // [T/16, Kp/B, 16] scales and offsets, these negative.
+    Aligned<int32_t> fours{0}, starts{0};
+    Aligned<float> scales{0};
+
     int64_t token(int64_t i) const { return order.empty() ? i : order[i]; }
     uint32_t exceptions_from(int64_t token, int64_t b) const {  // b is a multiple of 16
         return exceptions.empty() ? 0 : exceptions[token * ((blocks + 15) / 16) + b / 16];
@@ -515,25 +632,26 @@ struct Tokens {
 };
 
 // Replaces a row of finite values by the rounded ones, or by what rounding leaves over.
-template <int B, bool Residual>
+template <int B, bool Shuffles, bool Residual>
 INLINE void round_values(const Tokens& tokens, int64_t token, const Book& book, int row_exponent,
                          int64_t blocks, const uint32_t* largest, float* row) {
     for (int64_t b = 0; b < blocks; b++) {
         uint8_t codes[B];
         const RoundedBlock rounded =
-            round_block<B>(row + b * B, row_exponent, block_exponent(largest[b]),
-                           tokens.choice(token, blocks, b), kWindow, book, codes);
-        const int8_t* table = book.half_units[rounded.id];
+            round_block<B, Shuffles>(row + b * B, row_exponent, block_exponent(largest[b]),
+                                     tokens.choice(token, blocks, b), kWindow, book, codes);
+        int8_t half_units[B];
+        Bytes<B, Shuffles>::take16(book.half_units[rounded.id], codes, half_units);
         const float relative = power_of_two(4 - rounded.delta);
         const float scale = power_of_two(row_exponent - 5);
         for (int i = 0; i < B; i++) {
-            const float value = float(table[codes[i]]) * relative * scale;
+            const float value = float(half_units[i]) * relative * scale;
             row[b * B + i] = Residual ? row[b * B + i] - value : value;
         }
     }
 }
 
-template <int B>
+template <int B, bool Shuffles>
 INLINE void round_row_in(const Tokens& tokens, int64_t token, int64_t padded, const Book& book,
                          float* row, uint32_t* largest, float* out) {
     tokens.load(token, padded, row);
@@ -541,38 +659,38 @@ INLINE void round_row_in(const Tokens& tokens, int64_t token, int64_t padded, co
     if (row_exponent == kNanRow)
         std::fill_n(row, padded, float(kNan));
     else
-        round_values<B, false>(tokens, token, book, row_exponent, padded / B, largest, row);
+        round_values<B, Shuffles, false>(tokens, token, book, row_exponent, padded / B, largest, row);
     std::copy_n(row, tokens.columns, out + token * tokens.columns);
 }
 
-template <int B>
+template <int B, bool Shuffles>
 INLINE void costs_of_row_in(const Tokens& tokens, int64_t token, int64_t padded, const Book& book,
                             float* row, uint32_t* largest, int32_t* out) {
     const int64_t blocks = padded / B;
     tokens.load(token, padded, row);
     const int row_exponent = row_exponents<B>(row, blocks, largest);
     for (int64_t b = 0; b < blocks; b++) {
-        uint64_t sum = 0;
+        int sums[4] = {};
         if (row_exponent != kNanRow) {
             int32_t fixed[B];
+            uint8_t cells[B];
             const int delta = std::min(row_exponent - block_exponent(largest[b]), kWindow);
             const int32_t top = to_fixed<B>(row + b * B, row_exponent - delta, fixed);
-            sum = online_costs<B>(fixed, range_index(top >> 23), book);
+            to_cells<B>(fixed, cells);
+            online_costs<B, Shuffles>(cells, range_index(top >> 23), book, sums);
         }
-        for (int v = 0; v < book.variants; v++)
-            out[(token * blocks + b) * book.variants + v] = int32_t(sum >> 16 * v & 0xffff);
+        std::copy_n(sums, book.variants, out + (token * blocks + b) * book.variants);
     }
 }
 
 // Rounds a token, or what rounding it left over, into row `at` of `out`.
-template <int B>
+template <int B, bool Shuffles>
 INLINE void round_token_in(const Tokens& tokens, int64_t token, bool residual, int64_t at,
                            const Book& book, float* row, uint32_t* largest, Rounded& out) {
-    constexpr int kChunk = B < 32 ? B : 32;
     tokens.load(token, out.padded, row);
     int row_exponent = row_exponents<B>(row, out.blocks, largest);
     if (residual && row_exponent != kNanRow) {
-        round_values<B, true>(tokens, token, book, row_exponent, out.blocks, largest, row);
+        round_values<B, Shuffles, true>(tokens, token, book, row_exponent, out.blocks, largest, row);
         row_exponent = row_exponents<B>(row, out.blocks, largest);
     }
     out.token_scale.get()[at] =
@@ -583,18 +701,13 @@ INLINE void round_token_in(const Tokens& tokens, int64_t token, bool residual, i
         const Choice choice =
             residual ? Choice{ONLINE, -1} : tokens.choice(token, out.blocks, b);
         if (row_exponent != kNanRow)
-            rounded = round_block<B>(row + b * B, row_exponent, block_exponent(largest[b]), choice,
-                                     kWindow, book, codes);
-        int8_t* half_units = out.values.get() + at * out.padded + b * B;
-        const int8_t* table = book.half_units[rounded.id];
-        int sum = 0;
-        for (int c = 0; c < B; c += kChunk)
-            for (int i = 0; i < kChunk / 2; i++) {
-                const int8_t even = table[codes[c + 2 * i]], odd = table[codes[c + 2 * i + 1]];
-                half_units[c + i] = even;
-                half_units[c + kChunk / 2 + i] = odd;
-                sum += even + odd;
-            }
+            rounded = round_block<B, Shuffles>(row + b * B, row_exponent,
+                                               block_exponent(largest[b]), choice, kWindow, book,
+                                               codes);
+        int8_t half_units[B];
+        Bytes<B, Shuffles>::take16(book.half_units[rounded.id], codes, half_units);
+        const int sum =
+            Bytes<B, Shuffles>::split(half_units, out.values.get() + at * out.padded + b * B);
         out.scale.get()[at * out.blocks + b] = power_of_two(-rounded.delta);
         out.offset.get()[at * out.blocks + b] = 16 * sum;
     }
@@ -698,7 +811,7 @@ struct Packed {
     int64_t* below_window;
 };
 
-template <int B>
+template <int B, bool Shuffles>
 INLINE void quantize_row_in(const void* x, int dtype, int64_t row, int64_t columns, int64_t padded,
                             int rule, int window, const Book& book, float* values,
                             uint32_t* largest, const Packed& out) {
@@ -711,8 +824,8 @@ INLINE void quantize_row_in(const void* x, int dtype, int64_t row, int64_t colum
         RoundedBlock rounded = {0, 0};
         if (exponent != kNanRow) {
             const int own = block_exponent(largest[b]);
-            rounded = round_block<B>(values + b * B, exponent, own, {rule, -1}, window, book,
-                                     unpacked);
+            rounded = round_block<B, Shuffles>(values + b * B, exponent, own, {rule, -1}, window,
+                                               book, unpacked);
             below_window += exponent - own > window && largest[b] > 0;
         }
         out.meta[row * blocks + b] = uint8_t(rounded.delta << book.id_bits | rounded.id);
@@ -725,52 +838,52 @@ INLINE void quantize_row_in(const void* x, int dtype, int64_t row, int64_t colum
 }
 
 // The row functions by block size, compiled for any processor and for AVX2: the same operations.
-#define ROW_FUNCTIONS(suffix, target)                                                   \
-    template <class... Rest>                                                            \
-    target void round_token##suffix(int block, Rest&&... rest) {                        \
-        if (block == 16) return round_token_in<16>(rest...);                            \
-        if (block == 32) return round_token_in<32>(rest...);                            \
-        return round_token_in<64>(rest...);                                             \
-    }                                                                                   \
-    template <class... Rest>                                                            \
-    target void round_row##suffix(int block, Rest&&... rest) {                          \
-        if (block == 16) return round_row_in<16>(rest...);                              \
-        if (block == 32) return round_row_in<32>(rest...);                              \
-        return round_row_in<64>(rest...);                                               \
-    }                                                                                   \
-    template <class... Rest>                                                            \
-    target void costs_of_row##suffix(int block, Rest&&... rest) {                       \
-        if (block == 16) return costs_of_row_in<16>(rest...);                           \
-        if (block == 32) return costs_of_row_in<32>(rest...);                           \
-        return costs_of_row_in<64>(rest...);                                            \
-    }                                                                                   \
-    template <class... Rest>                                                            \
-    target void quantize_row##suffix(int block, Rest&&... rest) {                       \
-        if (block == 16) return quantize_row_in<16>(rest...);                           \
-        if (block == 32) return quantize_row_in<32>(rest...);                           \
-        return quantize_row_in<64>(rest...);                                            \
-    }                                                                                   \
-    template <class... Rest>                                                            \
-    target void digits_of_token##suffix(int block, Rest&&... rest) {                    \
-        if (block == 16) return digits_of_token_in<16>(rest...);                        \
-        if (block == 32) return digits_of_token_in<32>(rest...);                        \
-        return digits_of_token_in<64>(rest...);                                         \
-    }                                                                                   \
-    template <class... Rest>                                                            \
-    target bool integers_of_token##suffix(int block, Rest&&... rest) {                  \
-        if (block == 16) return integers_of_token_in<16>(rest...);                      \
-        if (block == 32) return integers_of_token_in<32>(rest...);                      \
-        return integers_of_token_in<64>(rest...);                                       \
-    }                                                                                   \
-    template <class... Rest>                                                            \
-    target void widen_token##suffix(Rest&&... rest) {                                   \
-        widen_token_in(rest...);                                                        \
+#define ROW_FUNCTIONS(suffix, target, shuffles)                                     \
+    template <class... Rest>                                                        \
+    target void round_token##suffix(int block, Rest&&... rest) {                    \
+        if (block == 16) return round_token_in<16, shuffles>(rest...);              \
+        if (block == 32) return round_token_in<32, shuffles>(rest...);              \
+        return round_token_in<64, shuffles>(rest...);                               \
+    }                                                                               \
+    template <class... Rest>                                                        \
+    target void round_row##suffix(int block, Rest&&... rest) {                      \
+        if (block == 16) return round_row_in<16, shuffles>(rest...);                \
+        if (block == 32) return round_row_in<32, shuffles>(rest...);                \
+        return round_row_in<64, shuffles>(rest...);                                 \
+    }                                                                               \
+    template <class... Rest>                                                        \
+    target void costs_of_row##suffix(int block, Rest&&... rest) {                   \
+        if (block == 16) return costs_of_row_in<16, shuffles>(rest...);             \
+        if (block == 32) return costs_of_row_in<32, shuffles>(rest...);             \
+        return costs_of_row_in<64, shuffles>(rest...);                              \
+    }                                                                               \
+    template <class... Rest>                                                        \
+    target void quantize_row##suffix(int block, Rest&&... rest) {                   \
+        if (block == 16) return quantize_row_in<16, shuffles>(rest...);             \
+        if (block == 32) return quantize_row_in<32, shuffles>(rest...);             \
+        return quantize_row_in<64, shuffles>(rest...);                              \
+    }                                                                               \
+    template <class... Rest>                                                        \
+    target void digits_of_token##suffix(int block, Rest&&... rest) {                \
+        if (block == 16) return digits_of_token_in<16>(rest...);                    \
+        if (block == 32) return digits_of_token_in<32>(rest...);                    \
+        return digits_of_token_in<64>(rest...);                                     \
+    }                                                                               \
+    template <class... Rest>                                                        \
+    target bool integers_of_token##suffix(int block, Rest&&... rest) {              \
+        if (block == 16) return integers_of_token_in<16>(rest...);                  \
+        if (block == 32) return integers_of_token_in<32>(rest...);                  \
+        return integers_of_token_in<64>(rest...);                                   \
+    }                                                                               \
+    template <class... Rest>                                                        \
+    target void widen_token##suffix(Rest&&... rest) {                               \
+        widen_token_in(rest...);                                                    \
     }
 
-ROW_FUNCTIONS(_portable, )
+ROW_FUNCTIONS(_portable, , false)
 #if DIALECT_X86
-ROW_FUNCTIONS(_avx2, AVX2)
-#define BY_FEATURES(function, features, ...) \
+ROW_FUNCTIONS(_avx2, AVX2, true)
+#define BY_FEATURES(function, features, ...)                                        \
     ((features) >= AVX2_FMA ? function##_avx2(__VA_ARGS__) : function##_portable(__VA_ARGS__))
 #else
 #define BY_FEATURES(function, features, ...) ((void)(features), function##_portable(__VA_ARGS__))
@@ -1052,7 +1165,11 @@ AVX2_INLINE void lane_sums(const __m256i (*panel)[Groups], const int8_t* const* 
                         } else {
                             const __m256i part = _mm256_maddubs_epi16(panel[k][g], values);
                             __m256i& to = parts[t][d][g];
-                            to = k > first ? _mm256_add_epi16(to, part) : part;
+                            // as text: compilers turn intrinsics into trees of sums, which spill
+                            if (k > first)
+                                asm("vpaddw %1, %0, %0" : "+x"(to) : "x"(part));
+                            else
+                                to = part;
                         }
                     }
                 }
@@ -1129,7 +1246,7 @@ struct Rows {
 // Sixteen blocks of sixteen rows, decoded and transposed.
 template <int B>
 struct Panel {
-    alignas(32) __m256i weights[16][4 * kPieces<B>][2];
+    alignas(64) __m256i weights[16][4 * kPieces<B>][2];
     BlockMeta meta[2];
 };
 
@@ -1180,6 +1297,78 @@ AVX2 void add_blocks(const Panel<B>& panel, const Rounded& x, const int64_t* tok
     }
 }
 
+// Puts the tokens number 16 * group and following, at most 16, side by side.
+void interleave(const Rounded& x, int64_t count, int64_t group) {
+    const int64_t fours = x.digits * x.padded / 4, first = 16 * group;
+    const int64_t tokens = std::min<int64_t>(16, count - first);
+    int32_t* to = x.fours.get() + group * fours * 16;
+    for (int64_t start = 0; start < fours; start += 16)  // a cache line of each token at a time
+        for (int64_t t = 0; t < tokens; t++) {
+            const int8_t* from = x.values.get() + x.token(first + t) * x.digits * x.padded;
+            for (int64_t i = start; i < std::min(fours, start + 16); i++)
+                std::memcpy(to + 16 * i + t, from + 4 * i, 4);
+        }
+    for (int64_t b = 0; b < x.blocks; b++)
+        for (int64_t t = 0; t < tokens; t++) {
+            const int64_t at = (group * x.blocks + b) * 16 + t, from = x.token(first + t) * x.blocks + b;
+            x.scales.get()[at] = x.scale.get()[from];
+            x.starts.get()[at] = -x.offset.get()[from];
+        }
+}
+
+// The same with sixteen rows in one register, a lane each, for the tokens number at..at+NT-1, which lie
+// in one group of 16; half-units are still + 16.
+template <int B, int Digits, int NT>
+AVX512 void add_blocks_512(const Panel<B>& panel, const Rounded& x, int64_t at, int64_t b0,
+                           int start, int end, float (*sums)[16]) {
+    const int64_t group = at / 16, slot = at % 16, digit = x.padded / 4 * 16;
+    const int32_t* fours = x.fours.get() + group * Digits * digit + (b0 + start) * (B / 4) * 16 + slot;
+    const int32_t* starts = x.starts.get() + (group * x.blocks + b0) * 16 + slot;
+    const float* scales = x.scales.get() + (group * x.blocks + b0) * 16 + slot;
+    for (int j = start; j < end; j++, fours += B / 4 * 16) {
+        __m512i blocks[NT][Digits];
+#pragma GCC unroll 16
+        for (int t = 0; t < NT; t++)
+#pragma GCC unroll 3
+            for (int d = 0; d < Digits; d++)
+                blocks[t][d] = d ? _mm512_setzero_si512() : _mm512_set1_epi32(starts[16 * j + t]);
+#pragma GCC unroll 16
+        for (int k = 0; k < 4 * kPieces<B>; k++) {
+            const __m512i weights = _mm512_load_si512(panel.weights[j][k]);
+#pragma GCC unroll 16
+            for (int t = 0; t < NT; t++)
+#pragma GCC unroll 3
+                for (int d = 0; d < Digits; d++)
+                    // as text: compilers load the four values first, an instruction each
+                    asm("vpdpbusd %2%{1to16%}, %1, %0"
+                        : "+v"(blocks[t][d]) : "v"(weights), "m"(fours[d * digit + 16 * k + t]));
+        }
+        const __m512 weight_scale = _mm512_insertf32x8(
+            _mm512_castps256_ps512(_mm256_load_ps(panel.meta[0].scale[j])),
+            _mm256_load_ps(panel.meta[1].scale[j]), 1);
+#pragma GCC unroll 16
+        for (int t = 0; t < NT; t++) {
+            __m512i sum = blocks[t][0];
+#pragma GCC unroll 3
+            for (int d = 1; d < Digits; d++)
+                sum = _mm512_add_epi32(sum, _mm512_slli_epi32(blocks[t][d], 8 * d));
+            const __m512 both = _mm512_mul_ps(weight_scale, _mm512_set1_ps(scales[16 * j + t]));
+            const __m512 exact = _mm512_cvtepi32_ps(sum);
+            _mm512_store_ps(sums[t], _mm512_fmadd_ps(exact, both, _mm512_load_ps(sums[t])));
+        }
+    }
+}
+
+// The tokens number first..first+NT-1, which are `tokens`, with the blocks start..end-1 of a panel.
+template <int B, bool Vnni, int Digits, int NT>
+void add_some_blocks(const Panel<B>& panel, const Rounded& x, const int64_t* tokens, int64_t first,
+                     int64_t b0, int start, int end, float (*sums)[16]) {
+    if constexpr (Vnni)
+        add_blocks_512<B, Digits, NT>(panel, x, first, b0, start, end, sums);
+    else
+        add_blocks<B, false, Digits, NT>(panel, x, tokens, b0, start, end, sums);
+}
+
 // The tokens number first..first+NT-1 with `count` blocks of a panel that starts at block b0.
 template <int B, bool Vnni, int Digits, int NT>
 void add_panel(const Reader& r, const Rows& rows, const Panel<B>& panel, const Rounded& x,
@@ -1193,16 +1382,33 @@ void add_panel(const Reader& r, const Rows& rows, const Panel<B>& panel, const R
     for (int start = 0; start < count; start++) {
         const uint32_t ahead = any >> start;
         const int end = ahead ? start + __builtin_ctz(ahead) : count;
-        add_blocks<B, Vnni, Digits, NT>(panel, x, tokens, b0, start, end, sums);
+        add_some_blocks<B, Vnni, Digits, NT>(panel, x, tokens, first, b0, start, end, sums);
         start = end;
         for (int t = 0; t < NT && end < count; t++) {
             if (x.exceptions_from(tokens[t], b0) >> end & 1)
                 for (int g = 0; g < 2; g++)
                     add_exact_block(r, rows.group[g], b0 + end, x, tokens[t], sums[t] + 8 * g);
             else
-                add_blocks<B, Vnni, Digits, 1>(panel, x, tokens + t, b0, end, end + 1, sums + t);
+                add_some_blocks<B, Vnni, Digits, 1>(panel, x, tokens + t, first + t, b0, end,
+                                                    end + 1, sums + t);
         }
     }
+}
+
+// Tokens whose sums fit into the registers together.
+template <bool Vnni, int Digits>
+constexpr int kTogether = Vnni ? (Digits == 1 ? 16 : 8) : (Digits == 1 ? 4 : 1);
+
+// All tokens of a tile, NT at a time and then half as many.
+template <int B, bool Vnni, int Digits, int NT>
+void add_panels(const Reader& r, const Rows& rows, const Panel<B>& panel, const Rounded& x,
+                int64_t first, int64_t tokens, int64_t b0, int count, float (*sums)[16]) {
+    int64_t t = 0;
+    for (; t + NT <= tokens; t += NT)
+        add_panel<B, Vnni, Digits, NT>(r, rows, panel, x, first + t, b0, count, sums + t);
+    if constexpr (NT > 1)
+        add_panels<B, Vnni, Digits, NT / 2>(r, rows, panel, x, first + t, tokens - t, b0, count,
+                                            sums + t);
 }
 
 // The only token of a tile with eight rows: nothing is decoded ahead.
@@ -1249,9 +1455,8 @@ AVX2_INLINE void add_token(const Reader& r, const RowGroup& g, const Rounded& x,
 template <int B, bool Vnni, int Digits>
 AVX2 void integer_rows(const Reader& r, const Rounded& x, const Output& out, int64_t row,
                        int64_t first, int64_t tokens) {
-    constexpr int kTogether = Digits == 1 ? 4 : Vnni ? 2 : 1;  // their sums fit in the registers
     const Rows rows(r, row);
-    alignas(32) float sums[kTile][16] = {};
+    alignas(64) float sums[kTile][16] = {};
     if (tokens == 1) {
         for (int g = 0; g < 2; g++)
             if (rows.group[g].skip < 8)
@@ -1261,12 +1466,8 @@ AVX2 void integer_rows(const Reader& r, const Rounded& x, const Output& out, int
         for (int64_t b0 = 0; b0 < r.blocks; b0 += 16) {
             const int count = int(std::min<int64_t>(16, r.blocks - b0));
             decode_panel(r, rows, b0, count, panel);
-            int64_t t = 0;
-            for (; t + kTogether <= tokens; t += kTogether)
-                add_panel<B, Vnni, Digits, kTogether>(r, rows, panel, x, first + t, b0, count,
-                                                      sums + t);
-            for (; t < tokens; t++)
-                add_panel<B, Vnni, Digits, 1>(r, rows, panel, x, first + t, b0, count, sums + t);
+            add_panels<B, Vnni, Digits, kTogether<Vnni, Digits>>(r, rows, panel, x, first, tokens,
+                                                                 b0, count, sums);
         }
     }
     for (int64_t t = 0; t < tokens; t++) {
@@ -1410,7 +1611,8 @@ template <class Work>
 void for_each_tile(const Reader& r, int64_t tokens, int64_t bytes, int lanes, int threads,
                    const Work& work) {
     const int64_t fitting = kTileBytes / std::max<int64_t>(1, bytes);
-    const int64_t tile = std::min<int64_t>(kTile, std::max<int64_t>(kSmallestTile, fitting));
+    const int64_t wanted = std::min<int64_t>(kTile, std::max<int64_t>(kSmallestTile, fitting));
+    const int64_t tile = wanted / kTileStep * kTileStep;
     const int64_t groups = (r.w.rows + lanes - 1) / lanes;
     const int64_t tiles = (tokens + tile - 1) / tile;
     const int64_t cost = std::max<int64_t>(1, lanes * r.padded * std::min<int64_t>(tokens, tile));
@@ -1425,11 +1627,18 @@ void for_each_tile(const Reader& r, int64_t tokens, int64_t bytes, int lanes, in
 }
 
 // Products of rounded tokens with every row of the weight.
-void multiply(const Rounded& rounded, int64_t tokens, const Reader& r, const Output& out,
-              int threads, int features) {
+void multiply(Rounded& rounded, int64_t tokens, const Reader& r, const Output& out, int threads,
+              int features) {
     const int64_t bytes = rounded.digits * r.padded;
 #if DIALECT_X86
     if (features >= AVX2_FMA && r.w.rows >= 8) {
+        if (features == AVX512_VNNI && tokens > 1) {
+            const int64_t groups = (tokens + 15) / 16;
+            rounded.fours = Aligned<int32_t>(groups * bytes / 4 * 16);
+            rounded.starts = Aligned<int32_t>(groups * r.blocks * 16);
+            rounded.scales = Aligned<float>(groups * r.blocks * 16);
+            parallel(threads, groups, [&](int64_t group) { interleave(rounded, tokens, group); });
+        }
         const auto rows = integer_rows_of(r.w.block, features == AVX512_VNNI, rounded.digits);
         for_each_tile(r, tokens, bytes, 16, threads, [&](int64_t row, int64_t first, int64_t count) {
             rows(r, rounded, out, row, first, count);
