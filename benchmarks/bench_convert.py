@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +159,11 @@ def convert(source: Path, packed: Path) -> PeakMemory:
     return peak
 
 
+def options(parser: argparse.ArgumentParser) -> None:
+    """How often."""
+    parser.add_argument("--rounds", type=int, default=3)
+
+
 def tables(figures: Figures) -> dict[str, harness.Table]:
     """The one table of a conversion."""
     gigabytes = [f"{figures[key] / 1e9:.2f} GB" for key in ("source_bytes", "packed_bytes")]
@@ -183,6 +187,4 @@ def tables(figures: Figures) -> dict[str, harness.Table]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Measure blockdialect quantize.")
-    parser.add_argument("--rounds", type=int, default=3)
-    harness.main(gate, partial(measure, parser.parse_args().rounds))
+    harness.main(gate, measure, options)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from weakref import WeakMethod
 
 import torch
 from torch.nn import Parameter
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     register_weight_loader_v2_supported_method,
@@ -22,14 +24,17 @@ from vllm.model_executor.parameter import (
     PackedvLLMParameter,
 )
 from vllm.model_executor.utils import replace_parameter, set_weight_attrs
+from vllm.platforms import current_platform
 
-from dialect_kernels import PackedTensor, quantize
+from dialect_kernels import PackedTensor, cpu, quantize
 from dialect_kernels.formatbook import book_by_name
 from dialect_kernels.ops import linear, warm_up
 
 from . import compat, heap
 
 __all__ = ["BlockDialectLinearMethod", "LinearSpec"]
+
+logger = init_logger("vllm.blockdialect")
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _STORED = ("weight_packed", "weight_meta", "weight_row_exponent")
@@ -146,6 +151,7 @@ class BlockDialectLinearMethod(LinearMethodBase):
         if getattr(layer, "_already_called_process_weights_after_loading", False):
             return
         compat.permit_amx()
+        _tell_kernel()
         if self.spec.complete:
             self._check_loaded(layer)
         if self.spec.serialized:
@@ -235,6 +241,12 @@ class BlockDialectLinearMethod(LinearMethodBase):
             f"multiple of the block size {block_size}; use another --tensor-parallel-size, or "
             "override the layer's block size"
         )
+
+
+@cache
+def _tell_kernel() -> None:
+    if current_platform.is_cpu() and cpu.available():
+        logger.info("blockdialect runs on the CPU with %s", cpu.describe())
 
 
 def _checked(

@@ -294,7 +294,9 @@ def test_a_forked_process_gets_threads_of_its_own():
 CALL_AND_LOOK = """
 before = set(os.listdir("/proc/self/task"))
 cpu.quantize(torch.ones(256, 64), DIALECT_FP4, 32, "mse", 13, threads=2)
-(helper,) = set(os.listdir("/proc/self/task")) - before
+started = set(os.listdir("/proc/self/task")) - before
+name_of = lambda task: open(f"/proc/self/task/{task}/comm").read().strip()
+(helper,) = [task for task in started if name_of(task) == "dialect-helper"]
 print(*sorted(os.sched_getaffinity(0)), "|", *sorted(os.sched_getaffinity(int(helper))))
 """
 PINNED_LATE = f"""
@@ -319,12 +321,30 @@ os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})  # the only thread the
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
 @pytest.mark.parametrize("script", [PINNED_LATE, PINNED_EARLY], ids=["late", "early"])
 def test_helpers_do_not_inherit_the_pin_of_the_calling_thread(script):
-    """What an engine or OpenMP does to the thread that calls us."""
+    """What an engine or OpenMP does to the thread that calls us: OpenMP's inherit it."""
     taken = os.sched_getaffinity(0)
     caller, _, helper = run(script, {"OMP_NUM_THREADS": "1"}).stdout.partition("|")
     assert set(map(int, caller.split())) == {min(taken)}
     assert set(map(int, helper.split())) >= taken - {min(taken)}
     assert min(taken) not in set(map(int, helper.split()))
+
+
+AFTER_TORCH = """
+import os, torch
+from dialect_kernels import DIALECT_FP4, cpu
+torch.set_num_threads(2)
+torch.randn(1 << 22).exp_()
+before = set(os.listdir("/proc/self/task"))
+cpu.quantize(torch.ones(256, 64), DIALECT_FP4, 32, "mse", 13)
+print(cpu.describe(), len(set(os.listdir("/proc/self/task")) - before))
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_torchs_threads_do_the_work_where_they_are_free_to():
+    described, _, started = run(AFTER_TORCH, {}).stdout.strip().rpartition(" ")
+    assert described.endswith("2 threads (PyTorch's OpenMP) on 2 CPUs")
+    assert started == "0", "nobody has to share a CPU with them"
 
 
 def test_bad_arguments_are_refused():

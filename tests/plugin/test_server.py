@@ -12,7 +12,6 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 from served_models import build
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -23,7 +22,6 @@ from dialect_plugin.convert import convert
 
 pytestmark = pytest.mark.slow
 
-HELPER = "dialect-helper"
 CPUS = set(os.sched_getaffinity(0))
 START_LIMIT = 240  # seconds; about 40 on an idle machine with two cores
 
@@ -92,31 +90,6 @@ def post(address, **body):
         return reply.read().decode()
 
 
-def threads(process):
-    """(name, CPUs it may use, whether it calls the others) of a process's threads."""
-    return [
-        (
-            Path(f"/proc/{process.pid}/task/{thread.id}/comm").read_text().strip(),
-            os.sched_getaffinity(thread.id),
-            thread.id == process.pid,
-        )
-        for thread in process.threads()
-    ]
-
-
-def assert_the_kernel_uses_every_cpu(server):
-    """In the worker process, together with the thread that calls the kernel."""
-    found = map(threads, psutil.Process(server.pid).children(recursive=True))
-    workers = [process for process in found if any(name == HELPER for name, _, _ in process)]
-    assert len(workers) == 1
-    helpers = [cpus for name, cpus, _ in workers[0] if name == HELPER]
-    (caller,) = [cpus for _, cpus, calls in workers[0] if calls]
-    assert len(helpers) == len(CPUS) - 1
-    assert caller.union(*helpers) == CPUS
-    if len(caller) == 1:  # nobody waits for the caller's CPU
-        assert not any(caller & cpus for cpus in helpers)
-
-
 def test_serve_complete_stream_and_stop(packed, tmp_path):
     log = tmp_path / "server.log"
     with server(packed, log, "--served-model-name", "tiny") as (process, address):
@@ -135,12 +108,11 @@ def test_serve_complete_stream_and_stop(packed, tmp_path):
         assert len(texts) > 1
         assert "".join(texts) == whole["choices"][0]["text"]
 
-        if len(CPUS) > 1 and cpu.available():
-            assert_the_kernel_uses_every_cpu(process)
-
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=60)
         assert not answers(f"{address}/health")
     text = log.read_text()
+    if cpu.available():  # measured by the worker, on the thread that calls the kernel
+        assert f"{len(CPUS)} threads (PyTorch's OpenMP) on {len(CPUS)} CPUs" in text
     assert "quantization=blockdialect" in text
     assert "blockdialect is not available" not in text

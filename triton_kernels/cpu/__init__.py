@@ -32,6 +32,7 @@ __all__ = [
     "available",
     "decomposed_linear",
     "dequantize",
+    "describe",
     "features",
     "linear",
     "quantize",
@@ -76,6 +77,14 @@ def why_not() -> str | None:
 def features() -> str:
     """The instruction set the kernel uses on this processor, one of :data:`INSTRUCTIONS`."""
     return INSTRUCTIONS[_handle().dialect_features()]
+
+
+def describe() -> str:
+    """The kernel as it runs when this thread calls it: instructions, threads and whose they are."""
+    threads = torch.get_num_threads()
+    whose = "PyTorch's OpenMP" if _handle().dialect_uses_openmp(threads) else "its own"
+    cpus = _handle().dialect_cpus(threads)
+    return f"{features()}, {threads} threads ({whose}) on {cpus} CPUs"
 
 
 def quantize(
@@ -490,6 +499,7 @@ def _library() -> _Library:
     try:
         handle = ctypes.CDLL(str(_find()))
         _declare(handle)
+        handle.dialect_use_openmp(_gomp_parallel())
     except (OSError, RuntimeError) as error:
         _log.warning("the CPU kernel is not available, torch does its work: %s", error)
         return _Library(None, str(error))
@@ -507,10 +517,30 @@ def _find() -> Path:
     return _build(folder)
 
 
+def _gomp_parallel() -> int | None:
+    """The address of ``GOMP_parallel`` in the OpenMP runtime that PyTorch uses, if it uses one.
+
+    It is what PyTorch itself was linked with, or what ``LD_PRELOAD`` puts in its place; LLVM's and
+    Intel's runtimes have this function too.
+    """
+    own = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    for library, mode in ((None, ctypes.DEFAULT_MODE), (str(own), getattr(os, "RTLD_NOLOAD", 0))):
+        try:
+            found = ctypes.CDLL(library, mode=mode).GOMP_parallel
+        except (AttributeError, OSError, TypeError):
+            continue
+        return ctypes.cast(found, ctypes.c_void_p).value
+    return None
+
+
 def _declare(handle: ctypes.CDLL) -> None:
     pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    handle.dialect_use_openmp.argtypes = (pointer,)
+    handle.dialect_use_openmp.restype = None
     signatures = {
         "dialect_features": (),
+        "dialect_uses_openmp": (i32,),
+        "dialect_cpus": (i32,),
         "dialect_quantize": (
             *(pointer, i32, i64, i64, pointer, i32, i32, i32),
             *(pointer, pointer, pointer, pointer, i32, i32),

@@ -197,93 +197,143 @@ INLINE float round_to_e4m3(float x) {
 }
 
 // ---- threads -----------------------------------------------------------------------------------
+//
+// Work is shared by the threads of PyTorch's OpenMP runtime where that is possible: they are on the
+// CPUs that an engine has chosen, and they still spin after PyTorch's last operation, so that threads
+// of our own would have to share the CPUs with them. It is not possible without such a runtime, in a
+// forked process (where its threads are gone), and where its threads have all been pinned to fewer
+// CPUs than there are threads. Then a pool of our own does the work.
+
+using Task = void (*)(const void* context, int64_t i);
+
+// `count` tasks that any number of threads take from.
+struct Job {
+    Job(Task task, const void* context, int64_t count)
+        : task(task), context(context), count(count) {}
+    void take() {
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
+            task(context, i);
+    }
+    const Task task;
+    const void* const context;
+    const int64_t count;
+    std::atomic<int64_t> next{0};
+};
 
 #if defined(__linux__)
-using CpuMask = unsigned long[128];  // 8192 CPUs
+struct CpuMask {
+    unsigned long bits[128] = {};  // 8192 CPUs
 
-int count_cpus(const CpuMask mask) {
-    int count = 0;
-    for (size_t i = 0; i < 128; i++) count += __builtin_popcountl(mask[i]);
-    return count;
+    static CpuMask of(int thread) {  // 0: of the caller; empty if it cannot be told
+        CpuMask mask;
+        if (sched_getaffinity(thread, sizeof mask.bits, reinterpret_cast<cpu_set_t*>(mask.bits)))
+            return CpuMask();
+        return mask;
+    }
+    void add(const CpuMask& other) {
+        for (size_t i = 0; i < 128; i++) bits[i] |= other.bits[i];
+    }
+    void remove(const CpuMask& other) {
+        for (size_t i = 0; i < 128; i++) bits[i] &= ~other.bits[i];
+    }
+    int count() const {
+        int found = 0;
+        for (unsigned long word : bits) found += __builtin_popcountl(word);
+        return found;
+    }
+};
+
+// GOMP_parallel: calls a function on so many threads, the caller among them, and waits for all.
+using Region = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+std::atomic<Region> openmp{nullptr};
+std::atomic<int> openmp_owner{0};
+
+// The CPUs of the OpenMP threads that serve the calling thread.
+CpuMask cpus_of_openmp(Region region, int threads) {
+    struct Found {
+        std::mutex lock;
+        CpuMask mask;
+    } found;
+    region(
+        [](void* context) {
+            Found& all = *static_cast<Found*>(context);
+            const CpuMask own = CpuMask::of(0);
+            std::lock_guard<std::mutex> one(all.lock);
+            all.mask.add(own);
+        },
+        &found, threads, 0);
+    return found.mask;
+}
+
+// The OpenMP runtime if it has a CPU for each of the threads; every calling thread asks once.
+Region openmp_for(int threads) {
+    const Region region = openmp.load();
+    if (!region || openmp_owner.load() != getpid()) return nullptr;
+    thread_local int asked = 0;
+    thread_local bool serves = false;
+    if (asked != threads) {
+        serves = cpus_of_openmp(region, threads).count() >= threads;
+        asked = threads;
+    }
+    return serves ? region : nullptr;
 }
 
 // Where helpers may run. A new thread inherits its creator's pin, and an engine may have pinned that
 // one to a single core; so helpers get the CPUs of all threads of this process. Where even these are
 // fewer than the threads asked for (OpenMP pins the first thread early and starts the others late),
 // they get every CPU the system lets this process have.
-bool cpus_of_helpers(int threads, CpuMask mask) {
-    std::memset(mask, 0, sizeof(CpuMask));
+CpuMask cpus_of_helpers(int threads) {
+    CpuMask mask;
     DIR* tasks = opendir("/proc/self/task");
-    if (!tasks) return false;
-    while (const dirent* task = readdir(tasks)) {
-        const int id = std::atoi(task->d_name);
-        CpuMask own = {};
-        if (id > 0 && sched_getaffinity(id, sizeof own, reinterpret_cast<cpu_set_t*>(own)) == 0)
-            for (size_t i = 0; i < 128; i++) mask[i] |= own[i];
-    }
+    if (!tasks) return mask;
+    while (const dirent* task = readdir(tasks))
+        if (const int id = std::atoi(task->d_name)) mask.add(CpuMask::of(id));
     closedir(tasks);
-    if (count_cpus(mask) < threads) std::memset(mask, 0xff, sizeof(CpuMask));
-    CpuMask caller = {};
-    if (sched_getaffinity(0, sizeof caller, reinterpret_cast<cpu_set_t*>(caller)) == 0 &&
-        count_cpus(caller) == 1 && count_cpus(mask) > 1)
-        for (size_t i = 0; i < 128; i++) mask[i] &= ~caller[i];  // the caller works there itself
-    return true;
+    if (mask.count() < threads) std::memset(mask.bits, 0xff, sizeof mask.bits);
+    const CpuMask caller = CpuMask::of(0);
+    if (caller.count() == 1 && mask.count() > 1) mask.remove(caller);  // it works there itself
+    return mask;
 }
 #endif
 
-// Persistent threads without OpenMP: a second OpenMP runtime would inherit the first one's limits.
+// Threads that stay. Not by a second OpenMP runtime: it would inherit the first one's limits.
 class Pool {
   public:
     Pool() : owner_(getpid()) {}
 
     int owner() const { return owner_; }
 
-    // Runs work(i) for i in 0..count-1 on up to `threads` threads, the caller among them.
-    template <class Work>
-    void run(int threads, int64_t count, const Work& work) {
+    // Does the job on up to `threads` threads, the caller among them.
+    void run(int threads, Job& job) {
         std::lock_guard<std::mutex> one_call(call_);
-        grow(int(std::min<int64_t>(threads, count)) - 1);
-        const Task task = [](const void* context, int64_t i) {
-            (*static_cast<const Work*>(context))(i);
-        };
+        grow(int(std::min<int64_t>(threads, job.count)) - 1);
         {
             std::lock_guard<std::mutex> lock(state_);
-            task_ = task;
-            context_ = &work;
-            count_ = count;
-            next_.store(0, std::memory_order_relaxed);
+            job_ = &job;
             wanted_ = threads - 1;
-            job_++;
+            number_++;
         }
         wake_.notify_all();
-        take(task, &work, count);
+        job.take();
         std::unique_lock<std::mutex> lock(state_);
-        task_ = nullptr;  // a thread that wakes up only now finds nothing to do
+        job_ = nullptr;  // a thread that wakes up only now finds nothing to do
         done_.wait(lock, [&] { return active_ == 0; });
     }
 
   private:
-    using Task = void (*)(const void*, int64_t);
-
-    void take(Task task, const void* context, int64_t count) {
-        for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;)
-            task(context, i);
-    }
-
     void grow(int helpers) {
         if (helpers <= size_) return;
 #if defined(__linux__)
-        CpuMask mask;
-        const bool known = cpus_of_helpers(helpers + 1, mask);
+        CpuMask mask = cpus_of_helpers(helpers + 1);
 #endif
         try {
             while (size_ < helpers) {
                 std::thread helper([this, number = size_] { serve(number); });
 #if defined(__linux__)
                 pthread_setname_np(helper.native_handle(), "dialect-helper");
-                if (known)
-                    pthread_setaffinity_np(helper.native_handle(), sizeof mask,
-                                           reinterpret_cast<cpu_set_t*>(mask));
+                if (mask.count())
+                    pthread_setaffinity_np(helper.native_handle(), sizeof mask.bits,
+                                           reinterpret_cast<cpu_set_t*>(mask.bits));
 #endif
                 helper.detach();
                 size_++;
@@ -297,15 +347,13 @@ class Pool {
         uint64_t seen = 0;
         std::unique_lock<std::mutex> lock(state_);
         for (;;) {
-            wake_.wait(lock, [&] { return job_ != seen; });
-            seen = job_;
-            if (!task_ || number >= wanted_) continue;
-            const Task task = task_;
-            const void* const context = context_;
-            const int64_t count = count_;
+            wake_.wait(lock, [&] { return number_ != seen; });
+            seen = number_;
+            if (!job_ || number >= wanted_) continue;
+            Job& job = *job_;
             active_++;
             lock.unlock();
-            take(task, context, count);
+            job.take();
             lock.lock();
             if (--active_ == 0) done_.notify_all();
         }
@@ -315,12 +363,9 @@ class Pool {
     std::mutex call_, state_;
     std::condition_variable wake_, done_;
     int size_ = 0;
-    Task task_ = nullptr;
-    const void* context_ = nullptr;
-    int64_t count_ = 0;
-    std::atomic<int64_t> next_{0};
+    Job* job_ = nullptr;
     int wanted_ = 0, active_ = 0;
-    uint64_t job_ = 0;
+    uint64_t number_ = 0;  // of the job
 };
 
 // Never destroyed: its threads live as long as the process. After a fork the child has none of
@@ -336,12 +381,19 @@ Pool& pool() {
     return *current;
 }
 
+// Runs work(i) for i in 0..count-1 on up to `threads` threads, the caller among them.
 template <class Work>
 void parallel(int threads, int64_t count, const Work& work) {
-    if (threads > 1 && count > 1)
-        pool().run(threads, count, work);
-    else
-        for (int64_t i = 0; i < count; i++) work(i);
+    const Task task = [](const void* context, int64_t i) {
+        (*static_cast<const Work*>(context))(i);
+    };
+    Job job(task, &work, count);
+    if (threads <= 1 || count <= 1) return job.take();
+#if defined(__linux__)
+    if (const Region region = openmp_for(threads))
+        return region([](void* all) { static_cast<Job*>(all)->take(); }, &job, threads, 0);
+#endif
+    pool().run(threads, job);
 }
 
 // ---- rounding ----------------------------------------------------------------------------------
@@ -1748,6 +1800,39 @@ int32_t guarded(const Call& call) {
 }  // namespace
 
 extern "C" {
+
+// Gives the kernel the OpenMP runtime that PyTorch uses, by its function GOMP_parallel.
+void dialect_use_openmp(void* gomp_parallel) {
+#if defined(__linux__)
+    openmp.store(reinterpret_cast<Region>(gomp_parallel));
+    openmp_owner.store(getpid());
+#else
+    (void)gomp_parallel;
+#endif
+}
+
+// Whether OpenMP's threads serve the calling thread, if it asks for so many.
+int32_t dialect_uses_openmp(int32_t threads) {
+#if defined(__linux__)
+    return threads > 1 && openmp_for(threads);
+#else
+    return (void)threads, 0;
+#endif
+}
+
+// On how many CPUs the calling thread and its helpers may run, if it asks for so many threads; 0 if
+// that cannot be told.
+int32_t dialect_cpus(int32_t threads) {
+#if defined(__linux__)
+    CpuMask mask = CpuMask::of(0);
+    if (threads <= 1) return std::min(mask.count(), 1);
+    const Region region = openmp_for(threads);
+    mask.add(region ? cpus_of_openmp(region, threads) : cpus_of_helpers(threads));
+    return std::min(mask.count(), threads);
+#else
+    return (void)threads, 0;
+#endif
+}
 
 // The best instruction set of this processor that this file has code for.
 int32_t dialect_features() {
