@@ -11,12 +11,17 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """Register the quantization methods with vLLM; do nothing else, and never raise.
+    """Register the quantization methods with vLLM, and never raise.
 
     vLLM calls plugins without a guard, so that an exception here would stop every model in the
-    environment. On a vLLM that this release does not know, one sentence is logged instead.
+    environment. On a vLLM that this release does not know, one sentence is logged instead. The one
+    thing that other models notice is :func:`.compat.permit_amx`, without which some of them die.
     """
     try:
+        from . import compat
+
+        compat.permit_amx()
+
         from . import config
 
         config.register_configs()

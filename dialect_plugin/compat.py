@@ -60,8 +60,9 @@ def permit_amx() -> None:
     """Ask Linux for the AMX tiles of the CPU, for the whole process.
 
     Symptom: the worker dies of SIGILL in its first attention with bfloat16 on a CPU with AMX.
-    Cause: vLLM's attention uses tiles without asking for them. A 16-bit model does not show it,
-    because oneDNN's linear layers ask, and a quantized one runs none of these before its attention.
+    Cause: vLLM's attention uses tiles without asking for them. Most 16-bit models do not show it,
+    because oneDNN's linear layers ask if they are large enough to use tiles themselves; a small
+    model's do not, and a quantized model runs none of them before its attention.
     Ends with the first vLLM that asks itself (0.32 does not).
     """
     if torch.cpu._is_amx_tile_supported():

@@ -30,7 +30,7 @@ from dialect_kernels import PackedTensor, cpu, quantize
 from dialect_kernels.formatbook import book_by_name
 from dialect_kernels.ops import linear, warm_up
 
-from . import compat, heap
+from . import heap
 
 __all__ = ["BlockDialectLinearMethod", "LinearSpec"]
 
@@ -150,7 +150,6 @@ class BlockDialectLinearMethod(LinearMethodBase):
         """
         if getattr(layer, "_already_called_process_weights_after_loading", False):
             return
-        compat.permit_amx()
         _tell_kernel()
         if self.spec.complete:
             self._check_loaded(layer)
