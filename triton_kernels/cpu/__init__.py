@@ -41,7 +41,7 @@ __all__ = [
     "why_not",
 ]
 
-INSTRUCTIONS = ("scalar", "avx2", "avx512_vnni")
+INSTRUCTIONS = ("scalar", "avx2", "avx512_vnni", "amx_int8")
 """What the kernel can be run with; the position is its number in C++."""
 
 _log = logging.getLogger(__name__)

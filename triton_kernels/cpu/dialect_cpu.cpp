@@ -15,6 +15,7 @@
 //         4 x 4 dwords transposed -> 8 registers, each with 4 elements of all 8 rows; done once
 //         8 times maddubs with 4 elements of x, broadcast to all rows; madd -> 8 block sums
 //         with AVX-512: two groups of 8 rows in one register, vpdpbusd, up to 16 tokens at a time
+//         with AMX: the same panel is a matrix tile; tdpbssd makes 16 x 16 block sums at once
 //     minus 16 * sum(x), to float32, times 2^-(deltas), added to 8 float32 accumulators
 //
 // Half-units are stored + 16 because maddubs wants one unsigned operand. No sum leaves int16.
@@ -55,6 +56,12 @@
 #define AVX2 __attribute__((target("avx2,fma")))
 #define AVX2_INLINE __attribute__((target("avx2,fma"), always_inline)) inline
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+// Where the compiler has a header for AMX, its assembler knows it too.
+#if defined(__linux__) && (__has_include(<amxint8intrin.h>) || __has_include(<amxintrin.h>))
+#include <cpuid.h>
+#include <sys/syscall.h>
+#define DIALECT_AMX 1
+#endif
 #endif
 
 extern "C" {
@@ -75,7 +82,7 @@ struct Book {
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Rule : int32_t { EXACT_ERROR = 0, ONLINE = 1 };
 enum Format : int32_t { DIALECT = 0, FP8 = 1, NONE = 2 };
-enum Features : int32_t { SCALAR = 0, AVX2_FMA = 1, AVX512_VNNI = 2 };
+enum Features : int32_t { SCALAR = 0, AVX2_FMA = 1, AVX512_VNNI = 2, AMX_INT8 = 3 };
 
 // A packed weight [rows, columns]; `padded` columns are stored.
 struct Weight {
@@ -97,7 +104,7 @@ constexpr int kNanRow = -128;
 constexpr int kCells = 32;
 constexpr int kTile = 96;              // tokens that share one decoded panel of weights
 constexpr int kSmallestTile = 32;      // below, decoding the panel would cost too much of the time
-constexpr int kTileStep = 16;          // tokens that AVX-512 works on together
+constexpr int kTileStep = 16;          // tokens that AVX-512 and AMX work on together
 constexpr int64_t kTileBytes = 1 << 19;
 constexpr int kBlocksPerException = 32;  // of a token that is multiplied in integers, at least
 constexpr int kLanes = 16;             // rows handled together by the float64 product
@@ -659,6 +666,8 @@ struct Rounded {
     // [T/16, Kp/B, 16] scales and offsets, these negative.
     Aligned<int32_t> fours{0}, starts{0};
     Aligned<float> scales{0};
+    // For AMX: [T/16, Kp/B, digits, 16, B], zero for tokens that do not exist; and `scales`.
+    Aligned<int8_t> tiles{0};
 
     int64_t token(int64_t i) const { return order.empty() ? i : order[i]; }
     uint32_t exceptions_from(int64_t token, int64_t b) const {  // b is a multiple of 16
@@ -983,10 +992,13 @@ struct Output {
         store(y, dtype, token * rows + row, value);
     }
 
-    void put_scaled(int64_t token, int64_t row, float sum, double token_scale) const {
+    double row_scale(int64_t row) const {
         const int exponent = row_exponent[row];
-        const double scale = token_scale * double_power_of_two(exponent - 1);
-        put(token, row, exponent == kNanRow ? float(kNan) : float(double(sum) * scale));
+        return exponent == kNanRow ? kNan : double_power_of_two(exponent - 1);
+    }
+
+    void put_scaled(int64_t token, int64_t row, float sum, double token_scale) const {
+        put(token, row, float(double(sum) * (token_scale * row_scale(row))));
     }
 };
 
@@ -1105,18 +1117,21 @@ AVX2 void read_meta(const Reader& r, const RowGroup& g, int64_t b, int count, Bl
     }
 }
 
+// Half-units + 16; or Signed, without.
+template <bool Signed = false>
 AVX2_INLINE __m128i load_table(const Reader& r, int offset) {
-    return _mm_load_si128((const __m128i*)(r.unsigned_half_units[0] + offset));
+    return Signed ? _mm_loadu_si128((const __m128i*)(r.book.half_units[0] + offset))
+                  : _mm_load_si128((const __m128i*)(r.unsigned_half_units[0] + offset));
 }
 
-// A block of rows p and p+4 as half-units + 16. For B = 16 one register holds, per row, 8 even and
+// A block of rows p and p+4 as half-units, + 16 unless Signed. For B = 16 one register holds, per row, 8 even and
 // 8 odd elements; otherwise two registers per 32 elements hold 16 of each.
-template <int B>
+template <int B, bool Signed = false>
 AVX2_INLINE void decode_pair(const Reader& r, const RowGroup& g, const uint16_t* tables, int p,
                              int64_t b, __m256i* out) {
     const __m256i nibble = _mm256_set1_epi8(15);
     const __m256i table =
-        _mm256_set_m128i(load_table(r, tables[p + 4]), load_table(r, tables[p]));
+        _mm256_set_m128i(load_table<Signed>(r, tables[p + 4]), load_table<Signed>(r, tables[p]));
     const uint8_t* low = g.codes + p * g.stride + b * (B / 2);
     const uint8_t* high = low + 4 * g.stride;
     if constexpr (B == 16) {
@@ -1302,7 +1317,7 @@ struct Panel {
     BlockMeta meta[2];
 };
 
-template <int B>
+template <int B, bool Signed>
 AVX2_INLINE void decode_panel(const Reader& r, const Rows& rows, int64_t b0, int count,
                               Panel<B>& panel) {
     for (int i = 0; i < 2; i++) {
@@ -1313,7 +1328,8 @@ AVX2_INLINE void decode_panel(const Reader& r, const Rows& rows, int64_t b0, int
             fetch_ahead<B>(ahead, b0 + j);
             __m256i pairs[4 * kPieces<B>];
             for (int p = 0; p < 4; p++)
-                decode_pair<B>(r, g, panel.meta[i].table[j], p, b0 + j, pairs + p * kPieces<B>);
+                decode_pair<B, Signed>(r, g, panel.meta[i].table[j], p, b0 + j,
+                                       pairs + p * kPieces<B>);
             transpose_block<B, 2>(pairs, panel.weights[j], i);
         }
     }
@@ -1503,6 +1519,58 @@ AVX2_INLINE void add_token(const Reader& r, const RowGroup& g, const Rounded& x,
     }
 }
 
+// Eight outputs of a token, as `Output::put_scaled` writes each.
+AVX2_INLINE void put_eight(const Output& out, int64_t token, int64_t row, const float* sums,
+                           const double* row_scales, double token_scale) {
+    const __m256d scale = _mm256_set1_pd(token_scale);
+    __m128 halves[2];
+    for (int i = 0; i < 2; i++) {
+        const __m256d both = _mm256_mul_pd(scale, _mm256_load_pd(row_scales + 4 * i));
+        const __m256d some = _mm256_cvtps_pd(_mm_load_ps(sums + 4 * i));
+        halves[i] = _mm256_cvtpd_ps(_mm256_mul_pd(some, both));
+    }
+    __m256 values = _mm256_set_m128(halves[1], halves[0]);
+    if (out.bias) values = _mm256_add_ps(values, _mm256_loadu_ps(out.bias + row));
+    const int64_t at = token * out.rows + row;
+    if (out.dtype == FLOAT32) {
+        _mm256_storeu_ps(static_cast<float*>(out.y) + at, values);
+    } else if (out.dtype == BFLOAT16) {  // as to_bfloat16
+        const __m256i bits = _mm256_castps_si256(values), high = _mm256_srli_epi32(bits, 16);
+        const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+        const __m256i carry = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+        const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, carry), 16);
+        const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+        const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(values, values, _CMP_UNORD_Q));
+        const __m256i chosen = _mm256_blendv_epi8(rounded, quiet, is_nan);
+        const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(chosen, chosen), 8);
+        uint16_t* to = static_cast<uint16_t*>(out.y) + at;
+        _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128(packed));
+    } else {
+        alignas(32) float some[8];
+        _mm256_store_ps(some, values);
+        for (int i = 0; i < 8; i++) store(out.y, out.dtype, at + i, some[i]);
+    }
+}
+
+AVX2 void put_sums(const Rows& rows, const Rounded& x, const Output& out, int64_t first,
+                   int64_t tokens, const float (*sums)[16]) {
+    for (int g = 0; g < 2; g++) {
+        const int64_t row = rows.group[g].first;
+        const int skip = rows.group[g].skip;
+        alignas(32) double row_scales[8];
+        for (int i = 0; i < 8; i++) row_scales[i] = out.row_scale(row + i);
+        for (int64_t t = 0; t < tokens; t++) {
+            const int64_t token = x.token(first + t);
+            const double scale = x.token_scale.get()[token];
+            if (skip == 0)
+                put_eight(out, token, row, sums[t] + 8 * g, row_scales, scale);
+            else
+                for (int i = skip; i < 8; i++)
+                    out.put_scaled(token, row + i, sums[t][8 * g + i], scale);
+        }
+    }
+}
+
 // Sixteen rows with the tokens number first..first+tokens-1 (at most kTile).
 template <int B, bool Vnni, int Digits>
 AVX2 void integer_rows(const Reader& r, const Rounded& x, const Output& out, int64_t row,
@@ -1517,19 +1585,183 @@ AVX2 void integer_rows(const Reader& r, const Rounded& x, const Output& out, int
         Panel<B> panel;
         for (int64_t b0 = 0; b0 < r.blocks; b0 += 16) {
             const int count = int(std::min<int64_t>(16, r.blocks - b0));
-            decode_panel(r, rows, b0, count, panel);
+            decode_panel<B, false>(r, rows, b0, count, panel);
             add_panels<B, Vnni, Digits, kTogether<Vnni, Digits>>(r, rows, panel, x, first, tokens,
                                                                  b0, count, sums);
         }
     }
-    for (int64_t t = 0; t < tokens; t++) {
-        const int64_t token = x.token(first + t);
-        for (int g = 0; g < 2; g++)
-            for (int i = rows.group[g].skip; i < 8; i++)
-                out.put_scaled(token, rows.group[g].first + i, sums[t][8 * g + i],
-                               x.token_scale.get()[token]);
+    put_sums(rows, x, out, first, tokens, sums);
+}
+
+#if DIALECT_AMX
+
+constexpr int kFewestForAmx = 8;  // tokens; fewer do not pay for a tile
+
+// The AMX tiles of this thread while they hold our shapes, and then whatever they held before:
+// products 0..2 [16 tokens, 16 rows], tokens 3 [16, B], weights 4 [B/4, 16 rows, 4].
+struct Tiles {
+    explicit Tiles(int block) {
+        Shapes shapes = {};
+        shapes.palette = 1;
+        for (int i = 0; i < 5; i++) {
+            shapes.rows[i] = uint8_t(i == 4 ? block / 4 : 16);
+            shapes.bytes[i] = uint16_t(i == 3 ? block : 64);
+        }
+        asm volatile("sttilecfg %0" : "=m"(before));
+        asm volatile("ldtilecfg %0" ::"m"(shapes));
+    }
+    ~Tiles() {
+        if (before.palette)
+            asm volatile("ldtilecfg %0" ::"m"(before));
+        else
+            asm volatile("tilerelease");
+    }
+    struct Shapes {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    };
+    Shapes before;
+};
+
+// As text: the functions that compilers offer do not say that a tile is read from memory.
+#define TILE_LOAD(tile, from, stride)                                                      \
+    asm volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(from), "r"(int64_t(stride)) : "memory")
+#define TILE_STORE(tile, to)                                                               \
+    asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(to), "r"(int64_t(64)) : "memory")
+#define TILE_PRODUCT(tile) /* of a digit of the tokens and the weights */                  \
+    asm volatile("tilezero %%tmm" #tile "\n\ttdpbssd %%tmm4, %%tmm3, %%tmm" #tile ::)
+
+// Block sums of 16 tokens and 16 rows, for each digit.
+template <int B, int Digits>
+INLINE void tile_sums(const __m256i (*weights)[2], const int8_t* tokens,
+                      int32_t (*out)[16][16]) {
+    TILE_LOAD(4, weights, 64);
+    TILE_LOAD(3, tokens, B);
+    TILE_PRODUCT(0);
+    TILE_STORE(0, out[0]);
+    if constexpr (Digits > 1) {
+        TILE_LOAD(3, tokens + 16 * B, B);
+        TILE_PRODUCT(1);
+        TILE_STORE(1, out[1]);
+        TILE_LOAD(3, tokens + 32 * B, B);
+        TILE_PRODUCT(2);
+        TILE_STORE(2, out[2]);
     }
 }
+
+// The first NT tokens of a group of 16 with the blocks start..end-1 of a panel of signed half-units.
+template <int B, int Digits, int NT>
+AVX512 void add_tiles(const Panel<B>& panel, const Rounded& x, int64_t group, int64_t b0,
+                      int start, int end, float (*sums)[16]) {
+    const int64_t at = group * x.blocks + b0;
+    const int8_t* tokens = x.tiles.get() + (at + start) * Digits * 16 * B;
+    const float* scales = x.scales.get() + at * 16;
+    const int64_t next_group = x.blocks * Digits * 16 * B;
+    alignas(64) int32_t products[2][Digits][16][16];
+    __m512 total[NT];
+#pragma GCC unroll 16
+    for (int t = 0; t < NT; t++) total[t] = _mm512_load_ps(sums[t]);
+    for (int j = start; j < end; j++, tokens += Digits * 16 * B) {
+        const auto product = products[j & 1];
+        tile_sums<B, Digits>(panel.weights[j], tokens, product);
+        for (int line = 0; line < Digits * 16 * B; line += 64)
+            _mm_prefetch((const char*)(tokens + next_group + line), _MM_HINT_T0);
+        const __m512 weight_scale = _mm512_insertf32x8(
+            _mm512_castps256_ps512(_mm256_load_ps(panel.meta[0].scale[j])),
+            _mm256_load_ps(panel.meta[1].scale[j]), 1);
+#pragma GCC unroll 16
+        for (int t = 0; t < NT; t++) {
+            __m512i sum = _mm512_load_si512(product[0][t]);
+#pragma GCC unroll 3
+            for (int d = 1; d < Digits; d++)
+                sum = _mm512_add_epi32(
+                    sum, _mm512_slli_epi32(_mm512_load_si512(product[d][t]), 8 * d));
+            const __m512 both = _mm512_mul_ps(weight_scale, _mm512_set1_ps(scales[16 * j + t]));
+            total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), both, total[t]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int t = 0; t < NT; t++) _mm512_store_ps(sums[t], total[t]);
+}
+
+// The same for all `count` blocks of the panel, and for blocks whose numbers do not fit.
+template <int B, int Digits, int NT>
+void add_tile_panel(const Reader& r, const Rows& rows, const Panel<B>& panel, const Rounded& x,
+                    int64_t first, int64_t tokens, int64_t b0, int count, float (*sums)[16]) {
+    uint32_t any = 0;
+    if (Digits > 1)
+        for (int64_t t = 0; t < tokens; t++) any |= x.exceptions_from(x.token(first + t), b0);
+    for (int start = 0; start < count; start++) {
+        const uint32_t ahead = any >> start;
+        const int end = ahead ? start + __builtin_ctz(ahead) : count;
+        add_tiles<B, Digits, NT>(panel, x, first / 16, b0, start, end, sums);
+        start = end;
+        if (end == count) break;
+        alignas(64) float before[NT][16];
+        std::memcpy(before, sums, sizeof before);
+        add_tiles<B, Digits, NT>(panel, x, first / 16, b0, end, end + 1, sums);
+        for (int64_t t = 0; t < tokens; t++) {
+            const int64_t token = x.token(first + t);
+            if (!(x.exceptions_from(token, b0) >> end & 1)) continue;
+            std::memcpy(sums[t], before[t], sizeof before[t]);
+            for (int g = 0; g < 2; g++)
+                add_exact_block(r, rows.group[g], b0 + end, x, token, sums[t] + 8 * g);
+        }
+    }
+}
+
+// Sixteen rows with the tokens number first..first+tokens-1 (at most kTile), on matrix tiles.
+template <int B, int Digits>
+AVX2 void tile_rows(const Reader& r, const Rounded& x, const Output& out, int64_t row,
+                    int64_t first, int64_t tokens) {
+    const Rows rows(r, row);
+    const Tiles tiles(B);
+    alignas(64) float sums[kTile][16] = {};
+    Panel<B> panel;
+    for (int64_t b0 = 0; b0 < r.blocks; b0 += 16) {
+        const int count = int(std::min<int64_t>(16, r.blocks - b0));
+        decode_panel<B, true>(r, rows, b0, count, panel);
+        for (int64_t t = 0; t < tokens; t += 16) {
+            const int64_t some = std::min<int64_t>(16, tokens - t);
+            const auto add =
+                some > 8 ? add_tile_panel<B, Digits, 16> : add_tile_panel<B, Digits, 8>;
+            add(r, rows, panel, x, first + t, some, b0, count, sums + t);
+        }
+    }
+    put_sums(rows, x, out, first, tokens, sums);
+}
+
+// Puts the tokens number 16 * group and following, at most 16, into tiles: those of all blocks are
+// read in a row.
+void lay_out_tiles(const Rounded& x, int block, int64_t count, int64_t group) {
+    const int64_t first = 16 * group, tokens = std::min<int64_t>(16, count - first);
+    int8_t* to = x.tiles.get() + group * x.blocks * x.digits * 16 * block;
+    float* scales = x.scales.get() + group * x.blocks * 16;
+    if (tokens < 16) {
+        std::memset(to, 0, x.blocks * x.digits * 16 * block);
+        std::memset(scales, 0, x.blocks * 16 * sizeof(float));
+    }
+    for (int64_t b = 0; b < x.blocks; b++)
+        for (int64_t t = 0; t < tokens; t++) {
+            const int64_t token = x.token(first + t);
+            const int8_t* from = x.values.get() + token * x.digits * x.padded + b * block;
+            for (int d = 0; d < x.digits; d++)
+                std::memcpy(to + ((b * x.digits + d) * 16 + t) * block, from + d * x.padded, block);
+            scales[16 * b + t] = x.scale.get()[token * x.blocks + b];
+        }
+}
+
+// Whether processor and system have tiles; the system wants to be asked.
+bool may_use_amx() {
+    constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    constexpr unsigned kAmxTile = 1u << 24, kAmxInt8 = 1u << 25;
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxTile) && (d & kAmxInt8) &&
+           syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+
+#endif  // DIALECT_AMX
 
 // 8 rows x 16 elements of int8 -> float64 [16][8], written with a stride of kLanes.
 AVX2_INLINE void transpose_to_double(const __m128i* rows, double* out) {
@@ -1631,6 +1863,15 @@ auto integer_rows_of(int block, bool vnni, int digits) {
     return digits == 1 ? integer_rows_of<false, 1>(block) : integer_rows_of<false, 3>(block);
 }
 
+#if DIALECT_AMX
+template <int Digits>
+auto tile_rows_of(int block) {
+    return block == 16   ? tile_rows<16, Digits>
+           : block == 32 ? tile_rows<32, Digits>
+                         : tile_rows<64, Digits>;
+}
+#endif
+
 #endif  // DIALECT_X86
 
 // ---- the entry points --------------------------------------------------------------------
@@ -1684,14 +1925,30 @@ void multiply(Rounded& rounded, int64_t tokens, const Reader& r, const Output& o
     const int64_t bytes = rounded.digits * r.padded;
 #if DIALECT_X86
     if (features >= AVX2_FMA && r.w.rows >= 8) {
-        if (features == AVX512_VNNI && tokens > 1) {
-            const int64_t groups = (tokens + 15) / 16;
+        const int64_t groups = (tokens + 15) / 16;
+#if DIALECT_AMX
+        if (features >= AMX_INT8 && tokens >= kFewestForAmx) {
+            rounded.tiles = Aligned<int8_t>(groups * bytes * 16);
+            rounded.scales = Aligned<float>(groups * r.blocks * 16);
+            parallel(threads, groups, [&](int64_t group) {
+                lay_out_tiles(rounded, r.w.block, tokens, group);
+            });
+            const auto rows =
+                rounded.digits == 1 ? tile_rows_of<1>(r.w.block) : tile_rows_of<3>(r.w.block);
+            for_each_tile(r, tokens, bytes, 16, threads,
+                          [&](int64_t row, int64_t first, int64_t count) {
+                              rows(r, rounded, out, row, first, count);
+                          });
+            return;
+        }
+#endif
+        if (features >= AVX512_VNNI && tokens > 1) {
             rounded.fours = Aligned<int32_t>(groups * bytes / 4 * 16);
             rounded.starts = Aligned<int32_t>(groups * r.blocks * 16);
             rounded.scales = Aligned<float>(groups * r.blocks * 16);
             parallel(threads, groups, [&](int64_t group) { interleave(rounded, tokens, group); });
         }
-        const auto rows = integer_rows_of(r.w.block, features == AVX512_VNNI, rounded.digits);
+        const auto rows = integer_rows_of(r.w.block, features >= AVX512_VNNI, rounded.digits);
         for_each_tile(r, tokens, bytes, 16, threads, [&](int64_t row, int64_t first, int64_t count) {
             rows(r, rounded, out, row, first, count);
         });
@@ -1834,15 +2091,22 @@ int32_t dialect_cpus(int32_t threads) {
 #endif
 }
 
-// The best instruction set of this processor that this file has code for.
+// The best instruction set of this processor that this file has code for. Asks Linux for AMX.
 int32_t dialect_features() {
 #if DIALECT_X86
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl")
-                   ? AVX512_VNNI
-                   : AVX2_FMA;
+    static const Features best = [] {
+        if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return SCALAR;
+        if (!__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("avx512vl"))
+            return AVX2_FMA;
+#if DIALECT_AMX
+        if (may_use_amx()) return AMX_INT8;
 #endif
+        return AVX512_VNNI;
+    }();
+    return best;
+#else
     return SCALAR;
+#endif
 }
 
 // x [rows, columns] -> codes [rows, padded/2], meta [rows, padded/block], row_exponent [rows] and
