@@ -28,7 +28,7 @@ from dialect_kernels.formatbook import Formatbook
 
 SIZE = 4096
 BLOCK_SIZE = 32
-TOKENS = (1, 8, 32, 128)
+TOKENS = (1, 8, 32, 128, 512)
 PEERS = ("float32", "bfloat16")
 FORMATS = {"dialect": "W4A4", "fp8": "W4A8", "none": "W4A16"}
 _AVX2_ALONE = {
