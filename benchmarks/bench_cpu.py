@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from itertools import cycle
+from itertools import cycle, product
 from typing import Any, TypeVar
 
 import torch
@@ -25,10 +25,14 @@ import torch.nn.functional as F
 from benchmarks.harness import ROOT, Table, main, ratio, time_calls
 from dialect_kernels import DIALECT_FP4, SEMANTIC_32, cpu, reference
 from dialect_kernels.formatbook import Formatbook
+from dialect_kernels.verify import verify
 
 SIZE = 4096
 BLOCK_SIZE = 32
 TOKENS = (1, 8, 32, 128, 512)
+GATE_TOKENS = (1, 3, 40)
+"""So that every way of the kernel is compared with the reference."""
+
 PEERS = ("float32", "bfloat16")
 FORMATS = {"dialect": "W4A4", "fp8": "W4A8", "none": "W4A16"}
 _AVX2_ALONE = {
@@ -49,20 +53,26 @@ def gate() -> list[str]:
     if not cpu.available():
         return [f"there is no kernel: {cpu.why_not()}"]
     w = _weight()[:96]
-    x = _tokens(3)
-    faults = []
+    faults = [f"{r.case}: {r.detail}" for r in verify(["cpu"]) if not r.passed]
     for book in (DIALECT_FP4, SEMANTIC_32):
         p = reference.quantize(w, book, BLOCK_SIZE)
         q = cpu.quantize(w, book, BLOCK_SIZE, "mse", book.largest_stored_delta)
         for name in ("codes", "meta", "row_exponent"):
             if not torch.equal(getattr(p, name), getattr(q, name)):
                 faults.append(f"quantize, {book.name}: {name} differs from the reference")
+    p = reference.quantize(w, DIALECT_FP4, BLOCK_SIZE)
+    x = _tokens(max(GATE_TOKENS))
+    all_instructions = cpu.INSTRUCTIONS[: cpu.INSTRUCTIONS.index(cpu.features()) + 1]
     for activation_format in FORMATS:
-        p = reference.quantize(w, DIALECT_FP4, BLOCK_SIZE)
         want = reference.dialect_linear(x, p, None, activation_format)
-        got = _call(x, (p.codes, p.meta, p.row_exponent), activation_format)
-        if not torch.equal(got, want):
-            faults.append(f"linear, {activation_format}: differs from the reference")
+        for tokens, instructions in product(GATE_TOKENS, all_instructions):
+            weight = (p.codes, p.meta, p.row_exponent)
+            got = _call(x[:tokens], weight, activation_format, instructions)
+            if not torch.equal(got, want[:tokens]):
+                faults.append(
+                    f"linear, {activation_format}, {tokens} tokens, {instructions}: differs from "
+                    "the reference"
+                )
     return faults
 
 
@@ -216,7 +226,10 @@ def _instructions() -> str:
 
 
 def _call(
-    x: torch.Tensor, weight: tuple[torch.Tensor, ...], activation_format: str
+    x: torch.Tensor,
+    weight: tuple[torch.Tensor, ...],
+    activation_format: str,
+    instructions: str | None = None,
 ) -> torch.Tensor:
     codes, meta, row_exponent = weight
     return cpu.linear(
@@ -228,7 +241,7 @@ def _call(
         DIALECT_FP4,
         BLOCK_SIZE,
         activation_format,
-        instructions=_instructions(),
+        instructions=instructions or _instructions(),
     )
 
 

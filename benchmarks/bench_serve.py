@@ -161,12 +161,14 @@ def different(answers: dict[str, tuple[list[str], list[float]]]) -> list[str]:
 def tables(figures: Figures) -> dict[str, Table]:
     """``single`` and ``many``: times; ``memory``; ``refused``; ``offline``; ``goals`` on a CPU.
 
-    Medians over the runs. Ratios are taken run by run, the lowest and the highest stand beside
-    their median; above 1 is better than bf16.
+    Medians over the runs of whole rounds. Ratios are taken run by run, the lowest and the highest
+    stand beside their median; above 1 is better than bf16.
     """
+    shapes = {name: _whole_rounds(shape) for name, shape in figures["shapes"].items()}
+    figures = figures | {"shapes": shapes}
     found = {"single": _times(figures, "single"), "many": _times(figures, "many")}
     found["memory"] = _memory(figures)
-    found["refused"] = [["format", "why vLLM does not serve it here"]]
+    found["refused"] = [["format", "why it has no figures here"]]
     for key, reason in figures["refused"].items():
         found["refused"].append([FORMATS[key].name, reason.replace("|", "\\|")])
     if any("offline" in form for _, _, form in _rows(figures) if form):
@@ -174,6 +176,17 @@ def tables(figures: Figures) -> dict[str, Table]:
     if figures["device"] == "cpu" and GOAL_SHAPE in figures["shapes"]:
         found["goals"] = _goals(figures["shapes"][GOAL_SHAPE])
     return found
+
+
+def _whole_rounds(shape: Figures) -> Figures:
+    """Without the runs of a round that was not every format's turn, because time was over."""
+    formats = {key: dict(form) for key, form in shape["formats"].items()}
+    for load in ("single", "many"):
+        taken = [form for key, form in formats.items() if load in form and not FORMATS[key].slow]
+        whole = min((len(form[load]["output_tokens_per_s"]) for form in taken), default=0)
+        for form in taken:
+            form[load] = {figure: values[:whole] for figure, values in form[load].items()}
+    return shape | {"formats": formats}
 
 
 def _rows(figures: Figures) -> list[tuple[Figures, str, Figures | None]]:
@@ -229,7 +242,7 @@ def is_streamed(taken: Figures) -> bool:
 
 
 def _pairs(first: Sequence[float], second: Sequence[float]) -> list[tuple[float, float]]:
-    """Run by run; what has no counterpart, because time was over, is left out."""
+    """Run by run; of a slow format there is but one."""
     return list(zip(first, second, strict=False))
 
 

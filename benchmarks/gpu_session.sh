@@ -40,7 +40,7 @@ if not torch.cuda.is_available():
 print(torch.__version__, torch.cuda.get_device_name())'
 }
 
-has() { "$python" -c "import $1" 2>/dev/null; }
+has() { "$python" -c "import $1" 2>/dev/null || { echo "the package $1 is not installed" >&2; false; }; }
 
 step_gate() {
   "$python" -c 'from dialect_kernels.verify import verify

@@ -239,7 +239,7 @@ def read_client(result: Mapping[str, Any], load: Load) -> dict[str, float]:
     return {
         "ttft_ms": float(result["median_ttft_ms"]),
         "tpot_ms": float(result["median_tpot_ms"]),
-        "burst_share": sum(seconds < _BURST_S for seconds in intervals) / len(intervals),
+        "burst_share": sum(seconds < _BURST_S for seconds in intervals) / max(1, len(intervals)),
         "output_tokens_per_s": float(result["output_throughput"]),
     }
 

@@ -23,6 +23,7 @@ import torch
 
 from dialect_kernels import PackedTensor, gpu, quantize
 from dialect_kernels.dispatch import GemmPlan, config_name, parse_plans
+from dialect_kernels.gemm import arrivals
 from dialect_kernels.gpu import Route
 
 from .bench_gemm import MODELS, copy_packed
@@ -148,8 +149,9 @@ def _product(
 ) -> torch.Tensor:
     if activation_format == "none":
         return gpu.multiply(x, None, copies[i], None, x.dtype, how)
-    q, scale = gpu.quantize_tokens(x, copies[i], activation_format, how)
-    return gpu.multiply(q, scale, copies[i], None, x.dtype, how)
+    zeros = arrivals(len(x), copies[i].shape[0], how.plan, x.device)
+    q, scale = gpu.quantize_tokens(x, copies[i], activation_format, how, zeros=zeros)
+    return gpu.multiply(q, scale, copies[i], None, x.dtype, how, arrived=zeros)
 
 
 if __name__ == "__main__":

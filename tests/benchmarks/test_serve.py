@@ -265,6 +265,16 @@ def test_times_are_medians_and_ratios_are_taken_run_by_run():
     assert "BlockDialect W4A4, torch path" not in rows
 
 
+def test_a_round_that_was_cut_short_does_not_count():
+    figures = example()
+    bf16 = figures["shapes"]["llama-3.2-1b"]["formats"]["bf16"]
+    for figure, value in (("ttft_ms", 9e9), ("tpot_ms", 9e9), ("output_tokens_per_s", 9e9)):
+        bf16["single"][figure].append(value)
+        bf16["many"][figure].append(value)
+    for table in ("single", "many"):
+        assert rows_of(figures, table) == rows_of(example(), table)
+
+
 def test_the_slow_path_is_compared_by_the_time_of_a_token_alone():
     """Its request is a shorter one, so that output tokens per second are not to be compared."""
     row = rows_of(example(), "single")["BlockDialect W4A4, torch path"]
