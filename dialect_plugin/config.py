@@ -104,14 +104,18 @@ class BlockDialectConfig(QuantizationConfig):
     @classmethod
     def from_config_dict_json(cls, text: str) -> BlockDialectConfig:
         """From ``--hf-overrides '{"quantization_config_dict_json": "{...}"}'``, online mode."""
-        data = json.loads(text) if isinstance(text, str) else dict(text)
-        return cls(Scheme.parse({"serialized": False, **data}, "quantization_config_dict_json"))
+        where = "quantization_config_dict_json"
+        return cls(Scheme.parse({"serialized": False, **_options(text, where)}, where))
 
     @classmethod
     def from_config_file(cls, path: str) -> BlockDialectConfig:
         """From ``--hf-overrides '{"quantization_config_file": "FILE"}'``, online mode."""
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls(Scheme.parse({"serialized": False, **data}, path))
+        where = f"quantization_config_file {path}"
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SchemeError(f"{where}: cannot be read ({error}); give a JSON file") from error
+        return cls(Scheme.parse({"serialized": False, **_options(text, where)}, path))
 
     @classmethod
     def override_quantization_method(
@@ -232,6 +236,16 @@ def _quantized_online(name: str) -> bool:
         "layers is quantized, except routers and experts"
     )
     return architectures.is_candidate(name)
+
+
+def _options(given: str | dict[str, Any], where: str) -> dict[str, Any]:
+    try:
+        data = json.loads(given) if isinstance(given, str) else given
+    except json.JSONDecodeError as error:
+        raise SchemeError(f"{where}: is not JSON ({error}); write an object: {{...}}") from error
+    if not isinstance(data, dict):
+        raise SchemeError(f"{where}: holds {type(data).__name__}; write an object: {{...}}")
+    return data
 
 
 def _mapped(mapper: WeightsMapper, name: str) -> str:

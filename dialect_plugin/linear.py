@@ -192,8 +192,11 @@ class BlockDialectLinearMethod(LinearMethodBase):
     def _warm_up(self, layer: Any) -> None:
         """Compile a GPU's kernels now: nothing is compiled while serving, or in a CUDA graph."""
         bias = None if getattr(layer, "skip_bias_add", False) else getattr(layer, "bias", None)
-        bias_dtype = None if bias is None else self.dtype
-        warm_up(self._packed(layer), self.spec.activation_format, self.dtype, bias_dtype)
+        dtypes = {None if bias is None else self.dtype}
+        if getattr(layer, "tp_rank", 0) > 0:
+            dtypes.add(None)  # where ranks add up their parts, only the first adds the bias
+        for bias_dtype in dtypes:
+            warm_up(self._packed(layer), self.spec.activation_format, self.dtype, bias_dtype)
 
     def _check_loaded(self, layer: Any) -> None:
         """Raise ValueError if a tensor was not in the checkpoint: vLLM does not look after that."""

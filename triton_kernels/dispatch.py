@@ -103,8 +103,9 @@ TABLES = {
 of a single warp; beyond the last T scratch. Derived from compiled code: no spilled registers, only
 asynchronous loads in the loop where that can be had, and scratch begins where decoding several
 times costs about as much as writing the weight once."""
-_SCRATCH = GemmPlan("scratch", 64, 64, 128, num_warps=4, num_stages=3)
-"""Its tile is for the 16-bit kernel, where scratch memory is not possible."""
+_SCRATCH = GemmPlan("scratch")
+FUSED_FOR_MANY = GemmPlan("fused", 64, 64, 128, num_stages=3)
+"""For many tokens where scratch memory is not possible."""
 _LEAST_STEPS = 4
 """Steps over K that are worth a program of their own."""
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from .activation_quantizer import quantize_activation
 from .decode import decode_bf16, decode_e4m3
-from .dispatch import GemmPlan, choose
+from .dispatch import FUSED_FOR_MANY, GemmPlan, choose
 from .fp8_quantizer import quantize_activation_fp8
 from .gemm import arrivals, launch_eight_bits, launch_sixteen_bits
 from .packed import PackedTensor
@@ -192,7 +192,7 @@ def route(
     plan = choose(tokens, *shape, activation_format, facts.name, facts.processors, table)
     if plan.kind == "scratch" and activation_format == "none" and dtype == torch.float16:
         # beside a weight of bfloat16 tokens would lose bits, one of float16 could overflow
-        plan = GemmPlan("fused", plan.tokens, plan.features, plan.columns, 1, 4, plan.num_stages)
+        plan = FUSED_FOR_MANY
     return Route(plan, eight_bits)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
 
@@ -55,9 +56,10 @@ def quantize(
         kernels = _gpu_kernels(x.device)
         if kernels is None or not kernels.runs_on(x.device):
             return reference.quantize(x, book, block_size, rule, window, name)
-        packed_on_gpu: PackedTensor = kernels.quantize_weight(
-            x, book, block_size, rule, window, name
-        )
+        with _current(x.device):
+            packed_on_gpu: PackedTensor = kernels.quantize_weight(
+                x, book, block_size, rule, window, name
+            )
         return packed_on_gpu
     window = reference.check_quantize(x, book, block_size, rule, window, name)
     packed = cpu.quantize(x, book, block_size, rule, window)
@@ -150,9 +152,10 @@ def _linear(
     p = PackedTensor(codes, meta, row_exponent, shape, formatbook, block_size)
     kernels = _gpu_kernels(x.device)
     if kernels is not None and kernels.covers(x, p, activation_format, accumulation):
-        result: torch.Tensor = kernels.linear(
-            reference.as_tokens(x), p, bias, activation_format, accumulation
-        )
+        with _current(x.device):
+            result: torch.Tensor = kernels.linear(
+                reference.as_tokens(x), p, bias, activation_format, accumulation
+            )
         return result.view(*x.shape[:-1], codes.shape[0])
     if accumulation == "exact":
         return reference.dialect_linear(x, p, bias, activation_format, accumulation)
@@ -192,7 +195,8 @@ def warm_up(
     if p.device.type == "cuda":
         kernels = _gpu_kernels(p.device)
         if kernels is not None:
-            kernels.warm_up(p, activation_format, dtype, bias_dtype)
+            with _current(p.device):
+                kernels.warm_up(p, activation_format, dtype, bias_dtype)
 
 
 def _gpu_kernels(device: torch.device) -> ModuleType | None:
@@ -200,6 +204,11 @@ def _gpu_kernels(device: torch.device) -> ModuleType | None:
     if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return _import_gpu_kernels()
     return None
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the current one: Triton launches there, wherever a kernel's tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @cache
@@ -315,9 +324,10 @@ def _semantic_linear(
     on_cpu = x.device.type == "cpu" and cpu.available()
     kernels = None if on_cpu else _gpu_kernels(x.device)
     if kernels is not None and kernels.covers(tokens, p, "dialect", "default"):
-        y: torch.Tensor = kernels.semantic_linear(
-            tokens, p, bias, _by_sample(salient, x), _by_sample(group, x, torch.int32)
-        )
+        with _current(x.device):
+            y: torch.Tensor = kernels.semantic_linear(
+                tokens, p, bias, _by_sample(salient, x), _by_sample(group, x, torch.int32)
+            )
         return y.view(*x.shape[:-1], shape[0])
     rows = reference.salient_rows(salient, x)
     groups = None if group is None else reference.group_numbers(group)

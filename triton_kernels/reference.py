@@ -703,6 +703,7 @@ def check_linear(
         )
     if bias is not None and tuple(bias.shape) != (rows,):
         raise ValueError(f"bias: has shape {list(bias.shape)}; it must be [{rows}]")
+    _check_devices(x, bias=bias)
     if activation_format not in ACTIVATION_FORMATS:
         raise ValueError(
             f"activation_format: {activation_format!r}; allowed are 'dialect', 'fp8' and 'none'"
@@ -723,15 +724,19 @@ def check_semantic(
     check_linear(x, shape, bias, "dialect", "exact")
     if x.dim() not in (2, 3):
         raise ValueError(f"x: has shape {list(x.shape)}; it must be [B, T, K] or [T, K]")
-    for name, tensor in (("bias", bias), ("salient", salient), ("group", group)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(
-                f"{name}: is on {tensor.device}, x on {x.device}; move them to one device"
-            )
+    _check_devices(x, salient=salient, group=group)
     if group is not None:
         check_group(group, x.shape[:-1], book)
     if salient is not None:
         _check_salient(salient, x)
+
+
+def _check_devices(x: torch.Tensor, **others: torch.Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"{name}: is on {tensor.device}, x on {x.device}; move them to one device"
+            )
 
 
 def _check_salient(salient: torch.Tensor, x: torch.Tensor) -> None:

@@ -284,6 +284,7 @@ def test_zero_tokens_give_the_bias(accumulation, activation_format):
         ({"x": torch.ones(2, 64, dtype=torch.float64)}, "x: has dtype torch.float64"),
         ({"bias": torch.ones(3)}, r"bias: has shape \[3\]; it must be \[4\]"),
         ({"bias": torch.ones(1, 4)}, r"bias: has shape \[1, 4\]; it must be \[4\]"),
+        ({"bias": torch.ones(4, device="meta")}, "bias: is on meta, x on cpu; move them to one"),
         ({"activation_format": "fp4"}, "activation_format: 'fp4'; allowed are 'dialect', 'fp8'"),
         ({"accumulation": "fast"}, "accumulation: 'fast'; allowed are 'default' and 'exact'"),
     ],

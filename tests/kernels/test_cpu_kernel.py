@@ -360,6 +360,15 @@ def test_bad_arguments_are_refused():
         linear(x, p, None, "dialect", instructions="sse")
     with pytest.raises(ValueError, match="rule 'lut'"):
         cpu.quantize(x, DIALECT_FP4, 32, "lut", 13)
+    for block_size in (8, 128):
+        with pytest.raises(ValueError, match=f"block_size: {block_size}; allowed are 16, 32 and"):
+            cpu.quantize(x, DIALECT_FP4, block_size, "mse", 13)
+        with pytest.raises(ValueError, match=f"block_size: {block_size}; allowed are 16, 32 and"):
+            cpu.linear(x, p.codes, p.meta, p.row_exponent, 64, p.book, block_size, "dialect")
+    with pytest.raises(ValueError, match=r"x: torch.float64 on cpu"):
+        cpu.quantize(x.double(), DIALECT_FP4, 32, "mse", 13)
+    with pytest.raises(ValueError, match=r"bias: has shape \[8\] on meta"):
+        linear(x, p, torch.zeros(8, device="meta"), "dialect")
 
 
 def test_strided_inputs():

@@ -180,3 +180,11 @@ def test_splits_agree_run_after_run(features):
     want = dialect_linear(x, p)
     for _ in range(200):
         assert torch.equal(dialect_linear(x, p), want)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU at most")
+def test_a_gpu_that_is_not_the_current_one():
+    x, w = tensor(8, 512).to(torch.bfloat16), tensor(64, 512, 1)
+    want = dialect_linear(x.to(DEVICE), quantize(w).to(DEVICE))
+    there = torch.device("cuda", 1)
+    assert torch.equal(dialect_linear(x.to(there), quantize(w.to(there))).cpu(), want.cpu())

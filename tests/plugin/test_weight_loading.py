@@ -1,6 +1,8 @@
 """vLLM's own linear layers and model loader with the plugin's parameters, without an engine."""
 
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -420,6 +422,38 @@ def test_columns_of_a_rank_and_dtypes_are_checked():
         method.create_weights(torch.nn.Module(), 192, [128], 192, 128, torch.float64, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("rank", "bias", "compiled"),
+    [
+        (0, None, {None}),
+        (0, torch.zeros(8), {torch.bfloat16}),
+        (1, torch.zeros(8), {torch.bfloat16, None}),
+    ],
+)
+def test_what_is_compiled_for_a_layer(rank, bias, compiled, monkeypatch):
+    """Of the ranks that add up a layer's parts only the first one adds its bias."""
+    from dialect_plugin import linear
+
+    p, seen = quantize(torch.randn(8, 64)), []
+    monkeypatch.setattr(
+        linear, "warm_up", lambda p, form, dtype, bias_dtype: seen.append(bias_dtype)
+    )
+    method = linear.BlockDialectLinearMethod(
+        linear.LinearSpec("down_proj", True, "dialect_fp4", 32, "dialect")
+    )
+    method.dtype = torch.bfloat16
+    layer = SimpleNamespace(
+        weight_packed=p.codes,
+        weight_meta=p.meta,
+        weight_row_exponent=p.row_exponent,
+        bias=bias,
+        tp_rank=rank,
+    )
+    method._warm_up(layer)
+    assert len(seen) == len(compiled)
+    assert set(seen) == compiled
+
+
 def test_the_output_projection_of_a_tied_model_is_refused(tmp_path):
     source = build("LlamaForCausalLM", tmp_path / "tied", tie_word_embeddings=True)
     text = json.dumps({"lm_head": True})
@@ -473,6 +507,25 @@ def test_a_faulty_scheme_is_one_sentence(changes, message, source):
     scheme = {"quant_method": "blockdialect", "serialized": False} | changes
     with pytest.raises(ValueError, match=message):
         load_model(source, hf_overrides={"quantization_config": scheme})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{block_size: 16}", "quantization_config_dict_json: is not JSON (Expecting property name"),
+        ("[16]", "quantization_config_dict_json: holds list; write an object"),
+    ],
+)
+def test_options_that_are_no_json_object(text, message, source):
+    overrides = {"quantization_config_dict_json": text}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_model(source, quantization="blockdialect", hf_overrides=overrides)
+
+
+def test_a_file_of_options_that_cannot_be_read(source, tmp_path):
+    overrides = {"quantization_config_file": str(tmp_path / "options.json")}
+    with pytest.raises(ValueError, match=r"options.json: cannot be read .*; give a JSON file"):
+        load_model(source, quantization="blockdialect", hf_overrides=overrides)
 
 
 def test_a_config_that_does_not_say_whether_weights_are_packed(source):

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from ..formatbook import CELLS, LARGEST_HALF_UNIT, SMALLEST_RANGE, Formatbook
-from ..packed import padded_columns
+from ..packed import check_block_size, padded_columns
 from .build import build as _build
 from .build import library_name
 
@@ -107,10 +107,13 @@ def quantize(
         window: largest delta, 0..book.largest_stored_delta.
         threads: default: as many as torch uses.
         instructions: default: the best this processor has, see :func:`features`.
+
+    Raises:
+        ValueError: if an argument is none of these.
     """
     if rule not in book.rules or not 0 <= window <= book.largest_stored_delta:
         raise ValueError(f"rule {rule!r}, window {window}: not defined for book {book.name!r}")
-    x = x.contiguous()
+    x, _ = _tokens(x, None, x.shape[-1], block_size, book)
     rows, columns = x.shape
     padded = padded_columns(columns, block_size)
     out = Quantized(
@@ -172,8 +175,10 @@ def linear(
     weight, kept = _weight(codes, meta, row_exponent, columns, block_size)
     x, _ = _tokens(x, None, columns, block_size, book)
     if bias is not None:
-        if tuple(bias.shape) != (rows,):
-            raise ValueError(f"bias: has shape {list(bias.shape)}; it must be [{rows}]")
+        if tuple(bias.shape) != (rows,) or bias.device.type != "cpu":
+            raise ValueError(
+                f"bias: has shape {list(bias.shape)} on {bias.device}; it must be [{rows}] on cpu"
+            )
         bias = bias.to(torch.float32).contiguous()
     y = torch.empty(x.shape[0], rows, dtype=x.dtype)
     _call(
@@ -380,6 +385,7 @@ def _weight(
     Raises:
         ValueError: if the shapes or dtypes do not fit.
     """
+    check_block_size(block_size)
     rows = codes.shape[0]
     padded = padded_columns(columns, block_size)
     for name, tensor, dtype, shape in (
@@ -409,6 +415,7 @@ def _tokens(
     Raises:
         ValueError: if they do not fit.
     """
+    check_block_size(block_size)
     if x.dtype not in _DTYPES or x.device.type != "cpu":
         raise ValueError(
             f"x: {x.dtype} on {x.device}; it must be float32, bfloat16 or float16 on cpu"
@@ -418,10 +425,11 @@ def _tokens(
     if variants is None:
         return x.contiguous(), None
     blocks = padded_columns(columns, block_size) // block_size
-    if variants.dtype != torch.int8 or tuple(variants.shape) != (x.shape[0], blocks):
+    wanted = (torch.int8, (x.shape[0], blocks), "cpu")
+    if (variants.dtype, tuple(variants.shape), variants.device.type) != wanted:
         raise ValueError(
-            f"variants: {variants.dtype} {list(variants.shape)}; it must be torch.int8 "
-            f"[{x.shape[0]}, {blocks}]"
+            f"variants: {variants.dtype} {list(variants.shape)} on {variants.device}; it must be "
+            f"torch.int8 [{x.shape[0]}, {blocks}] on cpu"
         )
     if variants.numel():
         least, most = int(variants.min()), int(variants.max())
