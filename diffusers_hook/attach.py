@@ -139,6 +139,8 @@ def _watch_calls(module: nn.Module, hook: Attached) -> None:
 
     @torch.compiler.disable
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if state.config.decomposes or state.config.groups:
+            _refuse_halved_batches(module)
         arguments = signature.bind_partial(*(() if own else (module,)), *args, **kwargs).arguments
         state.begin(layout.grid(module, arguments), arguments.get(layout.timestep), branch())
 
@@ -150,6 +152,18 @@ def _watch_calls(module: nn.Module, hook: Attached) -> None:
     hook.undo.append(lambda module: before.remove())
     after = module.register_forward_hook(_Call(end))
     hook.undo.append(lambda module: after.remove())
+
+
+def _refuse_halved_batches(module: nn.Module) -> None:
+    """Raise RuntimeError if the transformer computes other samples than it is called with."""
+    registry: Any = getattr(module, "_diffusers_hook", None)
+    hook = None if registry is None else registry.get_hook("faster_cache_denoiser")
+    if hook is not None and not hook.is_guidance_distilled:
+        raise RuntimeError(
+            f"{type(module).__name__}: FasterCache leaves out half of a batch inside the model, "
+            "where salient tokens and groups cannot follow; call disable_cache(), or enable "
+            "SemanticDialect with salient_fraction=0 and seda=False"
+        )
 
 
 class _Call:

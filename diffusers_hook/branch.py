@@ -6,6 +6,7 @@ diffusers hands that name to stateful hooks only, so we register one that does n
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,7 @@ def watch_branch(
     manager = hook.manager
     had_forward = "forward" in vars(module)
     HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _NAME)
+    ours: Callable[[], Any] = weakref.ref(module.forward)
 
     def context() -> Context:
         try:
@@ -65,11 +67,30 @@ def watch_branch(
 
     def unwatch(module: nn.Module) -> None:
         registry: Any = module._diffusers_hook
-        registry.remove_hook(_NAME, recurse=False)
+        inner = registry.hooks[_NAME].fn_ref.forward
+        _unlink(module, registry, ours(), inner)
+        index = registry._hook_order.index(_NAME)
+        del registry.hooks[_NAME], registry._hook_order[index], registry._fn_refs[index]
         registry.invalidate_child_registries_cache()
-        if not had_forward and not registry.hooks:
-            # remove_hook leaves the class's own method behind, bound, in the instance
+        if not had_forward and not registry.hooks and module.forward is inner:
+            # what is left is the class's own method, bound, in the instance
             del module.forward
             del module._diffusers_hook
 
     return context, unwatch
+
+
+def _unlink(module: nn.Module, registry: Any, ours: Any, inner: Any) -> None:
+    """Let whatever calls our forward call the one inside it.
+
+    `HookRegistry.remove_hook` would put that one in the place of the module's forward, or of the
+    next hook's: accelerate's offloading, put around ours or taken off since, would be lost or come
+    back, and so would a forward that the next hook has itself.
+    """
+    if ours is None:
+        return  # nobody calls it any more
+    places = [(module, "forward"), (module, "_old_forward")]  # accelerate's own name
+    places += [(ref, name) for ref in registry._fn_refs for name in ("forward", "original_forward")]
+    for place, name in places:
+        if getattr(place, name, None) is ours:
+            setattr(place, name, inner)

@@ -141,7 +141,11 @@ class SemanticDialectConfig(BaseModel):
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> SemanticDialectConfig:
-        """Refuse what would silently do nothing; what is at its default was not asked for."""
+        """Refuse `seda` and `salient_fraction` where they would silently do nothing.
+
+        What is at its default was not asked for. Options of a mechanism that is off are taken: a
+        saved or derived configuration may switch it off and on again.
+        """
         for option, asked in (
             ("seda", self.seda),
             ("salient_fraction", self.salient_fraction not in (0.0, _SALIENT_FRACTION)),

@@ -36,7 +36,7 @@ def enable(
     """Quantize a pipeline's transformers, or one transformer, and hook their attention.
 
     A transformer that was loaded quantized takes the given options instead, where they need no
-    other weights.
+    other weights; without options its hook gets to know the pipeline, and nothing else changes.
 
     Args:
         target: a diffusers pipeline, or a video transformer (any `nn.Module` with a layout).
@@ -52,7 +52,7 @@ def enable(
     Raises:
         ConfigError: if an option cannot be used.
         LayoutError: if a model's layout is not known or does not fit.
-        RuntimeError: if it is enabled already.
+        RuntimeError: if it is enabled already, and was not loaded quantized.
         ValueError: if a weight cannot be quantized (naming it).
 
         Nothing is changed if an error is raised.
@@ -172,7 +172,7 @@ def _transformers(target: Any, layout: Layout | None) -> dict[str, nn.Module]:
         # where no class is known, diffusers' names say which parts are the transformers
         found = found or {n: m for n, m in modules.items() if n in ("transformer", "transformer_2")}
     else:
-        found = {n: m for n, m in modules.items() if type(m).__name__ in layout.models}
+        found = {n: m for n, m in modules.items() if _is_of(m, layout)}
     if not found:
         classes = ", ".join(f"{n}: {type(m).__name__}" for n, m in modules.items()) or "no modules"
         raise LayoutError(
@@ -180,6 +180,11 @@ def _transformers(target: Any, layout: Layout | None) -> dict[str, nn.Module]:
             "give the transformer itself to diffusers_hook.enable() with a layout"
         )
     return found
+
+
+def _is_of(module: nn.Module, layout: Layout) -> bool:
+    """Whether a layout names a module's class or one of its base classes."""
+    return any(base.__name__ in layout.models for base in type(module).__mro__)
 
 
 def _enabled(target: Any) -> dict[str, nn.Module]:

@@ -34,7 +34,6 @@ __all__ = [
     "LayoutError",
     "Stream",
     "generic_layout",
-    "known_layouts",
     "layout_for",
     "layout_named",
     "no_grid",
@@ -235,11 +234,6 @@ def register_layout(layout: Layout) -> Layout:
     _layouts[layout.name] = layout
     _by_model.update(dict.fromkeys(layout.models, layout))
     return layout
-
-
-def known_layouts() -> tuple[Layout, ...]:
-    """Every registered layout, in the order of registration."""
-    return tuple(_layouts.values())
 
 
 def layout_named(name: str) -> Layout:

@@ -100,7 +100,7 @@ def observed_processor(processor: Any, slot: torch.Tensor) -> Any:
         slot: the block's slot.
 
     Raises:
-        LayoutError: if its ``__call__`` has no attention call that could be observed.
+        LayoutError: if its ``__call__`` has no attention call that could be observed, or no source.
     """
     observed = copy.copy(processor)
     observed.__class__ = observed_class(type(processor))
@@ -115,7 +115,7 @@ def observed_class(original: type) -> type:
     """The observed subclass of a processor class; one for all blocks: they share compiled code.
 
     Raises:
-        LayoutError: if its ``__call__`` has no attention call that could be observed.
+        LayoutError: if its ``__call__`` has no attention call that could be observed, or no source.
     """
     if original not in _observed:
         call = _function(original.__call__)
@@ -154,9 +154,17 @@ def _rewritten(
         function: a method of the processor, or a function that becomes one.
         entered: functions it calls that become methods too.
         instance: for a function, the name of the argument that it gets in front of its own.
+
+    Raises:
+        LayoutError: if it has no attention call, or no source.
     """
     inner = _function(function)
-    lines, first = inspect.getsourcelines(inner)
+    try:
+        lines, first = inspect.getsourcelines(inner)
+    except OSError:
+        raise LayoutError(
+            f"{inner.__qualname__}: has no source file, which is read to observe its attention"
+        ) from None
     tree = ast.parse(textwrap.dedent("".join(lines)))
     definition = tree.body[0]
     assert isinstance(definition, ast.FunctionDef)

@@ -90,7 +90,7 @@ def _observe(
     slot: torch.Tensor,
     scale: float | None,
 ) -> None:
-    slot[1] += 1
+    slot[1] += 1  # nobody reads it; it makes true that the op writes the slot
     state = state_of(slot)
     if state is not None:
         state.observe(query, key, mask, scale)

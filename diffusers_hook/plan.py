@@ -108,7 +108,18 @@ def check_mechanisms(
         if block.kind.attention is not None:
             attention: Any = block.module.get_submodule(block.kind.attention)
             if not isinstance(attention.processor, Observed):
-                observed_class(type(attention.processor))
+                _check_processor(f"{name}.{block.name}.{block.kind.attention}", attention.processor)
+
+
+def _check_processor(name: str, processor: object) -> None:
+    """Raise LayoutError, naming the attention, if its processor cannot be observed."""
+    try:
+        observed_class(type(processor))
+    except LayoutError as error:
+        raise LayoutError(
+            f"{name.rstrip('.')}: {error}; pass salient_fraction=0 and seda=False, or set one of "
+            "diffusers' processors first"
+        ) from None
 
 
 def quantized_layer(

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .attach import attach, attached, detach
+from .attach import Attached, attach, attached, detach
 from .config import ConfigError, SemanticDialectConfig
 from .layouts import Layout, LayoutError
 from .linear import DialectLinear
@@ -17,6 +17,9 @@ __all__ = ["change_options", "changed_config"]
 
 _IN_THE_WEIGHTS = ("book", "block_size", "skip", "modulation", "keep_original")
 """Options that decide which weights are stored where."""
+
+_OF_THE_DIALECTS = ("salient_fraction", "seda")
+"""Options that belong to activation="dialect"."""
 
 
 def changed_config(
@@ -30,14 +33,17 @@ def changed_config(
         config: the configuration asked for.
         layout: the layout asked for.
 
+    Returns:
+        The present one itself where nothing is asked for.
+
     Raises:
-        RuntimeError: if it was not loaded quantized, or nothing is asked for.
+        RuntimeError: if it was not loaded quantized.
         ConfigError, LayoutError: if that needs other weights, or does not fit the model.
     """
     hook = attached(module)
     assert hook is not None
     given = {n: getattr(config, n) for n in config.model_fields_set}
-    if hook.originals is not None or not given:
+    if hook.originals is not None:
         raise RuntimeError(
             f"{name}: SemanticDialect is enabled already; call disable_semantic_dialect() first"
         )
@@ -54,6 +60,13 @@ def changed_config(
             f"{name}: was loaded quantized with layout {hook.layout.name!r}; load the 16-bit "
             "checkpoint to quantize it with another one"
         )
+    if not given:
+        return hook.config
+    if given.get("activation", "dialect") != "dialect":
+        # what was saved gives way to what is asked for, as if it had been left out
+        for option in _OF_THE_DIALECTS:
+            if getattr(hook.config, option):
+                given.setdefault(option, type(config).model_fields[option].default)
     changed = hook.config.replaced(**given)
     check_mechanisms(module, changed, hook.layout, name)
     return changed
@@ -63,13 +76,15 @@ def change_options(module: nn.Module, config: SemanticDialectConfig) -> None:
     """Put the configuration that :func:`changed_config` made in force."""
     hook = attached(module)
     assert hook is not None
+    if config is hook.config:
+        return
     detach(module)
     try:
-        attach(module, config, hook.layout, hook.bytes_before)
+        _attach_again(module, hook, config)
     except BaseException:
         if attached(module) is not None:
             detach(module)
-        attach(module, hook.config, hook.layout, hook.bytes_before)
+        _attach_again(module, hook, hook.config)
         raise
     for layer in module.modules():
         if isinstance(layer, DialectLinear):
@@ -77,3 +92,11 @@ def change_options(module: nn.Module, config: SemanticDialectConfig) -> None:
     quantizer: Any = module.hf_quantizer
     quantizer.quantization_config = config
     mark(module, config, quantizer)
+
+
+def _attach_again(module: nn.Module, hook: Attached, config: SemanticDialectConfig) -> None:
+    """Hook a transformer as it was hooked, with another configuration."""
+    attach(module, config, hook.layout, hook.bytes_before)
+    again = attached(module)
+    assert again is not None
+    again.state.pipeline = hook.state.pipeline

@@ -182,14 +182,14 @@ class BlockState:
         self.model.count_rows(count, known)
         return known
 
-    def group_sizes(self) -> list[tuple[int, float]]:
+    def group_sizes(self) -> list[tuple[float, float]]:
         """(groups of a sample, share of the video tokens in them), the mean of every branch."""
         sizes = []
         for branch in self.branches.values():
             if branch.group is not None:
                 groups = sum(len(row[row >= 0].unique()) for row in branch.group)
                 share = (branch.group >= 0).float().mean().item()
-                sizes.append((groups // len(branch.group), share))
+                sizes.append((groups / len(branch.group), share))
         return sizes
 
     def reset(self) -> None:
@@ -281,7 +281,9 @@ class BlockState:
         if rest or not (fits or stream == Stream.TEXT):
             raise LayoutError(
                 f"a {stream} layer of block {self.index} got {count} rows for {grid.batch} samples "
-                f"of {grid.tokens} video tokens; the layout does not fit this model or this call"
+                f"of {grid.tokens} video tokens; the layout does not fit this model or this call "
+                "(context parallelism and inputs split inside the model need salient_fraction=0 "
+                "and seda=False)"
             )
         if stream == Stream.TEXT:
             everything = torch.arange(tokens, device=device).expand(grid.batch, -1)
@@ -308,6 +310,7 @@ class ModelState:
         counts: how often things happened, by name.
         seconds: time spent in the hook's parts, by name; on a GPU the time to launch them, unless
             `wait` waits for it.
+        pipeline: the pipeline that is followed, or None, when called.
         wait: called whenever the clock of a part is read; ``torch.cuda.synchronize`` in benchmarks.
     """
 
@@ -326,7 +329,7 @@ class ModelState:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.wait: Callable[[], object] = lambda: None
         self._timestep_rises = timestep_rises
-        self._pipeline: Callable[[], Any] = lambda: None
+        self.pipeline: Callable[[], Any] = lambda: None
         self._schedule: torch.Tensor | None = None
         self._first: _Place | None = None
         self._last: dict[str, tuple[_Place, Grid | None]] = {}
@@ -334,7 +337,7 @@ class ModelState:
     def follow(self, pipeline: object) -> None:
         """Know the pipeline: a generation begins wherever its scheduler gets new timesteps."""
         with suppress(TypeError):  # what cannot be referred to weakly is not followed
-            self._pipeline = weakref.ref(pipeline)
+            self.pipeline = weakref.ref(pipeline)
 
     def begin(self, grid: Grid | None, timestep: object, context: Context) -> None:
         """A call of the transformer begins.
@@ -383,7 +386,7 @@ class ModelState:
     def _scheduled(self) -> bool:
         """Whether the pipeline has set timesteps since the last call."""
         before = self._schedule
-        scheduler = getattr(self._pipeline(), "scheduler", None)
+        scheduler = getattr(self.pipeline(), "scheduler", None)
         # an attribute and no property: a property could make a new tensor for everybody who asks
         self._schedule = getattr(scheduler, "__dict__", {}).get("timesteps")
         return self._schedule is not before

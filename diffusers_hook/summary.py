@@ -37,7 +37,8 @@ class TransformerSummary:
         host_bytes: bytes of 16-bit weights kept in host memory for ``disable``.
         originals: where the 16-bit weights are: ``"disk"``, ``"host"``, ``"none"``.
         calls: calls of the transformer so far.
-        salient_share: decomposed rows over all rows that went through 4-bit layers.
+        salient_share: decomposed rows over all rows of the video, and of text in one attention with
+            it, that went through 4-bit layers; those of cross-attention's text do not count.
         groups: SeDA groups per block and branch, the mean over those in force.
         grouped_share: share of the video tokens that are in a group.
         salient_refreshes: how often salient tokens were chosen.

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from tiny_video import generate, run, wan, wan_pipeline
 from torch import nn
@@ -146,6 +147,17 @@ def spoilt_processor(model):
     model.blocks[1].attn1.processor = Mine()
 
 
+def spoilt_source(model):
+    """As if its class had been typed in."""
+
+    class Typed:
+        def __call__(self, attn, hidden_states, *rest):
+            return hidden_states
+
+    Typed.__call__.__code__ = Typed.__call__.__code__.replace(co_filename="<stdin>")
+    model.blocks[1].attn1.processor = Typed()
+
+
 def spoilt_meta(model):
     model.blocks[1].ffn.net[2].to("meta")
 
@@ -160,6 +172,10 @@ def spoilt_layer(model):
         (spoilt_nan, {}, ValueError, "Model.blocks.1.ffn.net.2.weight: nan at [3, 5]"),
         (spoilt_dtype, {}, ValueError, "ffn.net.2.weight: has dtype torch.float64; allowed are"),
         (spoilt_processor, {}, LayoutError, "calls neither dispatch_attention_fn nor"),
+        (spoilt_processor, {}, LayoutError, "WanTransformer3DModel.blocks.1.attn1: spoilt_proc"),
+        (spoilt_processor, {}, LayoutError, "; pass salient_fraction=0 and seda=False, or set "),
+        (spoilt_source, {}, LayoutError, "Typed.__call__: has no source file, which is read to "),
+        (spoilt_source, {}, LayoutError, "WanTransformer3DModel.blocks.1.attn1: spoilt_source"),
         (spoilt_meta, {}, ValueError, "enable SemanticDialect before offloading"),
         (spoilt_layer, {}, ValueError, "is a OtherLinear, not a plain linear layer"),
         (None, {"skip": [".*"]}, ValueError, "no linear layer is left to quantize"),
@@ -200,6 +216,17 @@ def test_a_second_transformer_that_cannot_be_enabled_leaves_the_first_alone():
     assert picture(pipe.transformer) == shape
 
 
+def test_a_layout_fits_subclasses_too():
+    class Mine(WanTransformer3DModel):
+        pass
+
+    pipe = wan_pipeline()
+    pipe.transformer.__class__ = Mine
+    pipe.enable_semantic_dialect(progress=False, layout="wan")
+    assert attached(pipe.transformer).layout.name == "wan"
+    assert generate(pipe).isfinite().all()
+
+
 def test_a_pipeline_without_a_video_transformer_is_refused():
     class Other:
         components = {"unet": nn.Linear(4, 4)}  # noqa: RUF012
@@ -212,8 +239,6 @@ def test_a_pipeline_without_a_video_transformer_is_refused():
 
 @pytest.mark.parametrize("place", ["disk", "host", None])
 def test_where_the_original_weights_wait(tmp_path, place):
-    from diffusers import WanTransformer3DModel
-
     wan().save_pretrained(tmp_path)
     model = WanTransformer3DModel.from_pretrained(tmp_path)
     before = run(model)
@@ -226,8 +251,6 @@ def test_where_the_original_weights_wait(tmp_path, place):
 
 
 def test_files_with_other_weights_are_not_the_originals(tmp_path):
-    from diffusers import WanTransformer3DModel
-
     wan().save_pretrained(tmp_path)
     model = WanTransformer3DModel.from_pretrained(tmp_path)
     model.blocks[0].attn1.to_q.weight.data[0, 0] += 1  # as a fused LoRA does
@@ -275,8 +298,6 @@ def change(file):
     ],
 )
 def test_disable_after_the_files_have_changed_changes_nothing(tmp_path, spoil, sentence):
-    from diffusers import WanTransformer3DModel
-
     wan().save_pretrained(tmp_path)
     model = WanTransformer3DModel.from_pretrained(tmp_path)
     diffusers_hook.enable(model, progress=False, seda=True)
@@ -289,8 +310,6 @@ def test_disable_after_the_files_have_changed_changes_nothing(tmp_path, spoil, s
 
 
 def test_a_damaged_file_beside_a_model_in_memory_is_not_its_origin(tmp_path):
-    from diffusers import WanTransformer3DModel
-
     wan().save_pretrained(tmp_path)
     model = WanTransformer3DModel.from_pretrained(tmp_path)
     damage(tmp_path / WEIGHTS)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_pipelines
 import torch
+from diffusers import LatteTransformer3DModel
 from tiny_video import run, wan
 from torch import nn
 
@@ -117,6 +118,20 @@ def test_a_set_serves_its_block_until_the_next_refresh(model, monkeypatch):
         run(model, context="cond", timestep=timestep)
         for block in range(2):
             assert [entry[1:] for entry in seen if entry[0] == block] == expected
+
+
+def test_rows_that_do_not_fit_say_what_may_have_split_them(model):
+    model.blocks[0].attn1.to_q.register_forward_pre_hook(lambda layer, args: args[0][:, :40])
+    with pytest.raises(diffusers_hook.LayoutError, match="got 40 rows for 1 samples") as caught:
+        run(model)
+    assert "context parallelism and inputs split inside the model need sal" in str(caught.value)
+
+
+def test_groups_are_the_mean_of_the_samples(model):
+    run(model, batch=2)
+    block = attached(model).state.blocks[0]
+    block.branch.group = torch.tensor([[0, 0, 1, -1], [-1, 2, -1, -1]], dtype=torch.int32)
+    assert block.group_sizes() == [(1.5, 0.5)]
 
 
 def outputs(model, timesteps=(900, 800, 700), **options):
@@ -296,6 +311,25 @@ def test_a_callback_that_aborts_leaves_nothing_behind(make, step, error):
         return tensors
 
     with pytest.raises(error):
+        generate(seed=1, callback_on_step_end=stop)
+    assert torch.equal(generate(), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"salient_refresh": 3}])
+def test_a_pipeline_loaded_quantized_is_followed_once_it_is_enabled(tmp_path, options):
+    """And stays so where its transformer is given other options later."""
+    pipe, generate = tiny_pipelines.latte()
+    diffusers_hook.enable(pipe.transformer, progress=False)
+    pipe.transformer.save_pretrained(tmp_path)
+    pipe.transformer = LatteTransformer3DModel.from_pretrained(tmp_path)
+    assert pipe.enable_semantic_dialect() is pipe
+    diffusers_hook.enable(pipe.transformer, **options)
+    expected = generate()
+
+    def stop(pipe, index, timestep, tensors):
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
         generate(seed=1, callback_on_step_end=stop)
     assert torch.equal(generate(), expected)
 

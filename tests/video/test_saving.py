@@ -160,8 +160,25 @@ def test_a_loaded_model_cannot_be_disabled(saved):
     loaded = WanTransformer3DModel.from_pretrained(saved[1])
     with pytest.raises(RuntimeError, match="was loaded quantized; load the 16-bit checkpoint"):
         diffusers_hook.disable(loaded)
-    with pytest.raises(RuntimeError, match="is enabled already"):
-        diffusers_hook.enable(loaded)
+
+
+def test_enabling_a_loaded_model_without_options_changes_nothing(saved):
+    loaded = WanTransformer3DModel.from_pretrained(saved[1])
+    before, hook = run(loaded), attached(loaded)
+    assert diffusers_hook.enable(loaded) is loaded
+    assert attached(loaded) is hook
+    assert torch.equal(run(loaded), before)
+    with pytest.raises(diffusers_hook.LayoutError, match="was loaded quantized with layout 'wan'"):
+        diffusers_hook.enable(loaded, layout="ltx")
+
+
+@pytest.mark.parametrize("activation", ["fp8", "none"])
+def test_an_activation_takes_saved_salient_tokens_and_groups_with_it(saved, activation):
+    loaded, enabled = WanTransformer3DModel.from_pretrained(saved[1]), wan()
+    diffusers_hook.enable(loaded, activation=activation)
+    diffusers_hook.enable(enabled, progress=False, activation=activation)
+    assert torch.equal(run(loaded), run(enabled))
+    assert diffusers_hook.summary(loaded).transformers[0].salient_share == 0
 
 
 def test_a_loaded_model_takes_other_options_for_its_activations(saved, tmp_path):
@@ -199,6 +216,7 @@ def test_a_loaded_model_takes_other_options_for_its_activations(saved, tmp_path)
         ({"modulation": "16bit"}, ConfigError, "modulation: '16bit' cannot be had of weights"),
         ({"skip": ["blocks.*"]}, ConfigError, "skip: ('blocks.*',) cannot be had of weights"),
         ({"keep_original": "host"}, ConfigError, "keep_original: 'host' cannot be had of weights"),
+        ({"activation": "none", "seda": True}, ConfigError, "seda: True has no effect with activ"),
         ({"salient_fraction": 2}, ConfigError, "salient_fraction: 2 cannot be used"),
         ({"layout": "ltx", "seed": 1}, diffusers_hook.LayoutError, "quantized with layout 'wan'"),
     ],

@@ -3,12 +3,21 @@
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import FirstBlockCacheConfig, WanPipeline
+from diffusers import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    SeaCacheConfig,
+    TaylorSeerCacheConfig,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
-from tiny_video import LAYERS, generate, run, wan, wan_pipeline
+from tiny_video import LAYERS, generate, run, wan, wan_inputs, wan_pipeline
 
 import diffusers_hook
 from diffusers_hook.attach import attached
@@ -269,6 +278,53 @@ def test_model_offload_of_the_pipeline():
     assert torch.equal(generate(pipe), before)
 
 
+def test_model_offload_put_around_the_hook_stays_when_it_is_taken_off():
+    pipe = wan_pipeline()
+    before = generate(pipe)
+    pipe.enable_semantic_dialect(progress=False)
+    pipe.enable_model_cpu_offload(device="cpu")
+    offloaded = vars(pipe.transformer)["forward"]
+    pipe.disable_semantic_dialect()
+    assert hasattr(pipe.transformer, "_hf_hook")
+    assert vars(pipe.transformer).get("forward") is offloaded
+    assert torch.equal(generate(pipe), before)
+    offloaded = vars(pipe.transformer)["forward"]  # every generation puts it on anew
+    pipe.enable_semantic_dialect(progress=False)
+    pipe.disable_semantic_dialect()
+    assert vars(pipe.transformer).get("forward") is offloaded
+    pipe.remove_all_hooks()
+    assert pipe.transformer.forward.__func__ is WanTransformer3DModel.forward  # nothing of ours
+    assert torch.equal(generate(pipe), before)
+
+
+def test_model_offload_taken_off_while_enabled_does_not_come_back():
+    pipe = wan_pipeline()
+    before = generate(pipe)
+    pipe.enable_model_cpu_offload(device="cpu")
+    pipe.enable_semantic_dialect(progress=False)
+    quantized = generate(pipe)
+    pipe.remove_all_hooks()
+    assert torch.equal(generate(pipe), quantized)
+    pipe.disable_semantic_dialect()
+    assert torch.equal(generate(pipe), before)
+
+
+def test_a_loaded_model_takes_other_options_while_it_is_offloaded(tmp_path):
+    """The root has parameters of its own, which only the root's own hook brings back."""
+    model = wan()
+    diffusers_hook.enable(model, progress=False)
+    model.save_pretrained(tmp_path)
+    diffusers_hook.disable(model)
+    diffusers_hook.enable(model, progress=False, salient_fraction=0.5)
+    loaded = WanTransformer3DModel.from_pretrained(tmp_path)
+    cpu_offload(loaded, CPU)
+    assert loaded.scale_shift_table.device.type == "meta"
+    for _ in range(2):
+        diffusers_hook.enable(loaded, salient_fraction=0.5)
+        assert torch.equal(run(loaded, context="cond"), run(model, context="cond"))
+    assert loaded.scale_shift_table.device.type == "meta"
+
+
 def test_sequential_offload():
     """Of the transformer alone: on CPU the whole pipeline fails without SemanticDialect too."""
     model = wan()
@@ -363,6 +419,108 @@ def test_refreshes_count_attention_calls_and_not_steps():
     model.disable_cache()
     diffusers_hook.disable(model)
     assert run(model).isfinite().all()
+
+
+CACHES = {
+    "first block": lambda: FirstBlockCacheConfig(threshold=10.0),
+    "mag": lambda: MagCacheConfig(threshold=10.0, num_inference_steps=6, mag_ratios=[1.0] * 6),
+    "pyramid attention broadcast": lambda: PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+    ),
+    "sea": lambda: SeaCacheConfig(threshold=10.0),
+    "taylor seer": lambda: TaylorSeerCacheConfig(
+        cache_interval=2, disable_cache_before_step=2, cache_identifiers=[r"blocks\..*\.attn1"]
+    ),
+}
+
+
+@torch.no_grad()
+def six_steps(model):
+    """A generation with one guidance branch, as pipelines tell their caches of it."""
+    found = []
+    for step in range(6):
+        told = {"step_index": step, "sigma": 1 - step / 6, "num_inference_steps": 6}
+        with model.cache_context("cond", **told):
+            found.append(model(**wan_inputs(timestep=900 - 100 * step, seed=step)).sample)
+    return found
+
+
+@pytest.mark.parametrize("first", ["enable", "cache"])
+@pytest.mark.parametrize("cache", CACHES)
+def test_caches_of_diffusers(cache, first):
+    """They leave some attention out; what is left is counted, and their hooks stay."""
+    model, plain = wan(layers=3), wan(layers=3)
+    plain.enable_cache(CACHES[cache]())
+    expected = six_steps(plain)
+    if first == "cache":
+        model.enable_cache(CACHES[cache]())
+    diffusers_hook.enable(model, progress=False, seda=True)
+    if first == "enable":
+        model.enable_cache(CACHES[cache]())
+    for got, wanted in zip(six_steps(model), expected, strict=True):
+        assert 0 < (got - wanted).norm() / wanted.norm() < 0.2
+    calls = [block.branches["cond"].calls for block in attached(model).state.blocks]
+    assert 1 <= min(calls) < 6
+    diffusers_hook.disable(model)
+    model._reset_stateful_cache()
+    again = six_steps(model)
+    assert all(torch.equal(*pair) for pair in zip(again, expected, strict=True))
+    model.disable_cache()
+
+
+def faster_cache(timestep=lambda: 500, **options):
+    return FasterCacheConfig(
+        spatial_attention_block_skip_range=2,
+        tensor_format="BCFHW",
+        current_timestep_callback=timestep,
+        **options,
+    )
+
+
+def three_calls(model):
+    """With both guidance branches in a batch; FasterCache leaves one out in the later calls."""
+    return [run(model, batch=2, timestep=900 - step) for step in range(3)]
+
+
+@pytest.mark.parametrize("options", [{"seda": False}, {"seda": True, "salient_fraction": 0.0}])
+def test_faster_cache_is_refused_where_tokens_are_told_apart(options):
+    model = wan()
+    diffusers_hook.enable(model, progress=False, **options)
+    before = run(model, batch=2)
+    model.enable_cache(faster_cache())
+    with pytest.raises(RuntimeError, match="FasterCache leaves out half of a batch inside the mod"):
+        run(model, batch=2)
+    model.disable_cache()
+    assert torch.equal(run(model, batch=2), before)
+
+
+def test_faster_cache_that_leaves_no_samples_out():
+    """Of a model that is distilled from its guidance: it skips attention alone."""
+    model = wan()
+    diffusers_hook.enable(model, progress=False, seda=True)
+    reached = []
+    model.enable_cache(faster_cache(lambda: reached[-1], is_guidance_distilled=True))
+    for timestep in (900, 500, 400, 300):
+        reached.append(timestep)
+        assert run(model, context="cond", timestep=timestep).isfinite().all()
+    calls = [block.branches["cond"].calls for block in attached(model).state.blocks]
+    assert all(1 <= found < len(reached) for found in calls)
+
+
+def test_faster_cache_where_tokens_are_rounded_alone():
+    model, plain = wan(), wan()
+    before = three_calls(plain)
+    plain.enable_cache(faster_cache())
+    expected = three_calls(plain)
+    assert not torch.equal(expected[1], before[1])
+    diffusers_hook.enable(model, progress=False, salient_fraction=0.0)
+    model.enable_cache(faster_cache())
+    for got, wanted in zip(three_calls(model), expected, strict=True):
+        assert 0 < (got - wanted).norm() / wanted.norm() < 0.2
+    diffusers_hook.disable(model)
+    model._reset_stateful_cache()
+    again = three_calls(model)
+    assert all(torch.equal(*pair) for pair in zip(again, expected, strict=True))
 
 
 def test_vae_tiling():
