@@ -312,10 +312,10 @@ def read_offline(kind: str, result: Mapping[str, Any], many: Load) -> float:
 
 
 def _environment(further: Mapping[str, str]) -> dict[str, str]:
-    """`further`, and a PYTHONPATH without the repository, see `_VLLM`."""
+    """`further`, the log that is read, and a PYTHONPATH without the repository, see `_VLLM`."""
     folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     kept = [folder for folder in folders if folder and Path(folder).resolve() != ROOT]
-    return {**further, "PYTHONPATH": os.pathsep.join(kept)}
+    return {"VLLM_LOGGING_LEVEL": "INFO", **further, "PYTHONPATH": os.pathsep.join(kept)}
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

@@ -311,9 +311,9 @@ def test_bad_arguments_are_refused():
         cpu.decomposed_linear(x, None, salient.int(), *weight)
     with pytest.raises(ValueError, match=r"salient: torch.int64 \[1, 1\] .* \[S\]"):
         cpu.decomposed_linear(x, None, salient[None], *weight)
-    with pytest.raises(ValueError, match=r"variants: torch.int8 \[2, 1\]; .*torch.int8 \[2, 2\]"):
+    with pytest.raises(ValueError, match=r"variants: torch.int8 \[2, 1\] .*torch.int8 \[2, 2\]"):
         cpu.decomposed_linear(x, variants[:, :1], salient, *weight)
-    with pytest.raises(ValueError, match=r"variants: torch.int32 \[2, 2\]; .*torch.int8"):
+    with pytest.raises(ValueError, match=r"variants: torch.int32 \[2, 2\] .*torch.int8"):
         cpu.round_activation(x, variants.int(), p.book, 32)
     with pytest.raises(ValueError, match=r"variants: holds 4\.\.4; allowed are -1\.\.3"):
         cpu.round_activation(x, variants + 4, p.book, 32)

@@ -107,6 +107,7 @@ constexpr int kSmallestTile = 32;      // below, decoding the panel would cost t
 constexpr int kTileStep = 16;          // tokens that AVX-512 and AMX work on together
 constexpr int64_t kTileBytes = 1 << 19;
 constexpr int kBlocksPerException = 32;  // of a token that is multiplied in integers, at least
+constexpr int kNeighbours = 16;        // groups of rows in one task, where there are enough
 constexpr int kLanes = 16;             // rows handled together by the float64 product
 constexpr uint32_t kInfinity = 0x7f800000u;
 
@@ -1277,6 +1278,12 @@ AVX2_INLINE void fetch_ahead(const uint8_t* next_group, int64_t b) {
         _mm_prefetch((const char*)(next_group + b * 4 * B + line), _MM_HINT_T1);
 }
 
+// The same for the meta bytes of sixteen blocks.
+AVX2_INLINE void fetch_meta_ahead(const uint8_t* next_group, int64_t b0) {
+    for (int line = 0; line < 128; line += 64)
+        _mm_prefetch((const char*)(next_group + b0 * 8 + line), _MM_HINT_T1);
+}
+
 // What a block adds whose numbers do not fit into digits: as in wide_row, relative to the token.
 __attribute__((noinline)) void exact_block(const Reader& r, const RowGroup& g, int64_t b,
                                            const Rounded& x, int64_t token, float* out) {
@@ -1323,6 +1330,7 @@ AVX2_INLINE void decode_panel(const Reader& r, const Rows& rows, int64_t b0, int
     for (int i = 0; i < 2; i++) {
         const RowGroup& g = rows.group[i];
         const uint8_t* ahead = g.codes + 16 * g.stride;
+        fetch_meta_ahead(g.meta + 16 * g.meta_stride, b0);
         read_meta(r, g, b0, count, panel.meta[i]);
         for (int j = 0; j < count; j++) {
             fetch_ahead<B>(ahead, b0 + j);
@@ -1491,6 +1499,7 @@ AVX2_INLINE void add_token(const Reader& r, const RowGroup& g, const Rounded& x,
         const uint32_t exceptions = Digits > 1 ? x.exceptions_from(token, b0) : 0;
         const int8_t* values = x.values.get() + token * Digits * x.padded + b0 * B;
         const int64_t at = token * x.blocks + b0;
+        fetch_meta_ahead(g.meta + 8 * g.meta_stride, b0);
         read_meta(r, g, b0, count, meta);
         __m256 sum = _mm256_load_ps(sums);
         for (int j = 0; j < count; j++, values += B) {
@@ -1909,7 +1918,9 @@ void for_each_tile(const Reader& r, int64_t tokens, int64_t bytes, int lanes, in
     const int64_t groups = (r.w.rows + lanes - 1) / lanes;
     const int64_t tiles = (tokens + tile - 1) / tile;
     const int64_t cost = std::max<int64_t>(1, lanes * r.padded * std::min<int64_t>(tokens, tile));
-    const int64_t together = std::max<int64_t>(1, (1 << 18) / cost);  // groups in one task
+    // Groups in one task. Each starts to read the next one, which should be its own, too.
+    const int64_t neighbours = std::min<int64_t>(kNeighbours, groups / (8 * int64_t(threads)));
+    const int64_t together = std::max<int64_t>({1, neighbours, (1 << 18) / cost});
     const int64_t tasks = (groups + together - 1) / together;
     parallel(threads, tasks * tiles, [&](int64_t i) {
         const int64_t first = i / tasks * tile;
