@@ -1125,8 +1125,8 @@ AVX2_INLINE __m128i load_table(const Reader& r, int offset) {
                   : _mm_load_si128((const __m128i*)(r.unsigned_half_units[0] + offset));
 }
 
-// A block of rows p and p+4 as half-units, + 16 unless Signed. For B = 16 one register holds, per row, 8 even and
-// 8 odd elements; otherwise two registers per 32 elements hold 16 of each.
+// A block of rows p and p+4 as half-units, + 16 unless Signed. For B = 16 one register holds, per
+// row, 8 even and 8 odd elements; otherwise two registers per 32 elements hold 16 of each.
 template <int B, bool Signed = false>
 AVX2_INLINE void decode_pair(const Reader& r, const RowGroup& g, const uint16_t* tables, int p,
                              int64_t b, __m256i* out) {
