@@ -5,20 +5,13 @@ python -m benchmarks.bench_video_speed_gpu
 
 from .bench_video_speed import gate as _gate
 from .bench_video_speed import measure, options, tables
-from .gpu_timing import need_gpu
+from .gpu_timing import on_gpu
 from .harness import main
 
 __all__ = ["gate", "measure", "options", "tables"]
 
 
-def gate() -> list[str]:
-    """As there.
-
-    Raises:
-        SystemExit: if there is no GPU.
-    """
-    need_gpu()
-    return _gate()
+gate = on_gpu(_gate)
 
 
 if __name__ == "__main__":

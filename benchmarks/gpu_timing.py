@@ -24,6 +24,7 @@ __all__ = [
     "measure_ceilings",
     "microseconds",
     "need_gpu",
+    "on_gpu",
     "reason",
     "time_graphs",
 ]
@@ -62,6 +63,16 @@ def need_gpu() -> None:
     """Raise SystemExit if there is no CUDA device."""
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark measures a GPU, and there is no CUDA device")
+
+
+def on_gpu(gate: Callable[[], list[str]]) -> Callable[[], list[str]]:
+    """`gate` of a benchmark that is to measure a GPU: it asks for one first."""
+
+    def with_gpu() -> list[str]:
+        need_gpu()
+        return gate()
+
+    return with_gpu
 
 
 def reason(error: Exception) -> str:

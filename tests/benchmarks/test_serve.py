@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import is_running
 
 from benchmarks import bench_serve, serve_runs, serve_session
 from benchmarks.harness import ROOT
@@ -51,13 +52,13 @@ LOAD = Load(at_once=1, prompts=3, input_tokens=64, output_tokens=32)
 
 NO_KERNEL = (
     "vllm serve ended with status 1 (ValueError: Failed to find a kernel that can implement the "
-    "MXFP4 linear layer. Reasons: ); the end of /tmp/bench-serve-tn7qi5x5/log:\n"
+    "MXFP4 linear layer. Reasons: ); the end of bench-serve-tn7qi5x5/log:\n"
     '      File "/somewhere/vllm/v1/engine/core_client.py", line 1120, in __init__\n'
 )
 NO_FP8 = (
     "vllm serve ended with status 1 (RuntimeError: _C::static_scaled_fp8_quant() expected at most "
     "0 argument(s) but received 4 argument(s). Declaration: _C::static_scaled_fp8_quant() -> ()); "
-    "the end of /tmp/log:\n    RuntimeError: Engine core initialization failed."
+    "the end of bench-serve-tn7qi5x5/log:\n    RuntimeError: Engine core initialization failed."
 )
 
 
@@ -439,13 +440,6 @@ def test_an_engine_of_its_own_is_gone_with_all_it_started(tmp_path, monkeypatch)
     with pytest.raises(RuntimeError, match="vllm bench latency ended with status 1"):
         serve_runs.run_offline(*failing)
     assert not is_running(int((tmp_path / "latency.log").read_text()))
-
-
-def is_running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import httpx
 import pytest
 import torch
 import typer
+from processes import is_running
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -283,13 +284,6 @@ def ask(server):
     with server:
         server.wait_until_ready()
         server.complete("x")
-
-
-def is_running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.slow

@@ -1,0 +1,11 @@
+"""Processes that a test has started or found."""
+
+import psutil
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists and has not ended, waited for or not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
