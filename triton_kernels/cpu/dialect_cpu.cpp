@@ -795,7 +795,7 @@ INLINE int32_t write_digits(int32_t* integers, int64_t token, int64_t b, Rounded
     return sum;
 }
 
-template <int B>
+template <int B, bool>  // nothing to shuffle
 INLINE void digits_of_token_in(const void* x, int dtype, int64_t token, int64_t columns, float* row,
                                Rounded& out) {
     load_row(x, dtype, token * columns, columns, out.padded, row);
@@ -819,7 +819,7 @@ INLINE void digits_of_token_in(const void* x, int dtype, int64_t token, int64_t 
 // integer of kBits bits; a block with another number that is no integer then is an exception. Returns
 // whether that serves: there are few exceptions, and no number is so large or small that scaling it
 // might not be exact.
-template <int B>
+template <int B, bool>  // nothing to shuffle
 INLINE bool integers_of_token_in(const void* x, int dtype, int64_t token, int64_t columns,
                                  float* row, uint32_t* largest, Rounded& out) {
     constexpr int kBits = B == 64 ? 21 : 22;  // 15 * B * 2^kBits fit in int32
@@ -900,46 +900,23 @@ INLINE void quantize_row_in(const void* x, int dtype, int64_t row, int64_t colum
 }
 
 // The row functions by block size, compiled for any processor and for AVX2: the same operations.
-#define ROW_FUNCTIONS(suffix, target, shuffles)                                     \
-    template <class... Rest>                                                        \
-    target void round_token##suffix(int block, Rest&&... rest) {                    \
-        if (block == 16) return round_token_in<16, shuffles>(rest...);              \
-        if (block == 32) return round_token_in<32, shuffles>(rest...);              \
-        return round_token_in<64, shuffles>(rest...);                               \
-    }                                                                               \
-    template <class... Rest>                                                        \
-    target void round_row##suffix(int block, Rest&&... rest) {                      \
-        if (block == 16) return round_row_in<16, shuffles>(rest...);                \
-        if (block == 32) return round_row_in<32, shuffles>(rest...);                \
-        return round_row_in<64, shuffles>(rest...);                                 \
-    }                                                                               \
-    template <class... Rest>                                                        \
-    target void costs_of_row##suffix(int block, Rest&&... rest) {                   \
-        if (block == 16) return costs_of_row_in<16, shuffles>(rest...);             \
-        if (block == 32) return costs_of_row_in<32, shuffles>(rest...);             \
-        return costs_of_row_in<64, shuffles>(rest...);                              \
-    }                                                                               \
-    template <class... Rest>                                                        \
-    target void quantize_row##suffix(int block, Rest&&... rest) {                   \
-        if (block == 16) return quantize_row_in<16, shuffles>(rest...);             \
-        if (block == 32) return quantize_row_in<32, shuffles>(rest...);             \
-        return quantize_row_in<64, shuffles>(rest...);                              \
-    }                                                                               \
-    template <class... Rest>                                                        \
-    target void digits_of_token##suffix(int block, Rest&&... rest) {                \
-        if (block == 16) return digits_of_token_in<16>(rest...);                    \
-        if (block == 32) return digits_of_token_in<32>(rest...);                    \
-        return digits_of_token_in<64>(rest...);                                     \
-    }                                                                               \
-    template <class... Rest>                                                        \
-    target bool integers_of_token##suffix(int block, Rest&&... rest) {              \
-        if (block == 16) return integers_of_token_in<16>(rest...);                  \
-        if (block == 32) return integers_of_token_in<32>(rest...);                  \
-        return integers_of_token_in<64>(rest...);                                   \
-    }                                                                               \
-    template <class... Rest>                                                        \
-    target void widen_token##suffix(Rest&&... rest) {                               \
-        widen_token_in(rest...);                                                    \
+#define ROW_FUNCTION(result, name, suffix, target, shuffles)               \
+    template <class... Rest>                                               \
+    target result name##suffix(int block, Rest&&... rest) {                \
+        if (block == 16) return name##_in<16, shuffles>(rest...);          \
+        if (block == 32) return name##_in<32, shuffles>(rest...);          \
+        return name##_in<64, shuffles>(rest...);                           \
+    }
+#define ROW_FUNCTIONS(suffix, target, shuffles)                            \
+    ROW_FUNCTION(void, round_token, suffix, target, shuffles)              \
+    ROW_FUNCTION(void, round_row, suffix, target, shuffles)                \
+    ROW_FUNCTION(void, costs_of_row, suffix, target, shuffles)             \
+    ROW_FUNCTION(void, quantize_row, suffix, target, shuffles)             \
+    ROW_FUNCTION(void, digits_of_token, suffix, target, shuffles)          \
+    ROW_FUNCTION(bool, integers_of_token, suffix, target, shuffles)        \
+    template <class... Rest>                                               \
+    target void widen_token##suffix(Rest&&... rest) {                      \
+        widen_token_in(rest...);                                           \
     }
 
 ROW_FUNCTIONS(_portable, , false)
