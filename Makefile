@@ -19,13 +19,13 @@ setup:
 	@$(PYTHON) scripts/setup_env.py
 
 demo: setup
-	@$(RUN) -m demo.run --model "$(MODEL)" $(ARGS)
+	@$(RUN) -m demo.language.run --model "$(MODEL)" $(ARGS)
 
 video: setup
 	@$(RUN) -m demo.video.run $(ARGS)
 
 serve: setup
-	@$(RUN) -m demo.serve --model "$(MODEL)" -- $(ARGS)
+	@$(RUN) -m demo.language.serve --model "$(MODEL)" -- $(ARGS)
 
 test: setup
 	@$(RUN) scripts/run_tests.py

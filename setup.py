@@ -13,7 +13,7 @@ from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
-KERNEL = Path("triton_kernels") / "cpu" / "build.py"
+KERNEL = Path("triton_kernels") / "dialect_kernels" / "cpu" / "build.py"
 
 
 class BuildWithKernel(build_py):

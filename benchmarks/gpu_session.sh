@@ -5,7 +5,7 @@
 #
 # OUT takes results, logs and a mark for every step that is done: run it again and it goes on where
 # it stopped. At the end OUT/session.tar.gz holds all of it. Copy the results into benchmarks/results,
-# OUT/configs into triton_kernels/configs, and commit them with the code they measured.
+# OUT/configs into triton_kernels/dialect_kernels/gpu/configs, and commit them with the code they measured.
 #
 # WHEELS is a folder of packages for a machine without a network; nothing is downloaded. Beside torch,
 # triton, pytest and matplotlib it takes pydantic, pydantic-core, annotated-types and
@@ -22,8 +22,7 @@ limit=480
 
 python=${PYTHON:-python3}
 site=$out/site
-# not the repository: vLLM would take its folder triton_kernels for OpenAI's package of that name
-export PYTHONPATH=$site PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+export PYTHONPATH=$PWD/triton_kernels:$PWD:$site PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 export BENCHMARK_COMMIT=${BENCHMARK_COMMIT:-$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)}
 
 prepare() {
@@ -31,9 +30,6 @@ prepare() {
   if [ -n "$wheels" ]; then
     "$python" -m pip install --quiet --no-index --no-deps --upgrade --target "$site" "$wheels"/*.whl
   fi
-  rm -rf "$site"/{dialect_kernels,dialect_plugin,diffusers_hook} # those of a wheel
-  ln -s "$PWD/triton_kernels" "$site/dialect_kernels"
-  ln -s "$PWD/dialect_plugin" "$PWD/diffusers_hook" "$site"
   "$python" -c 'import torch
 if not torch.cuda.is_available():
     raise SystemExit("gpu_session: there is no CUDA device")
@@ -48,23 +44,24 @@ wrong = [r for r in verify(["cuda"]) if not r.passed]
 print(*wrong, sep="\n")
 raise SystemExit(bool(wrong))' &&
     "$python" -m pytest -q -m gpu -p no:cacheprovider tests/golden/test_golden.py \
-      tests/kernels/test_*_on_gpu.py $(has diffusers && echo tests/video)
+      tests/kernels/gpu $(has diffusers && echo tests/video)
 }
-step_probes() { "$python" -m benchmarks.probes >"$out/probes.json" && cat "$out/probes.json"; }
-step_gemm() { "$python" -m benchmarks.bench_gemm --models 8B --out "$out/untuned"; }
-step_quantize() { "$python" -m benchmarks.bench_quantize --out "$out"; }
+step_probes() { "$python" -m benchmarks.lib.probes >"$out/probes.json" && cat "$out/probes.json"; }
+step_gemm() { "$python" -m benchmarks.kernels.bench_gemm --models 8B --out "$out/untuned"; }
+step_quantize() { "$python" -m benchmarks.kernels.bench_quantize --out "$out"; }
 step_tune() {
-  "$python" -m benchmarks.tune --out "$out/configs" && cp "$out"/configs/*.json triton_kernels/configs/
+  "$python" -m benchmarks.kernels.tune --out "$out/configs" &&
+    cp "$out"/configs/*.json triton_kernels/dialect_kernels/gpu/configs/
 }
-step_gemm_tuned() { "$python" -m benchmarks.bench_gemm --models 8B --out "$out"; }
-step_gemm_large() { "$python" -m benchmarks.bench_gemm --models 70B --out "$out/70B"; }
-step_video() { has diffusers && "$python" -m benchmarks.bench_video_speed_gpu --out "$out"; }
-step_serve() { has vllm && "$python" -m benchmarks.bench_serve_gpu --out "$out"; }
+step_gemm_tuned() { "$python" -m benchmarks.kernels.bench_gemm --models 8B --out "$out"; }
+step_gemm_large() { "$python" -m benchmarks.kernels.bench_gemm --models 70B --out "$out/70B"; }
+step_video() { has diffusers && "$python" -m benchmarks.video.bench_video_speed_gpu --out "$out"; }
+step_serve() { has vllm && "$python" -m benchmarks.language.bench_serve_gpu --out "$out"; }
 step_sanitizer() {
   local tool
   for tool in memcheck racecheck initcheck; do
     compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest -q -m gpu \
-      -p no:cacheprovider tests/kernels/test_linear_on_gpu.py -k "decoded_bytes or decomposed" || return 1
+      -p no:cacheprovider tests/kernels/gpu/test_linear_on_gpu.py -k "decoded_bytes or decomposed" || return 1
   done
 }
 

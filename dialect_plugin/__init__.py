@@ -18,11 +18,11 @@ def register() -> None:
     thing that other models notice is :func:`.compat.permit_amx`, without which some of them die.
     """
     try:
-        from . import compat
+        from .vllm import compat
 
         compat.permit_amx()
 
-        from . import config
+        from .vllm import config
 
         config.register_configs()
     except Exception as error:

@@ -26,7 +26,7 @@ from .scheme import LayerOverride
 if TYPE_CHECKING:
     from dialect_kernels.verify import CheckResult
 
-    from .report import Format, LayerReport
+    from .analysis.report import Format, LayerReport
 
 __all__ = ["app", "main"]
 
@@ -82,8 +82,8 @@ def quantize(
     workers: Annotated[int | None, typer.Option(min=1, help="CPU threads; default all.")] = None,
 ) -> None:
     """Quantize a 16-bit checkpoint; run it again after a crash and it continues."""
-    from .convert import convert
-    from .plan_layers import ConvertOptions
+    from .checkpoint.convert import convert
+    from .checkpoint.layer_choice import ConvertOptions
 
     with _one_sentence_errors(), _RichProgress() as progress:
         options = ConvertOptions.model_validate(
@@ -125,7 +125,7 @@ def quantize(
 @app.command()
 def inspect(dst: Packed) -> None:
     """Show a packed checkpoint and verify every byte of it."""
-    from .inspection import inspect_checkpoint, render
+    from .checkpoint.inspection import inspect_checkpoint, render
 
     with _one_sentence_errors(), _RichProgress() as progress:
         found = inspect_checkpoint(dst, progress)
@@ -147,10 +147,10 @@ def report(
     max_rows: MaxRows = None,
 ) -> None:
     """Compare 4-bit formats on a checkpoint's weights, layer by layer."""
-    from .checkpoint import find_checkpoint
-    from .files import write_text
-    from .report import FORMATS, Report, render
-    from .report_page import report_page
+    from .analysis.report import FORMATS, Report, render
+    from .analysis.report_page import report_page
+    from .checkpoint.reader import find_checkpoint
+    from .checkpoint.writer import write_text
 
     with _one_sentence_errors():
         layers = _measured(src, FORMATS, ignore, targets, lm_head, max_rows)
@@ -183,9 +183,9 @@ def plan(
     """Choose blocks of 16, 32 or 64 for every layer under a bit budget."""
     from dialect_kernels.formatbook import BLOCK_SIZES
 
-    from .files import write_text
-    from .plan import plan_bits, render
-    from .report import dialect_format
+    from .analysis.bit_budget import plan_bits, render
+    from .analysis.report import dialect_format
+    from .checkpoint.writer import write_text
 
     with _one_sentence_errors():
         formats = [dialect_format(block_size) for block_size in BLOCK_SIZES]
@@ -206,8 +206,8 @@ def export(
     to: Annotated[str, typer.Option(help="fp8: a compressed-tensors FP8 checkpoint.")] = "fp8",
 ) -> None:
     """Write a packed checkpoint, bit for bit, for engines that do not know the format."""
-    from .checkpoint import CheckpointError, open_packed
-    from .export import export_fp8
+    from .checkpoint.export_fp8 import export_fp8
+    from .checkpoint.reader import CheckpointError, open_packed
 
     with _one_sentence_errors(), _RichProgress() as progress:
         if to != "fp8":
@@ -249,9 +249,9 @@ def _measured(
     max_rows: int | None,
 ) -> tuple[LayerReport, ...]:
     """The losses of the layers that a conversion with these options would quantize."""
-    from .checkpoint import find_checkpoint, open_checkpoint
-    from .plan_layers import ConvertOptions, plan_layers
-    from .report import measure_layers
+    from .analysis.report import measure_layers
+    from .checkpoint.layer_choice import ConvertOptions, plan_layers
+    from .checkpoint.reader import find_checkpoint, open_checkpoint
 
     checkpoint = open_checkpoint(find_checkpoint(src))
     options = ConvertOptions(ignore=ignore or [], targets=targets or [], lm_head=lm_head)
@@ -262,7 +262,7 @@ def _measured(
 
 def _overrides(options: list[str], file: Path | None) -> dict[str, Any]:
     """Overrides of a file and of the command line; the command line goes before the file."""
-    from .checkpoint import CheckpointError, read_json
+    from .checkpoint.reader import CheckpointError, read_json
 
     merged: dict[str, Any] = {}
     for option in options:

@@ -7,10 +7,10 @@ that saved models load; it replaces nothing.
 from __future__ import annotations
 
 from .config import ConfigError, SemanticDialectConfig
-from .enable import disable, enable, summary
-from .layouts import Blocks, Grid, Layout, LayoutError, Stream, register_layout
-from .methods import add_methods
-from .quantizer import register
+from .enabling import disable, enable, summary
+from .layouts.layouts import Blocks, Grid, Layout, LayoutError, Stream, register_layout
+from .model.diffusers_quantizer import register
+from .pipeline_methods import add_methods
 
 __all__ = [
     "Blocks",

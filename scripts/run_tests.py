@@ -25,16 +25,16 @@ STAGES = (
     (
         "kernels in Triton's interpreter",
         {"TRITON_INTERPRET": "1"},
-        ("tests/kernels/interpreted",),
+        ("tests/kernels/gpu/interpreted",),
     ),
     (
         f"kernels compiled by Triton {OLD_TRITON}",
         {"PYTHONPATH": str(OLD_TRITON_FOLDER)},
-        ("tests/kernels/compiled",),
+        ("tests/kernels/gpu/compiled",),
     ),
     ("vLLM's engine and server, crashes, wheels, compiled kernels", {}, ("-m", "slow")),
 )
-INTERPRETED = "--ignore=tests/kernels/interpreted"
+INTERPRETED = "--ignore=tests/kernels/gpu/interpreted"
 
 
 def main() -> int:

@@ -1,8 +1,6 @@
 """Environment of all tests: nothing is downloaded or reported, and vLLM stays in one process."""
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -15,13 +13,6 @@ os.environ.update(
 )
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns until 3.10 changes it
-
-# pytest's importlib mode puts no folder on the path; helpers beside the tests need this line
-sys.path.append(str(Path(__file__).parent))
-
-# `python -m pytest` puts the repository root there, so that tests can import benchmarks and demo.
-# vLLM must not take the folder triton_kernels in it for OpenAI's package of that name.
-sys.modules["triton_kernels"] = None
 
 
 def pytest_collection_modifyitems(items):
@@ -39,7 +30,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """A function that makes tiny random checkpoints, each once per session."""
-    from tiny_models import make_model
+    from tests.support.tiny_models import make_model
 
     made = {}
 

@@ -16,9 +16,9 @@ import torch
 from diffusers.utils import logging
 
 import diffusers_hook
-from demo.rounded import RoundedLinear, Rounding
+from demo.language.rounded import RoundedLinear, Rounding
 from dialect_kernels.reference import quantize_fp8, quantize_mxfp4, quantize_nvfp4
-from diffusers_hook.linear import DialectLinear
+from diffusers_hook.layers.dialect import DialectLinear
 
 from .pipeline import MODEL, MovingShapesPipeline
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_gemm, bench_machine_code, bench_quantize, gpu_timing, tune
-from benchmarks.gpu_timing import Ceilings, copies_for
-from benchmarks.render import markdown
-from dialect_kernels.dispatch import GemmPlan, config_name, parse_plans
+from benchmarks.kernels import bench_gemm, bench_machine_code, bench_quantize, tune
+from benchmarks.lib import gpu_timing
+from benchmarks.lib.gpu_timing import Ceilings, copies_for
+from benchmarks.lib.render import markdown
+from dialect_kernels.gpu.tuning import GemmPlan, config_name, parse_plans
 
-ROOT = Path(bench_gemm.__file__).parent.parent
+ROOT = Path(bench_gemm.__file__).parents[2]
 H200 = Ceilings(bytes_per_s=4.3e12, bf16_per_s=790e12, fp8_per_s=1500e12)
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -116,7 +117,13 @@ def test_measured_plans_are_added_to_a_file(tmp_path):
 @without_gpu
 @pytest.mark.parametrize(
     "module",
-    ["bench_gemm", "bench_quantize", "bench_serve_gpu", "bench_video_speed_gpu", "tune"],
+    [
+        "kernels.bench_gemm",
+        "kernels.bench_quantize",
+        "language.bench_serve_gpu",
+        "video.bench_video_speed_gpu",
+        "kernels.tune",
+    ],
 )
 def test_one_sentence_without_a_gpu(module, tmp_path):
     done = subprocess.run(

@@ -7,9 +7,9 @@ import time
 import pytest
 from pydantic import ValidationError
 
-from benchmarks import harness
-from benchmarks.harness import Machine, Result, Timing, measure_result, ratio, time_calls
-from benchmarks.memory import PeakMemory
+from benchmarks.lib import harness
+from benchmarks.lib.harness import Machine, Result, Timing, measure_result, ratio, time_calls
+from benchmarks.lib.memory import PeakMemory
 
 
 def test_nothing_is_measured_while_the_gate_finds_faults():
@@ -20,9 +20,9 @@ def test_nothing_is_measured_while_the_gate_finds_faults():
 
 
 def test_a_result_names_command_commit_machine_and_versions(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["bench_x.py", "--rows", "5"])
+    monkeypatch.setattr(sys, "argv", ["/anywhere/kernels/bench_x.py", "--rows", "5"])
     result = measure_result("x", list, lambda: {"seconds": 1.5})
-    assert result.command == "python -m benchmarks.bench_x --rows 5"
+    assert result.command == "python -m benchmarks.kernels.bench_x --rows 5"
     assert result.machine == Machine.here()
     assert result.figures == {"seconds": 1.5}
     assert set(result.versions) >= {"python", "torch"}
@@ -31,7 +31,7 @@ def test_a_result_names_command_commit_machine_and_versions(monkeypatch):
 
 
 def test_main_writes_what_read_result_reads(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["/anywhere/bench_speed.py", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["/anywhere/language/bench_speed.py", "--out", str(tmp_path)])
     harness.main(list, lambda: {"ratio": 0.1 + 0.2})
     (path,) = tmp_path.iterdir()
     assert harness.read_result(path).figures == {"ratio": 0.1 + 0.2}
@@ -45,11 +45,12 @@ def test_options_reach_the_measurement_and_the_place_is_not_shown(monkeypatch, t
         parser.add_argument("--rows", type=int, default=3)
 
     place = tmp_path / "made" / "here"
-    monkeypatch.setattr(sys, "argv", ["bench_speed.py", "--out", str(place), "--rows", "5"])
+    argv = ["/anywhere/kernels/bench_speed.py", "--out", str(place), "--rows", "5"]
+    monkeypatch.setattr(sys, "argv", argv)
     harness.main(list, lambda rows: {"rows": rows}, options)
     result = harness.read_result(place / "speed.json")
     assert result.figures == {"rows": 5}
-    assert result.command == "python -m benchmarks.bench_speed --rows 5"
+    assert result.command == "python -m benchmarks.kernels.bench_speed --rows 5"
 
 
 def test_a_tree_without_history_is_told_its_commit(monkeypatch):
@@ -68,8 +69,8 @@ def test_uncommitted_code_is_marked(monkeypatch, tmp_path):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b.example"]
         subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True)
 
-    measured = tmp_path / "triton_kernels" / "ops.py"
-    measured.parent.mkdir()
+    measured = tmp_path / "triton_kernels" / "dialect_kernels" / "ops.py"
+    measured.parent.mkdir(parents=True)
     measured.write_text("1\n", encoding="utf-8")
     git("init", "-q")
     git("add", ".")

@@ -6,8 +6,8 @@ import zlib
 
 import pytest
 
-from benchmarks import render
-from benchmarks.harness import RESULTS, ROOT, read_result
+from benchmarks.lib import render
+from benchmarks.lib.harness import RESULTS, ROOT, read_result
 
 NAMES = render.names()
 
@@ -16,7 +16,7 @@ NAMES = render.names()
 def test_committed_tables_are_what_the_results_give(path):
     text = path.read_text(encoding="utf-8")
     assert text.count("<!-- benchmark:") == text.count("<!-- /benchmark -->")
-    assert render.render_text(text) == text, "run python -m benchmarks.render"
+    assert render.render_text(text) == text, "run python -m benchmarks.lib.render"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -42,7 +42,7 @@ def test_plots_are_drawn_from_the_committed_results():
     digests = {name: render.plot_digest(name) for name in NAMES}
     for path in plots:
         name = path.stem.partition("-")[0]
-        assert _png_text(path)["Source"] == digests[name], "run python -m benchmarks.render"
+        assert _png_text(path)["Source"] == digests[name], "run python -m benchmarks.lib.render"
 
 
 def test_a_changed_cell_is_found_and_rebuilt():

@@ -13,15 +13,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import is_running
 
-from benchmarks import bench_serve, serve_runs, serve_session
-from benchmarks.harness import ROOT
-from benchmarks.render import markdown
-from benchmarks.serve_models import DEMO, FORMATS, SHAPES, Load, layer_bytes, prepare, projections
-from benchmarks.serve_session import Session
-from demo.server import ServerError
+from benchmarks.language import bench_serve, serve_runs, serve_session
+from benchmarks.language.serve_models import (
+    DEMO,
+    FORMATS,
+    SHAPES,
+    Load,
+    layer_bytes,
+    prepare,
+    projections,
+)
+from benchmarks.language.serve_session import Session
+from benchmarks.lib.harness import ROOT
+from benchmarks.lib.render import markdown
+from demo.language.server import ServerError
 from dialect_kernels import quantize
+from tests.support.processes import is_running
 
 CPU_LOG = """
 (EngineCore pid=9846) INFO 11-27 20:34:18 [ompmultiprocessing.py:185] OpenMP thread binding info: 
@@ -409,7 +417,7 @@ def test_a_server_gets_its_own_environment_and_no_path_to_the_repository(tmp_pat
     server = serve_runs.MeasuredServer(
         Path("model"), log, ["--dtype", "bfloat16"], FORMATS["w4a4-torch"].environment
     )
-    assert server._command[1:6] == ["-P", "-m", "vllm.entrypoints.cli.main", "serve", "model"]
+    assert server._command[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", "model"]
     program = "import json, os; print(json.dumps(dict(os.environ)))"
     server._command = [sys.executable, "-c", program]
     with server:

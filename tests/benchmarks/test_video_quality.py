@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks import bench_video_quality as quality
-from benchmarks.harness import RESULTS, read_result
+from benchmarks.lib.harness import RESULTS, read_result
+from benchmarks.video import bench_video_quality as quality
 from diffusers_hook import SemanticDialectConfig
 
 

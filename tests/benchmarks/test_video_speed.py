@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from tiny_video import wan, wan_inputs
 from torch import nn
 
 import diffusers_hook
-from benchmarks import bench_video_speed as speed
-from benchmarks.bench_video_speed import Place, Shape
-from benchmarks.render import markdown
+from benchmarks.lib.render import markdown
+from benchmarks.video import bench_video_speed as speed
+from benchmarks.video.bench_video_speed import Place, Shape
+from tests.video.support.tiny_video import wan, wan_inputs
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -139,8 +139,8 @@ def test_every_part_waits_for_the_device(monkeypatch):
 @torch.no_grad()
 def test_rounding_is_that_of_the_call_in_progress(monkeypatch):
     """The layers with few outputs get the same tokens, salient rows and groups."""
-    from diffusers_hook import ops
-    from diffusers_hook.linear import DialectLinear
+    from diffusers_hook.layers.dialect import DialectLinear
+    from diffusers_hook.tokens import ops
 
     model = enabled()
     call = speed.generation(model, TINY, torch.float32, CPU)

@@ -16,22 +16,22 @@ import httpx
 import pytest
 import torch
 import typer
-from processes import is_running
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-import demo.run
-import demo.serve
-from demo import emulation
-from demo.perplexity import model_logprobs, perplexity, predicted, windows
-from demo.results import Demonstration, Figures, completions_table, figures_table
-from demo.run import DemoError, check_agreement
-from demo.serve import arguments_for
-from demo.server import Server, ServerError
+import demo.language.run
+import demo.language.serve
+from demo.language import emulation
+from demo.language.perplexity import model_logprobs, perplexity, predicted, windows
+from demo.language.results import Demonstration, Figures, completions_table, figures_table
+from demo.language.run import DemoError, check_agreement
+from demo.language.serve import arguments_for
+from demo.language.server import Server, ServerError
 from dialect_kernels import reference
-from dialect_plugin.checkpoint import CheckpointError, open_packed
-from dialect_plugin.convert import convert
+from dialect_plugin.checkpoint.convert import convert
+from dialect_plugin.checkpoint.reader import CheckpointError, open_packed
+from tests.support.processes import is_running
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "checkpoint_v1"
@@ -189,7 +189,7 @@ def test_serve_refuses_other_quantized_models(tmp_path):
 
 @pytest.fixture
 def command():
-    """Runs the `main` of demo.run or demo.serve with arguments, as `python -m` does."""
+    """Runs the `main` of a demonstration with arguments, as `python -m` does."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
 
     def run(main, *arguments):
@@ -205,12 +205,16 @@ def command():
 @pytest.mark.parametrize(
     ("main", "arguments", "sentence"),
     [
-        (demo.run.main, ["--model", "nowhere"], "demo: nowhere/config.json: is missing"),
-        (demo.run.main, ["--formats", "w5"], "--formats: 'w5'; it must be some of bf16, w4a4"),
-        (demo.run.main, ["--formats", "bf16,bf16"], "each once"),
-        (demo.run.main, ["--text", "nothing.txt"], "nothing.txt"),
-        (demo.run.main, ["--model", str(GOLDEN)], "is quantized already (blockdialect)"),
-        (demo.serve.main, ["--model", "nowhere"], "serve: nowhere: is not a directory"),
+        (demo.language.run.main, ["--model", "nowhere"], "demo: nowhere/config.json: is missing"),
+        (
+            demo.language.run.main,
+            ["--formats", "w5"],
+            "--formats: 'w5'; it must be some of bf16, w4a4",
+        ),
+        (demo.language.run.main, ["--formats", "bf16,bf16"], "each once"),
+        (demo.language.run.main, ["--text", "nothing.txt"], "nothing.txt"),
+        (demo.language.run.main, ["--model", str(GOLDEN)], "is quantized already (blockdialect)"),
+        (demo.language.serve.main, ["--model", "nowhere"], "serve: nowhere: is not a directory"),
     ],
 )
 def test_bad_input_is_one_sentence(command, main, arguments, sentence):
@@ -224,7 +228,7 @@ def test_a_model_without_a_tokenizer_is_one_sentence(command, tiny_model, tmp_pa
     for file in tiny_model().iterdir():
         if "token" not in file.name:
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    done = command(demo.run.main, "--model", str(tmp_path))
+    done = command(demo.language.run.main, "--model", str(tmp_path))
     assert done.exit_code == 1
     assert f"demo: {tmp_path}: the tokenizer cannot be loaded (" in done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
@@ -269,7 +273,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Healthy).serve_forever()
 def test_a_server_is_gone_whatever_happens(tmp_path, monkeypatch):
     """It ignores SIGTERM and has a child; the block ends in an error."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("demo.server._STOP_SECONDS", 1)
+    monkeypatch.setattr("demo.language.server._STOP_SECONDS", 1)
     server = Script(tmp_path / "log", STUBBORN)
     with pytest.raises(ServerError, match="answered 400: no such model"):
         ask(server)
@@ -291,7 +295,7 @@ def ask(server):
 def test_demonstration_on_the_shipped_model():
     """Servers start, answer and are gone; figures agree; the model is not converted again."""
     done = subprocess.run(
-        [sys.executable, "-m", "demo.run", "--formats", "bf16,w4a4"],
+        [sys.executable, "-m", "demo.language.run", "--formats", "bf16,w4a4"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -319,7 +323,7 @@ def test_make_serve_streams_and_stops(tiny_model, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "demo.serve", "--model", str(tiny_model()), "--"]
+    command = [sys.executable, "-m", "demo.language.serve", "--model", str(tiny_model()), "--"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "64"]
     log = tmp_path / "log"
     with log.open("wb") as output:

@@ -15,9 +15,15 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from demo.train.corpus import choose_held_out, manifest, module_of, read_sources, split_by_module
-from demo.train.publish import card
-from demo.train.train import Recipe
+from demo.language.train.corpus import (
+    choose_held_out,
+    manifest,
+    module_of,
+    read_sources,
+    split_by_module,
+)
+from demo.language.train.publish import card
+from demo.language.train.train import Recipe
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 MODEL = DEMO / "model"
@@ -39,7 +45,7 @@ def held_out() -> str:
 
 @pytest.fixture(scope="module")
 def committed() -> dict[str, Any]:
-    return json.loads((DEMO / "train" / "manifest.json").read_text())
+    return json.loads((DEMO / "language" / "train" / "manifest.json").read_text())
 
 
 def test_weights_are_one_small_bfloat16_file() -> None:
@@ -86,7 +92,7 @@ def test_held_out_text_round_trips(tokenizer: PreTrainedTokenizerBase, held_out:
 def test_held_out_perplexity_is_as_measured(
     tokenizer: PreTrainedTokenizerBase, held_out: str
 ) -> None:
-    run = json.loads((DEMO / "train" / "run.json").read_text())
+    run = json.loads((DEMO / "language" / "train" / "run.json").read_text())
     window = run["held_out"]["window"]
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     ids = torch.tensor(tokenizer(held_out, add_special_tokens=False, verbose=False).input_ids)
@@ -102,9 +108,9 @@ def test_held_out_perplexity_is_as_measured(
 
 
 def test_card_and_curve_tell_what_the_run_recorded() -> None:
-    run = json.loads((DEMO / "train" / "run.json").read_text())
+    run = json.loads((DEMO / "language" / "train" / "run.json").read_text())
     assert (MODEL / "README.md").read_text(encoding="utf-8") == card(run)
-    with (DEMO / "train" / "loss.csv").open(newline="") as opened:
+    with (DEMO / "language" / "train" / "loss.csv").open(newline="") as opened:
         rows = list(csv.DictReader(opened))
     assert int(rows[-1]["step"]) == run["steps"] == Recipe(**run["recipe"]).end
     assert int(rows[-1]["tokens"]) == run["tokens"]

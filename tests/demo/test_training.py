@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from demo.train.tokenizer import BEGIN, END, train_tokenizer
-from demo.train.train import (
+from demo.language.train.tokenizer import BEGIN, END, train_tokenizer
+from demo.language.train.train import (
     Checkpoint,
     Data,
     Recipe,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from demo.train.corpus import (
+from demo.language.train.corpus import (
     HELD_OUT_BYTES,
     HELD_OUT_MODULE_BYTES,
     SourceFile,

@@ -12,13 +12,13 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from demo.rounded import RoundedLinear
+from demo.language.rounded import RoundedLinear
 from demo.video import run as demonstration
 from demo.video.formats import FP8, MXFP4, NVFP4, PLAIN, Format, load, transformer_bytes
 from demo.video.metrics import frame_change_error, psnr, sqnr, ssim, vmaf
 from demo.video.scenes import SIZE
 from dialect_kernels.reference import quantize_mxfp4
-from diffusers_hook.linear import DialectLinear
+from diffusers_hook.layers.dialect import DialectLinear
 
 PROMPT = "a red circle moves up-left, fast"
 BLOCK_LINEARS = 10  # of a Wan block: two attentions of four, two of the feed-forward layer

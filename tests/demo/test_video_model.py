@@ -11,20 +11,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from demo.video import train
 from demo.video.check import PROMPTS, check
 from demo.video.pipeline import MODEL, MovingShapesPipeline
-from demo.video.publish import card, export
 from demo.video.scenes import ASPECTS
-from demo.video.train import Recipe
+from demo.video.train import train
+from demo.video.train.publish import card, export
+from demo.video.train.train import Recipe
 
-HERE = MODEL.parent
+TRAIN = MODEL.parent / "train"
 SIZE_LIMIT = 8_000_000
 
 
 @pytest.fixture(scope="module")
 def run() -> dict[str, Any]:
-    return json.loads((HERE / "run.json").read_text())
+    return json.loads((TRAIN / "run.json").read_text())
 
 
 def test_weights_are_small_and_bfloat16(run: dict[str, Any]) -> None:
@@ -69,7 +69,7 @@ def test_the_card_says_what_the_run_was(run: dict[str, Any]) -> None:
 
 
 def test_the_curve_is_the_whole_run(run: dict[str, Any]) -> None:
-    with (HERE / "loss.csv").open() as opened:
+    with (TRAIN / "loss.csv").open() as opened:
         curve = list(csv.DictReader(opened))
     assert int(curve[-1]["step"]) == run["steps"]
     assert float(curve[-1]["loss"]) == run["loss"] < float(curve[0]["loss"]) / 5

@@ -1,8 +1,8 @@
 """Write the golden vectors and the golden checkpoint of format version 1, from the brute force.
 
-    python tests/golden/make_golden.py
+    python -m tests.golden.make_golden
 
-Nothing of the package is used: bytes come from tests/format/brute_force.py, which follows
+Nothing of the package is used: bytes come from tests/support/brute_force.py, which follows
 docs/format.md alone. Format version 1 is frozen, so a rerun must change nothing (a test looks).
 The inputs do not depend on a random generator's version: they come from the SHA-256 of their names.
 """
@@ -11,18 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tests.support import brute_force as brute
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "tests" / "format"))
-
-import brute_force as brute  # noqa: E402 - found through the line above
-
-VECTORS = ROOT / "triton_kernels" / "golden" / "vectors_v1.json"
+VECTORS = ROOT / "triton_kernels" / "dialect_kernels" / "golden" / "vectors_v1.json"
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoint_v1"
 
 RULES = ((brute.FP4, "mse"), (brute.FP4, "two_stage"), (brute.SEM, "mse"), (brute.SEM, "lut"))

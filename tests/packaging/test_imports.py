@@ -1,11 +1,12 @@
 """Nothing happens at import: no engine, no pipeline, no Triton, no CUDA context."""
 
-import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[2]
 FORBIDDEN = {"vllm", "diffusers", "transformers", "triton"}
 MODULES = ["dialect_kernels", "dialect_kernels.cpu", "dialect_plugin", "dialect_plugin.cli"]
 
@@ -43,5 +44,20 @@ def test_packages_are_importable_by_their_installed_names_only(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_tests_do_not_see_the_folder_as_a_package():
-    assert importlib.util.find_spec("triton_kernels") is None
+def test_vllm_does_not_take_the_folder_for_a_package_of_its_own():
+    """From the repository's root, where the folder `triton_kernels` can be seen."""
+    code = (
+        "import vllm.model_executor.models.mixtral, dialect_kernels\n"
+        "from vllm.utils.import_utils import has_triton_kernels\n"
+        "assert not has_triton_kernels()\n"
+        "import torch; torch.ops.blockdialect.linear"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_folder_says_that_it_is_no_package():
+    done = subprocess.run(
+        [sys.executable, "-c", "import triton_kernels"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert "ImportError: This folder only holds the package dialect_kernels" in done.stderr

@@ -12,8 +12,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
-FOLDERS = {"dialect_kernels": "triton_kernels"}
-"""Where a package lies in the repository if not under its own name."""
+PACKAGES = {
+    "dialect_kernels": "triton_kernels/dialect_kernels",
+    "dialect_plugin": "dialect_plugin",
+    "diffusers_hook": "diffusers_hook",
+}
+"""Where a package lies in the repository."""
 
 pytestmark = pytest.mark.slow
 
@@ -46,15 +50,13 @@ def test_contents(wheel, source):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     info = next(top for top in tops if top.endswith(".dist-info"))
-    packages = {"dialect_kernels", "dialect_plugin", "diffusers_hook"}
-    assert tops == {*packages, info}
-    assert {f"{package}/py.typed" for package in packages} <= set(names)
+    assert tops == {*PACKAGES, info}
+    assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
     modules = {name for name in names if name.endswith(".py")}
-    folders = {package: source / FOLDERS.get(package, package) for package in packages}
     assert modules == {
-        f"{package}/{path.relative_to(folder)}"
-        for package, folder in folders.items()
-        for path in folder.rglob("*.py")
+        f"{package}/{path.relative_to(source / folder)}"
+        for package, folder in PACKAGES.items()
+        for path in (source / folder).rglob("*.py")
     }
     assert any(name.startswith("dialect_kernels/golden/") for name in names)
     assert [name for name in names if name.startswith("dialect_kernels/cpu/dialect_cpu-")]

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from full_attention import (
+
+from diffusers_hook.attention import attention
+from diffusers_hook.attention.attention import attention_with_lse, log_sum_exp, tiled_log_sum_exp
+from tests.video.support.full_attention import (
     DTYPES,
     MASKS,
     LargestTensor,
@@ -16,9 +19,6 @@ from full_attention import (
     some_mask,
     tensors,
 )
-
-from diffusers_hook import attention
-from diffusers_hook.attention import attention_with_lse, log_sum_exp, tiled_log_sum_exp
 
 BOTH = pytest.mark.parametrize("function", [log_sum_exp, tiled_log_sum_exp])
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tiny_video import generate, run, wan, wan_pipeline
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 import diffusers_hook
-from diffusers_hook.attach import attached
-from diffusers_hook.linear import QuantizedLinear
+from diffusers_hook.layers.dialect import QuantizedLinear
+from diffusers_hook.model.attach import attached
+from tests.video.support.tiny_video import generate, run, wan, wan_pipeline
 
 # random: the choice does not hang on the last bit of a score, which compilers change
 OPTIONS = {
@@ -83,7 +83,7 @@ def test_a_compiled_transformer_is_enabled_and_disabled(first):
 
 
 def test_the_ops_pass_opcheck():
-    from diffusers_hook import ops
+    from diffusers_hook.tokens import ops
 
     model = wan(layers=1)
     diffusers_hook.enable(model, **OPTIONS)

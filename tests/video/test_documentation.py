@@ -7,10 +7,9 @@ import re
 import runpy
 from pathlib import Path
 
-from tiny_video import wan_pipeline
-
 from diffusers_hook import SemanticDialectConfig
-from diffusers_hook.layouts import layout_named
+from diffusers_hook.layouts.layouts import layout_named
+from tests.video.support.tiny_video import wan_pipeline
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "video.md").read_text(encoding="utf-8")
 NOT_SET_BY_HAND = {"quant_method", "format_version"}

@@ -12,14 +12,15 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
-from tiny_video import generate, run, wan, wan_pipeline
 from torch import nn
 
 import dialect_kernels
 import diffusers_hook
-from diffusers_hook import ConfigError, LayoutError, SemanticDialectConfig, attach, swap
-from diffusers_hook.attach import attached
-from diffusers_hook.linear import DialectLinear, Fp8Linear
+from diffusers_hook import ConfigError, LayoutError, SemanticDialectConfig
+from diffusers_hook.layers.dialect import DialectLinear, Fp8Linear
+from diffusers_hook.model import attach, swap
+from diffusers_hook.model.attach import attached
+from tests.video.support.tiny_video import generate, run, wan, wan_pipeline
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -446,7 +447,7 @@ def count_tensors():
 
 
 def test_enabling_and_disabling_a_hundred_times_leaks_nothing():
-    from diffusers_hook import state
+    from diffusers_hook.tokens import block_state as state
 
     model = wan(layers=1)
     before = run(model)

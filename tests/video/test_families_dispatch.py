@@ -1,11 +1,12 @@
 """Families whose attention goes through diffusers' dispatcher are supported in full."""
 
 import pytest
-from family_checks import CHECKS, check_scores
-from hunyuan_cases import CASES as HUNYUAN_CASES
-from ltx_cases import CASES as LTX_CASES
-from wan_cases import CASES as WAN_CASES
-from wan_cases import wan_case
+
+from tests.video.support.family_checks import CHECKS, check_scores
+from tests.video.support.hunyuan_cases import CASES as HUNYUAN_CASES
+from tests.video.support.ltx_cases import CASES as LTX_CASES
+from tests.video.support.wan_cases import CASES as WAN_CASES
+from tests.video.support.wan_cases import wan_case
 
 CASES = (*WAN_CASES, *HUNYUAN_CASES, *LTX_CASES)
 

@@ -1,10 +1,9 @@
 """CogVideoX, Mochi, EasyAnimate, Latte, Allegro, Cosmos and Kandinsky are supported in full."""
 
-import joint_cases
-import kandinsky_cases
 import pytest
-import separate_cases
-from family_checks import CHECKS
+
+from tests.video.support import joint_cases, kandinsky_cases, separate_cases
+from tests.video.support.family_checks import CHECKS
 
 CASES = (*joint_cases.CASES, *separate_cases.CASES, *kandinsky_cases.CASES)
 

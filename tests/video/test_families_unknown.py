@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from unscored_cases import JOYIMAGE_EDIT
 
 import diffusers_hook
 from diffusers_hook import LayoutError
-from diffusers_hook.attach import attached
-from diffusers_hook.linear import DialectLinear
+from diffusers_hook.layers.dialect import DialectLinear
+from diffusers_hook.model.attach import attached
+from tests.video.support.unscored_cases import JOYIMAGE_EDIT
 
 WARNING = (
     "Unheard: quantized without salient tokens and groups: its layout is not known, and only "

@@ -3,12 +3,12 @@
 import logging
 
 import pytest
-from family_checks import check_names, check_restored
-from unscored_cases import CASES
 
 import diffusers_hook
 from diffusers_hook import LayoutError
-from diffusers_hook.attach import attached
+from diffusers_hook.model.attach import attached
+from tests.video.support.family_checks import check_names, check_restored
+from tests.video.support.unscored_cases import CASES
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)

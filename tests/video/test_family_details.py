@@ -2,24 +2,24 @@
 
 import pytest
 import torch
-from family_checks import (
+from torch import nn
+
+import diffusers_hook
+from diffusers_hook.layers.dialect import DialectLinear
+from diffusers_hook.layouts.layouts import Stream, layout_for
+from diffusers_hook.model.attach import attached
+from tests.video.support.family_checks import (
     check_names,
     check_restored,
     check_rows,
     check_scores,
     check_swap_is_noticed,
 )
-from joint_cases import CASES, COGVIDEOX, COGVIDEOX_BLOCK, EASYANIMATE_SHARED
-from kandinsky_cases import KANDINSKY5, call5
-from ltx_cases import ltx2, ltx_with_conditions
-from separate_cases import LATTE
-from tiny_parts import GRID, made
-from torch import nn
-
-import diffusers_hook
-from diffusers_hook.attach import attached
-from diffusers_hook.layouts import Stream, layout_for
-from diffusers_hook.linear import DialectLinear
+from tests.video.support.joint_cases import CASES, COGVIDEOX, COGVIDEOX_BLOCK, EASYANIMATE_SHARED
+from tests.video.support.kandinsky_cases import KANDINSKY5, call5
+from tests.video.support.ltx_cases import ltx2, ltx_with_conditions
+from tests.video.support.separate_cases import LATTE
+from tests.video.support.tiny_parts import GRID, made
 
 COGVIDEOX_CASE = CASES[0]
 

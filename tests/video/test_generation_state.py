@@ -5,18 +5,18 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
-import tiny_pipelines
 import torch
 from diffusers import LatteTransformer3DModel
-from tiny_video import run, wan
 from torch import nn
 
 import diffusers_hook
-from diffusers_hook import state
-from diffusers_hook.attach import attached
-from diffusers_hook.branch import Context
 from diffusers_hook.config import SemanticDialectConfig
-from diffusers_hook.layouts import Block, Blocks, Grid, Stream, remembered
+from diffusers_hook.layouts.layouts import Block, Blocks, Grid, Stream, remembered
+from diffusers_hook.model.attach import attached
+from diffusers_hook.tokens import block_state as state
+from diffusers_hook.tokens.branch import Context
+from tests.video.support import tiny_pipelines
+from tests.video.support.tiny_video import run, wan
 
 GRID = Grid(1, 5, 4, 4)
 OPTIONS = {"seda": True, "progress": False, "salient_refresh": 2, "seda_refresh": 3}
@@ -81,7 +81,7 @@ def test_scores_come_from_the_log_sum_exp_where_it_is_at_hand(model, monkeypatch
     used = []
     for name in ("log_sum_exp", "received_attention", "received_attention_from_lse"):
         monkeypatch.setattr(state, name, spied(getattr(state, name), used))
-    monkeypatch.setattr(diffusers_hook.seda, "log_sum_exp", None)
+    monkeypatch.setattr(diffusers_hook.attention.seda, "log_sum_exp", None)
     for step in range(4):
         used.append(step)
         run(model, context="cond", timestep=900 - step)

@@ -2,13 +2,21 @@
 
 import pytest
 import torch
-from family_checks import CHECKS, JOINT, TEXT, VIDEO, Case, spread, touch_argument
-from open_sora_stand_in import MMDiTModel
 
 import diffusers_hook
+from benchmarks.video.open_sora_stand_in import MMDiTModel
 from diffusers_hook import LayoutError
-from diffusers_hook.attach import attached
-from diffusers_hook.linear import DialectLinear, Fp8Linear
+from diffusers_hook.layers.dialect import DialectLinear, Fp8Linear
+from diffusers_hook.model.attach import attached
+from tests.video.support.family_checks import (
+    CHECKS,
+    JOINT,
+    TEXT,
+    VIDEO,
+    Case,
+    spread,
+    touch_argument,
+)
 
 GRID = (3, 4, 2)
 TEXT_TOKENS = 7

@@ -7,7 +7,19 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from full_attention import (
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusers_hook.attention import attention
+from diffusers_hook.attention.attention import attention_with_lse, log_sum_exp, tiled_log_sum_exp
+from diffusers_hook.attention.saliency import (
+    received_attention,
+    received_attention_from_lse,
+    salient_count,
+    sampled_queries,
+    select_salient,
+)
+from tests.video.support.full_attention import (
     DTYPES,
     MASKS,
     LargestTensor,
@@ -15,18 +27,6 @@ from full_attention import (
     full_logits,
     some_mask,
     tensors,
-)
-from hypothesis import given
-from hypothesis import strategies as st
-
-from diffusers_hook import attention
-from diffusers_hook.attention import attention_with_lse, log_sum_exp, tiled_log_sum_exp
-from diffusers_hook.saliency import (
-    received_attention,
-    received_attention_from_lse,
-    salient_count,
-    sampled_queries,
-    select_salient,
 )
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from diffusers import PipelineQuantizationConfig, WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
-from tiny_video import generate, run, wan, wan_pipeline
 
 import diffusers_hook
 from diffusers_hook import ConfigError, SemanticDialectConfig
-from diffusers_hook.attach import attached
-from diffusers_hook.linear import DialectLinear
+from diffusers_hook.layers.dialect import DialectLinear
+from diffusers_hook.model.attach import attached
+from tests.video.support.tiny_video import generate, run, wan, wan_pipeline
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -7,12 +7,12 @@ from itertools import chain, pairwise, product
 import numpy as np
 import pytest
 import torch
-from full_attention import LargestTensor, full_attention, full_logits, tensors
 
-from diffusers_hook import seda
-from diffusers_hook.attention import log_sum_exp
-from diffusers_hook.saliency import received_attention
-from diffusers_hook.seda import FREE, assign_groups, windows
+from diffusers_hook.attention import seda
+from diffusers_hook.attention.attention import log_sum_exp
+from diffusers_hook.attention.saliency import received_attention
+from diffusers_hook.attention.seda import FREE, assign_groups, windows
+from tests.video.support.full_attention import LargestTensor, full_attention, full_logits, tensors
 
 GRIDS = ((4, 4, 4), (5, 3, 7), (9, 6, 5), (3, 8, 9), (1, 9, 10), (2, 1, 1), (1, 1, 1))
 

@@ -20,15 +20,15 @@ import pytest
 import torch
 from diffusers import ModelMixin
 from diffusers.models import transformers
-from family_checks import picture
 from torch import nn
-from video_transformers import FULL, UNSCORED, tiny_models
 
 import diffusers_hook
 from diffusers_hook import LayoutError
-from diffusers_hook.attach import attached
-from diffusers_hook.layouts import layout_for
-from diffusers_hook.linear import DialectLinear
+from diffusers_hook.layers.dialect import DialectLinear
+from diffusers_hook.layouts.layouts import layout_for
+from diffusers_hook.model.attach import attached
+from tests.video.support.family_checks import picture
+from tests.video.support.video_transformers import FULL, UNSCORED, tiny_models
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "video-support.md"
 LEVELS = {"full": FULL, "no saliency": UNSCORED}
@@ -88,7 +88,8 @@ def test_every_video_transformer_has_one_row():
     new, gone = sorted(found - set(listed)), sorted(set(listed) - found)
     assert not new, (
         f"diffusers {diffusers.__version__} has video transformers without a row in "
-        f"{DOCUMENT.name}: {new}; add the row, and a tiny model to tests/video_transformers.py"
+        f"{DOCUMENT.name}: {new}; add the row, and a tiny model to "
+        "tests/video/support/video_transformers.py"
     )
     assert not gone, (
         f"diffusers {diffusers.__version__} has no such video transformers any more: {gone}; "

@@ -17,11 +17,11 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
-from tiny_video import LAYERS, generate, run, wan, wan_inputs, wan_pipeline
 
 import diffusers_hook
-from diffusers_hook.attach import attached
-from diffusers_hook.linear import DialectLinear, Fp8Linear, QuantizedLinear
+from diffusers_hook.layers.dialect import DialectLinear, Fp8Linear, QuantizedLinear
+from diffusers_hook.model.attach import attached
+from tests.video.support.tiny_video import LAYERS, generate, run, wan, wan_inputs, wan_pipeline
 
 LORA = LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
 CPU = torch.device("cpu")

@@ -1,0 +1,115 @@
+"""What compilers make of the GPU kernels, read from the machine code; no GPU is needed.
+
+For every tile that the dispatch can choose: the matrix instruction, registers, shared memory and
+the instructions of the main loop per weight, by the Triton that is installed and by the one beside
+the oldest supported PyTorch (fetched by ``make test``). None of this is a time.
+
+An H200 that reads 4.25 bits a weight at the full speed of its memory (4.8 TB/s by its data sheet)
+can issue 3.7 instructions for each of them: a loop with fewer is not what keeps it waiting.
+
+    python -m benchmarks.kernels.bench_machine_code
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+import triton
+
+from dialect_kernels.gpu.linear import EXACT_PLANS, table_of
+from dialect_kernels.gpu.tuning import TABLES
+
+from ..lib.harness import ROOT, Table, main
+from ..lib.machine_code import MMA, compile_gemm, faults, per_weight
+
+OLD_TRITON = ROOT / ".cache" / "triton-3.6.0"
+GPUS = {80: "sm_80", 89: "sm_89", 90: "sm_90 (H100, H200)", 100: "sm_100", 120: "sm_120"}
+
+
+def gate() -> list[str]:
+    """Spilled registers and missing matrix instructions by the installed Triton."""
+    return [
+        f"{row['gpu']}, {row['operands']}, {row['tokens']} tokens: {fault}"
+        for row in rows()
+        for fault in row["faults"]
+    ]
+
+
+def measure() -> dict[str, Any]:
+    """The rows of both compilers, by Triton version."""
+    found = {triton.__version__: rows()}
+    if OLD_TRITON.exists():
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "from benchmarks import bench_machine_code as b; b.print_rows()",
+            ],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": f"{OLD_TRITON}{os.pathsep}{ROOT}"},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        found |= json.loads(done.stdout.splitlines()[-1])
+    return {"triton": dict(sorted(found.items()))}
+
+
+def print_rows() -> None:
+    """One line of JSON: the rows by the Triton of this process."""
+    print(json.dumps({triton.__version__: rows()}))
+
+
+def rows() -> list[dict[str, Any]]:
+    """One row for every plan of every device."""
+    found = []
+    for eight_bits, mma in MMA.items():
+        for capability in mma:
+            plans = TABLES[table_of(divmod(capability, 10), eight_bits)]
+            found += [_row(plan, capability, eight_bits, False) for _, plan in plans]
+    for capability in MMA[False]:
+        found += [_row(plan, capability, False, True) for _, plan in EXACT_PLANS]
+    return found
+
+
+def _row(plan: Any, capability: int, eight_bits: bool, exact: bool) -> dict[str, Any]:
+    code = compile_gemm(plan, capability, eight_bits, exact)
+    pattern = MMA[eight_bits][capability]
+    used = next((text for text in code.main_loop() if re.search(pattern, text)), "none")
+    return {
+        "gpu": GPUS[capability],
+        "operands": "FP8" if eight_bits else "bfloat16, exact" if exact else "bfloat16",
+        "tokens": plan.tokens,
+        "instruction": used.split()[0] if not used.startswith("@") else used.split()[1],
+        "per_weight": round(per_weight(code, plan, exact), 2),
+        "registers": code.registers,
+        "shared_kib": round(code.shared / 1024, 1),
+        "faults": faults(code, capability, pattern),
+    }
+
+
+def tables(figures: dict[str, Any]) -> dict[str, Table]:
+    """``gemm``: every plan; ``hopper``: instructions per weight of FP8 operands on sm_90."""
+    versions = figures["triton"]
+    columns = [f"{version}: {what}" for version in versions for what in ("per weight", "registers")]
+    shown = [["GPU", "operands", "tokens of a tile", "instruction", *columns]]
+    hopper = [["tokens of a tile", *(f"Triton {version}" for version in versions)]]
+    for by_version in zip(*versions.values(), strict=True):
+        first = by_version[0]
+        cells = [
+            c for row in by_version for c in (f"{row['per_weight']:.2f}", str(row["registers"]))
+        ]
+        tokens = str(first["tokens"])
+        shown.append([first["gpu"], first["operands"], tokens, f"`{first['instruction']}`", *cells])
+        if first["gpu"] == GPUS[90] and first["operands"] == "FP8":
+            hopper.append([tokens, *(f"{row['per_weight']:.2f}" for row in by_version)])
+    return {"gemm": shown, "hopper": hopper}
+
+
+if __name__ == "__main__":
+    main(gate, measure)

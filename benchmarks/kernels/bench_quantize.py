@@ -1,0 +1,192 @@
+"""The quantizers on a GPU: tokens in flight, and weights while a model loads.
+
+Tokens are compared with a plain per-token FP8 quantization of the same tensor, once by this
+project's kernel and once written in PyTorch operations. A layer's share is what quantizing takes of
+the time of quantizing and multiplying, summed over the four layers of LLaMA-3-8B.
+
+    python -m benchmarks.kernels.bench_quantize                    # needs a GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from dialect_kernels import DIALECT_FP4, SEMANTIC_32, quantize, reference
+from dialect_kernels.verify import verify
+
+from ..lib.gpu_timing import copies_for, measure_ceilings, microseconds, need_gpu, time_graphs
+from ..lib.harness import Table, main
+from .bench_gemm import MODELS
+
+TOKENS = (1, 16, 256, 2048, 16384)
+COLUMNS = (4096, 14336)
+KINDS = {
+    "FP8": "FP8, this kernel",
+    "torch": "FP8, PyTorch operations",
+    "dialect": "DialectFP4, two_stage",
+    "semantic": "32 dialects, lut",
+    "decomposed": "32 dialects, 10 % decomposed",
+    "grouped": "32 dialects, decomposed and grouped",
+}
+"""Kind -> how it is shown; the first is what the others are compared with."""
+SHARE_TOKENS = (2048, 4096, 16384)
+WEIGHTS_8B = 32 * sum(features * columns for features, columns in MODELS["8B"].values())
+"""Weights in the linear layers of LLaMA-3-8B."""
+
+
+def gate() -> list[str]:
+    """What is wrong with the kernels on this GPU.
+
+    Raises:
+        SystemExit: if there is none.
+    """
+    need_gpu()
+    faults = [f"{r.case}: {r.detail}" for r in verify(["cuda"]) if not r.passed]
+    for columns in COLUMNS:
+        x = _tokens(33, columns)
+        for book in (DIALECT_FP4, SEMANTIC_32):
+            q, scale = _quantizers()["dialect" if book is DIALECT_FP4 else "semantic"](x)
+            want = reference.round_activation(x, book)
+            if not torch.equal(q.float() * scale[:, None], want):
+                faults.append(f"{book.name}, {columns} columns: differs from the reference")
+    return faults
+
+
+def measure(tokens: list[int]) -> dict[str, Any]:
+    """Microseconds of quantizing tokens, a layer's shares, and seconds for the weights of 8B."""
+    device = torch.device("cuda")
+    ceilings = measure_ceilings(device)
+    found = {
+        f"{count} x {columns}": _measure_tokens(count, columns, ceilings.bytes_per_s)
+        for columns in COLUMNS
+        for count in tokens
+    }
+    return {
+        "tokens": found,
+        "share": {str(count): _measure_share(count) for count in SHARE_TOKENS},
+        "weights": {book.name: _measure_weights(book) for book in (DIALECT_FP4, SEMANTIC_32)},
+    }
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Which numbers of tokens."""
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+
+
+def tables(figures: dict[str, Any]) -> dict[str, Table]:
+    """``tokens``, ``share`` of the four layers, ``weights``."""
+    rows = [["tokens x columns", *KINDS.values(), "two_stage to FP8"]]
+    for shape, times in figures["tokens"].items():
+        cells = [
+            f"{times[kind]['median_us']:.1f} µs ({times[kind]['of_copy']:.0%})" for kind in KINDS
+        ]
+        ratio = times["dialect"]["median_us"] / times["FP8"]["median_us"]
+        rows.append([shape, *cells, f"{ratio:.2f} x"])
+    share = [["tokens", "quantizing", "of the four layers"]]
+    for tokens, found in figures["share"].items():
+        share.append([tokens, f"{found['quantize_us']:.0f} µs", f"{found['share']:.1%}"])
+    weights = [["formatbook", "million weights a second", "LLaMA-3-8B"]]
+    for name, found in figures["weights"].items():
+        million = f"{found['weights_per_s'] / 1e6:.0f}"
+        weights.append([name, million, f"{WEIGHTS_8B / found['weights_per_s']:.1f} s"])
+    return {"tokens": rows, "share": share, "weights": weights}
+
+
+def _quantizers() -> dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]:
+    from dialect_kernels.gpu.quantize_activations import quantize_activation
+    from dialect_kernels.gpu.quantize_fp8 import quantize_activation_fp8
+
+    def decomposed(x: torch.Tensor, grouped: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        row = torch.arange(len(x), device=x.device)
+        group = (row % 64).to(torch.int32) if grouped else None
+        return quantize_activation(x, SEMANTIC_32, salient=row[::10], group=group)
+
+    return {
+        "FP8": quantize_activation_fp8,
+        "torch": _fp8_by_torch,
+        "dialect": partial(quantize_activation, book=DIALECT_FP4),
+        "semantic": partial(quantize_activation, book=SEMANTIC_32),
+        "decomposed": partial(decomposed, grouped=False),
+        "grouped": partial(decomposed, grouped=True),
+    }
+
+
+def _fp8_by_torch(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = x.abs().amax(dim=1).float() / 448
+    return (x.float() / scale[:, None]).to(torch.float8_e4m3fn), scale
+
+
+def _measure_tokens(tokens: int, columns: int, bytes_per_s: float) -> dict[str, Any]:
+    moved = 3 * tokens * columns  # two bytes read, one written
+    count = copies_for(2 * tokens * columns, torch.cuda.get_device_properties(0).L2_cache_size)
+    copies = [_tokens(tokens, columns, seed) for seed in range(min(count, 16))]
+    calls = {
+        kind: (partial(_rotate, call, copies), len(copies)) for kind, call in _quantizers().items()
+    }
+    times = time_graphs(calls)
+    return {
+        kind: microseconds(timing) | {"of_copy": round(moved / bytes_per_s / timing.median_s, 4)}
+        for kind, timing in times.items()
+    }
+
+
+def _rotate(call: Callable[[torch.Tensor], object], copies: list[torch.Tensor], i: int) -> object:
+    return call(copies[i])
+
+
+def _measure_share(tokens: int) -> dict[str, float]:
+    """What quantizing takes of the layers' time, weights decoded in each call."""
+    from dialect_kernels.gpu import linear as gpu
+
+    quantize_s = multiply_s = 0.0
+    for features, columns in MODELS["8B"].values():
+        p = quantize(_tokens(features, columns) / 50)
+        x = _tokens(tokens, columns)
+        how = gpu.route(tokens, p.shape, "dialect", x.dtype, x.device)
+        q, scale = gpu.quantize_tokens(x, p, "dialect", how)
+        times = time_graphs(
+            {
+                "quantize": (
+                    lambda _, p=p, x=x, how=how: gpu.quantize_tokens(x, p, "dialect", how),
+                    2,
+                ),
+                "multiply": (
+                    lambda _, p=p, q=q, s=scale, how=how: gpu.multiply(
+                        q, s, p, None, torch.bfloat16, how
+                    ),
+                    2,
+                ),
+            }
+        )
+        quantize_s += times["quantize"].median_s
+        multiply_s += times["multiply"].median_s
+    return {
+        "quantize_us": 1e6 * quantize_s,
+        "multiply_us": 1e6 * multiply_s,
+        "share": quantize_s / (quantize_s + multiply_s),
+    }
+
+
+def _measure_weights(book: Any) -> dict[str, float]:
+    """The exact-error quantizer on the largest layer, outside of a graph: it checks for NaN."""
+    from ..lib.harness import time_calls
+
+    weight = _tokens(28672, 4096) / 50
+    timing = time_calls(
+        {"quantize": lambda: quantize(weight, book)}, rounds=7, synchronize=torch.cuda.synchronize
+    )["quantize"]
+    return {"weights_per_s": weight.numel() / timing.median_s}
+
+
+def _tokens(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(tokens, columns, generator=generator, device="cuda").to(torch.bfloat16)
+
+
+if __name__ == "__main__":
+    main(gate, measure, options)

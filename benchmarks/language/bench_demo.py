@@ -1,0 +1,66 @@
+"""The demonstration's figures: size and held-out perplexity of the model that ships, as served.
+
+bf16 and BlockDialect come from running servers over HTTP, MXFP4 from the emulation; docs/demo.md
+says how. All of the held-out text is scored. Deterministic on one machine: there is no spread.
+
+    python -m benchmarks.language.bench_demo
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from dialect_kernels.verify import verify
+
+from ..lib.harness import ROOT, Table, main
+
+ALL_TOKENS = 1_000_000
+
+
+def gate() -> list[str]:
+    """Golden vectors that the installed code does not meet; no figure is shown while there are."""
+    return [f"{r.case}: {r.detail}" for r in verify(["cpu"]) if not r.passed]
+
+
+def measure() -> dict[str, Any]:
+    """Per format: bytes on disk, perplexity and where it comes from.
+
+    Raises:
+        SystemExit: if a server and its emulation differ by more than 0.5 %.
+    """
+    # here, because rendering the tables needs none of it
+    from rich.console import Console
+
+    from demo.language.run import FORMATS, DemoError, demonstrate
+
+    folder = ROOT / "demo"
+    try:
+        found = demonstrate(
+            folder / "model", folder / "heldout.txt", list(FORMATS), ALL_TOKENS, Console()
+        )
+    except DemoError as error:
+        sys.exit(f"demo: not measured: {error}")
+    return asdict(found)
+
+
+def tables(figures: dict[str, Any]) -> dict[str, Table]:
+    """``perplexity``: size and perplexity of every format."""
+    base = next(row["perplexity"] for row in figures["rows"] if row["name"] == "bf16")
+    rows = [["format", "MB on disk", "perplexity", "to bf16", "measured by"]]
+    for row in figures["rows"]:
+        rows.append(
+            [
+                row["name"],
+                f"{row['bytes'] / 1e6:.2f}",
+                f"{row['perplexity']:.3f}",
+                f"{row['perplexity'] / base - 1:+.2%}",
+                "`vllm serve`" if row["source"] == "server" else "emulation",
+            ]
+        )
+    return {"perplexity": rows}
+
+
+if __name__ == "__main__":
+    main(gate, measure)

@@ -1,0 +1,19 @@
+"""Served models on a GPU: :mod:`benchmarks.language.bench_serve` under a name of its own.
+
+python -m benchmarks.language.bench_serve_gpu
+"""
+
+from ..lib.gpu_timing import on_gpu
+from ..lib.harness import main
+from .bench_serve import gate as _gate
+from .bench_serve import measure, options, stop_on_signals, tables
+
+__all__ = ["gate", "measure", "options", "tables"]
+
+
+gate = on_gpu(_gate)
+
+
+if __name__ == "__main__":
+    stop_on_signals()
+    main(gate, measure, options)

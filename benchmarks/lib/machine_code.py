@@ -1,0 +1,224 @@
+"""Kernels compiled for a GPU that is not there, and what can be read from the machine code.
+
+Triton brings NVIDIA's assembler and disassemblers. `TRITON_INTERPRET` must not be set: kernels that
+were made under it cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dialect_kernels.gpu import gemm
+from dialect_kernels.gpu.tuning import GemmPlan
+
+__all__ = [
+    "MMA",
+    "SHARED_LIMIT",
+    "MachineCode",
+    "compile_gemm",
+    "compile_kernel",
+    "faults",
+    "per_weight",
+]
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+"""Bytes of shared memory that one program may use, by compute capability."""
+
+POINTERS = {
+    "p_x_scale": "*fp32", "p_scale": "*fp32", "p_codes": "*u8", "p_meta": "*u8", "p_q": "*u8",
+    "p_row_exponent": "*i8", "p_salient": "*i32", "p_group": "*i32", "p_totals": "*i32",
+    "p_book": "*i32", "p_bias": "*bf16", "p_y": "*bf16", "p_x": "*bf16", "p_zeros": "*i32",
+    "p_partial": "*fp32", "p_arrived": "*i32",
+}  # fmt: skip
+
+
+MMA = {
+    True: {
+        89: r"QMMA\.16832\.F32\.E4M3",
+        90: r"QGMMA\.64x\d+x32\.F32\.E4M3",
+        100: r"UTCQMMA",
+        120: r"QMMA\.16832\.F32\.E4M3",
+    },
+    False: {
+        80: r"HMMA\.16816\.F32\.BF16",
+        89: r"HMMA\.16816\.F32\.BF16",
+        90: r"HGMMA\.64x\d+x16\.F32\.BF16",
+        100: r"UTCHMMA|HMMA\.16816\.F32\.BF16",
+    },
+}
+"""The matrix instruction by operands (FP8 or not) and compute capability."""
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What came out.
+
+    Attributes:
+        registers, stack: per thread; stack is in bytes.
+        shared: bytes per program.
+        text: the disassembly.
+    """
+
+    registers: int
+    stack: int
+    shared: int
+    text: str
+
+    @property
+    def instructions(self) -> list[str]:
+        """All instructions, in order, without predicates."""
+        found = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s*(.*?);", self.text, re.MULTILINE)
+        return [re.sub(r"^@!?U?P\w+\s+", "", text) for text in found]
+
+    @property
+    def operations(self) -> Counter[str]:
+        """Instructions by their first part, e.g. ``"PRMT"``."""
+        return Counter(text.split()[0].split(".")[0] for text in self.instructions)
+
+    def main_loop(self) -> list[str]:
+        """The instructions of the smallest loop that multiplies matrices.
+
+        Raises:
+            AssertionError: if there is none.
+        """
+        code: list[str] = []
+        labels: dict[str, int] = {}
+        loops: list[list[str]] = []
+        for line in self.text.splitlines():
+            if label := re.match(r"\s*(\.L_x_\d+):", line):
+                labels[label[1]] = len(code)
+            elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s*(.*?);", line):
+                code.append(found[1])
+                jump = re.search(r"BRA\S*\s+.*?(\.L_x_\d+)", found[1])
+                if jump and jump[1] in labels:
+                    body = code[labels[jump[1]] :]
+                    if any("MMA" in text for text in body):
+                        loops.append(body)
+        assert loops, "no loop holds a matrix instruction"
+        return min(loops, key=len)
+
+
+def compile_kernel(
+    kernel: Any,
+    capability: int,
+    constants: Mapping[str, Any],
+    pointers: Mapping[str, str] | None = None,
+    num_warps: int = 4,
+    num_stages: int = 3,
+) -> MachineCode:
+    """Compile a kernel; every pointer is aligned to 16 bytes, every other argument an int32.
+
+    Args:
+        kernel: the jitted function.
+        capability: 80, 89, 90, 100 or 120.
+        constants: its constexpr arguments, and arguments that are None.
+        pointers: types of pointers where they are not those of `POINTERS`.
+        num_warps, num_stages: as at a launch.
+    """
+    types = POINTERS | dict(pointers or {})
+    names = kernel.arg_names
+    assert set(constants) <= set(names)
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "i32") for name in names
+    }
+    aligned = [n for n in names if signature[n].startswith("*")]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(made.asm["cubin"])
+        usage = _run("cuobjdump", "-res-usage", path)
+        text = _run("nvdisasm", "-c", path)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    return MachineCode(int(found[1]), int(found[2]), made.metadata.shared, text)
+
+
+def _run(tool: str, option: str, path: Path) -> str:
+    command = [os.fspath(TOOLS / tool), option, os.fspath(path)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def compile_gemm(
+    plan: GemmPlan, capability: int, eight_bits: bool, exact: bool = False
+) -> MachineCode:
+    """The kernel of a plan, for blocks of 32 and whole tiles.
+
+    Args:
+        plan: of the fused kernel.
+        capability: see :func:`compile_kernel`.
+        eight_bits: FP8 operands; else bfloat16.
+        exact: the mode ``exact``, on bfloat16.
+    """
+    constants: dict[str, Any] = {
+        "B": 32,
+        "BM": plan.tokens,
+        "BN": plan.features,
+        "BK": 32 if exact else plan.columns,
+        "BIAS": True,
+        "SPLIT": plan.splits > 1,
+        "EVEN": True,
+        "ASM": True,
+    }
+    if plan.splits == 1:
+        constants |= {"p_partial": None, "p_arrived": None}
+    pointers = {"p_table": "*i64"}
+    if eight_bits:
+        kernel, pointers["p_x"] = gemm.eight_bit_kernel, "*fp8e4nv"
+    else:
+        kernel = gemm.sixteen_bit_kernel
+        constants |= {"SCALED": exact, "ALIGNED": True, "EXACT": exact, "FLOAT16": False}
+        if not exact:
+            constants["p_x_scale"] = None
+    return compile_kernel(kernel, capability, constants, pointers, plan.num_warps, plan.num_stages)
+
+
+def per_weight(code: MachineCode, plan: GemmPlan, exact: bool = False) -> float:
+    """Instructions of the main loop for each weight that a thread decodes in it."""
+    columns = 32 if exact else plan.columns
+    return len(code.main_loop()) / (plan.features * columns / (32 * plan.num_warps))
+
+
+def faults(code: MachineCode, capability: int, mma: str | None = None) -> list[str]:
+    """What is wrong with machine code: spilled registers, too much shared memory, another MMA.
+
+    Args:
+        code: what was compiled.
+        capability: for which compute capability.
+        mma: pattern of the matrix instruction that the main loop must hold, beside byte permutes,
+            which say that weights are decoded in registers.
+    """
+    found = []
+    if code.stack or {"LDL", "STL"} & set(code.operations):
+        found.append(f"spills {code.stack} bytes a thread")
+    if code.registers > 255:
+        found.append(f"{code.registers} registers")
+    if code.shared > SHARED_LIMIT[capability]:
+        found.append(f"{code.shared} bytes of shared memory")
+    if mma is not None:
+        loop = code.main_loop()
+        found += [
+            f"no {wanted} in the main loop"
+            for wanted in (mma, "PRMT")
+            if not any(re.search(wanted, text) for text in loop)
+        ]
+    return found

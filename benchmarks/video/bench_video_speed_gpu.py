@@ -1,0 +1,18 @@
+"""The video blocks on a GPU: :mod:`benchmarks.video.bench_video_speed` under a name of its own.
+
+python -m benchmarks.video.bench_video_speed_gpu
+"""
+
+from ..lib.gpu_timing import on_gpu
+from ..lib.harness import main
+from .bench_video_speed import gate as _gate
+from .bench_video_speed import measure, options, tables
+
+__all__ = ["gate", "measure", "options", "tables"]
+
+
+gate = on_gpu(_gate)
+
+
+if __name__ == "__main__":
+    main(gate, measure, options)

@@ -1,0 +1,328 @@
+"""What `make demo` runs: quantize a model, serve it, compare it with bf16 and MXFP4.
+
+    python -m demo.language.run [--model DIR] [--tokens N] [--formats bf16,w4a4,...] [--text FILE]
+
+The bf16 and BlockDialect figures come from running servers, MXFP4 from the emulation, as no engine
+serves it on a CPU. On bf16 and W4A4 the emulation is compared with the server: if they differ by
+more than 0.5 %, the demonstration fails.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from transformers import AutoTokenizer
+
+import dialect_kernels
+import dialect_plugin
+from dialect_plugin.checkpoint.reader import Checkpoint, open_checkpoint, open_packed
+
+from . import emulation
+from .perplexity import model_logprobs, perplexity, predicted, server_logprobs, windows
+from .results import Demonstration, Figures, completions_table, figures_table
+from .server import Server, ServerError
+
+__all__ = ["CACHE", "FORMATS", "DemoError", "check_agreement", "demonstrate", "main"]
+
+DEMO = Path(__file__).resolve().parents[1]
+CACHE = DEMO.parent / ".cache" / "demo"
+PROMPTS = ["def read_", "import os\n\nclass ", "    for name in sorted("]
+FORMATS = {
+    "bf16": ("bf16", None),
+    "w4a4": ("BlockDialect W4A4", "blockdialect"),
+    "w4a8": ("BlockDialect W4A8", "blockdialect_w4a8"),
+    "w4a16": ("BlockDialect W4A16", "blockdialect_w4a16"),
+}
+"""Key -> name in the tables, vLLM's quantization method."""
+
+TOLERANCE = 0.005
+TOLERANCE_TOKENS = 32_768
+SMALL_MODEL_BYTES = 100_000_000
+FEW_TOKENS = 4_096  # for larger models, which would take hours on a CPU
+MAX_WINDOW = 512
+COMPLETION_TOKENS = 40
+
+
+class DemoError(RuntimeError):
+    """Why the demonstration failed, in one sentence."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What every step needs.
+
+    Attributes:
+        model: directory of the 16-bit checkpoint.
+        packed: directory of the packed one.
+        context: for ``--max-model-len``.
+        parts: windows of held-out tokens.
+        console: where to say what is happening.
+    """
+
+    model: Path
+    packed: Path
+    context: int
+    parts: list[list[int]]
+    console: Console
+
+    def measure(
+        self, what: str, logprobs: Callable[[Any, Any, Callable[[], object]], Any], source: object
+    ) -> float:
+        """Perplexity of the windows by `source`, with a progress bar."""
+        console = self.console
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task(f"  {what}", total=len(self.parts))
+            return perplexity(logprobs(source, self.parts, lambda: bar.advance(task)))
+
+
+def demonstrate(
+    model: Path, text: Path, formats: list[str], token_limit: int | None, console: Console
+) -> Demonstration:
+    """Run the demonstration.
+
+    Args:
+        model: directory of a 16-bit checkpoint.
+        text: file with held-out text.
+        formats: keys of `FORMATS` to serve, in this order.
+        token_limit: how many tokens of the text to use; None: 32,768, or 4,096 for a model above
+            100 MB.
+        console: where to say what is happening.
+
+    Raises:
+        DemoError: if a step fails, or a server and its emulation disagree.
+        ServerError: if a server does not start or answer.
+        ValueError: if the model or the text cannot be used.
+    """
+    checkpoint = open_checkpoint(model)
+    _refuse_quantized(checkpoint)
+    size = sum(info.nbytes for info in checkpoint.tensors.values())
+    limit = token_limit or (TOLERANCE_TOKENS if size <= SMALL_MODEL_BYTES else FEW_TOKENS)
+    context = min(MAX_WINDOW, _context(checkpoint))
+    tokens, begin = _tokenize(model, text.read_text(encoding="utf-8"))
+    parts = windows(tokens, context - 1, limit, begin)  # a server adds at least one token
+    if not parts:
+        raise DemoError(f"{text}: holds too little text to predict anything; give a longer one")
+    steps = 2 + len(formats)
+    console.print(f"1/{steps} quantizing the model")
+    task = _Task(model, _quantize(model, console), context, parts, console)
+    rows = []
+    for number, key in enumerate(formats, start=2):
+        console.print(f"{number}/{steps} serving {FORMATS[key][0]}")
+        rows.append(_serve(key, task))
+    console.print(f"{steps}/{steps} emulating MXFP4-32, which no engine serves on a CPU")
+    emulated = task.measure(
+        "perplexity by emulation",
+        model_logprobs,
+        emulation.emulate_mxfp4(model, task.packed),
+    )
+    console.print(f"  perplexity {emulated:.3f}")
+    nbytes = _mxfp4_bytes(checkpoint, task.packed)
+    rows.insert(
+        int(formats[0] == "bf16"), Figures("MXFP4-32 W4A4", nbytes, emulated, "emulation", [])
+    )
+    return Demonstration(
+        model.resolve().name, text.name, predicted(parts), context - 1, PROMPTS, rows
+    )
+
+
+def check_agreement(name: str, served: float, emulated: float, tokens: int) -> None:
+    """Compare two perplexities of one model, the server's and the emulation's.
+
+    They differ because bfloat16 is rounded in other places, and rounding to 4 bits makes some of
+    these differences large. Such noise averages out: with fewer than 32,768 tokens the allowed
+    0.5 % grows as one over the square root of their number.
+
+    Raises:
+        DemoError: if they differ by more than that.
+    """
+    allowed = TOLERANCE * max(1, math.sqrt(TOLERANCE_TOKENS / tokens))
+    difference = abs(served / emulated - 1)
+    if not difference <= allowed:
+        raise DemoError(
+            f"{name}: the server's perplexity {served:.4f} and the emulation's {emulated:.4f} "
+            f"differ by {difference:.2%}; {allowed:.2%} is allowed"
+        )
+
+
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    existing = checkpoint.config.get("quantization_config")
+    if existing is not None:
+        method = existing.get("quant_method") if isinstance(existing, dict) else existing
+        raise DemoError(
+            f"{checkpoint.path}: is quantized already ({method}); give its 16-bit original, or "
+            "serve a packed one with make serve MODEL=DIR"
+        )
+
+
+def _context(checkpoint: Checkpoint) -> int:
+    """The model's context in tokens."""
+    config = checkpoint.config.get("text_config", checkpoint.config)
+    return int(config.get("max_position_embeddings", MAX_WINDOW))
+
+
+def _tokenize(model: Path, text: str) -> tuple[list[int], int | None]:
+    """The text's token ids, and the begin token's if there is one."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DemoError(
+            f"{model}: the tokenizer cannot be loaded ({reason}); put the model's tokenizer files "
+            "into the directory"
+        ) from None
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids, tokenizer.bos_token_id
+
+
+def _quantize(model: Path, console: Console) -> Path:
+    """The packed checkpoint of `model`, made by the command that a user would give."""
+    destination = CACHE / f"{model.resolve().name}-blockdialect"
+    stamp = destination.with_name(f"{destination.name}.stamp")
+    wanted = _fingerprint(model)
+    if (destination / "config.json").exists() and stamp.exists() and stamp.read_text() == wanted:
+        console.print(f"  {_shown(destination)} is there already, from this model and this code")
+        return destination
+    stamp.unlink(missing_ok=True)
+    command = ["blockdialect", "quantize", str(model), str(destination), "--overwrite"]
+    _say_command([*command[:2], _shown(model), _shown(destination), *command[4:]], console)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]])
+    if done.returncode != 0:
+        raise DemoError(f"blockdialect quantize ended with status {done.returncode}, see above")
+    stamp.write_text(wanted)
+    return destination
+
+
+def _fingerprint(model: Path) -> str:
+    """What decides the packed bytes: the model's files as the file system sees them, our code."""
+    digest = hashlib.sha256(str(model.resolve()).encode())
+    for file in sorted(model.iterdir()):
+        status = file.stat()
+        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    for package in (dialect_kernels, dialect_plugin):
+        for source in sorted(Path(package.__path__[0]).rglob("*")):
+            if source.suffix in {".py", ".cpp"}:
+                digest.update(source.read_bytes())
+    return digest.hexdigest()
+
+
+def _serve(key: str, task: _Task) -> Figures:
+    """Start a server, ask it for completions and log-probabilities, stop it, check its figure."""
+    name, method = FORMATS[key]
+    directory = task.model if method is None else task.packed
+    # --dtype: one for all; --enforce-eager: compiling takes longer than all that is asked here
+    arguments = ["--dtype", "bfloat16", "--max-model-len", str(task.context), "--enforce-eager"]
+    # a packed checkpoint is recognized without this, as a user would serve it
+    if method not in {None, "blockdialect"}:
+        arguments += ["--quantization", str(method)]
+    _say_command(["vllm", "serve", _shown(directory), *arguments], task.console)
+    began = time.monotonic()
+    with Server(directory, CACHE / "logs" / f"{key}.log", *arguments) as server:
+        with task.console.status(f"  waiting for it; its log is {_shown(server.log)}"):
+            server.wait_until_ready()
+        task.console.print(f"  ready after {time.monotonic() - began:.0f} s")
+        completions = [
+            str(server.complete(prompt, max_tokens=COMPLETION_TOKENS)["text"]) for prompt in PROMPTS
+        ]
+        served = task.measure("perplexity from the server", server_logprobs, server)
+    task.console.print(f"  perplexity {served:.3f}; the server is stopped")
+    nbytes = sum(info.nbytes for info in open_checkpoint(directory).tensors.values())
+    row = Figures(name, nbytes, served, "server", completions)
+    if key in {"bf16", "w4a4"}:
+        row.emulated_perplexity = _emulated(key, task)
+        check_agreement(name, served, row.emulated_perplexity, predicted(task.parts))
+        task.console.print(f"  the emulation agrees: {row.emulated_perplexity:.3f}")
+    return row
+
+
+def _emulated(key: str, task: _Task) -> float:
+    if key == "bf16":
+        model = emulation.load_bf16(task.model)
+    else:
+        model = emulation.emulate_blockdialect(task.model, task.packed)
+    return task.measure("the same by emulation", model_logprobs, model)
+
+
+def _mxfp4_bytes(checkpoint: Checkpoint, packed: Path) -> int:
+    """Size of the checkpoint with the same layers in MXFP4-32: 4 + 8/32 bits a weight."""
+    quantized = {f"{name}.weight" for name in open_packed(packed).layers}
+    total = 0
+    for name, info in checkpoint.tensors.items():
+        weights = math.prod(info.shape)
+        total += weights // 2 + weights // 32 if name in quantized else info.nbytes
+    return total
+
+
+def _say_command(command: list[str], console: Console) -> None:
+    console.print(f"  {shlex.join(command)}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _shown(path: Path) -> str:
+    """A path as a user would type it: relative where it lies below the current directory."""
+    absolute = path.resolve()
+    below = absolute.is_relative_to(Path.cwd())
+    return str(absolute.relative_to(Path.cwd()) if below else absolute)
+
+
+def _formats(value: str) -> list[str]:
+    keys = value.split(",")
+    for key in keys:
+        if key not in FORMATS or keys.count(key) > 1:
+            raise DemoError(
+                f"--formats: {value!r}; it must be some of {', '.join(FORMATS)}, each once, "
+                "separated by commas"
+            )
+    return keys
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Directory of a 16-bit checkpoint.")] = DEMO / "model",
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens of the text; 32768, or 4096 for models above 100 MB."),
+    ] = None,
+    formats: Annotated[str, typer.Option(help="What to serve, separated by commas.")] = ",".join(
+        FORMATS
+    ),
+    text: Annotated[Path, typer.Option(help="Held-out text.")] = DEMO / "heldout.txt",
+) -> None:
+    """Quantize a model, serve it, compare it with bf16 and MXFP4."""
+    console = Console()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that these too stop the server
+        signal.signal(number, _interrupt)
+    try:
+        result = demonstrate(model, text, _formats(formats), tokens, console)
+    except (DemoError, ServerError, ValueError, OSError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        print("demo: interrupted; no server is left running", file=sys.stderr)
+        raise typer.Exit(130) from None
+    for prompt in range(len(PROMPTS)):
+        console.print(completions_table(result, prompt))
+    console.print(figures_table(result))
+    file = CACHE / "result.json"
+    file.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+    console.print(f"written to {_shown(file)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,1 @@
+"""How the shipped video model was made."""

@@ -1,0 +1,206 @@
+"""Spending a bit budget: which layers take blocks of 16, 32 or 64.
+
+Smaller blocks lose less and take more bits (BlockDialect calls such a mixture dynamic block size).
+Every layer has a few points (bits, error); the plan starts at the cheapest of each and takes, one
+by one, the step that saves most error per bit, along the lower convex hull of each layer, as long
+as the budget allows (the choice of layers is ours). Its error is above the best possible one by
+at most the gain of one layer's step. Layers that engines fuse (q, k and v; gate and up) count as
+one layer, because a fused layer has one block size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+from rich.console import Group
+from rich.table import Table
+
+from dialect_kernels.formatbook import BLOCK_SIZES
+
+from ..architectures import fused_with
+from ..checkpoint.loss import sqnr
+from ..scheme import SchemeError, fitting_block_size
+from .report import LayerReport, dialect_name
+
+__all__ = ["Objective", "Plan", "choose_block_sizes", "plan_bits", "render"]
+
+Objective = Literal["error", "relative"]
+_UNIFORM = 32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Block sizes under a budget.
+
+    Attributes:
+        layers: the measured layers.
+        block_sizes: layer -> block size.
+        objective: ``"error"``: the sum of all squared errors was made small; ``"relative"``: the
+            sum over the layers of squared error / energy times weights.
+    """
+
+    layers: tuple[LayerReport, ...]
+    block_sizes: dict[str, int]
+    objective: Objective
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight, meta bytes and row exponents included."""
+        return _bits(self.layers, self.block_sizes)
+
+    @property
+    def sqnr_db(self) -> float:
+        """SQNR of all weights together."""
+        return _sqnr(self.layers, self.block_sizes)
+
+    @property
+    def uniform_block_sizes(self) -> dict[str, int]:
+        """What a conversion without overrides takes: 32, or the largest that divides."""
+        sizes = {layer.name: fitting_block_size(layer.columns, _UNIFORM) for layer in self.layers}
+        return {name: size for name, size in sizes.items() if size is not None}
+
+    @property
+    def gain_db(self) -> float:
+        """SQNR gained over the uniform block size."""
+        return self.sqnr_db - _sqnr(self.layers, self.uniform_block_sizes)
+
+    def overrides(self) -> dict[str, dict[str, Any]]:
+        """What ``blockdialect quantize --overrides`` takes: the layers that differ from uniform."""
+        uniform = self.uniform_block_sizes
+        return {
+            name: {"block_size": size}
+            for name, size in self.block_sizes.items()
+            if size != uniform[name]
+        }
+
+
+def plan_bits(
+    layers: Sequence[LayerReport], bits_per_weight: float, objective: Objective = "error"
+) -> Plan:
+    """Choose block sizes for measured layers.
+
+    Args:
+        layers: with the losses of the dialect formats.
+        bits_per_weight: the budget, on average over all weights of `layers`.
+        objective: see :class:`Plan`.
+
+    Raises:
+        SchemeError: if even the largest blocks need more than the budget.
+    """
+    members: dict[str, list[LayerReport]] = {}
+    for layer in layers:
+        members.setdefault(_first_part(layer.name), []).append(layer)
+    points = {name: _points(parts, objective) for name, parts in members.items()}
+    weights = sum(layer.weights for layer in layers)
+    least = sum(min(bits for bits, _ in sizes.values()) for sizes in points.values())
+    if least > bits_per_weight * weights:
+        raise SchemeError(
+            f"--bits: {bits_per_weight:g}; the largest blocks need {least / weights:.4f} bits per "
+            "weight: give at least that"
+        )
+    chosen = choose_block_sizes(points, bits_per_weight * weights)
+    sizes = {layer.name: chosen[_first_part(layer.name)] for layer in layers}
+    return Plan(tuple(layers), sizes, objective)
+
+
+def choose_block_sizes(
+    points: Mapping[str, Mapping[int, tuple[int, float]]], budget: float
+) -> dict[str, int]:
+    """Take the best step per bit until the budget is spent.
+
+    Args:
+        points: layer -> block size -> (bits, error).
+        budget: bits for all layers together, at least the sum of the cheapest.
+
+    Returns:
+        layer -> block size.
+    """
+    hulls = {name: _lower_hull(sizes) for name, sizes in points.items()}
+    chosen = {name: hull[0] for name, hull in hulls.items()}
+    spent = sum(points[name][size][0] for name, size in chosen.items())
+    steps = []
+    for order, (name, hull) in enumerate(hulls.items()):
+        for before, after in pairwise(hull):
+            bits = points[name][after][0] - points[name][before][0]
+            gain = points[name][before][1] - points[name][after][1]
+            steps.append((-gain / bits, order, name, before, after, bits))
+    for _, _, name, before, after, bits in sorted(steps):
+        if chosen[name] == before and spent + bits <= budget:
+            chosen[name] = after
+            spent += bits
+    return chosen
+
+
+def _lower_hull(sizes: Mapping[int, tuple[int, float]]) -> list[int]:
+    """Block sizes on the lower convex hull, cheapest first, each with less error than before."""
+    hull: list[int] = []
+    for size in sorted(sizes, key=lambda size: sizes[size]):
+        if hull and sizes[size][1] >= sizes[hull[-1]][1]:
+            continue
+        while len(hull) > 1 and _slope(sizes, hull[-1], size) < _slope(sizes, hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(size)
+    return hull
+
+
+def _slope(sizes: Mapping[int, tuple[int, float]], before: int, after: int) -> float:
+    """Change of error per bit, negative."""
+    return (sizes[after][1] - sizes[before][1]) / (sizes[after][0] - sizes[before][0])
+
+
+def _first_part(name: str) -> str:
+    """What stands for all layers that engines fuse with the layer `name`."""
+    return (fused_with(name) or (name,))[0]
+
+
+def _points(parts: Sequence[LayerReport], objective: Objective) -> dict[int, tuple[int, float]]:
+    """Bits and error of layers that take one block size, for each size that divides all."""
+    points = {}
+    for size in BLOCK_SIZES:
+        name = dialect_name(size)
+        if all(name in part.losses for part in parts):
+            bits = sum(round(part.losses[name].bits_per_weight * part.weights) for part in parts)
+            error = sum(part.losses[name].noise * _importance(part, objective) for part in parts)
+            points[size] = (bits, error)
+    return points
+
+
+def _importance(layer: LayerReport, objective: Objective) -> float:
+    """What a layer's squared error is multiplied with."""
+    return layer.weights / layer.signal if objective == "relative" and layer.signal else 1.0
+
+
+def _bits(layers: Sequence[LayerReport], sizes: Mapping[str, int]) -> float:
+    bits = sum(x.weights * x.losses[dialect_name(sizes[x.name])].bits_per_weight for x in layers)
+    return bits / sum(layer.weights for layer in layers)
+
+
+def _sqnr(layers: Sequence[LayerReport], sizes: Mapping[str, int]) -> float:
+    noise = sum(layer.losses[dialect_name(sizes[layer.name])].noise for layer in layers)
+    return sqnr(sum(layer.signal for layer in layers), noise)
+
+
+def render(plan: Plan) -> Group:
+    """The layers that differ from uniform blocks, and what is gained."""
+    uniform = plan.uniform_block_sizes
+    table = Table("layer", "shape", "block size", "instead of", "SQNR, dB", "instead of")
+    by_name = {layer.name: layer for layer in plan.layers}
+    for name in plan.overrides():
+        layer, size = by_name[name], plan.block_sizes[name]
+        sqnrs = [layer.losses[dialect_name(s)].sqnr_db for s in (size, uniform[name])]
+        table.add_row(
+            name,
+            f"{layer.rows} x {layer.columns}",
+            str(size),
+            str(uniform[name]),
+            *(f"{value:.2f}" for value in sqnrs),
+        )
+    summary = (
+        f"{plan.bits_per_weight:.4f} bits per weight, SQNR {plan.sqnr_db:.3f} dB; uniform blocks "
+        f"of {_UNIFORM}: {_bits(plan.layers, uniform):.4f} bits, "
+        f"{_sqnr(plan.layers, uniform):.3f} dB; gain {plan.gain_db:+.3f} dB"
+    )
+    return Group(table, summary)

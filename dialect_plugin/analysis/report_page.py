@@ -1,0 +1,89 @@
+"""A report as one self-contained HTML page: table, plots as inline SVG, no scripts, no links."""
+
+from __future__ import annotations
+
+from io import StringIO
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from dialect_kernels import __version__
+
+from .report import Report, dialect_name, sqnr_cells
+
+__all__ = ["report_page"]
+
+_SHOWN_BLOCK_SIZE = 32
+
+
+def report_page(report: Report) -> str:
+    """The page's text. Names of layers and of the checkpoint are escaped.
+
+    Raises:
+        ValueError: if matplotlib is not installed.
+    """
+    environment = Environment(
+        loader=PackageLoader("dialect_plugin"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    layers = [(layer, sqnr_cells(layer.losses, report.formats)) for layer in report.layers]
+    return environment.get_template("report.html").render(
+        report=report,
+        totals=report.totals(),
+        layers=layers,
+        sampled=any(layer.measured_rows < layer.rows for layer in report.layers),
+        sqnr_plot=_svg(_draw_sqnr, report),
+        dialect_plot=_svg(_draw_dialects, report),
+        block_size=_SHOWN_BLOCK_SIZE,
+        version=__version__,
+    )
+
+
+def _svg(draw: Any, report: Report) -> Markup:
+    """A plot as SVG; it holds no text of the checkpoint, only the names of formats and numbers."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError(
+            "--html: the plots need matplotlib; install it with pip install 'blockdialect[report]'"
+        ) from None
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    draw(figure.add_subplot(), report)
+    out = StringIO()
+    # a fixed salt and no date: the same report gives the same bytes
+    with rc_context({"svg.hashsalt": "blockdialect"}):
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    return Markup(text[text.index("<svg") :])  # without the XML declaration
+
+
+def _draw_sqnr(axes: Any, report: Report) -> None:
+    for name in report.formats:
+        points = [
+            (number, layer.losses[name].sqnr_db)
+            for number, layer in enumerate(report.layers, start=1)
+            if name in layer.losses
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, lw=1, label=name)
+    axes.set_xlabel("layer, in the order of the table")
+    axes.set_ylabel("SQNR, dB")
+    axes.grid(alpha=0.3)
+    if report.layers:
+        axes.figure.legend(fontsize="small", ncols=len(report.formats), loc="outside upper center")
+
+
+def _draw_dialects(axes: Any, report: Report) -> None:
+    loss = report.totals().get(dialect_name(_SHOWN_BLOCK_SIZE))
+    counts = loss.dialects if loss is not None and loss.dialects is not None else ()
+    total = max(1, sum(counts))
+    axes.bar(range(len(counts)), [100 * count / total for count in counts])
+    axes.set_xticks(range(len(counts)))
+    axes.set_xlabel("dialect")
+    axes.set_ylabel("% of all blocks")
+    axes.grid(axis="y", alpha=0.3)

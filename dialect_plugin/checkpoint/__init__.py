@@ -1,0 +1,1 @@
+"""Checkpoints on disk: read, choose layers, convert, inspect, export."""

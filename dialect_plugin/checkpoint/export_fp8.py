@@ -1,0 +1,169 @@
+"""Exporting a packed checkpoint for engines that do not know its format.
+
+A dialect weight *is* an FP8 weight: every value is an E4M3 number times its row's power of two
+(docs/format.md, section 2). ``fp8`` writes exactly that, as a compressed-tensors checkpoint with
+one scale per output channel and FP8 activations scaled per token while serving. No weight changes
+by a bit; only the size does, to 8 bits per weight.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from dialect_kernels import __version__
+
+from .convert import Progress
+from .reader import CONFIG, INDEX, PACKED_SUFFIXES, CheckpointError, PackedCheckpoint
+from .writer import check_destination, check_disk_space, copied_files, write_file, write_text
+
+__all__ = ["ExportResult", "compressed_tensors_config", "export_fp8"]
+
+_CODES = PACKED_SUFFIXES[0]
+_UNFINISHED = ".unfinished"
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A finished export.
+
+    Attributes:
+        destination: the FP8 checkpoint.
+        layers: how many layers are stored in FP8.
+        source_bytes, exported_bytes: bytes of all tensors before and after.
+    """
+
+    destination: Path
+    layers: int
+    source_bytes: int
+    exported_bytes: int
+
+
+def export_fp8(packed: PackedCheckpoint, destination: Path, progress: Progress) -> ExportResult:
+    """Write a packed checkpoint as a compressed-tensors FP8 checkpoint with the same weights.
+
+    The files are written into a directory beside `destination`, which is renamed at the end: a
+    killed export leaves no checkpoint behind, and a rerun starts again.
+
+    Args:
+        packed: an opened packed checkpoint.
+        destination: directory to write; must not exist or be empty.
+        progress: is told about every tensor.
+
+    Raises:
+        CheckpointError, ValueError: one sentence, if the destination cannot be used or a tensor is
+            missing, does not fit or holds reserved values.
+        OSError: if writing fails.
+    """
+    source = packed.checkpoint
+    check_destination(source.path, destination)
+    if destination.exists() and any(destination.iterdir()):
+        raise CheckpointError(f"{destination}: is not empty; choose another directory")
+    check_disk_space(destination, _exported_bytes(packed))
+    staging = destination.with_name(destination.name + _UNFINISHED)
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir(parents=True)
+
+    sizes = [info.nbytes for info in source.tensors.values()]
+    progress.begin("exporting", len(sizes), sum(sizes))
+    stored: dict[str, tuple[str, int]] = {}
+    for shard in source.shards:
+        tensors = dict(_exported_tensors(packed, shard, progress))
+        stored |= {name: (shard, tensor.nbytes) for name, tensor in tensors.items()}
+        write_file(staging / shard, partial(save_file, tensors, metadata={"format": "pt"}))
+        del tensors
+    exported_bytes = sum(nbytes for _, nbytes in stored.values())
+    for file in copied_files(source.path):
+        write_file(staging / file.name, partial(shutil.copyfile, file))
+    write_text(staging / "README.md", _card(packed))
+    config = source.config | {"quantization_config": compressed_tensors_config(packed)}
+    write_text(staging / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    if (source.path / INDEX).exists():
+        index = {
+            "metadata": {"total_size": exported_bytes},
+            "weight_map": {name: shard for name, (shard, _) in sorted(stored.items())},
+        }
+        write_text(staging / INDEX, json.dumps(index, indent=2) + "\n")
+    staging.replace(destination)
+    return ExportResult(destination, len(packed.layers), sum(sizes), exported_bytes)
+
+
+def compressed_tensors_config(packed: PackedCheckpoint) -> dict[str, Any]:
+    """The ``quantization_config`` of the FP8 checkpoint: W8A8, scales per channel and per token."""
+    eight_bits = {"num_bits": 8, "type": "float", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": eight_bits | {"strategy": "channel", "dynamic": False},
+        "input_activations": eight_bits | {"strategy": "token", "dynamic": True},
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "kv_cache_scheme": None,
+        "ignore": _sixteen_bit_layers(packed),
+    }
+
+
+def _sixteen_bit_layers(packed: PackedCheckpoint) -> list[str]:
+    """Names and patterns of all linear layers that stay in 16 bit, experts as one pattern."""
+    names = packed.checkpoint.linear_layers()
+    listed = [name for name in names if ".experts." not in name]
+    if len(listed) < len(names):
+        listed.append("re:.*\\.experts\\..*")
+    if "lm_head" not in (*listed, *packed.layers):
+        listed.append("lm_head")  # tied to the embeddings: no tensor, but a linear layer
+    return listed
+
+
+def _exported_tensors(
+    packed: PackedCheckpoint, shard: str, progress: Progress
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of an output shard; a layer goes where its codes are."""
+    source = packed.checkpoint
+    with source.open_shard(shard) as file:
+        for name, info in source.tensors.items():
+            if info.shard != shard:
+                continue
+            if name.endswith(_CODES):
+                layer = name.removesuffix(_CODES)
+                weight, scale = packed.read(layer).to_e4m3()
+                yield f"{layer}.weight", weight
+                yield f"{layer}.weight_scale", scale[:, None].contiguous()
+            elif not name.endswith(PACKED_SUFFIXES):
+                yield name, file.get_tensor(name)
+            progress.advance(info.nbytes)
+
+
+def _exported_bytes(packed: PackedCheckpoint) -> int:
+    total = 0
+    for name, info in packed.checkpoint.tensors.items():
+        if name.endswith(_CODES):
+            total += 2 * info.nbytes + 4 * info.shape[0]
+        elif not name.endswith(PACKED_SUFFIXES):
+            total += info.nbytes
+    return total
+
+
+def _card(packed: PackedCheckpoint) -> str:
+    name = packed.checkpoint.path.resolve().name
+    return (
+        f"# {name}, BlockDialect weights as FP8\n\n"
+        f"{len(packed.layers)} linear layers hold, bit for bit, the values of a BlockDialect "
+        f"checkpoint (book `{packed.scheme.book}`) as E4M3 numbers with one power-of-two scale per "
+        "output channel, in the compressed-tensors format. Any engine that serves FP8 W8A8 with "
+        "dynamic scales per token serves it; what is lost against the 16-bit model is what "
+        "4 bits per weight lose.\n\n"
+        f"Written by blockdialect {__version__} (`blockdialect export --to fp8`).\n"
+    )

@@ -1,0 +1,112 @@
+"""Looking into a packed checkpoint: every tensor is read and checked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Group
+from rich.table import Table
+
+from .convert import Progress
+from .reader import PACKED_SUFFIXES, PackedCheckpoint, open_packed
+
+__all__ = ["Inspection", "LayerInspection", "inspect_checkpoint", "render"]
+
+
+@dataclass(frozen=True)
+class LayerInspection:
+    """One packed layer.
+
+    Attributes:
+        name: the layer.
+        rows, columns: shape of its weight.
+        block_size: its block size.
+        nbytes: bytes it is stored in.
+        largest_delta: largest distance of a block below its row's exponent, in binades.
+        dialects: blocks per dialect id.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    block_size: int
+    nbytes: int
+    largest_delta: int
+    dialects: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A packed checkpoint that was read whole and found valid."""
+
+    packed: PackedCheckpoint
+    layers: tuple[LayerInspection, ...]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight over all packed layers."""
+        weights = sum(layer.rows * layer.columns for layer in self.layers)
+        return 8 * sum(layer.nbytes for layer in self.layers) / max(1, weights)
+
+
+def inspect_checkpoint(path: Path, progress: Progress) -> Inspection:
+    """Read and check every packed tensor.
+
+    Raises:
+        CheckpointError, SchemeError, ValueError: one sentence on the first fault.
+    """
+    packed = open_packed(path)
+    tensors = packed.checkpoint.tensors
+    progress.begin(
+        "checking",
+        len(packed.layers),
+        sum(info.nbytes for name, info in tensors.items() if name.endswith(PACKED_SUFFIXES)),
+    )
+    layers = []
+    for name in packed.layers:
+        weight = packed.read(name)
+        counts = torch.bincount(weight.ids().flatten().int(), minlength=len(weight.book))
+        layers.append(
+            LayerInspection(
+                name=name,
+                rows=weight.shape[0],
+                columns=weight.shape[1],
+                block_size=weight.block_size,
+                nbytes=weight.nbytes,
+                largest_delta=int(weight.deltas().max()) if weight.meta.numel() else 0,
+                dialects=tuple(counts.tolist()),
+            )
+        )
+        progress.advance(weight.nbytes)
+    return Inspection(packed, tuple(layers))
+
+
+def render(found: Inspection) -> Group:
+    """A table of the layers and one of the dialects."""
+    scheme = found.packed.scheme
+    layers = Table(
+        "layer", "shape", "block", "bytes", "largest delta", "commonest dialects", title="Layers"
+    )
+    for layer in found.layers:
+        common = Counter(dict(enumerate(layer.dialects))).most_common(3)
+        layers.add_row(
+            layer.name,
+            f"{layer.rows} x {layer.columns}",
+            str(layer.block_size),
+            f"{layer.nbytes:,}",
+            str(layer.largest_delta),
+            ", ".join(f"{identity} ({_share(n, layer.dialects)})" for identity, n in common),
+        )
+    summary = (
+        f"valid: format version {scheme.format_version}, book {scheme.book}, "
+        f"{len(found.layers)} packed layers, {found.bits_per_weight:.3f} bits per weight, "
+        f"activations {scheme.activation_format}, {len(scheme.ignore)} names in 16 bit"
+    )
+    return Group(layers, summary)
+
+
+def _share(count: int, counts: tuple[int, ...]) -> str:
+    return f"{100 * count / max(1, sum(counts)):.0f} %"

@@ -1,0 +1,240 @@
+"""Deciding, before anything is written, what happens to every layer of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from .. import architectures
+from ..scheme import (
+    ActivationFormat,
+    BlockSize,
+    BookName,
+    LayerOverride,
+    Scheme,
+    SchemeError,
+    check_patterns,
+    fitting_block_size,
+    matches,
+)
+from .reader import Checkpoint, CheckpointError
+
+__all__ = ["ConvertOptions", "LayerPlan", "plan_layers"]
+
+_QUANTIZABLE = {"BF16", "F16", "F32"}
+_FOREIGN_CONFIGS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+_FOREIGN_SUFFIXES = (
+    ".qweight",
+    ".qzeros",
+    ".weight_packed",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".weight.absmax",
+    "_blocks",
+    "_scales",
+)
+
+
+class ConvertOptions(BaseModel):
+    """What the user asks of a conversion.
+
+    Attributes:
+        book: formatbook of weights and activations.
+        block_size: block size of layers without an override.
+        activation_format: what the checkpoint asks an engine for.
+        ignore: patterns of layers that stay in 16 bit.
+        overrides: pattern -> what differs for these layers.
+        targets: patterns of the layers to quantize, instead of the architecture's table.
+        lm_head: quantize the output projection too.
+        strict: refuse layers whose columns no block size divides as asked, instead of adapting.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    book: BookName = "dialect_fp4"
+    block_size: BlockSize = 32
+    activation_format: ActivationFormat = "dialect"
+    ignore: list[str] = Field(default_factory=list)
+    overrides: dict[str, LayerOverride] = Field(default_factory=dict)
+    targets: list[str] = Field(default_factory=list)
+    lm_head: bool = False
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The decision for a checkpoint.
+
+    Attributes:
+        block_sizes: layer -> block size of every layer that is quantized.
+        adapted: layers that take another block size than asked for.
+        indivisible: layers that stay in 16 bit because no block size divides their columns.
+        scheme: the resolved scheme, for config.json.
+        has_experts: whether the model has experts; they stay in 16 bit.
+    """
+
+    block_sizes: dict[str, int]
+    adapted: tuple[str, ...]
+    indivisible: tuple[str, ...]
+    scheme: Scheme
+    has_experts: bool
+
+
+def plan_layers(checkpoint: Checkpoint, options: ConvertOptions) -> LayerPlan:
+    """Choose the layers to quantize and their block sizes.
+
+    Raises:
+        CheckpointError: if the checkpoint is quantized already, its architecture is not known and
+            no targets are given, or a chosen layer has a dtype that is not supported.
+        SchemeError: if a pattern matches nothing, the parts of a fused layer disagree, or `strict`
+            finds a layer that does not fit.
+    """
+    _refuse_quantized(checkpoint)
+    _ = checkpoint.architecture  # engines need it, whatever chooses the layers
+    linear = checkpoint.linear_layers()
+    asked = Scheme.model_validate(
+        {
+            "book": options.book,
+            "block_size": options.block_size,
+            "activation_format": options.activation_format,
+            "ignore": options.ignore,
+            "overrides": {k: v.model_dump() for k, v in options.overrides.items()},
+            "lm_head": options.lm_head,
+        }
+    )
+    chosen = _choose(checkpoint, linear, options)
+    check_patterns("ignore", options.ignore, linear)
+    check_patterns("override", options.overrides, chosen)
+    chosen = [name for name in chosen if not asked.is_ignored(name)]
+    if not chosen:
+        raise SchemeError("ignore: no layer is left to quantize; ignore fewer layers")
+
+    block_sizes: dict[str, int] = {}
+    adapted, indivisible = [], []
+    for name in chosen:
+        info = checkpoint.tensors[f"{name}.weight"]
+        if info.dtype not in _QUANTIZABLE:
+            raise CheckpointError(
+                f"{name}.weight: has dtype {info.dtype}; only BF16, F16 and F32 can be quantized: "
+                f"use the original checkpoint, or --ignore {name}"
+            )
+        wanted = asked.block_size_of(name)
+        fitting = fitting_block_size(info.shape[1], wanted)
+        if fitting != wanted and options.strict:
+            raise SchemeError(
+                f"{name}: its {info.shape[1]} columns are not a multiple of the block size "
+                f"{wanted}; override its block size, ignore it, or drop --strict"
+            )
+        if fitting is None:
+            indivisible.append(name)
+            continue
+        if fitting != wanted:
+            adapted.append(name)
+        block_sizes[name] = fitting
+    _check_fused_layers(linear, block_sizes)
+    scheme = _resolved(asked, linear, block_sizes)
+    has_experts = any(architectures.is_expert(name) for name in checkpoint.tensors)
+    return LayerPlan(block_sizes, tuple(adapted), tuple(indivisible), scheme, has_experts)
+
+
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError, naming the method, if a quantizer has been here before."""
+    config = checkpoint.config
+    text = config.get("text_config")
+    holders = (config, text) if isinstance(text, Mapping) else (config,)
+    method = None
+    for holder in holders:
+        found = holder.get("quantization_config") or holder.get("compression_config")
+        if isinstance(found, Mapping):
+            method = found.get("quant_method") or found.get("quant_type") or "unknown method"
+        elif found:
+            method = found
+    for name in _FOREIGN_CONFIGS:
+        if method is None and (checkpoint.path / name).exists():
+            method = f"it has a {name}"
+    for name in checkpoint.tensors:
+        if method is None and name.endswith(_FOREIGN_SUFFIXES):
+            method = f"it has a tensor {name}"
+    if method is not None:
+        raise CheckpointError(
+            f"{checkpoint.path}: is quantized already ({method}); give the 16-bit checkpoint it "
+            "was made from"
+        )
+
+
+def _choose(checkpoint: Checkpoint, linear: list[str], options: ConvertOptions) -> list[str]:
+    """The layers to quantize before `ignore`, in the checkpoint's order."""
+    if options.targets:
+        check_patterns("targets", options.targets, linear)
+        _check_targets(options.targets, linear)
+        chosen = {
+            name
+            for name in linear
+            if any(matches(pattern, name) for pattern in options.targets)
+            and not architectures.is_never_packed(name)
+        }
+    elif checkpoint.architecture in architectures.ARCHITECTURES:
+        chosen = set(architectures.default_layers(checkpoint.architecture, linear))
+    else:
+        candidates = architectures.candidate_layers(linear)
+        patterns = sorted({f"'{architectures.decoder_layer_pattern(n)}'" for n in candidates})
+        known = ", ".join(architectures.ARCHITECTURES)
+        raise CheckpointError(
+            f"architectures: {checkpoint.architecture!r} is not known (known are {known}); choose "
+            f"the layers with --targets, candidates are: {' '.join(patterns) or 'none'}"
+        )
+    if options.lm_head:
+        if checkpoint.tied_embeddings:
+            raise SchemeError(
+                "lm_head: this model ties its output projection to the embeddings, which stay in "
+                "16 bit; leave --lm-head out"
+            )
+        if "lm_head" not in linear:
+            raise SchemeError(
+                "lm_head: the checkpoint has no lm_head.weight, as where it is tied to the "
+                "embeddings; leave --lm-head out"
+            )
+        chosen.add("lm_head")
+    return [name for name in linear if name in chosen]
+
+
+def _check_targets(targets: Collection[str], linear: list[str]) -> None:
+    """Patterns pass over what engines read in 16 bit only; asking for it by name is an error."""
+    for name in targets:
+        if name in linear and architectures.is_never_packed(name):
+            remedy = "use --lm-head" if name == "lm_head" else "leave it out"
+            raise SchemeError(
+                f"targets: {name} is an embedding, norm, router, expert or output projection, "
+                f"which engines read in 16 bit; {remedy}"
+            )
+
+
+def _check_fused_layers(linear: Collection[str], block_sizes: Mapping[str, int]) -> None:
+    """Raise SchemeError if layers that engines run as one matrix would be stored differently."""
+    present = set(linear)
+    for name in block_sizes:
+        parts = [part for part in architectures.fused_with(name) if part in present]
+        if len({block_sizes.get(part) for part in parts}) > 1:
+            listed = ", ".join(
+                f"{part} block size {block_sizes[part]}"
+                if part in block_sizes
+                else f"{part} 16 bit"
+                for part in parts
+            )
+            raise SchemeError(
+                f"{listed}: engines run these as one matrix; give all of them the same block "
+                "size, or ignore all of them"
+            )
+
+
+def _resolved(asked: Scheme, linear: list[str], block_sizes: dict[str, int]) -> Scheme:
+    """The scheme with exact names: what stays in 16 bit, and every block size that differs."""
+    untouched = [name for name in linear if name not in block_sizes and ".experts." not in name]
+    overrides = {
+        name: {"block_size": size} for name, size in block_sizes.items() if size != asked.block_size
+    }
+    experts = ["re:.*\\.experts\\..*"] if any(".experts." in name for name in linear) else []
+    data = asked.to_config() | {"ignore": untouched + experts, "overrides": overrides}
+    return Scheme.parse(data | {"lm_head": "lm_head" in block_sizes})

@@ -1,0 +1,441 @@
+"""Reading checkpoints: which tensors lie where, strictly checked before anything is believed.
+
+Only safetensors are read. Nothing here loads a model or runs code that came with one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dialect_kernels import PackedTensor
+
+from ..architectures import is_candidate
+from ..scheme import Scheme, SchemeError
+
+__all__ = [
+    "CONFIG",
+    "INDEX",
+    "JOURNAL",
+    "PACKED_SUFFIXES",
+    "Checkpoint",
+    "CheckpointError",
+    "PackedCheckpoint",
+    "TensorInfo",
+    "find_checkpoint",
+    "open_checkpoint",
+    "open_packed",
+    "read_json",
+]
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+JOURNAL = ".blockdialect-journal.json"
+PACKED_SUFFIXES = (".weight_packed", ".weight_meta", ".weight_row_exponent")
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_HUB_FILES = (
+    "*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; one sentence with file, fault and remedy."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what it is.
+
+    Attributes:
+        shard: file name inside the checkpoint's directory.
+        dtype: safetensors' name of the dtype, e.g. ``"BF16"``.
+        shape: its dimensions.
+        nbytes: its size.
+        offset: position of its first byte in the file.
+    """
+
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory of safetensors files with a config.json.
+
+    Attributes:
+        path: the directory.
+        config: contents of config.json.
+        shards: file names, sorted.
+        tensors: every tensor by name, in the order of the shards and of the bytes in them.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    shards: tuple[str, ...]
+    tensors: dict[str, TensorInfo]
+
+    @property
+    def architecture(self) -> str:
+        """The first entry of ``architectures``.
+
+        Raises:
+            CheckpointError: if config.json names none.
+        """
+        names = self.config.get("architectures")
+        if not isinstance(names, list) or not names or not isinstance(names[0], str):
+            raise CheckpointError(
+                f"{self.path / CONFIG}: architectures is {names!r}; it must be a list with the "
+                "model class's name, such as ['LlamaForCausalLM']"
+            )
+        return names[0]
+
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether the output projection is the embedding matrix."""
+        text = self.config.get("text_config")
+        config = text if isinstance(text, dict) else self.config
+        return bool(config.get("tie_word_embeddings", False))
+
+    def linear_layers(self) -> list[str]:
+        """Names of modules with a 2-D floating-point ``.weight`` (embeddings included)."""
+        return [
+            name.removesuffix(".weight")
+            for name, info in self.tensors.items()
+            if name.endswith(".weight") and len(info.shape) == 2 and _is_float(info.dtype)
+        ]
+
+    def read_bytes(self, name: str, chunk_bytes: int) -> Iterator[bytes]:
+        """The stored bytes of a tensor, at most `chunk_bytes` at a time.
+
+        Read from the file instead of mapping it, so that memory stays at one chunk.
+
+        Raises:
+            CheckpointError: if the file ends before the tensor does.
+        """
+        info = self.tensors[name]
+        with (self.path / info.shard).open("rb") as file:
+            file.seek(info.offset)
+            left = info.nbytes
+            while left:
+                chunk = file.read(min(left, chunk_bytes))
+                if not chunk:
+                    raise CheckpointError(
+                        f"{self.path / info.shard}: became shorter while it was read; leave the "
+                        "source alone during a conversion"
+                    )
+                left -= len(chunk)
+                yield chunk
+
+    def read_rows(self, name: str, chunk_elements: int) -> Iterator[torch.Tensor]:
+        """A matrix in groups of consecutive rows, each about `chunk_elements` elements.
+
+        Yields:
+            [n, K] in the stored dtype, one of BF16, F16 and F32; the last may have fewer rows.
+        """
+        info = self.tensors[name]
+        dtype, columns = _DTYPES[info.dtype], info.shape[1]
+        row_bytes = columns * dtype.itemsize
+        if not info.nbytes:
+            yield torch.empty(info.shape, dtype=dtype)
+            return
+        rows = max(1, chunk_elements // columns)
+        for chunk in self.read_bytes(name, rows * row_bytes):
+            yield torch.frombuffer(bytearray(chunk), dtype=dtype).view(-1, columns)
+
+    @contextmanager
+    def open_shard(self, shard: str) -> Iterator[Any]:
+        """The open safetensors file `shard`, as a context manager.
+
+        Raises:
+            CheckpointError: if the file is damaged.
+        """
+        with _named_faults(self.path / shard), safe_open(self.path / shard, framework="pt") as file:
+            yield file
+
+
+@dataclass(frozen=True)
+class PackedCheckpoint:
+    """A checkpoint that was packed by ``blockdialect quantize``.
+
+    Attributes:
+        checkpoint: its files.
+        scheme: its quantization_config.
+        layers: names of the packed layers, in the order of the shards.
+    """
+
+    checkpoint: Checkpoint
+    scheme: Scheme
+    layers: tuple[str, ...]
+
+    def read(self, name: str) -> PackedTensor:
+        """Read and check the packed weight of the layer `name`.
+
+        Raises:
+            CheckpointError: if a tensor is missing, does not fit or holds reserved values (naming
+                tensor and position).
+        """
+        tensors = {}
+        for suffix in PACKED_SUFFIXES:
+            info = self.checkpoint.tensors.get(name + suffix)
+            if info is None:
+                raise CheckpointError(
+                    f"{self.checkpoint.path}: the tensor {name + suffix} is missing; convert the "
+                    "model again"
+                )
+            with self.checkpoint.open_shard(info.shard) as file:
+                tensors[suffix] = file.get_tensor(name + suffix)
+        codes, meta, row_exponent = (tensors[suffix] for suffix in PACKED_SUFFIXES)
+        shape = (codes.shape[0], codes.shape[1] * 2) if codes.dim() == 2 else (0, 0)
+        block_size = self.scheme.block_size_of(name)
+        try:
+            packed = PackedTensor(
+                codes, meta, row_exponent, shape, self.scheme.formatbook, block_size
+            )
+        except ValueError as error:
+            raise CheckpointError(f"{self.checkpoint.path}: layer {name}: {error}") from None
+        try:
+            packed.validate(name, prefix="weight_")
+        except ValueError as error:
+            raise CheckpointError(f"{self.checkpoint.path}: {error}") from None
+        return packed
+
+
+def find_checkpoint(source: str | Path) -> Path:
+    """The directory of a checkpoint given as a directory or as a hub id.
+
+    Raises:
+        CheckpointError: if it is neither.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        raise CheckpointError(
+            f"{source}: is not a directory; give a directory with config.json and safetensors "
+            "files, or a hub id such as organisation/model"
+        )
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(
+            snapshot_download(
+                str(source), allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*", "*.py"]
+            )
+        )
+    except Exception as error:  # the hub's client raises some twenty classes
+        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+        raise CheckpointError(
+            f"{source}: is no directory here, and the hub did not give it ({reason}); download the "
+            "model and give its directory"
+        ) from None
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read config.json, the index and all headers, and check them against each other.
+
+    Raises:
+        CheckpointError: one sentence on the first fault.
+    """
+    config = read_json(path / CONFIG)
+    shards = _shard_names(path)
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        for name, info in _read_header(path, shard).items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"{path}: the tensor {name} is in {tensors[name].shard} and again in {shard}; "
+                    "remove the file that does not belong to the model"
+                )
+            tensors[name] = info
+    if (path / INDEX).exists():
+        _check_index(path, tensors)
+    return Checkpoint(path, config, shards, tensors)
+
+
+def open_packed(path: Path) -> PackedCheckpoint:
+    """Open a checkpoint that ``blockdialect quantize`` has written.
+
+    Raises:
+        CheckpointError: if it is not one, or its layers and its scheme do not fit together.
+        SchemeError: if its quantization_config is not valid.
+    """
+    if (path / JOURNAL).exists():
+        raise CheckpointError(
+            f"{path}: is an unfinished conversion; run the same blockdialect quantize again"
+        )
+    checkpoint = open_checkpoint(path)
+    data = checkpoint.config.get("quantization_config")
+    if not isinstance(data, dict):
+        raise CheckpointError(
+            f"{path / CONFIG}: has no quantization_config; this is not a packed checkpoint: make "
+            "one with blockdialect quantize"
+        )
+    scheme = Scheme.parse(data, f"{path / CONFIG}: quantization_config")
+    if not scheme.serialized:
+        raise SchemeError(
+            f"{path / CONFIG}: quantization_config: serialized is false; a packed checkpoint says "
+            "true"
+        )
+    found = Counter(
+        name.removesuffix(suffix)
+        for name in checkpoint.tensors
+        for suffix in PACKED_SUFFIXES
+        if name.endswith(suffix)
+    )
+    for name in found:
+        if scheme.is_ignored(name) or f"{name}.weight" in checkpoint.tensors:
+            raise CheckpointError(
+                f"{path}: the layer {name} is stored packed although config.json ignores it or a "
+                "16-bit weight is stored too; convert the model again"
+            )
+    for name in checkpoint.linear_layers():
+        if is_candidate(name) and not scheme.is_ignored(name):
+            raise CheckpointError(
+                f"{path}: {name}.weight is stored in 16 bit although config.json does not ignore "
+                "it; convert the model again"
+            )
+    if scheme.lm_head and "lm_head" not in found:
+        raise CheckpointError(
+            f"{path}: config.json says that lm_head is packed, but it is not; convert the model "
+            "again"
+        )
+    for name in scheme.overrides:
+        if not name.startswith("re:") and name not in found:
+            raise CheckpointError(
+                f"{path}: config.json gives {name} a block size, but no such layer is packed; "
+                "convert the model again"
+            )
+    return PackedCheckpoint(checkpoint, scheme, tuple(found))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; a key given twice is a fault.
+
+    Raises:
+        CheckpointError: if the file is missing or not a JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: is missing; a checkpoint directory needs it") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not valid JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: holds a {type(data).__name__}; it must be a JSON object")
+    return data
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for key, count in Counter(key for key, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"the key {key!r} is given {count} times")
+    return dict(pairs)
+
+
+def _shard_names(path: Path) -> tuple[str, ...]:
+    """The names of the safetensors files that make up the model."""
+    if (path / INDEX).exists():
+        weight_map = read_json(path / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(
+                f"{path / INDEX}: has no weight_map; it must map tensors to files"
+            )
+        for tensor, name in weight_map.items():
+            if not isinstance(name, str) or _is_path(name) or not name.endswith(".safetensors"):
+                raise CheckpointError(
+                    f"{path / INDEX}: {tensor} is said to be in {name!r}; it must be the name of a "
+                    "file in the same directory that ends in .safetensors"
+                )
+        names = sorted(set(weight_map.values()))
+    else:
+        names = sorted(file.name for file in path.glob("*.safetensors"))
+    if not names:
+        others = sorted(p.name for s in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in path.glob(s))
+        if others:
+            raise CheckpointError(
+                f"{path}: holds {others[0]} but no safetensors files; only safetensors are read: "
+                "load the model in transformers and save_pretrained it"
+            )
+        raise CheckpointError(f"{path}: holds no safetensors files; give a model's directory")
+    for name in names:
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path}: the file {name} is missing; download the model again")
+    return tuple(names)
+
+
+def _is_path(name: str) -> bool:
+    return "/" in name or "\\" in name or PurePosixPath(name).name != name
+
+
+def _is_float(dtype: str) -> bool:
+    return dtype.startswith(("BF", "F"))
+
+
+def _read_header(path: Path, shard: str) -> dict[str, TensorInfo]:
+    """Names, dtypes, shapes and positions; safetensors checks them against the file's size."""
+    with _named_faults(path / shard):
+        with safe_open(path / shard, framework="pt"):
+            pass
+        with (path / shard).open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path / shard}: its header cannot be read ({error}); download or convert it again"
+        ) from None
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
+        begin, end = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        tensors[name] = TensorInfo(shard, entry["dtype"], shape, end - begin, 8 + length + begin)
+    return tensors
+
+
+def _check_index(path: Path, tensors: dict[str, TensorInfo]) -> None:
+    weight_map = read_json(path / INDEX)["weight_map"]
+    for name, shard in weight_map.items():
+        if name not in tensors or tensors[name].shard != shard:
+            raise CheckpointError(
+                f"{path / INDEX}: says that {name} is in {shard}, which does not hold it; download "
+                "the model again"
+            )
+    for name, info in tensors.items():
+        if name not in weight_map:
+            raise CheckpointError(
+                f"{path / INDEX}: does not list {name}, which {info.shard} holds; download the "
+                "model again"
+            )
+
+
+@contextmanager
+def _named_faults(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{path}: cannot be read as safetensors ({reason}); download or convert it again"
+        ) from None

@@ -1,0 +1,1 @@
+"""The vLLM plugin: quantization config, linear method, differences between vLLM versions."""

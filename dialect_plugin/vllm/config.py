@@ -1,0 +1,259 @@
+"""vLLM's side of the scheme: three quantization methods that differ in the activation format.
+
+===================  ==============================================================
+``blockdialect``     the checkpoint's activation format; W4A4 for a 16-bit checkpoint
+``blockdialect_w4a8``   FP8 activations, whatever the checkpoint says
+``blockdialect_w4a16``  16-bit activations, whatever the checkpoint says
+===================  ==============================================================
+
+One packed checkpoint serves all three: the weights' bytes are the same.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import (
+    QUANTIZATION_METHODS,
+    register_quantization_config,
+)
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+from .. import architectures
+from ..scheme import QUANT_METHOD, ActivationFormat, Scheme, SchemeError, fitting_block_size
+from . import compat
+from .linear import BlockDialectLinearMethod, LinearSpec
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+__all__ = [
+    "BlockDialectConfig",
+    "BlockDialectW4A8Config",
+    "BlockDialectW4A16Config",
+    "register_configs",
+]
+
+logger = init_logger("vllm.blockdialect")
+
+
+class BlockDialectConfig(QuantizationConfig):
+    """The quantization config vLLM holds for a model.
+
+    Args:
+        scheme: what config.json or the command line say; default: quantize a 16-bit checkpoint
+            while it loads.
+    """
+
+    name: ClassVar[str] = QUANT_METHOD
+    forced_activation_format: ClassVar[ActivationFormat | None] = None
+
+    def __init__(self, scheme: Scheme | None = None) -> None:
+        super().__init__()
+        scheme = scheme or Scheme(serialized=False)
+        if self.forced_activation_format is not None:
+            update = {"activation_format": self.forced_activation_format}
+            scheme = scheme.model_copy(update=update)
+        self.scheme = scheme
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.scheme!r})"
+
+    def get_name(self) -> str:
+        """The name given to ``--quantization``."""
+        return self.name
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Model dtypes; float32 is for CPUs without fast bfloat16."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Ampere: the first with bfloat16."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: an empty list lets vLLM build the config without arguments for online mode."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> BlockDialectConfig:
+        """From the ``quantization_config`` of config.json or of ``--hf-overrides``.
+
+        Raises:
+            SchemeError: one sentence, if it is not a valid scheme, or does not say whether the
+                checkpoint is packed (a packed one always does).
+        """
+        if "serialized" not in config:
+            raise SchemeError(
+                "quantization_config: serialized is missing; say false to quantize a 16-bit "
+                "checkpoint while it loads, true if its weights are packed"
+            )
+        return cls(Scheme.parse(config))
+
+    @classmethod
+    def from_config_dict_json(cls, text: str) -> BlockDialectConfig:
+        """From ``--hf-overrides '{"quantization_config_dict_json": "{...}"}'``, online mode."""
+        where = "quantization_config_dict_json"
+        return cls(Scheme.parse({"serialized": False, **_options(text, where)}, where))
+
+    @classmethod
+    def from_config_file(cls, path: str) -> BlockDialectConfig:
+        """From ``--hf-overrides '{"quantization_config_file": "FILE"}'``, online mode."""
+        where = f"quantization_config_file {path}"
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SchemeError(f"{where}: cannot be read ({error}); give a JSON file") from error
+        return cls(Scheme.parse({"serialized": False, **_options(text, where)}, path))
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, **_: Any
+    ) -> str | None:
+        """Answer to ``--quantization`` for a checkpoint of ours, and only for one of ours."""
+        if hf_quant_cfg.get("quant_method") != QUANT_METHOD:
+            return None
+        return cls.name if user_quant == cls.name else None
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Rewrite exact names to vLLM's module names (patterns are left as they are)."""
+        scheme = self.scheme
+        ignore = [
+            pattern if pattern.startswith("re:") else _mapped(hf_to_vllm_mapper, pattern)
+            for pattern in scheme.ignore
+        ]
+        overrides = {
+            pattern if pattern.startswith("re:") else _mapped(hf_to_vllm_mapper, pattern): override
+            for pattern, override in scheme.overrides.items()
+        }
+        self.scheme = scheme.model_copy(update={"ignore": ignore, "overrides": overrides})
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The method for a linear layer or output projection; None where vLLM's default serves.
+
+        Raises:
+            ValueError: if the parts of a fused layer disagree.
+        """
+        if isinstance(layer, LinearBase):
+            block_size = self._block_size(prefix, layer.input_size)
+            if block_size is None:
+                return UnquantizedLinearMethod()
+            return BlockDialectLinearMethod(self._spec(prefix, block_size))
+        if isinstance(layer, ParallelLMHead) and self.scheme.lm_head:
+            if compat.tied_embeddings():
+                raise ValueError(
+                    "quantization_config: lm_head is true, but this model ties its output "
+                    "projection to the embeddings, which stay in 16 bit; set lm_head to false"
+                )
+            block_size = self.scheme.block_size_of("lm_head")
+            return BlockDialectLinearMethod(self._spec("lm_head", block_size))
+        if compat.is_expert_layer(layer):
+            _log_once("MoE experts stay in 16 bit: blockdialect quantizes linear layers only")
+        return None
+
+    def _spec(self, prefix: str, block_size: int) -> LinearSpec:
+        scheme = self.scheme
+        return LinearSpec(
+            name=prefix,
+            serialized=scheme.serialized,
+            book=scheme.book,
+            block_size=block_size,
+            activation_format=scheme.activation_format,
+            complete=compat.loads_through_loaders(),
+        )
+
+    def _block_size(self, prefix: str, input_size: int) -> int | None:
+        """Block size of a (fused) layer, or None if it stays in 16 bit."""
+        parts = self._parts(prefix)
+        sizes = {part: self._part_block_size(part, input_size) for part in parts}
+        if len(set(sizes.values())) > 1:
+            listed = ", ".join(
+                f"{part} {'16 bit' if size is None else f'block size {size}'}"
+                for part, size in sizes.items()
+            )
+            raise ValueError(
+                f"quantization_config: the parts of the fused layer {prefix} disagree ({listed}); "
+                "give all of them the same block size, or ignore all of them"
+            )
+        return sizes[parts[0]]
+
+    def _part_block_size(self, name: str, input_size: int) -> int | None:
+        scheme = self.scheme
+        if scheme.is_ignored(name):
+            return None
+        wanted = scheme.block_size_of(name)
+        if scheme.serialized:
+            return wanted  # the converter resolved everything to exact names
+        if not _quantized_online(name):
+            return None
+        return fitting_block_size(input_size, wanted)
+
+    def _parts(self, prefix: str) -> list[str]:
+        """The checkpoint's names of a layer that vLLM may have fused."""
+        parent, _, leaf = prefix.rpartition(".")
+        leaves = self.packed_modules_mapping.get(leaf, [leaf])
+        return [f"{parent}.{leaf}" if parent else leaf for leaf in leaves]
+
+
+class BlockDialectW4A8Config(BlockDialectConfig):
+    """W4A8: FP8 activations."""
+
+    name = "blockdialect_w4a8"
+    forced_activation_format = "fp8"
+
+
+class BlockDialectW4A16Config(BlockDialectConfig):
+    """W4A16: 16-bit activations."""
+
+    name = "blockdialect_w4a16"
+    forced_activation_format = "none"
+
+
+def register_configs() -> None:
+    """Register the three methods; a second call changes nothing."""
+    for config in (BlockDialectConfig, BlockDialectW4A8Config, BlockDialectW4A16Config):
+        if config.name not in QUANTIZATION_METHODS:
+            register_quantization_config(config.name)(config)
+
+
+def _quantized_online(name: str) -> bool:
+    known = [a for a in compat.current_architectures() if a in architectures.ARCHITECTURES]
+    if known:
+        return architectures.is_default_layer(known[0], name)
+    _log_once(
+        "this architecture is not in blockdialect's table: every linear layer of its decoder "
+        "layers is quantized, except routers and experts"
+    )
+    return architectures.is_candidate(name)
+
+
+def _options(given: str | dict[str, Any], where: str) -> dict[str, Any]:
+    try:
+        data = json.loads(given) if isinstance(given, str) else given
+    except json.JSONDecodeError as error:
+        raise SchemeError(f"{where}: is not JSON ({error}); write an object: {{...}}") from error
+    if not isinstance(data, dict):
+        raise SchemeError(f"{where}: holds {type(data).__name__}; write an object: {{...}}")
+    return data
+
+
+def _mapped(mapper: WeightsMapper, name: str) -> str:
+    mapped = mapper.apply_list([name])
+    return mapped[0] if mapped else name
+
+
+@cache
+def _log_once(message: str) -> None:
+    logger.info(message)

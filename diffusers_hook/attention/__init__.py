@@ -1,0 +1,1 @@
+"""Attention as a source of scores: saliency and semantic groups."""

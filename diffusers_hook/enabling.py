@@ -1,0 +1,210 @@
+"""Turning SemanticDialect on and off, for pipelines and for single transformers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from .config import ConfigError, SemanticDialectConfig
+from .layers.dialect import QuantizedLinear
+from .layers.offload import check_offloading
+from .layers.originals import choose_place
+from .layouts import families  # noqa: F401 - registers the layouts
+from .layouts.layouts import Layout, LayoutError, generic_layout, layout_for, layout_named
+from .model.attach import attached, follow
+from .model.layer_choice import make_plan, quantized_layer
+from .model.reconfigure import change_options, changed_config
+from .model.report import Summary, summarize
+from .model.swap import Job, put_in, take_out
+
+__all__ = ["disable", "enable", "summary"]
+
+_log = logging.getLogger(__name__)
+
+
+def enable(
+    target: Any,
+    config: SemanticDialectConfig | None = None,
+    *,
+    layout: Layout | str | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Any:
+    """Quantize a pipeline's transformers, or one transformer, and hook their attention.
+
+    A transformer that was loaded quantized takes the given options instead, where they need no
+    other weights; without options its hook gets to know the pipeline, and nothing else changes.
+
+    Args:
+        target: a diffusers pipeline, or a video transformer (any `nn.Module` with a layout).
+        config: the configuration; default: :class:`SemanticDialectConfig` with its defaults.
+        layout: the transformer's layout or the name of a known one, where the class of the
+            transformer does not tell.
+        progress: whether a progress bar is shown.
+        **options: single options of the configuration.
+
+    Returns:
+        The target.
+
+    Raises:
+        ConfigError: if an option cannot be used.
+        LayoutError: if a model's layout is not known or does not fit.
+        RuntimeError: if it is enabled already, and was not loaded quantized.
+        ValueError: if a weight cannot be quantized (naming it).
+
+        Nothing is changed if an error is raised.
+    """
+    config = _config(config).replaced(**options)
+    layout = _layout(layout)
+    work, changes = [], []
+    for name, module in _transformers(target, layout).items():
+        if attached(module) is None:
+            check_offloading(name, module)
+            work.append(_prepare(name, module, config, layout))
+        else:
+            changes.append((module, changed_config(name, module, config, layout)))
+    put_in(work, [_quantize(job, progress) for job in work])
+    for module, changed in changes:
+        change_options(module, changed)
+    for module in (*(job.module for job in work), *(module for module, _ in changes)):
+        if target is not module:
+            follow(module, target)
+    return target
+
+
+def disable(target: Any) -> Any:
+    """Take everything off again: the weights are bit for bit those before.
+
+    Args:
+        target: what was given to :func:`enable`.
+
+    Returns:
+        The target.
+
+    Raises:
+        RuntimeError: if the 16-bit weights were not kept, if their files are gone or others, or
+            under offloading that does not let layers be exchanged; nothing is changed then.
+    """
+    modules = _enabled(target)
+    if not modules:
+        _log.warning("SemanticDialect is not enabled; there is nothing to disable")
+        return target
+    for name, module in modules.items():
+        check_offloading(name, module)
+    take_out(list(modules.values()))
+    return target
+
+
+def summary(target: Any) -> Summary:
+    """What the hook did: layers, bits, memory, salient share, groups, refreshes, time.
+
+    Raises:
+        RuntimeError: if SemanticDialect is not enabled.
+    """
+    found = []
+    for name, module in _enabled(target).items():
+        hook = attached(module)
+        assert hook is not None
+        found.append(summarize(name, module, hook))
+    if not found:
+        raise RuntimeError("SemanticDialect is not enabled; call enable_semantic_dialect() first")
+    return Summary(tuple(found))
+
+
+def _config(config: object) -> SemanticDialectConfig:
+    if config is None:
+        return SemanticDialectConfig()
+    if not isinstance(config, SemanticDialectConfig):
+        raise ConfigError(
+            f"config: {config!r} cannot be used: it must be a SemanticDialectConfig; give single "
+            "options as keywords, e.g. salient_fraction=0.2"
+        )
+    return config
+
+
+def _layout(layout: object) -> Layout | None:
+    if isinstance(layout, str):
+        return layout_named(layout)
+    if layout is not None and not isinstance(layout, Layout):
+        raise LayoutError(
+            f"layout: {layout!r} cannot be used: it must be a diffusers_hook.Layout or the name of "
+            "a known one, e.g. 'wan'"
+        )
+    return layout
+
+
+def _prepare(
+    name: str, module: nn.Module, config: SemanticDialectConfig, layout: Layout | None
+) -> Job:
+    layout = layout or layout_for(module) or generic_layout(module)
+    if layout is None:
+        raise LayoutError(
+            f"{name}: the layout of {type(module).__name__} is not known; pass one as layout=, see "
+            "diffusers_hook.Layout"
+        )
+    config, plan = make_plan(module, config, layout, name)
+    place, sources = choose_place(module, plan.layers, config.keep_original)
+    return Job(name, module, layout, config, plan, place, sources)
+
+
+def _quantize(job: Job, progress: bool) -> dict[str, QuantizedLinear]:
+    """The new layers, by name; nothing in the model is touched."""
+    from diffusers.utils.logging import tqdm
+
+    bar = tqdm(job.plan.layers, desc=f"{job.name} to 4 bit", unit="layer", disable=not progress)
+    return {path: quantized_layer(job.plan, path, job.config, f"{job.name}.{path}") for path in bar}
+
+
+def _transformers(target: Any, layout: Layout | None) -> dict[str, nn.Module]:
+    """The transformers of a target that can be enabled, by name.
+
+    Raises:
+        LayoutError: if there is none.
+    """
+    modules = _modules(target)
+    if isinstance(target, nn.Module):
+        return modules
+    if layout is None:
+        found = {n: m for n, m in modules.items() if layout_for(m) is not None}
+        # where no class is known, diffusers' names say which parts are the transformers
+        found = found or {n: m for n, m in modules.items() if n in ("transformer", "transformer_2")}
+    else:
+        found = {n: m for n, m in modules.items() if _is_of(m, layout)}
+    if not found:
+        classes = ", ".join(f"{n}: {type(m).__name__}" for n, m in modules.items()) or "no modules"
+        raise LayoutError(
+            f"{type(target).__name__}: has no video transformer with a known layout ({classes}); "
+            "give the transformer itself to diffusers_hook.enable() with a layout"
+        )
+    return found
+
+
+def _is_of(module: nn.Module, layout: Layout) -> bool:
+    """Whether a layout names a module's class or one of its base classes."""
+    return any(base.__name__ in layout.models for base in type(module).__mro__)
+
+
+def _enabled(target: Any) -> dict[str, nn.Module]:
+    return {name: m for name, m in _modules(target).items() if attached(m) is not None}
+
+
+def _modules(target: Any) -> dict[str, nn.Module]:
+    """The modules of a pipeline, or the module itself, by name; each once and not compiled."""
+    if isinstance(target, nn.Module):
+        module = _uncompiled(target)
+        return {type(module).__name__: module}
+    components: Mapping[str, Any] = getattr(target, "components", None) or {}
+    found: dict[str, nn.Module] = {}
+    for name, part in components.items():
+        if isinstance(part, nn.Module) and _uncompiled(part) not in found.values():
+            found[name] = _uncompiled(part)
+    return found
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    """What `torch.compile(module)` was put around."""
+    inner: nn.Module = getattr(module, "_orig_mod", module)
+    return inner

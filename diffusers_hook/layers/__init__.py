@@ -1,0 +1,1 @@
+"""Quantized layers, what they keep of the originals, and what guards them."""

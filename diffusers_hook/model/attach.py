@@ -1,0 +1,189 @@
+"""The hook on a transformer: its blocks' states, its observed attention, its calls."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from ..config import SemanticDialectConfig
+from ..layers.dialect import DialectLinear
+from ..layers.guards import guard, unguard
+from ..layers.originals import Originals
+from ..layouts.layouts import Layout
+from ..tokens.block_state import BlockState, ModelState
+from ..tokens.branch import watch_branch
+from ..tokens.observe import Observed, observed_processor
+
+__all__ = ["Attached", "attach", "attached", "detach", "follow"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Attached:
+    """The hook on one transformer.
+
+    Attributes:
+        config: the configuration in force.
+        layout: the transformer's layout.
+        state: what the hook remembers between calls.
+        bytes_before: bytes of the parameters before.
+        originals: the replaced layers; None for a transformer that was loaded quantized.
+        processors: number of a block's state -> its attention's processor before.
+        undo: what takes the hooks off the module again, in the order they were put on.
+    """
+
+    config: SemanticDialectConfig
+    layout: Layout
+    state: ModelState
+    bytes_before: int
+    originals: Originals | None = None
+    processors: dict[int, Any] = field(default_factory=dict)
+    undo: list[Callable[[nn.Module], None]] = field(default_factory=list)
+
+
+_attached: weakref.WeakKeyDictionary[nn.Module, Attached] = weakref.WeakKeyDictionary()
+# nothing in an Attached may refer to its module, or neither would ever be freed
+
+
+def attached(module: nn.Module) -> Attached | None:
+    """The hook on a transformer, or None."""
+    return _attached.get(module)
+
+
+def attach(
+    module: nn.Module,
+    config: SemanticDialectConfig,
+    layout: Layout,
+    bytes_before: int,
+    originals: Originals | None = None,
+) -> None:
+    """Hook a transformer whose linear layers are replaced already.
+
+    Args:
+        module: the transformer.
+        config: the configuration.
+        layout: its layout.
+        bytes_before: bytes of its parameters in 16 bit, for the summary.
+        originals: the layers that were replaced.
+    """
+    if not layout.has_saliency and (config.decomposes or config.groups):
+        _log.warning(
+            "%s: quantized without salient tokens and groups: %s",
+            type(module).__name__,
+            layout.remark,
+        )
+        config = config.replaced(salient_fraction=0.0, seda=False)
+    state = ModelState(config, timestep_rises=layout.timestep_rises)
+    # known from the first step on, so that detach can undo whatever was done
+    hook = _attached[module] = Attached(config, layout, state, bytes_before, originals)
+    for index, block in enumerate(layout.blocks(module)):
+        block_state = BlockState(state, block, index)
+        state.blocks.append(block_state)
+        for layer in block.module.modules():
+            if isinstance(layer, DialectLinear):
+                layer.slot = block_state.slot
+        if (config.decomposes or config.groups) and block.kind.attention is not None:
+            path = f"{block.name}.{block.kind.attention}".rstrip(".")
+            attention: Any = module.get_submodule(path)
+            hook.processors[int(block_state.slot[0])] = attention.processor
+            attention.processor = observed_processor(attention.processor, block_state.slot)
+    _watch_calls(module, hook)
+    hook.undo.append(unguard)
+    guard(module, originals.files if originals is not None else ())
+
+
+def detach(module: nn.Module) -> None:
+    """Take the hook off a transformer, also one half put on; its linear layers stay as they are."""
+    hook = _attached[module]
+    _give_back_processors(module, hook.processors)
+    while hook.undo:
+        hook.undo.pop(0)(module)
+    for layer in module.modules():
+        if isinstance(layer, DialectLinear):
+            layer.leave_block()
+    del _attached[module]
+
+
+def _give_back_processors(module: nn.Module, processors: dict[int, Any]) -> None:
+    """Give attention its own processors back, except where the user has set another one."""
+    for attention in module.modules():
+        observed = getattr(attention, "processor", None)
+        if isinstance(observed, Observed) and int(observed._slot[0]) in processors:
+            processor = processors[int(observed._slot[0])]
+            # what was set in the meantime, e.g. by set_attention_backend
+            kept = {name: value for name, value in vars(observed).items() if name != "_slot"}
+            vars(processor).update(kept)
+            setattr(attention, "processor", processor)  # noqa: B010 - not a module's type
+
+
+def follow(module: nn.Module, pipeline: object) -> None:
+    """Let a hooked transformer know its pipeline, whose scheduler tells where generations begin."""
+    _attached[module].state.follow(pipeline)
+
+
+def _watch_calls(module: nn.Module, hook: Attached) -> None:
+    """Tell the state when a call of the transformer begins and ends."""
+    layout, state = hook.layout, hook.state
+    own = type(module).forward is nn.Module.forward  # Open-Sora gives every instance its own
+    signature = inspect.signature(module.forward if own else type(module).forward)
+    branch, unwatch = watch_branch(module)
+    hook.undo.append(unwatch)
+
+    @torch.compiler.disable
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if state.config.decomposes or state.config.groups:
+            _refuse_halved_batches(module)
+        arguments = signature.bind_partial(*(() if own else (module,)), *args, **kwargs).arguments
+        state.begin(layout.grid(module, arguments), arguments.get(layout.timestep), branch())
+
+    @torch.compiler.disable
+    def end(module: nn.Module, args: object, output: object) -> None:
+        state.end()
+
+    before = module.register_forward_pre_hook(_Call(begin), with_kwargs=True)
+    hook.undo.append(lambda module: before.remove())
+    after = module.register_forward_hook(_Call(end))
+    hook.undo.append(lambda module: after.remove())
+
+
+def _refuse_halved_batches(module: nn.Module) -> None:
+    """Raise RuntimeError if the transformer computes other samples than it is called with."""
+    registry: Any = getattr(module, "_diffusers_hook", None)
+    hook = None if registry is None else registry.get_hook("faster_cache_denoiser")
+    if hook is not None and not hook.is_guidance_distilled:
+        raise RuntimeError(
+            f"{type(module).__name__}: FasterCache leaves out half of a batch inside the model, "
+            "where salient tokens and groups cannot follow; call disable_cache(), or enable "
+            "SemanticDialect with salient_fraction=0 and seda=False"
+        )
+
+
+class _Call:
+    """A hook of a transformer that is neither copied nor pickled: a copy would share its state."""
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call = call
+
+    def __call__(self, *args: object) -> None:
+        self._call(*args)
+
+    def __deepcopy__(self, memo: object) -> None:
+        _refuse_copying()
+
+    def __reduce_ex__(self, protocol: object) -> str:
+        return _refuse_copying()
+
+
+def _refuse_copying() -> NoReturn:
+    raise RuntimeError(
+        "a transformer cannot be copied or pickled while SemanticDialect is enabled; call "
+        "disable_semantic_dialect() first, or use save_pretrained and from_pretrained"
+    )

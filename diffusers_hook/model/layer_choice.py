@@ -1,0 +1,214 @@
+"""Which linear layers of a transformer become what, decided and checked before any work is done."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dialect_kernels.formatbook import book_by_name
+
+from ..config import ConfigError, SemanticDialectConfig
+from ..layers.dialect import DialectLinear, Fp8Linear
+from ..layouts.layouts import Layout, LayoutError, Stream, without_adapters
+from ..tokens.observe import Observed, observed_class
+
+__all__ = ["Plan", "check_mechanisms", "empty_layer", "make_plan", "put", "quantized_layer"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MODULATION_SHARE = 0.05
+"""Share of the parameters from which adaLN modulation is stored in FP8 unless the user says."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which linear layers of a transformer become what; names are from the model's root.
+
+    Attributes:
+        quantized: the layers that become 4 bit, and their streams.
+        modulation: the layers that become FP8.
+    """
+
+    quantized: Mapping[str, tuple[nn.Linear, Stream]]
+    modulation: Mapping[str, nn.Linear]
+
+    @property
+    def layers(self) -> dict[str, nn.Linear]:
+        """Every layer that is replaced."""
+        return {**{path: layer for path, (layer, _) in self.quantized.items()}, **self.modulation}
+
+
+def make_plan(
+    module: nn.Module,
+    config: SemanticDialectConfig,
+    layout: Layout,
+    name: str,
+    *,
+    empty: bool = False,
+) -> tuple[SemanticDialectConfig, Plan]:
+    """Which layers become what; checks everything that can be checked before any work is done.
+
+    Args:
+        module: the transformer.
+        config: the configuration.
+        layout: the transformer's layout.
+        name: what error messages call the transformer.
+        empty: whether the weights are yet to be loaded.
+
+    Returns:
+        (the configuration with `modulation` resolved, the plan).
+
+    Raises:
+        LayoutError, ConfigError, ValueError: if the model does not fit; one sentence.
+    """
+    check_mechanisms(module, config, layout, name)
+    if getattr(module, "hf_quantizer", None) is not None:
+        raise ValueError(
+            f"{name}: is quantized already; load the 16-bit checkpoint to quantize it another way"
+        )
+    blocks = tuple(layout.blocks(module))
+    linears = {
+        f"{block.name}.{path}": (layer, stream)
+        for block in blocks
+        for path, layer, stream in block.linears()
+    }
+    quantized = {n: found for n, found in linears.items() if not _skipped(n, config)}
+    if not quantized:
+        raise ValueError(
+            f"{name}: no linear layer is left to quantize; skip={list(config.skip)} matches all of "
+            f"{len(linears)}"
+        )
+    for path, (layer, _) in quantized.items():
+        _check_layer(f"{name}.{path}", layer, config.block_size, empty)
+    modulation = _modulation(module, layout, config)
+    _check_skip(name, config, [*linears, *_modulation_layers(module, layout)])
+    config = config.replaced(modulation="fp8" if modulation else "16bit")
+    return config, Plan(quantized, modulation)
+
+
+def check_mechanisms(
+    module: nn.Module, config: SemanticDialectConfig, layout: Layout, name: str
+) -> None:
+    """Raise LayoutError if what the configuration reads from attention cannot be had.
+
+    Where there is no such attention, only `strict` asks for it.
+    """
+    if not (config.decomposes or config.groups):
+        return
+    if config.strict and not layout.has_saliency:
+        raise LayoutError(
+            f"{name}: {type(module).__name__} has no attention that salient tokens could be read "
+            f"from ({layout.remark}); pass strict=False, or salient_fraction=0 and seda=False"
+        )
+    for block in layout.blocks(module):
+        if block.kind.attention is not None:
+            attention: Any = block.module.get_submodule(block.kind.attention)
+            if not isinstance(attention.processor, Observed):
+                _check_processor(f"{name}.{block.name}.{block.kind.attention}", attention.processor)
+
+
+def _check_processor(name: str, processor: object) -> None:
+    """Raise LayoutError, naming the attention, if its processor cannot be observed."""
+    try:
+        observed_class(type(processor))
+    except LayoutError as error:
+        raise LayoutError(
+            f"{name.rstrip('.')}: {error}; pass salient_fraction=0 and seda=False, or set one of "
+            "diffusers' processors first"
+        ) from None
+
+
+def quantized_layer(
+    plan: Plan, path: str, config: SemanticDialectConfig, name: str
+) -> DialectLinear | Fp8Linear:
+    """The layer that takes the place of `path`.
+
+    Raises:
+        ValueError: if its weight cannot be quantized (calling it `name`).
+    """
+    if path in plan.modulation:
+        return Fp8Linear.quantized(plan.modulation[path], name)
+    layer, stream = plan.quantized[path]
+    book = book_by_name(config.book)
+    return DialectLinear.quantized(layer, stream, book, config.block_size, config.activation, name)
+
+
+def empty_layer(plan: Plan, path: str, config: SemanticDialectConfig) -> DialectLinear | Fp8Linear:
+    """The layer that takes the place of `path`, on the meta device, for a loader to fill."""
+    if path in plan.modulation:
+        return Fp8Linear.empty(plan.modulation[path])
+    layer, stream = plan.quantized[path]
+    book = book_by_name(config.book)
+    return DialectLinear.empty(layer, stream, book, config.block_size, config.activation)
+
+
+def _check_layer(name: str, layer: nn.Linear, block_size: int, empty: bool) -> None:
+    weight = layer.weight
+    if type(layer) is not nn.Linear:
+        raise ValueError(
+            f"{name}: is a {type(layer).__name__}, not a plain linear layer; unload or fuse its "
+            "adapters, or add it to skip"
+        )
+    if weight.device.type == "meta" and not empty:
+        raise ValueError(
+            f"{name}.weight: is not in memory (offloaded); enable SemanticDialect before offloading"
+        )
+    if weight.dtype not in _DTYPES:
+        raise ValueError(
+            f"{name}.weight: has dtype {weight.dtype}; allowed are float32, bfloat16 and float16"
+        )
+    if layer.in_features % block_size:
+        raise ValueError(
+            f"{name}.weight: has {layer.in_features} columns, not a multiple of block_size "
+            f"{block_size}; choose a smaller block_size or add the layer to skip"
+        )
+
+
+def _modulation(
+    module: nn.Module, layout: Layout, config: SemanticDialectConfig
+) -> dict[str, nn.Linear]:
+    """The modulation layers that are stored in FP8, by name."""
+    layers = {
+        name: layer
+        for name, layer in _modulation_layers(module, layout).items()
+        if not _skipped(name, config)
+    }
+    if config.modulation is None:
+        held = sum(layer.weight.numel() for layer in layers.values())
+        whole = sum(parameter.numel() for parameter in module.parameters())
+        return layers if held > _MODULATION_SHARE * whole else {}
+    return layers if config.modulation == "fp8" else {}
+
+
+def _modulation_layers(module: nn.Module, layout: Layout) -> dict[str, nn.Linear]:
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear)
+        and any(re.fullmatch(p, without_adapters(name)) for p in layout.modulation)
+    }
+
+
+def _check_skip(name: str, config: SemanticDialectConfig, candidates: Sequence[str]) -> None:
+    """Raise ConfigError if a pattern keeps none of the layers that could be quantized."""
+    names = [without_adapters(candidate) for candidate in candidates]
+    for pattern in config.skip:
+        if not any(re.fullmatch(pattern, candidate) for candidate in names):
+            raise ConfigError(
+                f"skip: {pattern!r} matches no layer of {name} that would be quantized; it must "
+                f"match a whole name from the model's root, e.g. {names[0]!r}"
+            )
+
+
+def _skipped(name: str, config: SemanticDialectConfig) -> bool:
+    return any(re.fullmatch(pattern, without_adapters(name)) for pattern in config.skip)
+
+
+def put(module: nn.Module, path: str, child: nn.Module) -> None:
+    """Put a module in the place of another, by its name from the root."""
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, child)

@@ -1,0 +1,102 @@
+"""Other options for a transformer that was loaded quantized, as far as its weights allow them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..config import ConfigError, SemanticDialectConfig
+from ..layers.dialect import DialectLinear
+from ..layouts.layouts import Layout, LayoutError
+from .attach import Attached, attach, attached, detach
+from .layer_choice import check_mechanisms
+from .saved_mark import mark
+
+__all__ = ["change_options", "changed_config"]
+
+_IN_THE_WEIGHTS = ("book", "block_size", "skip", "modulation", "keep_original")
+"""Options that decide which weights are stored where."""
+
+_OF_THE_DIALECTS = ("salient_fraction", "seda")
+"""Options that belong to activation="dialect"."""
+
+
+def changed_config(
+    name: str, module: nn.Module, config: SemanticDialectConfig, layout: Layout | None
+) -> SemanticDialectConfig:
+    """The configuration of an enabled transformer with what `config` says explicitly.
+
+    Args:
+        name: what error messages call the transformer.
+        module: the transformer.
+        config: the configuration asked for.
+        layout: the layout asked for.
+
+    Returns:
+        The present one itself where nothing is asked for.
+
+    Raises:
+        RuntimeError: if it was not loaded quantized.
+        ConfigError, LayoutError: if that needs other weights, or does not fit the model.
+    """
+    hook = attached(module)
+    assert hook is not None
+    given = {n: getattr(config, n) for n in config.model_fields_set}
+    if hook.originals is not None:
+        raise RuntimeError(
+            f"{name}: SemanticDialect is enabled already; call disable_semantic_dialect() first"
+        )
+    for option in _IN_THE_WEIGHTS:
+        value = given.pop(option, None)
+        present = getattr(hook.config, option)
+        if value not in (None, present):
+            raise ConfigError(
+                f"{option}: {value!r} cannot be had of weights that were loaded quantized with "
+                f"{present!r}; load the 16-bit checkpoint to quantize it another way"
+            )
+    if layout not in (None, hook.layout):
+        raise LayoutError(
+            f"{name}: was loaded quantized with layout {hook.layout.name!r}; load the 16-bit "
+            "checkpoint to quantize it with another one"
+        )
+    if not given:
+        return hook.config
+    if given.get("activation", "dialect") != "dialect":
+        # what was saved gives way to what is asked for, as if it had been left out
+        for option in _OF_THE_DIALECTS:
+            if getattr(hook.config, option):
+                given.setdefault(option, type(config).model_fields[option].default)
+    changed = hook.config.replaced(**given)
+    check_mechanisms(module, changed, hook.layout, name)
+    return changed
+
+
+def change_options(module: nn.Module, config: SemanticDialectConfig) -> None:
+    """Put the configuration that :func:`changed_config` made in force."""
+    hook = attached(module)
+    assert hook is not None
+    if config is hook.config:
+        return
+    detach(module)
+    try:
+        _attach_again(module, hook, config)
+    except BaseException:
+        if attached(module) is not None:
+            detach(module)
+        _attach_again(module, hook, hook.config)
+        raise
+    for layer in module.modules():
+        if isinstance(layer, DialectLinear):
+            layer.activation = config.activation
+    quantizer: Any = module.hf_quantizer
+    quantizer.quantization_config = config
+    mark(module, config, quantizer)
+
+
+def _attach_again(module: nn.Module, hook: Attached, config: SemanticDialectConfig) -> None:
+    """Hook a transformer as it was hooked, with another configuration."""
+    attach(module, config, hook.layout, hook.bytes_before)
+    again = attached(module)
+    assert again is not None
+    again.state.pipeline = hook.state.pipeline

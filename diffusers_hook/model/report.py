@@ -1,0 +1,165 @@
+"""What the hook did, as data and as a table."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..layers.dialect import DialectLinear, Fp8Linear
+
+if TYPE_CHECKING:
+    from .attach import Attached
+
+__all__ = ["Summary", "TransformerSummary", "summarize"]
+
+_PLACES = {"disk": "on disk", "host": "in host memory", "none": "nowhere"}
+
+
+@dataclass(frozen=True)
+class TransformerSummary:
+    """One transformer.
+
+    Attributes:
+        name: its name in the pipeline.
+        model: its class.
+        layers: linear layers in 4 bit.
+        fp8_layers: modulation layers in FP8.
+        bits: bits per weight of the 4-bit layers.
+        bytes_before: bytes of all parameters before.
+        bytes_after: bytes of all parameters and packed weights now.
+        bytes_by_device: the same for each device, e.g. ``"cuda:0"``; ``"offloaded"`` are those that
+            accelerate has taken away (sequential offload).
+        host_bytes: bytes of 16-bit weights kept in host memory for ``disable``.
+        originals: where the 16-bit weights are: ``"disk"``, ``"host"``, ``"none"``.
+        calls: calls of the transformer so far.
+        salient_share: decomposed rows over all rows of the video, and of text in one attention with
+            it, that went through 4-bit layers; those of cross-attention's text do not count.
+        groups: SeDA groups per block and branch, the mean over those in force.
+        grouped_share: share of the video tokens that are in a group.
+        salient_refreshes: how often salient tokens were chosen.
+        group_refreshes: how often groups were made.
+        seconds: time in the hook's parts, by name; on a GPU the time to launch them.
+    """
+
+    name: str
+    model: str
+    layers: int
+    fp8_layers: int
+    bits: float
+    bytes_before: int
+    bytes_after: int
+    bytes_by_device: Mapping[str, int]
+    host_bytes: int
+    originals: str
+    calls: int
+    salient_share: float
+    groups: float
+    grouped_share: float
+    salient_refreshes: int
+    group_refreshes: int
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Every transformer of a pipeline; `print` shows a table."""
+
+    transformers: tuple[TransformerSummary, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures in JSON's types."""
+        return {found.name: asdict(found) for found in self.transformers}
+
+    def __str__(self) -> str:
+        """The table."""
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title="SemanticDialect", title_justify="left")
+        table.add_column("")
+        columns = [dict(_lines(found)) for found in self.transformers]
+        for found in self.transformers:
+            table.add_column(found.name, justify="right")
+        for label in dict.fromkeys(label for column in columns for label in column):
+            table.add_row(label, *(column.get(label, "") for column in columns))
+        out = io.StringIO()
+        Console(file=out, width=100).print(table)
+        return out.getvalue().rstrip()
+
+
+def summarize(name: str, module: nn.Module, attached: Attached) -> TransformerSummary:
+    """The figures of one transformer."""
+    layers = [layer for layer in module.modules() if isinstance(layer, DialectLinear)]
+    counts = attached.state.counts
+    sizes = [size for block in attached.state.blocks for size in block.group_sizes()]
+    originals = attached.originals
+    bytes_by_device = _bytes_by_device(module)
+    return TransformerSummary(
+        name=name,
+        model=type(module).__name__,
+        layers=len(layers),
+        fp8_layers=sum(isinstance(layer, Fp8Linear) for layer in module.modules()),
+        bits=_bits(layers),
+        bytes_before=attached.bytes_before,
+        bytes_after=sum(bytes_by_device.values()),
+        bytes_by_device=bytes_by_device,
+        host_bytes=0 if originals is None else originals.host_bytes,
+        originals="none" if originals is None else originals.place,
+        calls=counts["calls"],
+        salient_share=counts["decomposed rows"] / max(1, counts["rows"]),
+        groups=sum(groups for groups, _ in sizes) / max(1, len(sizes)),
+        grouped_share=sum(share for _, share in sizes) / max(1, len(sizes)),
+        salient_refreshes=counts["salient refreshes"],
+        group_refreshes=counts["group refreshes"],
+        seconds=dict(attached.state.seconds),
+    )
+
+
+def _bits(layers: list[DialectLinear]) -> float:
+    stored = sum(tensor.nbytes for layer in layers for tensor in layer.packed_tensors.values())
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    return 8 * stored / weights
+
+
+def _bytes_by_device(module: nn.Module) -> dict[str, int]:
+    """Bytes of parameters and buffers on each device; memory that several share counts once."""
+    found: Counter[str] = Counter()
+    seen = set()
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type == "meta":
+            found["offloaded"] += tensor.nbytes
+            continue
+        place, storage = str(tensor.device), tensor.untyped_storage()
+        if (place, storage.data_ptr()) not in seen:
+            seen.add((place, storage.data_ptr()))
+            found[place] += storage.nbytes()
+    return dict(found)
+
+
+def _lines(found: TransformerSummary) -> list[tuple[str, str]]:
+    lines = [
+        ("model", found.model),
+        ("layers in 4 bit", f"{found.layers}"),
+        ("modulation layers in FP8", f"{found.fp8_layers}"),
+        ("bits per weight", f"{found.bits:.3f}"),
+        ("MiB before", f"{found.bytes_before / 2**20:.1f}"),
+        ("MiB now", f"{found.bytes_after / 2**20:.1f}"),
+        *(
+            (f"MiB now, {place}", f"{held / 2**20:.1f}")
+            for place, held in found.bytes_by_device.items()
+        ),
+        ("MiB now, host (16-bit copy)", f"{found.host_bytes / 2**20:.1f}"),
+        ("16-bit weights are kept", _PLACES[found.originals]),
+        ("transformer calls", f"{found.calls}"),
+        ("decomposed rows", f"{found.salient_share:.1%}"),
+        ("groups per block", f"{found.groups:.1f}"),
+        ("tokens in groups", f"{found.grouped_share:.1%}"),
+        ("salient-token refreshes", f"{found.salient_refreshes}"),
+        ("group refreshes", f"{found.group_refreshes}"),
+    ]
+    return lines + [(f"seconds, {part}", f"{spent:.3f}") for part, spent in found.seconds.items()]

@@ -1,0 +1,1 @@
+"""What is known of the tokens of a generation: salient ones, groups, guidance branches."""

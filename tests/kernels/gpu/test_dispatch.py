@@ -1,0 +1,102 @@
+"""Which plan is chosen for a product: the derived table, and measured files."""
+
+import json
+import logging
+from itertools import pairwise
+
+import pytest
+
+from dialect_kernels.gpu import tuning as dispatch
+from dialect_kernels.gpu.tuning import GemmPlan, choose, default_plan, parse_plans, tuned_plans
+
+H200 = {"processors": 132, "table": "fp8"}
+
+
+def plan_of(tokens, features=4096, columns=4096, **facts):
+    return default_plan(tokens, features, columns, **(H200 | facts))
+
+
+@pytest.mark.parametrize("table", dispatch.TABLES)
+def test_a_plan_for_every_number_of_tokens(table):
+    kinds = [plan_of(tokens, table=table).kind for tokens in range(1, 2049)]
+    assert kinds[0] == "fused"
+    assert kinds[-1] == "scratch"
+    assert sum(a != b for a, b in pairwise(kinds)) == 1, "one crossover"
+
+
+def test_tiles_grow_with_the_tokens():
+    tiles = [plan_of(tokens).tokens for tokens in range(1, 65)]
+    assert tiles == sorted(tiles)
+    assert tiles[0] == 16, "the MMA's smallest side"
+
+
+def test_columns_are_split_only_where_tiles_are_few():
+    assert plan_of(1).splits > 1
+    assert plan_of(1, features=128256).splits == 1
+    assert plan_of(1, columns=256).splits == 1, "a split has several steps"
+    for tokens in (1, 16, 17, 64, 100):
+        for features in (1, 64, 4096, 28672):
+            plan = plan_of(tokens, features)
+            tiles = -(-tokens // plan.tokens) * -(-features // plan.features)
+            assert 1 <= plan.splits <= 8
+            assert plan.splits == 1 or tiles * plan.splits <= 3 * 132
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of measured plans as the package has one; no result outlives the test."""
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    yield tmp_path
+    tuned_plans.cache_clear()
+
+
+def test_measured_plans_are_chosen_by_the_nearest_number(folder, monkeypatch):
+    fields = {"kind": "fused", "tokens": 32, "features": 64, "columns": 128, "splits": 3}
+    data = {"dialect": {"1": fields, "100": {"kind": "scratch"}}}
+    name = "gemm,N=4096,K=14336,device=NVIDIA_H200.json"
+    (folder / "configs" / name).write_text(json.dumps(data))
+    monkeypatch.setattr(dispatch, "files", lambda package: folder)
+    tuned_plans.cache_clear()
+
+    def kind(tokens, activation_format="dialect", features=4096):
+        plan = choose(tokens, features, 14336, activation_format, "NVIDIA H200", **H200)
+        return plan.kind, plan.splits
+
+    assert kind(1) == ("fused", 3)
+    assert kind(9) == ("fused", 3), "10 is the middle of 1 and 100"
+    assert kind(11) == ("scratch", 1)
+    assert kind(9999) == ("scratch", 1)
+    assert kind(9999, "fp8")[0] == "scratch", "what is not in the file is derived"
+    assert kind(64, features=4095)[0] == "fused"
+
+
+def test_one_warning_without_a_measurement(caplog):
+    dispatch._say_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for tokens in (1, 2, 300):
+            choose(tokens, 64, 64, "dialect", "Some GPU", **H200)
+    assert [record.getMessage() for record in caplog.records] == [
+        "no measured GEMM configuration for Some GPU: using derived ones"
+    ]
+
+
+def test_files_that_hold_something_else(folder, monkeypatch):
+    monkeypatch.setattr(dispatch, "files", lambda package: folder)
+    file = folder / "configs" / "gemm,N=1,K=2,device=x.json"
+    for text, sentence in (
+        ("{", r"gemm,N=1,K=2,device=x.json: .*measure again or remove the file"),
+        ('{"dialect": {"1": {"kind": "fast"}}}', "kind: 'fast'; allowed are 'fused' and 'scratch'"),
+        ('{"dialect": {"1": {"kind": "fused", "tile": 3}}}', "unexpected keyword argument 'tile'"),
+        ('{"dialect": {"1": {"kind": "fused", "tokens": 24}}}', "tokens: 24; allowed are 16..256"),
+        ('{"dialect": {"1": {"kind": "fused", "columns": 1024}}}', "columns: 1024; allowed"),
+        ('{"dialect": {"many": {"kind": "fused"}}}', "invalid literal for int"),
+    ):
+        tuned_plans.cache_clear()
+        file.write_text(text)
+        with pytest.raises(ValueError, match=sentence):
+            tuned_plans(1, 2, "x")
+
+
+def test_plans_from_json():
+    assert parse_plans({"none": {"8": {"kind": "scratch"}}}) == {"none": {8: GemmPlan("scratch")}}

@@ -1,0 +1,134 @@
+"""Which kernels a product launches, on a GPU that is not there.
+
+Triton's hook before compiling sees every launch's kernel and what it would be compiled for, and can
+keep it from going on; nothing is compiled here, and nothing computed.
+"""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+from dialect_kernels import DIALECT_FP4, SEMANTIC_32, quantize
+from dialect_kernels.gpu import linear as gpu
+
+TOKENS = (1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 127, 128, 129, 256, 257, 511, 512, 513, 1000, 4097,
+          16384)  # fmt: skip
+DEVICES = {
+    "Ampere": gpu._Device("A100", 108, (8, 0)),
+    "Ada": gpu._Device("L40", 142, (8, 9)),
+    "Hopper": gpu._Device("H200", 132, (9, 0)),
+    "Blackwell": gpu._Device("B200", 148, (10, 0)),
+}
+FORMATS = ("dialect", "fp8", "none")
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Launched kernels in their order, each with what it would be compiled for."""
+    seen = []
+
+    def before_compiling(*, key, fn, **_):
+        seen.append((fn.name, key))
+        return True  # that is enough
+
+    major, minor = gpu._device.__wrapped__(torch.device("cpu")).capability
+    driver = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 10 * major + minor, 32),
+    )
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", before_compiling)
+    monkeypatch.setattr(gpu, "runs_on", lambda device: True)
+    monkeypatch.setattr(
+        gpu,
+        "scaled_product",
+        lambda x, scale, weight, *_: torch.empty(len(x), len(weight), dtype=torch.bfloat16),
+    )
+    monkeypatch.setattr(
+        torch.nn.functional, "linear", lambda x, w, bias=None: x.new_empty(len(x), len(w))
+    )
+    gpu._warm.clear()
+    triton.runtime.driver.set_active(driver)
+    yield seen
+    triton.runtime.driver._active = None
+    gpu._warm.clear()
+
+
+def on(monkeypatch, name):
+    monkeypatch.setattr(gpu, "_device", lambda device: DEVICES[name])
+
+
+def weight(features=640, columns=1024, book=DIALECT_FP4, block_size=32):
+    generator = torch.Generator().manual_seed(0)
+    return quantize(torch.randn(features, columns, generator=generator), book, block_size)
+
+
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("activation_format", FORMATS)
+def test_nothing_is_compiled_after_the_warm_up(activation_format, name, launches, monkeypatch):
+    on(monkeypatch, name)
+    shapes = [weight(), weight(256, 4096, SEMANTIC_32), weight(96, 1008, block_size=16)]
+    for p in shapes:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            if activation_format == "none" and dtype == torch.float32:
+                continue
+            for bias in (None, torch.zeros(p.shape[0], dtype=dtype)):
+                launches.clear()
+                gpu.warm_up(p, activation_format, dtype, None if bias is None else bias.dtype)
+                compiled = set(launches)
+                assert compiled
+                launches.clear()
+                for tokens in TOKENS:
+                    x = torch.empty(tokens, p.shape[1], dtype=dtype)
+                    gpu.linear(x, p, bias, activation_format, "default")
+                assert set(launches) <= compiled
+
+
+def test_a_second_weight_of_a_shape_is_warm_already(launches, monkeypatch):
+    on(monkeypatch, "Hopper")
+    gpu.warm_up(weight(), "dialect", torch.bfloat16)
+    assert launches
+    launches.clear()
+    gpu.warm_up(weight(), "dialect", torch.bfloat16)
+    assert not launches
+    gpu.warm_up(weight(), "fp8", torch.bfloat16)
+    assert launches
+
+
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("activation_format", FORMATS)
+def test_two_launches_for_few_tokens(activation_format, name, launches, monkeypatch):
+    """The quantizer clears the counters of the splits; W4A16 clears them by a call of torch."""
+    on(monkeypatch, name)
+    for features, columns in ((4096, 4096), (1024, 14336), (28672, 256)):
+        p = weight(8, columns)
+        p = type(p)(
+            p.codes.repeat(features // 8, 1),
+            p.meta.repeat(features // 8, 1),
+            p.row_exponent.repeat(features // 8),
+            (features, columns),
+            p.book,
+            p.block_size,
+        )
+        for tokens in (1, 2, 8, 16):
+            x = torch.empty(tokens, columns, dtype=torch.bfloat16)
+            launches.clear()
+            gpu.linear(x, p, None, activation_format, "default")
+            names = [name.rpartition(".")[2] for name, _ in launches]
+            quantizer = {
+                "dialect": ["quantize_activation_kernel"],
+                "fp8": ["quantize_activation_fp8_kernel"],
+                "none": [],
+            }[activation_format]
+            assert names[:-1] == quantizer
+            assert names[-1] in ("eight_bit_kernel", "sixteen_bit_kernel")
+            split = gpu.route(tokens, p.shape, activation_format, x.dtype, x.device).plan.splits > 1
+            assert split == (features < 28672)

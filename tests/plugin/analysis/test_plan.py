@@ -1,0 +1,158 @@
+"""Plans of block sizes: near the best possible, within the budget, and ones that engines serve."""
+
+import itertools
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from dialect_kernels.formatbook import BLOCK_SIZES
+from dialect_plugin.analysis.bit_budget import choose_block_sizes, plan_bits
+from dialect_plugin.analysis.report import FormatLoss, LayerReport
+from dialect_plugin.checkpoint.reader import open_packed
+from dialect_plugin.cli import app
+from dialect_plugin.scheme import SchemeError
+
+
+def best_error(points, budget):
+    """The least total error of all combinations within the budget."""
+    combinations = itertools.product(*(sizes.values() for sizes in points.values()))
+    return min(
+        sum(error for _, error in combination)
+        for combination in combinations
+        if sum(bits for bits, _ in combination) <= budget
+    )
+
+
+@st.composite
+def point_sets(draw):
+    points = {}
+    for i in range(draw(st.integers(1, 5))):
+        sizes = draw(st.sets(st.sampled_from(BLOCK_SIZES), min_size=1))
+        weights = draw(st.integers(1, 40)) * 64
+        errors = st.integers(0, 1000).map(float)
+        points[f"layer{i}"] = {b: (weights * (4 * b + 8) // b, draw(errors)) for b in sizes}
+    return points
+
+
+@settings(max_examples=150, deadline=None)
+@given(points=point_sets(), share=st.floats(0, 1))
+def test_a_plan_is_within_one_step_of_the_best(points, share):
+    least = sum(min(bits for bits, _ in sizes.values()) for sizes in points.values())
+    most = sum(max(bits for bits, _ in sizes.values()) for sizes in points.values())
+    budget = least + share * (most - least)
+    chosen = choose_block_sizes(points, budget)
+    assert sum(points[name][size][0] for name, size in chosen.items()) <= budget
+    error = sum(points[name][size][1] for name, size in chosen.items())
+    steps = [
+        abs(one[1] - other[1])
+        for sizes in points.values()
+        for one, other in itertools.combinations(sizes.values(), 2)
+    ]
+    excess = error - best_error(points, budget)
+    assert 0 <= excess <= max(steps, default=0.0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(points=point_sets(), price=st.floats(1e-6, 10))
+def test_a_plan_is_the_best_for_budgets_that_a_price_per_bit_gives(points, price):
+    """Every layer alone at the least error + price * bits: no plan of so many bits is better."""
+    alone = [
+        min(sizes.values(), key=lambda point: (point[1] + price * point[0], point[0]))
+        for sizes in points.values()
+    ]
+    budget = sum(bits for bits, _ in alone)
+    chosen = choose_block_sizes(points, budget)
+    error = sum(points[name][size][1] for name, size in chosen.items())
+    assert error == best_error(points, budget) == sum(error for _, error in alone)
+
+
+def layer(name, noises, rows=64, columns=64, signal=100.0):
+    losses = {
+        f"BlockDialect-{b}": FormatLoss(4 + 8 / b + 8 / columns, noise, 20.0, None)
+        for b, noise in zip((16, 32, 64), noises, strict=True)
+    }
+    return LayerReport(name, rows, columns, rows, signal, losses)
+
+
+def test_layers_that_engines_fuse_take_one_block_size():
+    layers = [
+        layer("layers.0.self_attn.q_proj", (1.0, 2.0, 3.0)),
+        layer("layers.0.self_attn.k_proj", (1.0, 50.0, 99.0)),
+        layer("layers.0.self_attn.v_proj", (1.0, 1.1, 1.2)),
+        layer("layers.0.mlp.gate_proj", (1.0, 2.0, 4.0)),
+        layer("layers.0.mlp.up_proj", (1.0, 2.0, 4.0)),
+        layer("layers.1.mlp.up_proj", (1.0, 30.0, 60.0)),
+    ]
+    sizes = plan_bits(layers, 4.5).block_sizes
+    assert sizes["layers.0.self_attn.q_proj"] == sizes["layers.0.self_attn.k_proj"] == 16
+    assert sizes["layers.0.self_attn.v_proj"] == 16
+    assert sizes["layers.0.mlp.gate_proj"] == sizes["layers.0.mlp.up_proj"] == 64
+    assert sizes["layers.1.mlp.up_proj"] == 16  # gate of another decoder layer is no concern of it
+
+
+def test_the_objective_decides_between_large_and_small_weights():
+    large = layer("large", (8.0, 10.0, 12.0), signal=1000.0)
+    small = layer("small", (0.8, 1.6, 2.4), signal=10.0)
+    budget = (4.125 + 4.25) / 2 + 0.125
+    by_error = plan_bits([large, small], budget).block_sizes
+    assert by_error == {"large": 32, "small": 64}
+    relative = plan_bits([large, small], budget, "relative").block_sizes
+    assert relative == {"large": 64, "small": 32}
+
+
+def test_the_figures_of_a_plan():
+    plan = plan_bits([layer("a", (1.0, 2.0, 4.0)), layer("b", (1.0, 10.0, 40.0))], 4.25 + 0.125)
+    assert plan.block_sizes == {"a": 32, "b": 32}
+    assert (plan.bits_per_weight, plan.gain_db) == (4.375, 0)
+    plan = plan_bits([layer("a", (1.0, 2.0, 4.0)), layer("b", (1.0, 10.0, 40.0))], 9)
+    assert plan.block_sizes == {"a": 16, "b": 16}
+    assert plan.bits_per_weight == 4.5 + 8 / 64
+    assert plan.sqnr_db == pytest.approx(20.0)  # 10 log10(200 / 2)
+    assert plan.gain_db == pytest.approx(7.781513, abs=1e-6)  # 10 log10(12 / 2)
+    assert plan.overrides() == {"a": {"block_size": 16}, "b": {"block_size": 16}}
+    uniform = plan_bits([layer("a", (2.0, 2.0, 4.0))], 4.25 + 0.125)
+    assert uniform.block_sizes == {"a": 32}
+    assert uniform.overrides() == {}
+    assert uniform.gain_db == 0
+
+
+def test_a_budget_below_the_largest_blocks_is_refused():
+    with pytest.raises(SchemeError, match=r"--bits: 4\.2; the largest blocks need 4\.2500 bits"):
+        plan_bits([layer("a", (1.0, 2.0, 4.0))], 4.2)
+
+
+def test_the_command_writes_what_quantize_takes(tiny_model, tmp_path):
+    file, packed = tmp_path / "overrides.json", tmp_path / "packed"
+    source = str(tiny_model())
+    arguments = ["plan", source, "--bits", "4.35", "--output", str(file)]
+    planned = CliRunner().invoke(app, arguments)
+    assert planned.exit_code == 0, planned.stderr
+    assert "gain +" in planned.stdout
+    overrides = json.loads(file.read_text())
+    assert {"block_size": 16} in overrides.values()
+    done = CliRunner().invoke(app, ["quantize", source, str(packed), "--overrides", str(file)])
+    assert done.exit_code == 0, done.stderr
+    written = open_packed(packed)
+    weights = bits = 0
+    for name in written.layers:
+        weight = written.read(name)
+        assert weight.block_size == overrides.get(name, {"block_size": 32})["block_size"]
+        weights += weight.shape[0] * weight.shape[1]
+        bits += 8 * weight.nbytes
+    assert 4.31 < bits / weights <= 4.35
+    assert f"{bits / weights:.4f} bits per weight" in " ".join(planned.stdout.split())
+
+
+def test_the_command_refuses_what_cannot_be_done(tiny_model, tmp_path):
+    file = tmp_path / "overrides.json"
+    for arguments, sentence in (
+        (["--bits", "4.0"], "the largest blocks need 4.1806"),
+        (["--bits", "4.3", "--targets", "nothing"], "matches no layer"),
+    ):
+        refused = CliRunner().invoke(app, ["plan", str(tiny_model()), "-o", str(file), *arguments])
+        assert refused.exit_code == 1
+        assert sentence in refused.stderr
+    assert not file.exists()

@@ -1,0 +1,210 @@
+"""Reading packed checkpoints: every fault is ours to name, and nothing crashes or hangs."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dialect_plugin.checkpoint.convert import convert
+from dialect_plugin.checkpoint.inspection import inspect_checkpoint
+from dialect_plugin.checkpoint.reader import PACKED_SUFFIXES, CheckpointError
+from dialect_plugin.scheme import Scheme, SchemeError
+
+LAYER = "model.layers.1.mlp.up_proj"
+
+
+class Silent:
+    def begin(self, *_):
+        pass
+
+    def advance(self, _):
+        pass
+
+
+@pytest.fixture(scope="module")
+def packed_model(tiny_model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("packed") / "model"
+    convert(tiny_model(), path)
+    return path
+
+
+@pytest.fixture
+def packed(packed_model, tmp_path):
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(packed_model, tmp_path / "packed"))
+
+
+def read_all(path):
+    return inspect_checkpoint(path, Silent())
+
+
+def fault_of(path):
+    """The sentence a reader says of it, or an empty one; an error not of ours goes through."""
+    try:
+        read_all(path)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def damage(path, change):
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+def test_a_sound_one_is_read(packed):
+    found = read_all(packed)
+    assert len(found.layers) == 14
+    assert found.bits_per_weight == pytest.approx(4.25 + 8 / 128, abs=0.05)
+
+
+def test_reserved_deltas_are_named_by_position(packed):
+    def change(tensors):
+        tensors[f"{LAYER}.weight_meta"][2, 3] = 14 << 4 | 5
+
+    damage(packed, change)
+    with pytest.raises(ValueError, match=rf"{LAYER}.weight_meta.*\[2, 3\].*reserved delta 14"):
+        read_all(packed)
+
+
+@pytest.mark.parametrize("value", [-128, -121, 126, 127])
+def test_row_exponents_out_of_range(packed, value):
+    def change(tensors):
+        tensors[f"{LAYER}.weight_row_exponent"][7] = value
+
+    damage(packed, change)
+    with pytest.raises(ValueError, match=rf"{LAYER}.weight_row_exponent: {value} at \[7\]"):
+        read_all(packed)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda t: t.pop(f"{LAYER}.weight_meta"), "weight_meta is missing"),
+        (lambda t: t.update({f"{LAYER}.weight_meta": torch.zeros(4, 4)}), "must be torch.uint8"),
+        (
+            lambda t: t.update({f"{LAYER}.weight_packed": torch.zeros(256, 32, dtype=torch.uint8)}),
+            "does not fit",
+        ),
+        (lambda t: t.update({f"{LAYER}.weight": torch.zeros(256, 128)}), "stored packed although"),
+    ],
+)
+def test_wrong_tensors(packed, change, match):
+    damage(packed, change)
+    with pytest.raises(CheckpointError, match=match):
+        read_all(packed)
+
+
+def test_the_scheme_and_the_tensors_must_agree(packed):
+    original = json.loads((packed / "config.json").read_text())
+
+    def fault(**changes):
+        config = {**original, "quantization_config": original["quantization_config"] | changes}
+        (packed / "config.json").write_text(json.dumps(config))
+        return fault_of(packed)
+
+    assert "does not fit" in fault(overrides={LAYER: {"block_size": 16}})
+    assert "no such layer is packed" in fault(overrides={"absent": {"block_size": 16}})
+    assert "lm_head is packed, but it is not" in fault(lm_head=True)
+    assert "although config.json ignores it" in fault(ignore=[LAYER])
+    assert fault() == ""
+
+    def keep_one_in_16_bit(tensors):
+        for suffix in PACKED_SUFFIXES:
+            tensors.pop(LAYER + suffix)
+        tensors[f"{LAYER}.weight"] = torch.zeros(256, 128, dtype=torch.bfloat16)
+
+    damage(packed, keep_one_in_16_bit)
+    assert "config.json does not ignore it" in fault()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"surprise": 1}, "the key 'surprise' is not known"),
+        ({"block_size": "32"}, "block_size is '32'"),
+        ({"format_version": 2}, "upgrade blockdialect"),
+        ({"format_version": 0}, "versions begin at 1"),
+        ({"book": "other"}, "it must be 'dialect_fp4' or 'semantic_32'"),
+        ({"serialized": False}, "serialized is false"),
+        ({"overrides": {"a": {"block_size": 8}}}, "overrides.a.block_size is 8"),
+        ({"overrides": {"a": {"window": 8}}}, "'overrides.a.window' is not known"),
+    ],
+)
+def test_wrong_schemes(packed, change, match):
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"] |= change
+    (packed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SchemeError, match=match) as caught:
+        read_all(packed)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_16_bit_checkpoint_is_not_packed(tiny_model):
+    with pytest.raises(CheckpointError, match="make one with blockdialect quantize"):
+        read_all(tiny_model())
+
+
+def test_truncated_files(packed):
+    file = packed / "model.safetensors"
+    whole = file.read_bytes()
+    for i in range(64):
+        file.write_bytes(whole[: len(whole) * i // 64])
+        with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+            read_all(packed)
+
+
+def test_single_flipped_bits_in_the_header(packed):
+    file = packed / "model.safetensors"
+    whole = bytearray(file.read_bytes())
+    header = 8 + int.from_bytes(whole[:8], "little")
+    draw = random.Random(0)
+    sentences = []
+    for _ in range(200):
+        bit = draw.randrange(header * 8)
+        whole[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(whole)
+        sentences.append(fault_of(packed))
+        whole[bit // 8] ^= 1 << bit % 8
+    sentences = [sentence for sentence in sentences if sentence]
+    assert len(sentences) > 150
+    assert not [sentence for sentence in sentences if "\n" in sentence]
+
+
+def test_scheme_survives_its_own_json():
+    scheme = Scheme(ignore=["re:.*gate", "lm_head"], block_size=64, book="semantic_32")
+    assert Scheme.parse(json.loads(json.dumps(scheme.to_config()))) == scheme
+
+
+def test_overrides_prefer_exact_names_then_order():
+    scheme = Scheme.parse(
+        {
+            "overrides": {
+                "re:.*proj": {"block_size": 16},
+                "re:.*down_proj": {"block_size": 64},
+                "a.down_proj": {"block_size": 32},
+            },
+            "block_size": 64,
+        }
+    )
+    assert scheme.block_size_of("a.down_proj") == 32
+    assert scheme.block_size_of("b.down_proj") == 16
+    assert scheme.block_size_of("b.fc1") == 64
+
+
+def test_a_tensor_that_a_header_names_twice(packed):
+    entry = '"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}'
+    header = f"{{{entry},{entry}}}".encode()
+    file = packed / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert "the key 'a' is given 2 times" in fault_of(packed)
+
+
+def test_a_header_of_a_length_beyond_reason(packed):
+    (packed / "model.safetensors").write_bytes((2**63 - 1).to_bytes(8, "little") + b"{}")
+    assert "cannot be read as safetensors" in fault_of(packed)

@@ -1,0 +1,66 @@
+"""Every architecture of the table, served by vLLM's engine, packed and online.
+
+The packed bytes must be those of quantizing the checkpoint's weights; the log-probabilities those
+of transformers' model with decoded weights and rounded inputs. The tolerance is for the order of
+float32 additions in what is not quantized (norms, attention, experts, output projection), 1e-6
+here; the formats differ from each other by more than 0.05 (test_engine).
+"""
+
+import pytest
+import torch
+
+from dialect_plugin.architectures import ARCHITECTURES
+from dialect_plugin.checkpoint.convert import convert
+from tests.support.engines import (
+    STORED,
+    engine,
+    expected_bytes,
+    logprobs,
+    packed_modules,
+    parameters,
+)
+from tests.support.served_models import (
+    CONFIGS,
+    build,
+    checkpoint_tensors,
+    expected_logprobs,
+    is_quantized,
+)
+
+pytestmark = pytest.mark.slow
+
+
+def test_every_architecture_is_tried():
+    untried = set(ARCHITECTURES) - set(CONFIGS)
+    assert untried == {"Gemma3ForConditionalGeneration"}  # test_weight_loading has it
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_packed_and_online(architecture, tmp_path):
+    source = build(architecture, tmp_path / "source")
+    convert(source, tmp_path / "packed")
+    with engine(tmp_path / "packed") as llm:
+        packed, packed_logprobs = parameters(llm), logprobs(llm)
+    with engine(source, quantization="blockdialect") as llm:
+        online, online_logprobs = parameters(llm), logprobs(llm)
+
+    weights = checkpoint_tensors(source)
+    names = {name for name in weights if is_quantized(architecture, name)}
+    assert names
+    expected = {}
+    for module in packed_modules(packed):
+        expected |= expected_bytes(weights, module)
+    stored = [name for name in packed if name.endswith(STORED)]
+    assert sorted(stored) == sorted(expected)
+    quantized = sum(weights[name].numel() for name in names)
+    assert sum(packed[name].numel() for name in stored if name.endswith("packed")) == quantized / 2
+    for name in stored:
+        assert torch.equal(packed[name], expected[name]), name
+
+    assert packed.keys() == online.keys()
+    for name, value in packed.items():
+        assert torch.equal(online[name], value), name
+    assert torch.equal(packed_logprobs, online_logprobs)
+
+    oracle = expected_logprobs(source, architecture)[:-1]
+    torch.testing.assert_close(packed_logprobs, oracle, rtol=1e-4, atol=1e-3)

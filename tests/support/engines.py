@@ -1,0 +1,98 @@
+"""vLLM's engine in this process, and what the tests ask of it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dialect_kernels import quantize
+from dialect_kernels.formatbook import DIALECT_FP4, Formatbook
+from tests.support.served_models import PROMPT, VOCABULARY
+
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+STORED = ("weight_packed", "weight_meta", "weight_row_exponent")
+
+
+@contextmanager
+def engine(model: Path, **options: Any) -> Iterator[Any]:
+    """An ``LLM`` on `model`, shut down at the end.
+
+    float32 activations: what vLLM computes then differs from transformers by rounding errors of
+    float32 only, so that a comparison can be tight.
+    """
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    defaults: dict[str, Any] = {
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "max_model_len": 64,
+        "max_num_seqs": 4,
+        "dtype": "float32",
+        "max_logprobs": -1,
+        "enable_prefix_caching": False,
+    }
+    llm = LLM(str(model), **(defaults | options))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def logprobs(llm: Any, **generate: Any) -> torch.Tensor:
+    """Log-probabilities [len(PROMPT) - 1, VOCABULARY] of the token after each prefix of PROMPT."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(
+        max_tokens=1, temperature=0, prompt_logprobs=VOCABULARY, detokenize=False
+    )
+    prompt = {"prompt_token_ids": PROMPT}
+    (output,) = llm.generate([prompt], parameters, use_tqdm=False, **generate)
+    rows = []
+    for by_token in output.prompt_logprobs[1:]:
+        assert len(by_token) == VOCABULARY
+        rows.append([by_token[token].logprob for token in range(VOCABULARY)])
+    return torch.tensor(rows)
+
+
+def parameters(llm: Any) -> dict[str, torch.Tensor]:
+    """Copies of all parameters of the engine's model."""
+    (found,) = llm.apply_model(
+        lambda model: {name: value.data.clone() for name, value in model.named_parameters()}
+    )
+    return found
+
+
+def expected_bytes(
+    weights: dict[str, torch.Tensor],
+    module: str,
+    book: Formatbook = DIALECT_FP4,
+    block_size: int = 32,
+) -> dict[str, torch.Tensor]:
+    """The packed parameters of vLLM's `module`, quantized part by part from 16-bit `weights`."""
+    parent, _, leaf = module.rpartition(".")
+    names = [f"{module}.weight"]
+    if names[0] not in weights:
+        names = [f"{parent}.{part}.weight" for part in FUSED[leaf]]
+    parts = [quantize(weights[name], book, block_size) for name in names]
+    return {
+        f"{module}.weight_packed": torch.cat([part.codes for part in parts]),
+        f"{module}.weight_meta": torch.cat([part.meta for part in parts]),
+        f"{module}.weight_row_exponent": torch.cat([part.row_exponent for part in parts]),
+    }
+
+
+def packed_modules(found: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the modules with packed parameters."""
+    return [name.removesuffix(".weight_packed") for name in found if name.endswith("weight_packed")]

@@ -1,0 +1,1 @@
+"""Tiny transformers, pipelines and references for the tests of the video hook."""

@@ -1,0 +1,387 @@
+"""Decoding packed weights by byte permutes: into the operands of a matrix product, or to memory.
+
+    codes uint8 [N, Kp/2], meta uint8 [N, Kp/B]  ->  h * 2**(4 - delta) as E4M3, bfloat16 or float16
+
+With the row scale ``2**(R - 5)`` beside them these are the weights, exactly. A 32-bit word of codes
+holds eight elements, element i in nibble i. The eight possible results of a block lie in two words
+(one byte each), which the meta byte selects from a table; ``prmt`` looks four of them up at once::
+
+    w            7654 3210          nibbles of the word: sign, index
+    w & 0x7...7  prmt(low, high)    bytes 3 2 1 0; 16 bits further on bytes 7 6 5 4
+    w << 4, w    bit 7 of the bytes of w holds the signs 7 5 3 1, of w << 4 the signs 6 4 2 0
+
+Nine instructions make eight E4M3 bytes, fifteen make eight 16-bit numbers, whose low and high bytes
+have tables of their own. The stored layout is read as it is: nothing is rearranged while loading.
+
+Results leave the permutes in *parts*, tensors whose columns are every 8 elements' first four and
+last four (E4M3), or its four pairs (16 bits). A product over K may take its columns in any order,
+so the GEMM multiplies part by part. In memory the E4M3 parts are the halves of a row (the order of
+operands, see :mod:`dialect_kernels.gpu.layout`); :func:`joined_sixteen` restores the natural order.
+
+Functions that take ``ASM`` have two bodies with the same results: inline PTX, and arithmetic for
+Triton's interpreter. (Tables, layout and instructions: ours.)
+"""
+
+# Kernel arguments are Triton's: pointers and tensors have no Python types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from ..formatbook import E4M3_WINDOW, Formatbook
+from ..packed import NAN_ROW, PackedTensor
+from .layout import interpreted
+from .rounding import power_of_two
+
+__all__ = [
+    "decode_bf16",
+    "decode_e4m3",
+    "e4m3_parts",
+    "e4m3_table",
+    "joined_sixteen",
+    "sixteen_parts",
+    "sixteen_table",
+]
+
+_NAN_ROW = tl.constexpr(NAN_ROW)
+_ROWS = 32
+_COLUMNS = 256
+
+# Operands: two results, the word, then four copies of each table word (one for each byte of it).
+_E4M3_ASM = tl.constexpr("""{
+.reg .b32 t, u, a, b, c, d;
+and.b32 t, $2, 0x77777777;
+shr.u32 u, t, 16;
+prmt.b32 a, $3, $7, t;
+prmt.b32 b, $3, $7, u;
+shl.b32 u, $2, 4;
+prmt.b32 c, u, $2, 0x5140;
+prmt.b32 d, u, $2, 0x7362;
+lop3.b32 $0, c, 0x80808080, a, 0xEA;
+lop3.b32 $1, d, 0x80808080, b, 0xEA;
+}""")
+_E4M3_CONSTRAINTS = tl.constexpr("=r,=r" + ",r" * 9)
+
+# Operands: four results, the word, then two copies of each of the four table words.
+_SIXTEEN_ASM = tl.constexpr("""{
+.reg .b32 t, u, a, b, c, d, e;
+and.b32 t, $4, 0x77777777;
+shr.u32 u, t, 16;
+shl.b32 e, $4, 4;
+prmt.b32 a, $5, $7, t;
+prmt.b32 b, $9, $11, t;
+prmt.b32 c, $5, $7, u;
+prmt.b32 d, $9, $11, u;
+prmt.b32 t, e, $4, 0x5140;
+prmt.b32 u, e, $4, 0x7362;
+lop3.b32 b, t, 0x80808080, b, 0xEA;
+lop3.b32 d, u, 0x80808080, d, 0xEA;
+prmt.b32 $0, a, b, 0x5140;
+prmt.b32 $1, a, b, 0x7362;
+prmt.b32 $2, c, d, 0x5140;
+prmt.b32 $3, c, d, 0x7362;
+}""")
+_SIXTEEN_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r" + ",r" * 9)
+
+
+def _by_meta(book: Formatbook) -> list[tuple[int, ...]]:
+    """E4M3 bytes of the eight magnitudes for each meta byte; reserved deltas are read as 13."""
+    ids = (1 << book.id_bits) - 1
+    return [
+        book.e4m3_lut[min(meta >> book.id_bits, E4M3_WINDOW)][meta & ids][:8] for meta in range(256)
+    ]
+
+
+@lru_cache(maxsize=16)
+def e4m3_table(book: Formatbook, device: torch.device) -> torch.Tensor:
+    """E4M3 bytes of a block's eight magnitudes by meta byte, int64 [256]: index 0 lowest."""
+    table = torch.tensor(_by_meta(book), dtype=torch.uint8)
+    return table.view(torch.int64).flatten().to(device)
+
+
+@lru_cache(maxsize=16)
+def sixteen_table(book: Formatbook, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Magnitudes as `dtype` by meta byte, int64 [256, 2]: eight low bytes, then eight high ones.
+
+    Args:
+        book: the formatbook.
+        dtype: bfloat16 or float16; both hold every ``h * 2**(4 - delta)`` exactly.
+        device: where the table is needed.
+    """
+    e4m3 = torch.tensor(_by_meta(book), dtype=torch.uint8).view(torch.float8_e4m3fn)
+    numbers = e4m3.to(torch.float32).to(dtype).view(torch.uint8).view(256, 8, 2)
+    return numbers.transpose(1, 2).contiguous().view(torch.int64).flatten(1).to(device)
+
+
+@triton.jit
+def _load(p, mask, EVEN: tl.constexpr):
+    if EVEN:
+        return tl.load(p)
+    else:
+        return tl.load(p, mask=mask, other=0)
+
+
+@triton.jit
+def _load_pair(p_table, entry):
+    """Two neighbouring words of the table by one load, each [BN, blocks, 1]."""
+    pair = tl.load(p_table + entry)[:, :, None]
+    return pair.to(tl.int32), (pair >> 32).to(tl.int32)
+
+
+@triton.jit
+def _block_bytes(word, low, high, shift):
+    """The table byte that the nibble at `shift` selects, its sign bit apart (both int32)."""
+    code = word >> shift
+    index = code & 7
+    byte = (tl.where(index < 4, low, high) >> (8 * (index & 3))) & 0xFF
+    return byte, (code & 8) << 4
+
+
+@triton.jit
+def _load_words(p_row, first, o_block, i_column, m_block, B: tl.constexpr, EACH: tl.constexpr):
+    """For the interpreter: the word of 8 codes that each of `EACH` neighbouring columns needs."""
+    p_word = p_row.to(tl.pointer_type(tl.int32)) + first // 8
+    o_word = o_block[None, :, None] * (B // 8) + (i_column // EACH)[None, None, :]
+    return tl.load(p_word + o_word, mask=m_block[None, :, None], other=0)
+
+
+@triton.jit
+def e4m3_parts(
+    p_codes,
+    p_meta,
+    p_table,
+    o_row,
+    first,
+    padded,
+    B: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Columns first..first+BK-1 of rows `o_row` as E4M3 bytes, two uint8 [BN, BK/2].
+
+    Column i of part j is element ``8 (i // 4) + 4 j + i % 4``; zeros beyond the row's end.
+
+    Args:
+        o_row: int64 [BN], rows to read.
+        first, padded: multiples of B; padded is Kp.
+        EVEN: whether all columns lie inside the row.
+    """
+    o_block = tl.arange(0, BK // B)
+    m_block = first // B + o_block < padded // B
+    p_block = p_meta + o_row[:, None] * (padded // B) + (first // B + o_block)[None, :]
+    b_meta = _load(p_block, m_block[None, :], EVEN).to(tl.int32)
+    low, high = _load_pair(p_table, b_meta)
+
+    i_byte = tl.arange(0, B // 2)
+    p_row = p_codes + o_row[:, None, None] * (padded // 2)
+    if ASM:
+        p_code = p_row + first // 2 + o_block[None, :, None] * (B // 2) + i_byte[None, None, :]
+        b_code = _load(p_code, m_block[None, :, None], EVEN)
+        part0, part1 = tl.inline_asm_elementwise(
+            _E4M3_ASM,
+            _E4M3_CONSTRAINTS,
+            [b_code, tl.broadcast_to(low, b_code.shape), tl.broadcast_to(high, b_code.shape)],
+            dtype=(tl.uint8, tl.uint8),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        word = _load_words(p_row, first, o_block, i_byte, m_block, B, 4)
+        shift = (i_byte % 4 * 4)[None, None, :]
+        byte, sign = _block_bytes(word, low, high, shift)
+        part0 = (byte | sign).to(tl.uint8)
+        byte, sign = _block_bytes(word, low, high, shift + 16)
+        part1 = (byte | sign).to(tl.uint8)
+    return tl.reshape(part0, (BN, BK // 2)), tl.reshape(part1, (BN, BK // 2))
+
+
+@triton.jit
+def _sixteen_bits(word, low0, low1, high0, high1, shift):
+    low, sign = _block_bytes(word, low0, low1, shift)
+    high, _ = _block_bytes(word, high0, high1, shift)
+    return (low | ((high | sign) << 8)).to(tl.uint16)
+
+
+@triton.jit
+def sixteen_parts(
+    p_codes,
+    p_meta,
+    p_table,
+    o_row,
+    first,
+    padded,
+    B: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """As :func:`e4m3_parts`, but the bits of 16-bit numbers, four uint16 [BN, BK/4].
+
+    Column i of part j is element ``8 (i // 2) + 2 j + i % 2``.
+    """
+    o_block = tl.arange(0, BK // B)
+    m_block = first // B + o_block < padded // B
+    p_block = p_meta + o_row[:, None] * (padded // B) + (first // B + o_block)[None, :]
+    b_meta = _load(p_block, m_block[None, :], EVEN).to(tl.int32)
+    low0, low1 = _load_pair(p_table, b_meta * 2)
+    high0, high1 = _load_pair(p_table, b_meta * 2 + 1)
+
+    i_pair = tl.arange(0, B // 4)
+    p_row = p_codes + o_row[:, None, None] * (padded // 2)
+    if ASM:
+        p_pair = p_row.to(tl.pointer_type(tl.uint16)) + first // 4
+        p_pair += o_block[None, :, None] * (B // 4) + i_pair[None, None, :]
+        b_code = _load(p_pair, m_block[None, :, None], EVEN)
+        part0, part1, part2, part3 = tl.inline_asm_elementwise(
+            _SIXTEEN_ASM,
+            _SIXTEEN_CONSTRAINTS,
+            [
+                b_code,
+                tl.broadcast_to(low0, b_code.shape),
+                tl.broadcast_to(low1, b_code.shape),
+                tl.broadcast_to(high0, b_code.shape),
+                tl.broadcast_to(high1, b_code.shape),
+            ],
+            dtype=(tl.uint16, tl.uint16, tl.uint16, tl.uint16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        word = _load_words(p_row, first, o_block, i_pair, m_block, B, 2)
+        shift = (i_pair % 2 * 4)[None, None, :]
+        part0 = _sixteen_bits(word, low0, low1, high0, high1, shift)
+        part1 = _sixteen_bits(word, low0, low1, high0, high1, shift + 8)
+        part2 = _sixteen_bits(word, low0, low1, high0, high1, shift + 16)
+        part3 = _sixteen_bits(word, low0, low1, high0, high1, shift + 24)
+    return (
+        tl.reshape(part0, (BN, BK // 4)),
+        tl.reshape(part1, (BN, BK // 4)),
+        tl.reshape(part2, (BN, BK // 4)),
+        tl.reshape(part3, (BN, BK // 4)),
+    )
+
+
+@triton.jit
+def joined_sixteen(part0, part1, part2, part3, BN: tl.constexpr, BK: tl.constexpr):
+    """The parts as one tensor in the order of the elements, uint16 [BN, BK]."""
+    joined = tl.join(tl.join(part0, part2), tl.join(part1, part3))
+    joined = tl.reshape(joined, (BN, BK // 8, 2, 2, 2))
+    return tl.reshape(tl.permute(joined, (0, 1, 3, 4, 2)), (BN, BK))
+
+
+@triton.jit(do_not_specialize=["rows", "padded"])
+def decode_kernel(
+    p_codes,
+    p_meta,
+    p_row_exponent,
+    p_table,
+    p_w,
+    p_scale,
+    rows,
+    padded,
+    B: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    E4M3: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """A tile of the weight as E4M3 bytes with scales, or as bfloat16 values. Grid (N/BN, Kp/BK).
+
+    E4M3 is written in the order of operands, bfloat16 in the natural one. Rows beyond the weight's
+    last (padding of the output) repeat it.
+    """
+    padded = padded // 16 * 16
+    o_row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    o_source = tl.minimum(o_row, rows - 1)
+    first = tl.program_id(1) * BK
+    p_out = p_w + o_row[:, None] * padded
+    exponent = tl.load(p_row_exponent + o_source).to(tl.int32)
+    scale = tl.where(
+        exponent == _NAN_ROW, float("nan"), power_of_two(tl.maximum(exponent, -120) - 5)
+    )
+    if E4M3:
+        part0, part1 = e4m3_parts(
+            p_codes, p_meta, p_table, o_source, first, padded, B, BN, BK, False, ASM
+        )
+        o_half = first // 2 + tl.arange(0, BK // 2)
+        m_half = (o_half < padded // 2)[None, :]
+        tl.store(p_out + o_half[None, :], part0, mask=m_half)
+        tl.store(p_out + padded // 2 + o_half[None, :], part1, mask=m_half)
+        if first == 0:
+            tl.store(p_scale + o_row, scale)
+    else:
+        part0, part1, part2, part3 = sixteen_parts(
+            p_codes, p_meta, p_table, o_source, first, padded, B, BN, BK, False, ASM
+        )
+        bits = joined_sixteen(part0, part1, part2, part3, BN, BK)
+        values = bits.to(tl.bfloat16, bitcast=True).to(tl.float32) * scale[:, None]
+        o_column = first + tl.arange(0, BK)
+        m_column = (o_column < padded)[None, :]
+        tl.store(p_out + o_column[None, :], values.to(tl.bfloat16), mask=m_column)
+
+
+def _launch(
+    p: PackedTensor, table: torch.Tensor, w: torch.Tensor, scale: torch.Tensor | None
+) -> None:
+    """Fill `w` [N rounded up to whole programs, Kp] and `scale`; one launch."""
+    if p.shape[0] == 0:
+        return
+    grid = (w.shape[0] // _ROWS, max(1, triton.cdiv(w.shape[1], _COLUMNS)))
+    decode_kernel[grid](
+        p.codes,
+        p.meta,
+        p.row_exponent,
+        table,
+        w,
+        scale,
+        p.shape[0],
+        w.shape[1],
+        B=p.block_size,
+        BN=_ROWS,
+        BK=_COLUMNS,
+        E4M3=scale is not None,
+        ASM=not interpreted(),
+        num_warps=4,
+    )
+
+
+def _whole_programs(rows: int) -> int:
+    return -(-rows // _ROWS) * _ROWS
+
+
+def decode_e4m3(p: PackedTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight as FP8, exactly, padded for a library's GEMM.
+
+    Args:
+        p: packed weight [N, K] on a GPU (or anywhere, in Triton's interpreter).
+
+    Returns:
+        (float8_e4m3fn [Np, Kp], columns in the order of operands; float32 scale [Np]): Kp as in the
+        packed tensor, Np is N rounded up to 32; what is beyond N has no meaning. A value is
+        ``e4m3 * scale``.
+    """
+    rows, padded = _whole_programs(p.shape[0]), p.codes.shape[1] * 2
+    w = torch.empty(rows, padded, dtype=torch.uint8, device=p.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=p.device)
+    _launch(p, e4m3_table(p.book, p.device), w, scale)
+    return w.view(torch.float8_e4m3fn), scale
+
+
+def decode_bf16(p: PackedTensor) -> torch.Tensor:
+    """The weight as bfloat16 [N, K] (a view of [.., Kp]): the bytes of ``p.dequantize(bfloat16)``.
+
+    Args:
+        p: packed weight [N, K] on a GPU (or anywhere, in Triton's interpreter).
+    """
+    rows, padded = _whole_programs(p.shape[0]), p.codes.shape[1] * 2
+    w = torch.empty(rows, padded, dtype=torch.bfloat16, device=p.device)
+    _launch(p, sixteen_table(p.book, torch.bfloat16, p.device), w, None)
+    return w[: p.shape[0], : p.shape[1]]

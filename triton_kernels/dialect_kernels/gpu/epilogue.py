@@ -1,0 +1,117 @@
+"""How sums of a product become its result: splits are added, scales applied, the bias added.
+
+    y = (sum of splits) * x_scale * 2**(R - 5) + bias
+
+The programs that share the columns of a tile leave their sums in memory and count themselves; the
+last one adds all sums in the order of the splits, so that the result does not depend on who was
+last, and needs no launch of its own. Scales are applied in float64: powers of two of both signs
+must not overflow on the way.
+"""
+
+# Kernel arguments are Triton's: pointers and tensors have no Python types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..packed import NAN_ROW
+
+__all__ = ["store_tile"]
+
+_NAN_ROW = tl.constexpr(NAN_ROW)
+
+
+@triton.jit
+def _rounded(y, p_y, ASM: tl.constexpr):
+    """y in the output's type; the interpreter's own conversion to bfloat16 truncates."""
+    if (p_y.dtype.element_ty == tl.bfloat16) and not ASM:
+        bits = y.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        bits = tl.where(y != y, 0x7FC0, bits)
+        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return y.to(p_y.dtype.element_ty)
+
+
+@triton.jit
+def _write(
+    total,
+    p_x_scale,
+    p_row_exponent,
+    p_bias,
+    p_y,
+    o_token,
+    o_feature,
+    tokens,
+    features,
+    SCALED: tl.constexpr,
+    BIAS: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Sums [BN, BM] with their scales and the bias, to y [T, N]."""
+    m_token = (o_token < tokens)[None, :]
+    m_feature = o_feature < features
+    exponent = tl.load(p_row_exponent + o_feature, mask=m_feature, other=0).to(tl.int64)
+    power = ((tl.maximum(exponent, -120) + (1023 - 5)) << 52).to(tl.float64, bitcast=True)
+    power = tl.where(exponent == _NAN_ROW, float("nan"), power)
+    y = total.to(tl.float64) * power[:, None]
+    if SCALED:
+        y = y * tl.load(p_x_scale + o_token[None, :], mask=m_token, other=1.0).to(tl.float64)
+    y = y.to(tl.float32)
+    if BIAS:
+        y += tl.load(p_bias + o_feature, mask=m_feature, other=0.0).to(tl.float32)[:, None]
+    p_tile = p_y + o_token.to(tl.int64)[None, :] * features + o_feature[:, None]
+    tl.store(p_tile, _rounded(y, p_y, ASM), mask=m_token & m_feature[:, None])
+
+
+@triton.jit
+def store_tile(
+    total,
+    p_x_scale,
+    p_row_exponent,
+    p_bias,
+    p_y,
+    p_partial,
+    p_arrived,
+    o_token,
+    o_feature,
+    tokens,
+    features,
+    SCALED: tl.constexpr,
+    BIAS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Finish and write sums [BN, BM]; where K is split, the last of a tile's programs does.
+
+    Args:
+        total: float32 [BN, BM].
+        p_partial: float32 [tiles, splits, BN, BM], for the sums of the splits.
+        p_arrived: int32 [tiles], zeros: how many of a tile's programs have written theirs.
+    """
+    if SPLIT:
+        BN: tl.constexpr = total.shape[0]
+        BM: tl.constexpr = total.shape[1]
+        splits = tl.num_programs(2)
+        tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        p_sum = p_partial + tile.to(tl.int64) * splits * (BN * BM)
+        p_sum += (tl.arange(0, BN) * BM)[:, None] + tl.arange(0, BM)[None, :]
+        tl.store(p_sum + tl.program_id(2) * (BN * BM), total)
+        tl.debug_barrier()  # every thread has written before one of them counts
+        arrived = tl.atomic_add(p_arrived + tile, 1, sem="acq_rel", scope="gpu")
+        if arrived == splits - 1:
+            total = tl.zeros((BN, BM), tl.float32)
+            for _ in range(splits):
+                total += tl.load(p_sum, cache_modifier=".cg")  # written by other processors
+                p_sum += BN * BM
+            _write(
+                total, p_x_scale, p_row_exponent, p_bias, p_y, o_token, o_feature, tokens,
+                features, SCALED, BIAS, ASM,
+            )  # fmt: skip
+    else:
+        _write(
+            total, p_x_scale, p_row_exponent, p_bias, p_y, o_token, o_feature, tokens, features,
+            SCALED, BIAS, ASM,
+        )  # fmt: skip

@@ -1,0 +1,404 @@
+"""The linear layer on a GPU: choose a plan, quantize the tokens, multiply.
+
+Which products the kernels cover is said by :func:`covers`; the rest is left to torch.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ..packed import PackedTensor
+from .decode import decode_bf16, decode_e4m3
+from .gemm import arrivals, launch_eight_bits, launch_sixteen_bits
+from .layout import interpreted, with_unit_stride
+from .quantize_activations import quantize_activation
+from .quantize_fp8 import quantize_activation_fp8
+from .quantize_packed import quantize_weight
+from .tuning import FUSED_FOR_MANY, GemmPlan, choose
+
+__all__ = [
+    "EXACT_PLANS",
+    "Route",
+    "covers",
+    "linear",
+    "multiply",
+    "quantize_tokens",
+    "quantize_weight",
+    "route",
+    "runs_on",
+    "semantic_linear",
+    "table_of",
+    "warm_up",
+]
+
+_FP8_CAPABILITY = (8, 9)
+_LEAST_CAPABILITY = (8, 0)
+EXACT_PLANS = (
+    (16, GemmPlan("fused", 16, 64, 64, num_stages=3)),
+    (2**31, GemmPlan("fused", 64, 64, 64, num_stages=3)),
+)
+"""(largest T, tile) of the mode `exact`; any gives the same bits."""
+
+MOST_TOKENS = 1 << 17
+"""Products of more tokens are not looked for when kernels are compiled ahead."""
+
+
+class _Device(NamedTuple):
+    name: str
+    processors: int
+    capability: tuple[int, int]
+
+
+class Route(NamedTuple):
+    """How a product is computed.
+
+    Attributes:
+        plan: tile and splits, or the library.
+        eight_bits: operands are E4M3 on the FP8 MMA; else 16-bit numbers.
+        exact: block by block, in the mode `exact`.
+    """
+
+    plan: GemmPlan
+    eight_bits: bool
+    exact: bool = False
+
+    @property
+    def decodes_to_memory(self) -> bool:
+        """Whether a library's GEMM multiplies."""
+        return self.plan.kind == "scratch"
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether the device runs the kernels: compute capability 8.0, or Triton's interpreter."""
+    if device.type == "cuda":
+        return _device(device).capability >= _LEAST_CAPABILITY
+    return device.type == "cpu" and interpreted()
+
+
+def covers(x: torch.Tensor, p: PackedTensor, activation_format: str, accumulation: str) -> bool:
+    """Whether the kernels compute this product.
+
+    ``exact`` means the reference's bits, which the MMA gives for W4A4 only; W4A16 needs 16-bit
+    tokens.
+    """
+    if not runs_on(x.device):
+        return False
+    if accumulation == "exact" and activation_format != "dialect":
+        return False
+    if activation_format == "none" and x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return p.shape[1] > 0
+
+
+def linear(
+    tokens: torch.Tensor,
+    p: PackedTensor,
+    bias: torch.Tensor | None,
+    activation_format: str,
+    accumulation: str,
+) -> torch.Tensor:
+    """``tokens @ p.T + bias`` as :func:`dialect_kernels.dialect_linear`, for covered products.
+
+    Two launches where the kernel decodes in registers, three where a library multiplies.
+
+    Args:
+        tokens: float32, bfloat16 or float16 [T, K].
+
+    Returns:
+        [T, N] in the tokens' dtype, contiguous.
+    """
+    if tokens.shape[0] == 0 or p.shape[0] == 0:
+        return tokens.new_empty(tokens.shape[0], p.shape[0])
+    how = route(
+        tokens.shape[0], p.shape, activation_format, tokens.dtype, tokens.device, accumulation
+    )
+    if activation_format == "none":
+        return multiply(with_unit_stride(tokens), None, p, bias, tokens.dtype, how)
+    zeros = arrivals(tokens.shape[0], p.shape[0], how.plan, tokens.device)
+    q, scale = quantize_tokens(tokens, p, activation_format, how, zeros=zeros)
+    return multiply(q, scale, p, bias, tokens.dtype, how, arrived=zeros)
+
+
+def semantic_linear(
+    tokens: torch.Tensor,
+    p: PackedTensor,
+    bias: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    group: torch.Tensor | None,
+) -> torch.Tensor:
+    """As :func:`dialect_kernels.semantic_linear`, for covered W4A4 products; never waits.
+
+    Args:
+        tokens: float32, bfloat16 or float16 [T, K].
+        p: packed weight [N, K], K > 0.
+        bias: [N] or None.
+        rows: int64 [S] or None, the salient tokens, each once; -1 is an unused place.
+        group: int32 [T] or None; tokens with the same number in 0..T-1 share variants.
+
+    Returns:
+        [T, N] in the tokens' dtype. Where a library multiplies, products and residual products are
+        bfloat16 before they are added.
+    """
+    count = tokens.shape[0]
+    if count == 0 or p.shape[0] == 0:
+        return tokens.new_empty(count, p.shape[0])
+    all_rows = count + (0 if rows is None else rows.shape[0])
+    how = route(all_rows, p.shape, "dialect", tokens.dtype, tokens.device)
+    zeros = arrivals(all_rows, p.shape[0], how.plan, tokens.device)
+    q, scale = quantize_tokens(tokens, p, "dialect", how, salient=rows, group=group, zeros=zeros)
+    if how.decodes_to_memory:
+        weight = _decoded(p, how.eight_bits)
+        y = _library_product(q[:count], scale[:count], weight, p, bias, tokens.dtype)
+        if rows is not None:
+            left_over = _library_product(q[count:], scale[count:], weight, p, None, y.dtype)
+            y.index_add_(0, rows.clamp(min=0), left_over)  # unused places add zeros
+        return y
+    y = multiply(q, scale, p, None, torch.float32, how, arrived=zeros)
+    y, left_over = y[:count], y[count:]
+    if rows is not None:
+        y.index_add_(0, rows.clamp(min=0), left_over)
+    if bias is not None:
+        y = y + bias.to(torch.float32)
+    return y.to(tokens.dtype)
+
+
+def route(
+    tokens: int,
+    shape: tuple[int, int],
+    activation_format: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    accumulation: str = "default",
+) -> Route:
+    """How T tokens are multiplied with a weight of `shape` [N, K].
+
+    Args:
+        tokens: T, at least 1.
+        shape: N and K.
+        activation_format: ``"dialect"``, ``"fp8"`` or ``"none"``.
+        dtype: of the tokens as they are given.
+        device: where they are.
+        accumulation: ``"default"`` or ``"exact"``.
+    """
+    facts = _device(device)
+    if accumulation == "exact":
+        return Route(next(plan for most, plan in EXACT_PLANS if tokens <= most), False, True)
+    eight_bits = activation_format != "none" and facts.capability >= _FP8_CAPABILITY
+    table = table_of(facts.capability, eight_bits)
+    plan = choose(tokens, *shape, activation_format, facts.name, facts.processors, table)
+    if plan.kind == "scratch" and activation_format == "none" and dtype == torch.float16:
+        # beside a weight of bfloat16 tokens would lose bits, one of float16 could overflow
+        plan = FUSED_FOR_MANY
+    return Route(plan, eight_bits)
+
+
+def quantize_tokens(
+    tokens: torch.Tensor,
+    p: PackedTensor,
+    activation_format: str,
+    how: Route,
+    salient: torch.Tensor | None = None,
+    group: torch.Tensor | None = None,
+    zeros: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens as a route's operands: (q [T + S, Kp], float32 scale [T + S]).
+
+    Args:
+        tokens: float32, bfloat16 or float16 [T, K].
+        p: the weight they are for.
+        activation_format: ``"dialect"`` or ``"fp8"``.
+        how: decides dtype and order of q.
+        salient, group: see :func:`semantic_linear`.
+        zeros: int32 memory to be filled with zeros, or None.
+    """
+    dtype = torch.float8_e4m3fn if how.eight_bits else torch.bfloat16
+    if activation_format == "fp8":
+        return quantize_activation_fp8(
+            tokens, p.block_size, dtype=dtype, operand_order=how.eight_bits, zeros=zeros
+        )
+    return quantize_activation(
+        tokens,
+        p.book,
+        p.block_size,
+        salient=salient,
+        group=group,
+        dtype=dtype,
+        operand_order=how.eight_bits,
+        zeros=zeros,
+    )
+
+
+def multiply(
+    x: torch.Tensor,
+    scale: torch.Tensor | None,
+    p: PackedTensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    how: Route,
+    arrived: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``(x * scale) @ p.T + bias`` of a route's operands, at least one token.
+
+    Args:
+        x: from :func:`quantize_tokens`, or bfloat16 or float16 [T, K] with neighbouring elements.
+        scale: float32 [T], or None for 16-bit tokens.
+        p: packed weight [N, K], N > 0.
+        bias: [N] or None.
+        dtype: of the result.
+        how: the route.
+        arrived: zeros in the memory from :func:`~.gemm.arrivals`; None makes them.
+
+    Returns:
+        [T, N], contiguous.
+    """
+    bias = None if bias is None else bias.contiguous()
+    if how.decodes_to_memory:
+        return _library_product(x, scale, _decoded(p, how.eight_bits), p, bias, dtype)
+    if arrived is None:
+        arrived = arrivals(x.shape[0], p.shape[0], how.plan, x.device)
+        arrived = None if arrived is None else arrived.zero_()
+    y = torch.empty(x.shape[0], p.shape[0], dtype=dtype, device=x.device)
+    if how.eight_bits:
+        assert scale is not None, "8-bit tokens have scales"
+        launch_eight_bits(x, scale, p, bias, y, how.plan, arrived)
+    else:
+        launch_sixteen_bits(x, scale, p, bias, y, how.plan, arrived, how.exact)
+    return y
+
+
+class _Decoded(NamedTuple):
+    """A weight in memory that is free again after the product."""
+
+    values: torch.Tensor
+    """float8_e4m3fn [Np, Kp] in the order of operands, or bfloat16 [N, K]."""
+    scale: torch.Tensor | None
+    """float32 [Np] beside float8_e4m3fn."""
+
+
+def _decoded(p: PackedTensor, eight_bits: bool) -> _Decoded:
+    return _Decoded(*decode_e4m3(p)) if eight_bits else _Decoded(decode_bf16(p), None)
+
+
+def _library_product(
+    x: torch.Tensor,
+    scale: torch.Tensor | None,
+    weight: _Decoded,
+    p: PackedTensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """``(x * scale) @ p.T + bias`` by the library's GEMM, [T, N] contiguous."""
+    if weight.scale is not None:
+        assert scale is not None, "8-bit tokens have scales"
+        fused = bias is not None and bias.dtype == dtype == torch.bfloat16
+        fused = fused and len(weight.values) == p.shape[0]
+        y = scaled_product(x, scale, weight.values, weight.scale, bias if fused else None)
+        y = y[:, : p.shape[0]]
+        bias = None if fused else bias
+    elif scale is not None:
+        y = F.linear(x[:, : p.shape[1]], weight.values).float() * scale[:, None]
+    else:
+        y = F.linear(x, weight.values)
+    if bias is not None:
+        y = y.to(torch.float32) + bias.to(torch.float32)
+    return y.to(dtype).contiguous()
+
+
+def scaled_product(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """The library's FP8 GEMM, float32 accumulation; bfloat16 is the one result all of them have.
+
+    Args:
+        x: float8_e4m3fn [T, Kp], Kp a multiple of 16.
+        scale: float32 [T].
+        weight: float8_e4m3fn [Np, Kp], Np a multiple of 16.
+        weight_scale: float32 [Np].
+        bias: bfloat16 [Np] or None.
+
+    Returns:
+        bfloat16 [T, Np].
+    """
+    return torch._scaled_mm(
+        x,
+        weight.t(),
+        scale_a=scale.unsqueeze(1),
+        scale_b=weight_scale.unsqueeze(0),
+        bias=bias,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=False,
+    )
+
+
+def warm_up(
+    p: PackedTensor,
+    activation_format: str,
+    dtype: torch.dtype,
+    bias_dtype: torch.dtype | None = None,
+) -> None:
+    """Compile every kernel that products of tokens with this weight can need, by running it.
+
+    Weights of the same shape share their kernels: only the first of them costs time.
+
+    Args:
+        p: packed weight [N, K].
+        activation_format: ``"dialect"``, ``"fp8"`` or ``"none"``.
+        dtype: of the tokens to come.
+        bias_dtype: of the bias, if there is one.
+    """
+    if p.shape[0] == 0 or not runs_on(p.device):
+        return
+    facts = (p.shape, p.book.name, p.block_size, bias_dtype, activation_format, dtype, p.device)
+    if facts in _warm:
+        return
+    bias = None
+    if bias_dtype is not None:
+        bias = torch.zeros(p.shape[0], dtype=bias_dtype, device=p.device)
+    for tokens in first_of_each_route(p.shape, activation_format, dtype, p.device):
+        x = torch.zeros(tokens, p.shape[1], dtype=dtype, device=p.device)
+        if covers(x, p, activation_format, "default"):
+            linear(x, p, bias, activation_format, "default")
+    _warm.add(facts)
+
+
+_warm: set[tuple[object, ...]] = set()
+
+
+def first_of_each_route(
+    shape: tuple[int, int], activation_format: str, dtype: torch.dtype, device: torch.device
+) -> list[int]:
+    """The smallest numbers of tokens that together need every kernel that any number needs."""
+    first: dict[tuple[object, ...], int] = {}
+    tokens = 1
+    while tokens <= MOST_TOKENS:
+        how = route(tokens, shape, activation_format, dtype, device)
+        plan = how.plan
+        tile = (plan.tokens, plan.features, plan.columns, plan.num_warps, plan.num_stages)
+        key = (plan.kind, plan.splits > 1, *(() if how.decodes_to_memory else tile))
+        first.setdefault(key, tokens)
+        tokens += 1 if tokens < 4096 else tokens // 64
+    return sorted(first.values())
+
+
+def table_of(capability: tuple[int, int], eight_bits: bool) -> str:
+    """The dispatch table of a device: Hopper and data-centre Blackwell have large MMAs."""
+    operands = "fp8" if eight_bits else "sixteen_bits"
+    return operands if capability[0] in (9, 10) else f"{operands}_in_warps"
+
+
+@cache
+def _device(device: torch.device) -> _Device:
+    if device.type == "cpu":  # Triton's interpreter
+        return _Device("interpreter", 4, (9, 0))
+    properties = torch.cuda.get_device_properties(device)
+    return _Device(
+        properties.name, properties.multi_processor_count, (properties.major, properties.minor)
+    )

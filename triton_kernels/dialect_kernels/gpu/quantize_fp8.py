@@ -1,0 +1,149 @@
+"""Per-token FP8, the activation format of W4A8 (ours).
+
+    x [T, K] -> q E4M3 [T, Kp], scale float32 [T];  scale = amax / 448, q = RNE(x / scale)
+
+Division and rounding are those of IEEE arithmetic, so that every device gets the same bytes; the
+rounding is done in float32, where the sum of a magnitude and a power of two whose last place is
+the E4M3 step rounds to nearest even.
+"""
+
+# Kernel arguments are Triton's: pointers and tensors have no Python types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..packed import check_block_size, padded_columns
+from ..reference import check_matrix
+from .layout import (
+    RowConfig,
+    aligned,
+    block_columns,
+    clear,
+    load_blocks,
+    operand_columns,
+    row_config,
+    with_unit_stride,
+    written_dtype,
+)
+from .rounding import INFINITY_BITS, block_largest, e4m3_values
+
+__all__ = ["quantize_activation_fp8"]
+
+_E4M3_MAX = tl.constexpr(448.0)
+_B = tl.constexpr(32)
+
+
+@triton.jit
+def _rounded_bytes(x):
+    """The nearest E4M3 number of each float32, ties to even, saturating; uint8."""
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = tl.minimum(tl.abs(x), _E4M3_MAX)
+    exponent = tl.maximum(magnitude.to(tl.int32, bitcast=True) & 0x7F800000, 121 << 23)  # 2**-6
+    place = (exponent + (20 << 23)).to(tl.float32, bitcast=True)
+    rounded = (magnitude + place) - place
+    # 2**120 times smaller, a float32 has the bits of E4M3 from bit 20 on, subnormals included
+    small = (rounded * 7.52316384526264e-37).to(tl.int32, bitcast=True)
+    return ((small >> 20) | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit(do_not_specialize=["columns", "padded", "stride", "zeros"])
+def quantize_activation_fp8_kernel(
+    p_x,
+    p_q,
+    p_scale,
+    p_zeros,
+    columns,
+    padded,
+    stride,
+    zeros,
+    CHUNK: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
+    OPERANDS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    if ALIGNED:
+        columns = columns // 16 * 16
+        padded = padded // 16 * 16
+        stride = stride // 16 * 16
+    clear(p_zeros, zeros)
+    i_row = tl.program_id(0).to(tl.int64)
+    p_row = p_x + i_row * stride
+    b_x = tl.zeros((CHUNK // _B, _B), tl.float32)
+    largest = tl.zeros((CHUNK // _B,), tl.int32)
+    for first in range(0, columns, CHUNK):
+        b_x = load_blocks(p_row, first, columns, _B, CHUNK)
+        largest = tl.maximum(largest, block_largest(b_x))
+    top = tl.max(largest, axis=0)
+    finite = top < INFINITY_BITS
+    scale = tl.div_rn(top.to(tl.float32, bitcast=True), _E4M3_MAX)
+    scale = tl.where(finite & (scale != 0.0), scale, 1.0)
+    tl.store(p_scale + i_row, tl.where(finite, scale, float("nan")))
+
+    for first in range(0, padded, CHUNK):
+        if not ONE_CHUNK:
+            b_x = load_blocks(p_row, first, columns, _B, CHUNK)
+        o_column = block_columns(first, _B, CHUNK)
+        b_q = _rounded_bytes(tl.div_rn(b_x, scale))
+        b_q = tl.where(finite | (o_column >= columns), b_q, 0x7F)
+        if p_q.dtype.element_ty == tl.bfloat16:
+            b_q = e4m3_values(b_q).to(tl.bfloat16)
+        o_place = operand_columns(o_column, padded) if OPERANDS else o_column
+        tl.store(p_q + i_row * padded + o_place, b_q, mask=o_column < padded)
+
+
+def quantize_activation_fp8(
+    x: torch.Tensor,
+    block_size: int = 32,
+    *,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    operand_order: bool = False,
+    zeros: torch.Tensor | None = None,
+    config: RowConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize tokens as ``reference.quantize_fp8`` does, padded to a weight's columns.
+
+    Args:
+        x: float32, bfloat16 or float16 [T, K].
+        block_size: the weight's block size, 16, 32 or 64; K is padded to whole blocks.
+        dtype: of q: float8_e4m3fn, or bfloat16 with the same numbers.
+        operand_order: write the columns in the order of the GEMM's operands, see
+            :mod:`dialect_kernels.gpu.layout`.
+        zeros: int32, contiguous: memory that the same launch fills with zeros if T > 0.
+        config: how a program works on a row; any gives the same bytes.
+
+    Returns:
+        (q [T, Kp], float32 scale [T]): a value is about ``q * scale``; the tail is zero. A token
+        with NaN or Inf has NaN as its scale, and in q as E4M3.
+
+    Raises:
+        ValueError: if dtype, shape or block size are not allowed.
+    """
+    check_matrix(x, "x")
+    check_block_size(block_size)
+    x = with_unit_stride(x)
+    rows, columns = x.shape
+    padded = padded_columns(columns, block_size)
+    q = torch.empty(rows, padded, dtype=written_dtype(dtype), device=x.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    config = config or row_config(padded)
+    if rows:
+        quantize_activation_fp8_kernel[(rows,)](
+            x,
+            q,
+            scale,
+            zeros,
+            columns,
+            padded,
+            x.stride(0),
+            0 if zeros is None else zeros.numel(),
+            CHUNK=config.chunk,
+            ONE_CHUNK=padded <= config.chunk,
+            OPERANDS=operand_order,
+            ALIGNED=aligned(x),
+            num_warps=config.num_warps,
+        )
+    return q.view(dtype), scale

@@ -1,0 +1,235 @@
+"""Quantizing to codes, meta and row exponents on a GPU: weights while loading, and caches.
+
+    x [N, K] -> codes uint8 [N, Kp/2], meta [N, Kp/B], row_exponent int8 [N]
+
+One program per row; the layout of the bytes is that of :mod:`dialect_kernels.packed`.
+
+The exact-error rule needs no rounding. With q = 4 |x| / 2**E, a dialect's half-units h_i and its
+thresholds ``t_i = h_(i-1) + h_i``, the cost of an element is ::
+
+    h (h - q) = - sum over i of (h_i - h_(i-1)) * max(q - t_i, 0)
+
+because every threshold that q passes adds ``h_i**2 - h_(i-1)**2 = (h_i - h_(i-1)) t_i`` to h**2.
+The block's dialect is the one with the largest sum on the right. All its terms are non-negative, so
+no partial sum exceeds 64 * 255: with the 11 significant bits of float16 or the 8 of bfloat16
+float32 holds each of them exactly, for float32 input float64 does. (Definition of the cost: the
+format, section 1; this form of it: ours.)
+"""
+
+# Kernel arguments are Triton's: pointers and tensors have no Python types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..formatbook import DIALECT_FP4, E4M3_WINDOW, Formatbook
+from ..packed import NAN_ROW, PackedTensor, check_block_size, padded_columns
+from ..reference import check_matrix, check_quantize
+from .layout import RowConfig, aligned, interpreted, load_blocks, row_config, with_unit_stride
+from .rounding import (
+    block_largest,
+    block_range,
+    book_table,
+    index_bytes,
+    power_of_two,
+    row_exponent,
+    scale_blocks,
+    select_online,
+)
+
+__all__ = ["PackedTokens", "quantize_activation_packed", "quantize_weight"]
+
+_NAN_ROW = tl.constexpr(NAN_ROW)
+
+
+class PackedTokens(NamedTuple):
+    """Tokens [T, K] in a dialect format with window 13; Kp is K rounded up to blocks of B."""
+
+    codes: torch.Tensor
+    """uint8 [T, Kp/2]."""
+    meta: torch.Tensor
+    """``delta << id_bits | id``, [T, Kp/B]; uint8 for DialectFP4, int16 for the 32-dialect book,
+    whose five bits of id leave a byte no room for deltas up to 13 (ours)."""
+    row_exponent: torch.Tensor
+    """int8 [T]; -128 marks a token with NaN or Inf."""
+
+
+@lru_cache(maxsize=32)
+def _step_table(book: Formatbook, device: torch.device) -> torch.Tensor:
+    """``(t_i, h_i - h_(i-1))`` of every dialect, int32 [dialects, 7, 2]."""
+    steps = [
+        [(low + high, high - low) for low, high in pairwise(dialect)] for dialect in book.half_units
+    ]
+    return torch.tensor(steps, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def _select_by_exact_error(b_quarters, p_steps, DIALECTS: tl.constexpr):
+    """Rule ``mse``: the id with the largest gain; ties take the lowest id. int32 [G]."""
+    best = tl.full((b_quarters.shape[0],), -1.0, b_quarters.dtype)
+    dialect = tl.zeros((b_quarters.shape[0],), tl.int32)
+    for i_dialect in range(DIALECTS):
+        gain = tl.zeros_like(b_quarters)
+        for i in tl.static_range(7):
+            p_step = p_steps + (i_dialect * 7 + i) * 2
+            threshold = tl.load(p_step).to(b_quarters.dtype)
+            gain += tl.load(p_step + 1).to(b_quarters.dtype) * tl.maximum(b_quarters - threshold, 0)
+        total = tl.sum(gain, axis=1)
+        dialect = tl.where(total > best, i_dialect, dialect)
+        best = tl.maximum(best, total)
+    return dialect
+
+
+@triton.jit(do_not_specialize=["columns", "stride", "window"])
+def quantize_packed_kernel(
+    p_x,
+    p_codes,
+    p_meta,
+    p_row_exponent,
+    p_book,
+    p_steps,
+    columns,
+    stride,
+    window,
+    DIALECTS: tl.constexpr,
+    ID_BITS: tl.constexpr,
+    B: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EXACT_ERROR: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    if ALIGNED:
+        columns = columns // 16 * 16
+        stride = stride // 16 * 16
+    G: tl.constexpr = CHUNK // B
+    i_row = tl.program_id(0).to(tl.int64)
+    p_row = p_x + i_row * stride
+    blocks = tl.cdiv(columns, B)
+
+    largest = tl.zeros((G,), tl.int32)
+    for first in range(0, columns, CHUNK):
+        largest = tl.maximum(largest, block_largest(load_blocks(p_row, first, columns, B, CHUNK)))
+    exponent, finite = row_exponent(tl.max(largest, axis=0))
+    tl.store(p_row_exponent + i_row, tl.where(finite != 0, exponent, _NAN_ROW).to(tl.int8))
+
+    for first in range(0, columns, CHUNK):
+        b_x = load_blocks(p_row, first, columns, B, CHUNK)
+        cell, delta, largest_cell = scale_blocks(b_x, exponent, window, ASM)
+        if EXACT_ERROR:
+            b_quarters = tl.abs(b_x) * power_of_two(2 - exponent + delta)[:, None]
+            if WIDE:
+                b_quarters = b_quarters.to(tl.float64)
+            dialect = _select_by_exact_error(b_quarters, p_steps, DIALECTS)
+        else:
+            dialect = select_online(cell, block_range(largest_cell), p_book, DIALECTS)
+        meta = tl.where((largest_cell == 0) | (finite == 0), 0, (delta << ID_BITS) | dialect)
+        o_block = first // B + tl.arange(0, G)
+        p_block_meta = p_meta + i_row * blocks + o_block
+        tl.store(p_block_meta, meta.to(p_meta.dtype.element_ty), mask=o_block < blocks)
+
+        index = index_bytes(b_x, cell, dialect, finite, p_book, ASM)
+        code = (index & 7) | ((index >> 4) & 8)
+        low, high = tl.split(tl.reshape(code, (G, B // 2, 2)))
+        o_byte = o_block[:, None] * (B // 2) + tl.arange(0, B // 2)[None, :]
+        p_pair = p_codes + i_row * (blocks * (B // 2)) + o_byte
+        tl.store(p_pair, low | (high << 4), mask=o_block[:, None] < blocks)
+
+
+def launch_quantize_packed(
+    x: torch.Tensor,
+    book: Formatbook,
+    block_size: int,
+    rule: str,
+    window: int,
+    meta_dtype: torch.dtype,
+    config: RowConfig,
+) -> PackedTokens:
+    """One launch."""
+    x = with_unit_stride(x)
+    rows, columns = x.shape
+    padded = padded_columns(columns, block_size)
+    out = PackedTokens(
+        torch.empty(rows, padded // 2, dtype=torch.uint8, device=x.device),
+        torch.empty(rows, padded // block_size, dtype=meta_dtype, device=x.device),
+        torch.empty(rows, dtype=torch.int8, device=x.device),
+    )
+    if rows:
+        quantize_packed_kernel[(rows,)](
+            x,
+            *out,
+            book_table(book, x.device),
+            _step_table(book, x.device),
+            columns,
+            x.stride(0),
+            window,
+            DIALECTS=len(book),
+            ID_BITS=book.id_bits,
+            B=block_size,
+            CHUNK=config.chunk,
+            EXACT_ERROR=rule == "mse",
+            WIDE=x.dtype == torch.float32,
+            ALIGNED=aligned(x),
+            ASM=not interpreted(),
+            num_warps=config.num_warps,
+        )
+    return out
+
+
+def quantize_weight(
+    x: torch.Tensor,
+    book: Formatbook = DIALECT_FP4,
+    block_size: int = 32,
+    rule: str = "mse",
+    window: int | None = None,
+    name: str = "tensor",
+    config: RowConfig | None = None,
+) -> PackedTensor:
+    """Quantize a matrix; see ``reference.quantize``, whose arguments, bytes and errors it has.
+
+    Args:
+        config: how a program works on a row; any gives the same bytes.
+    """
+    window = check_quantize(x, book, block_size, rule, window, name)
+    config = config or row_config(min(x.shape[1], 2048))
+    codes, meta, exponent = launch_quantize_packed(
+        x, book, block_size, rule, window, torch.uint8, config
+    )
+    return PackedTensor(codes, meta, exponent, (x.shape[0], x.shape[1]), book, block_size)
+
+
+def quantize_activation_packed(
+    x: torch.Tensor,
+    book: Formatbook = DIALECT_FP4,
+    block_size: int = 32,
+    config: RowConfig | None = None,
+) -> PackedTokens:
+    """Quantize tokens with the book's online rule and window 13, to be kept (caches).
+
+    Args:
+        x: float32, bfloat16 or float16 [T, K].
+        book: the formatbook (``two_stage``: BlockDialect; ``lut``: SemanticDialect).
+        block_size: 16, 32 or 64.
+        config: how a program works on a row; any gives the same bytes.
+
+    Returns:
+        Codes, meta and row exponents. A token with NaN or Inf has the exponent -128 and zeros.
+
+    Raises:
+        ValueError: if dtype, shape or block size are not allowed.
+    """
+    check_matrix(x, "x")
+    check_block_size(block_size)
+    meta_dtype = torch.uint8 if book.id_bits + E4M3_WINDOW.bit_length() <= 8 else torch.int16
+    config = config or row_config(x.shape[1])
+    return launch_quantize_packed(
+        x, book, block_size, book.online_rule, E4M3_WINDOW, meta_dtype, config
+    )
