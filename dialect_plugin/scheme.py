@@ -4,20 +4,19 @@ One class serves the converter, the command line and the vLLM plugin. A *packed*
 a scheme with ``serialized: true`` whose `ignore` and `overrides` are resolved to exact names; an
 *online* scheme (``serialized: false``) is applied to a 16-bit checkpoint while it is loaded.
 
-Layer names are the checkpoint's own (unfused) module names. A pattern is an exact name, or a
-regular expression behind ``re:`` that must match from the name's beginning (vLLM's spelling).
+Layer names are the checkpoint's own (unfused) module names. Patterns:
+:mod:`dialect_kernels.layer_names`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from dialect_kernels.formatbook import BLOCK_SIZES, Formatbook, book_by_name
+from dialect_kernels.layer_names import check_expressions, matches, near_misses
 
 __all__ = [
     "FORMAT_VERSION",
@@ -27,7 +26,6 @@ __all__ = [
     "SchemeError",
     "check_patterns",
     "fitting_block_size",
-    "matches",
 ]
 
 QUANT_METHOD: Final = "blockdialect"
@@ -92,13 +90,13 @@ class Scheme(BaseModel):
     @field_validator("ignore")
     @classmethod
     def _ignore_compiles(cls, patterns: list[str]) -> list[str]:
-        _check_expressions(patterns)
+        check_expressions(patterns)
         return patterns
 
     @field_validator("overrides")
     @classmethod
     def _overrides_compile(cls, overrides: dict[str, LayerOverride]) -> dict[str, LayerOverride]:
-        _check_expressions(overrides)
+        check_expressions(overrides)
         return overrides
 
     @classmethod
@@ -141,20 +139,13 @@ class Scheme(BaseModel):
         return self.model_dump(mode="json")
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether an exact name or ``re:`` pattern matches a layer name."""
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], name) is not None
-    return pattern == name
-
-
 def check_patterns(field: str, patterns: Iterable[str], names: Iterable[str]) -> None:
     """Raise SchemeError if a pattern matches none of `names`, listing near misses."""
     known = list(names)
     for pattern in patterns:
         if any(matches(pattern, name) for name in known):
             continue
-        near = _near_misses(pattern.removeprefix("re:"), known)
+        near = near_misses(pattern, known)
         hint = f"; near it are {', '.join(near)}" if near else ""
         raise SchemeError(
             f"{field}: {pattern!r} matches no layer{hint}; give an exact layer name or "
@@ -168,24 +159,6 @@ def fitting_block_size(columns: int, wanted: int) -> int | None:
         if columns % block_size == 0:
             return block_size
     return None
-
-
-def _near_misses(pattern: str, names: list[str]) -> list[str]:
-    """Up to three names like `pattern`, as a whole or in the last word."""
-    near = get_close_matches(pattern, names, n=3, cutoff=0.6)
-    words = re.findall(r"\w+", pattern)
-    if not near and words:
-        leaves = {name.rpartition(".")[2]: name for name in reversed(names)}
-        near = [leaves[leaf] for leaf in get_close_matches(words[-1], leaves, n=3, cutoff=0.6)]
-    return near
-
-
-def _check_expressions(patterns: Iterable[str]) -> None:
-    for pattern in patterns:
-        try:
-            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
 
 
 def _one_sentence(error: ValidationError, where: str) -> str:

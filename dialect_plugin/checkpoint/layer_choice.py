@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dialect_kernels.layer_names import matches
+
 from .. import architectures
 from ..scheme import (
     ActivationFormat,
@@ -17,7 +19,6 @@ from ..scheme import (
     SchemeError,
     check_patterns,
     fitting_block_size,
-    matches,
 )
 from .reader import Checkpoint, CheckpointError
 

@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from dialect_kernels import DIALECT_FP4, quantize
+from dialect_kernels.layer_names import matches
 from dialect_plugin import architectures
 from dialect_plugin.checkpoint.convert import convert
 from dialect_plugin.checkpoint.layer_choice import ConvertOptions
 from dialect_plugin.checkpoint.reader import JOURNAL, CheckpointError, open_packed
 from dialect_plugin.cli import app
-from dialect_plugin.scheme import SchemeError, matches
+from dialect_plugin.scheme import SchemeError
 from tests.support.tiny_models import CONFIGS
 
 QUANTIZED_IN_TWO_LAYERS = {
