@@ -1,6 +1,6 @@
 """Rebuild the tables and plots of the documentation from ``benchmarks/results/*.json``.
 
-A table stands between two comments of README.md or docs/*.md, and is replaced as a whole::
+A table stands between two comments of README.md or docs/**/*.md, and is replaced as a whole::
 
     <!-- benchmark: NAME.TABLE -->
     <!-- /benchmark -->
@@ -42,7 +42,7 @@ def names() -> list[str]:
 
 def documents() -> list[Path]:
     """The Markdown files that may hold tables."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def render_text(text: str) -> str:

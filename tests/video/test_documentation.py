@@ -1,4 +1,4 @@
-"""docs/video.md: its options are those of the code, and its examples run."""
+"""docs/guides/video.md: its options are those of the code, and its examples run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from diffusers_hook import SemanticDialectConfig
 from diffusers_hook.layouts.layouts import layout_named
 from tests.video.support.tiny_video import wan_pipeline
 
-TEXT = (Path(__file__).resolve().parents[2] / "docs" / "video.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).resolve().parents[2] / "docs" / "guides" / "video.md").read_text(
+    encoding="utf-8"
+)
 NOT_SET_BY_HAND = {"quant_method", "format_version"}
 TINY = {"height=480": "height=16", "width=832": "width=16", "num_frames=81": "num_frames=5"}
 

@@ -30,7 +30,7 @@ from diffusers_hook.model.attach import attached
 from tests.video.support.family_checks import picture
 from tests.video.support.video_transformers import FULL, UNSCORED, tiny_models
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "video-support.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "support-video.md"
 LEVELS = {"full": FULL, "no saliency": UNSCORED}
 ROW = re.compile(r"\| `(\w+)` \| (full|no saliency) \| (\S.*\S) \|")
 
