@@ -16,13 +16,16 @@ import torch
 import torch.nn.functional as F
 
 from . import cpu, reference
+from .backend import Quantized
 from .formatbook import DIALECT_FP4, Formatbook, book_by_name
 from .packed import PackedTensor
 
 __all__ = [
+    "dequantize",
     "dialect_linear",
     "linear",
     "quantize",
+    "quantize_counted",
     "semantic_linear",
     "semantic_op",
     "warm_up",
@@ -52,25 +55,58 @@ def quantize(
     name: str = "tensor",
 ) -> PackedTensor:
     """Quantize a matrix; see :func:`dialect_kernels.reference.quantize`, whose bytes it returns."""
+    return _quantize(x, book, block_size, rule, window, name, finite=False)[0]
+
+
+def quantize_counted(
+    x: torch.Tensor,
+    book: Formatbook = DIALECT_FP4,
+    block_size: int = 32,
+    rule: str = "mse",
+    window: int | None = None,
+    name: str = "tensor",
+    finite: bool = False,
+) -> Quantized:
+    """As :func:`quantize`, with the number of blocks below the window of every row.
+
+    Args:
+        finite: `x` is known to be finite and is not searched for NaN and Inf.
+    """
+    packed, below = _quantize(x, book, block_size, rule, window, name, finite)
+    if below is None:
+        used = book.largest_stored_delta if window is None else window
+        below = reference.blocks_below_window(x, block_size, used)
+    return Quantized(packed, below)
+
+
+def dequantize(p: PackedTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The values of a packed tensor, `dtype` [N, K], the bits of ``p.dequantize(dtype)``."""
+    if p.device.type != "cpu" or not cpu.available():
+        return p.dequantize(dtype)
+    values = cpu.dequantize(p.codes, p.meta, p.row_exponent, p.shape[1], p.book, p.block_size)
+    return values.to(dtype)
+
+
+def _quantize(
+    x: torch.Tensor,
+    book: Formatbook,
+    block_size: int,
+    rule: str,
+    window: int | None,
+    name: str,
+    finite: bool,
+) -> tuple[PackedTensor, torch.Tensor | None]:
+    """The packed tensor, and the blocks below the window if the back end counts them."""
     if x.device.type != "cpu" or not cpu.available():
         kernels = _gpu_kernels(x.device)
         if kernels is None or not kernels.runs_on(x.device):
-            return reference.quantize(x, book, block_size, rule, window, name)
+            return reference.quantize(x, book, block_size, rule, window, name), None
         with _current(x.device):
-            packed_on_gpu: PackedTensor = kernels.quantize_weight(
-                x, book, block_size, rule, window, name
-            )
-        return packed_on_gpu
-    window = reference.check_quantize(x, book, block_size, rule, window, name)
-    packed = cpu.quantize(x, book, block_size, rule, window)
-    return PackedTensor(
-        packed.codes,
-        packed.meta,
-        packed.row_exponent,
-        (x.shape[0], x.shape[1]),
-        book,
-        block_size,
-    )
+            return kernels.quantize_weight(x, book, block_size, rule, window, name), None
+    window = reference.check_quantize(x, book, block_size, rule, window, name, finite)
+    codes, meta, row_exponent, below = cpu.quantize(x, book, block_size, rule, window)
+    shape = (x.shape[0], x.shape[1])
+    return PackedTensor(codes, meta, row_exponent, shape, book, block_size), below
 
 
 def dialect_linear(

@@ -670,8 +670,12 @@ def check_quantize(
     rule: str,
     window: int | None,
     name: str,
+    finite: bool = False,
 ) -> int:
-    """Return the window to use; raise ValueError unless the arguments of ``quantize`` fit."""
+    """Return the window to use; raise ValueError unless the arguments of ``quantize`` fit.
+
+    `finite` says that the caller knows `x` to be finite.
+    """
     check_matrix(x, name)
     check_block_size(block_size)
     if rule not in book.rules:
@@ -682,7 +686,8 @@ def check_quantize(
         window = largest
     if not 0 <= window <= largest:
         raise ValueError(f"window: {window} with book {book.name!r}; allowed are 0..{largest}")
-    check_finite(x, name)
+    if not finite:
+        check_finite(x, name)
     return window
 
 

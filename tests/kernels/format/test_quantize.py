@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dialect_kernels
-from dialect_kernels import DIALECT_FP4, SEMANTIC_32, quantize, reference
+from dialect_kernels import DIALECT_FP4, SEMANTIC_32, ops, quantize, reference
 from tests.support import brute_force as brute
 from tests.support.format_checks import BLOCK_SIZES, BOOKS, RULES, as_float32, assert_same, data
 
@@ -385,3 +385,28 @@ def test_the_input_is_left_alone():
     before = x.clone()
     quantize(x)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_counts_and_values_come_with_the_bytes(dtype):
+    torch.manual_seed(3)
+    x = (torch.randn(7, 100) * torch.exp2(torch.randint(-14, 9, (7, 100)).float())).to(dtype)
+    for book, window in ((DIALECT_FP4, None), (DIALECT_FP4, 3), (SEMANTIC_32, None)):
+        packed, below = ops.quantize_counted(x, book, 16, window=window, finite=True)
+        want = reference.quantize(x, book, 16, window=window)
+        for field in ("codes", "meta", "row_exponent"):
+            assert torch.equal(getattr(packed, field), getattr(want, field))
+        used = book.largest_stored_delta if window is None else window
+        assert torch.equal(below, reference.blocks_below_window(x, 16, used))
+        assert below.sum() > 0
+        for out in (torch.float32, torch.bfloat16, torch.float16):
+            got = ops.dequantize(packed, out)
+            assert torch.equal(got.view(torch.uint8), want.dequantize(out).view(torch.uint8))
+
+
+def test_only_a_caller_that_has_looked_skips_the_search_for_nan():
+    x = torch.tensor([[1.0, float("nan")], [2.0, 3.0]])
+    with pytest.raises(ValueError, match=r"w: nan at \[0, 1\]"):
+        ops.quantize_counted(x, name="w")
+    packed, _ = ops.quantize_counted(x, name="w", finite=True)
+    assert packed.shape == (2, 2)
