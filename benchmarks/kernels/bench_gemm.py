@@ -39,6 +39,7 @@ from ..lib.gpu_timing import (
 from ..lib.harness import Table, main
 from .peers import PEERS
 
+PACKAGES = ("torch", "triton")
 MODELS = {
     "8B": {
         "qkv": (6144, 4096),

@@ -27,6 +27,7 @@ from dialect_kernels.gpu.tuning import TABLES
 from ..lib.harness import ROOT, Table, main
 from ..lib.machine_code import MMA, compile_gemm, faults, per_weight
 
+PACKAGES = ("triton",)
 OLD_TRITON = ROOT / ".cache" / "triton-3.6.0"
 GPUS = {80: "sm_80", 89: "sm_89", 90: "sm_90 (H100, H200)", 100: "sm_100", 120: "sm_120"}
 

@@ -23,6 +23,7 @@ from ..lib.gpu_timing import copies_for, measure_ceilings, microseconds, need_gp
 from ..lib.harness import Table, main
 from .bench_gemm import MODELS
 
+PACKAGES = ("torch", "triton")
 TOKENS = (1, 16, 256, 2048, 16384)
 COLUMNS = (4096, 14336)
 KINDS = {

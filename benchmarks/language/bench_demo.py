@@ -16,6 +16,7 @@ from dialect_kernels.verify import verify
 
 from ..lib.harness import ROOT, Table, main
 
+PACKAGES = ("torch", "vllm")
 ALL_TOKENS = 1_000_000
 
 

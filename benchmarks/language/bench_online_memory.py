@@ -27,6 +27,7 @@ from dialect_kernels.verify import verify
 from ..lib.harness import Table, main
 from ..lib.memory import PeakMemory
 
+PACKAGES = ("torch", "vllm")
 HIDDEN, INTERMEDIATE, LAYERS, KEY_VALUE, VOCABULARY = 2048, 8192, 16, 512, 128256
 GIB = 2**30
 _LARGEST_LAYER = 2 * VOCABULARY * HIDDEN  # bytes in bf16; the embedding, which stays so

@@ -42,6 +42,7 @@ from .serve_session import OFFLINE, Session, loads_of
 
 Figures = dict[str, Any]
 
+PACKAGES = ("torch", "vllm")
 GOAL_SHAPE = "llama-3.2-1b"
 
 _PROMPT = "def read_"

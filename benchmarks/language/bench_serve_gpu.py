@@ -5,10 +5,10 @@ python -m benchmarks.language.bench_serve_gpu
 
 from ..lib.gpu_timing import on_gpu
 from ..lib.harness import main
+from .bench_serve import PACKAGES, measure, options, stop_on_signals, tables
 from .bench_serve import gate as _gate
-from .bench_serve import measure, options, stop_on_signals, tables
 
-__all__ = ["gate", "measure", "options", "tables"]
+__all__ = ["PACKAGES", "gate", "measure", "options", "tables"]
 
 
 gate = on_gpu(_gate)

@@ -2,16 +2,17 @@
 
 A benchmark is a module ``benchmarks/ROOM/bench_NAME.py`` with
 
-* ``gate() -> list[str]``: what is wrong with the results of the code that is about to be measured;
-  no figure is taken while the list is not empty;
+* ``gate() -> list[str]``: faults in the results of the code that is about to be measured; nothing
+  is measured unless the list is empty (:mod:`benchmarks.lib.gate` has the part that all share);
 * ``measure() -> dict``: the figures, as JSON data;
 * ``tables(figures) -> dict[str, Table]`` and optionally ``plots(figures) -> dict[str, Figure]``:
-  how the figures are shown, used by :mod:`benchmarks.lib.render`.
+  how :mod:`benchmarks.lib.render` shows the figures;
+* optionally ``PACKAGES``: names of the packages whose versions stand in the captions of its tables;
+  without it PyTorch's alone.
 
-It ends with ``harness.main(gate, measure)`` and is started as
-``python -m benchmarks.ROOM.bench_NAME``.
-Every benchmark takes ``--out DIR``; one with options of its own hands over a function that adds
-them, and gets their values as arguments of `measure`.
+The module ends with ``main(gate, measure)`` and is started as
+``python -m benchmarks.ROOM.bench_NAME``. Every benchmark has the option ``--out DIR``. A benchmark
+with further options passes `main` a function that adds them; `measure` receives their values.
 """
 
 from __future__ import annotations
@@ -96,8 +97,9 @@ class Machine(BaseModel):
         )
 
     def __str__(self) -> str:
-        parts = [f"{self.cpu}, {self.cores} cores, {self.instructions}, {self.memory_gib:g} GiB"]
-        return ", ".join(parts + ([self.gpu] if self.gpu else []))
+        """Processor, cores and GPU: as much as a caption has room for."""
+        cpu = " ".join(self.cpu.replace("(R)", "").replace("(TM)", "").split())
+        return ", ".join([cpu, f"{self.cores} cores", *([self.gpu] if self.gpu else [])])
 
 
 class Result(BaseModel):
@@ -109,7 +111,7 @@ class Result(BaseModel):
         commit: of the measured code; ends in ``-dirty`` if that code was changed since.
         date: UTC, ISO 8601.
         machine: where it ran.
-        versions: of the packages that matter, and of Python.
+        versions: of Python and of the packages that can matter, as far as they are installed.
         figures: what was measured; units and spreads are in the names of its fields.
     """
 
@@ -123,11 +125,11 @@ class Result(BaseModel):
     versions: dict[str, str]
     figures: dict[str, Any]
 
-    @property
-    def caption(self) -> str:
-        """One line that says where the figures come from."""
-        versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
-        return f"`{self.command}`; {self.machine}; {versions}; commit {self.commit}, {self.date}"
+    def caption(self, packages: Sequence[str]) -> str:
+        """One short line: command; machine; versions of `packages`; commit, day."""
+        versions = ", ".join(f"{name} {self.versions[name]}" for name in packages)
+        day = self.date.partition("T")[0]
+        return f"`{self.command}`; {self.machine}; {versions}; commit {self.commit}, {day}"
 
 
 class Timing(BaseModel):

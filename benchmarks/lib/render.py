@@ -92,10 +92,12 @@ def render_plots(name: str) -> list[Path]:
 
 def _table(name: str, table: str) -> str:
     result = _result(name)
-    tables = _module(name).tables(result.figures)
+    module = _module(name)
+    tables = module.tables(result.figures)
     if table not in tables:
         raise ValueError(f"bench_{name}: has no table {table!r}; it has {', '.join(tables)}")
-    return f"{markdown(tables[table])}\n<sub>{result.caption}</sub>\n"
+    caption = result.caption(getattr(module, "PACKAGES", ("torch",)))
+    return f"{markdown(tables[table])}\n<sub>{caption}</sub>\n"
 
 
 @cache

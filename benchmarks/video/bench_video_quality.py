@@ -32,6 +32,7 @@ from diffusers_hook import SemanticDialectConfig
 
 from ..lib.harness import Table, main
 
+PACKAGES = ("torch", "diffusers")
 PROMPTS, SEEDS = 16, (0, 1, 2)
 LEVELS = (0.9, 0.5, 0.1)
 """Noise levels of the one-step measurement, in the order of a generation."""

@@ -40,6 +40,8 @@ from dialect_kernels.verify import verify
 
 from ..lib.harness import Table, main, time_calls
 
+PACKAGES = ("torch", "diffusers")
+
 CALLS = 10
 """A salient-token refresh every 5 calls and a grouping every 10: two and one."""
 REFRESHES = {"salient_refreshes": 2, "group_refreshes": 1}

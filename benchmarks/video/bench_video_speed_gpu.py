@@ -5,10 +5,10 @@ python -m benchmarks.video.bench_video_speed_gpu
 
 from ..lib.gpu_timing import on_gpu
 from ..lib.harness import main
+from .bench_video_speed import PACKAGES, measure, options, tables
 from .bench_video_speed import gate as _gate
-from .bench_video_speed import measure, options, tables
 
-__all__ = ["gate", "measure", "options", "tables"]
+__all__ = ["PACKAGES", "gate", "measure", "options", "tables"]
 
 
 gate = on_gpu(_gate)

@@ -26,8 +26,35 @@ def test_a_result_names_command_commit_machine_and_versions(monkeypatch):
     assert result.machine == Machine.here()
     assert result.figures == {"seconds": 1.5}
     assert set(result.versions) >= {"python", "torch"}
-    for part in (result.command, result.machine.cpu, result.commit, result.date):
-        assert part in result.caption
+    caption = result.caption(["torch"])
+    cpu = str(result.machine)
+    for part in (result.command, cpu, f"torch {result.versions['torch']}", result.commit):
+        assert part in caption
+    assert caption.endswith(result.date[:10])
+    assert "python" not in caption.removeprefix(f"`{result.command}`"), "only versions that matter"
+
+
+def test_a_caption_is_one_short_line():
+    machine = Machine(
+        cpu="Intel(R) Xeon(R)  Processor", cores=2, instructions="AVX512", memory_gib=23.5, gpu=None
+    )
+    result = Result(
+        name="x",
+        command="python -m benchmarks.kernels.bench_x",
+        commit="0123456789ab",
+        date="2026-11-28T00:50Z",
+        machine=machine,
+        versions={"python": "3.11.7", "torch": "2.13.0", "vllm": "0.32.0"},
+        figures={},
+    )
+    assert result.caption(["torch", "vllm"]) == (
+        "`python -m benchmarks.kernels.bench_x`; Intel Xeon Processor, 2 cores; "
+        "torch 2.13.0, vllm 0.32.0; commit 0123456789ab, 2026-11-28"
+    )
+    on_gpu = result.model_copy(
+        update={"machine": machine.model_copy(update={"gpu": "NVIDIA H200"})}
+    )
+    assert "Processor, 2 cores, NVIDIA H200; torch 2.13.0; commit" in on_gpu.caption(["torch"])
 
 
 def test_main_writes_what_read_result_reads(monkeypatch, tmp_path):
