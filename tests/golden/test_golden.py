@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from dialect_kernels import PackedTensor, ops
-from dialect_kernels.packed import NAN_ROW
+from dialect_kernels.formatbook import NAN_ROW
 from dialect_kernels.verify import Backend, available_backends, golden_vectors, verify, verify_one
 from dialect_plugin.checkpoint.reader import open_packed
 

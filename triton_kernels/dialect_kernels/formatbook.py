@@ -29,8 +29,12 @@ __all__ = [
     "CELLS",
     "DIALECT_FP4",
     "DIALECT_FP4_HALF_UNITS",
+    "E4M3_MAX",
     "E4M3_WINDOW",
+    "HIGHEST_EXPONENT",
     "LARGEST_HALF_UNIT",
+    "LOWEST_EXPONENT",
+    "NAN_ROW",
     "SEMANTIC_32",
     "SEMANTIC_32_HALF_UNITS",
     "SMALLEST_RANGE",
@@ -46,6 +50,14 @@ SMALLEST_RANGE: Final = 8
 """The smallest M: a block whose scaled maximum lies lower still uses a dialect that ends at 8."""
 E4M3_WINDOW: Final = 13
 """Largest delta for which ``h * 2**(4 - delta)`` is an E4M3 number for every h in 0..15."""
+
+LOWEST_EXPONENT: Final = -120
+HIGHEST_EXPONENT: Final = 125
+"""Row exponents R lie between the two: ``2**(R - 5)`` is then a normal float32."""
+NAN_ROW: Final = -128
+"""Row exponent of a row that held NaN or Inf; never stored in files."""
+E4M3_MAX: Final = 448.0
+"""Largest E4M3 number."""
 
 HalfUnits = tuple[int, int, int, int, int, int, int, int]
 Table = tuple[tuple[int, ...], ...]

@@ -15,18 +15,61 @@ with the scale ``2**(R - 5)``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Final
 
 import torch
 
-from .formatbook import BLOCK_SIZES, E4M3_WINDOW, Formatbook
+from .formatbook import (
+    BLOCK_SIZES,
+    E4M3_WINDOW,
+    HIGHEST_EXPONENT,
+    LOWEST_EXPONENT,
+    NAN_ROW,
+    Formatbook,
+    book_by_name,
+)
 
-__all__ = ["NAN_ROW", "PackedTensor", "pack_codes", "power_of_two", "unpack_codes"]
+__all__ = [
+    "STORED_FIELDS",
+    "PackedTensor",
+    "StoredField",
+    "bits_per_weight",
+    "check_block_size",
+    "pack_codes",
+    "padded_columns",
+    "power_of_two",
+]
 
-NAN_ROW = -128
-"""Row exponent of a row that held NaN or Inf; never stored in files."""
-_ROW_EXPONENT_RANGE = (-120, 125)
+
+@dataclass(frozen=True)
+class StoredField:
+    """One of the three tensors of a packed weight.
+
+    Attributes:
+        name: the attribute of :class:`PackedTensor`, e.g. ``"codes"``.
+        stored: the name in checkpoints and modules, behind the layer's: ``"weight_packed"``.
+        dtype: of the tensor.
+    """
+
+    name: str
+    stored: str
+    dtype: torch.dtype
+    _row: Callable[[int, int], tuple[int, ...]] = field(repr=False)
+
+    def shape(self, rows: int, columns: int, block_size: int) -> tuple[int, ...]:
+        """Shape of the tensor for a weight of `rows` x `columns` in blocks of `block_size`."""
+        return (rows, *self._row(padded_columns(columns, block_size), block_size))
+
+
+STORED_FIELDS: Final = (
+    StoredField("codes", "weight_packed", torch.uint8, lambda padded, block: (padded // 2,)),
+    StoredField("meta", "weight_meta", torch.uint8, lambda padded, block: (padded // block,)),
+    StoredField("row_exponent", "weight_row_exponent", torch.int8, lambda padded, block: ()),
+)
+"""Name, stored name, dtype and shape of codes, meta and row exponents: the only such table."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,23 +98,80 @@ class PackedTensor:
     def __post_init__(self) -> None:
         rows, columns = self.shape
         check_block_size(self.block_size)
-        padded = padded_columns(columns, self.block_size)
-        for name, tensor, dtype, shape in (
-            ("codes", self.codes, torch.uint8, (rows, padded // 2)),
-            ("meta", self.meta, torch.uint8, (rows, padded // self.block_size)),
-            ("row_exponent", self.row_exponent, torch.int8, (rows,)),
-        ):
-            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        for part, tensor in zip(STORED_FIELDS, self.tensors, strict=True):
+            shape = part.shape(rows, columns, self.block_size)
+            if tensor.dtype != part.dtype or tensor.shape != shape:
                 raise ValueError(
-                    f"{name}: {tensor.dtype} {list(tensor.shape)} does not fit a "
+                    f"{part.name}: {tensor.dtype} {list(tensor.shape)} does not fit a "
                     f"{rows} x {columns} tensor in blocks of {self.block_size}; "
-                    f"it must be {dtype} {list(shape)}"
+                    f"it must be {part.dtype} {list(shape)}"
                 )
             if tensor.device != self.codes.device:
                 raise ValueError(
-                    f"{name}: is on {tensor.device}, codes on {self.codes.device}; move them to "
-                    "one device"
+                    f"{part.name}: is on {tensor.device}, codes on {self.codes.device}; move them "
+                    "to one device"
                 )
+
+    @classmethod
+    def from_stored(
+        cls, tensors: Mapping[str, torch.Tensor], columns: int, book: Formatbook, block_size: int
+    ) -> PackedTensor:
+        """A weight of `columns` columns from its tensors under their stored names.
+
+        Raises:
+            KeyError: if one of them is missing.
+            ValueError: if dtypes, shapes, devices or the block size do not fit.
+        """
+        codes, meta, row_exponent = (tensors[part.stored] for part in STORED_FIELDS)
+        shape = (codes.shape[0], columns)
+        return cls(codes, meta, row_exponent, shape, book, block_size)
+
+    @classmethod
+    def empty(
+        cls,
+        shape: tuple[int, int],
+        book: Formatbook,
+        block_size: int,
+        device: torch.device | str | None = None,
+    ) -> PackedTensor:
+        """A tensor of `shape` (N, K) with any contents, e.g. on the meta device."""
+        check_block_size(block_size)
+        codes, meta, row_exponent = (
+            torch.empty(part.shape(*shape, block_size), dtype=part.dtype, device=device)
+            for part in STORED_FIELDS
+        )
+        return cls(codes, meta, row_exponent, shape, book, block_size)
+
+    @classmethod
+    def from_op(
+        cls,
+        codes: torch.Tensor,
+        meta: torch.Tensor,
+        row_exponent: torch.Tensor,
+        in_features: int,
+        book: str,
+        block_size: int,
+    ) -> PackedTensor:
+        """The weight that a torch op got; without the bias, in the order of `op_arguments`."""
+        shape = (codes.shape[0], in_features)
+        return cls(codes, meta, row_exponent, shape, book_by_name(book), block_size)
+
+    def op_arguments(
+        self, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, int, str, int]:
+        """Weight and bias as torch ops take them: tensors, numbers and names, in their order."""
+        return (*self.tensors, bias, self.shape[1], self.book.name, self.block_size)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes, meta and row exponents, in the order of :data:`STORED_FIELDS`."""
+        return self.codes, self.meta, self.row_exponent
+
+    @property
+    def stored(self) -> dict[str, torch.Tensor]:
+        """The three tensors under their stored names; the inverse of :meth:`from_stored`."""
+        names = (part.stored for part in STORED_FIELDS)
+        return dict(zip(names, self.tensors, strict=True))
 
     @property
     def device(self) -> torch.device:
@@ -81,20 +181,19 @@ class PackedTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of codes, meta and row exponents together."""
-        return self.codes.nbytes + self.meta.nbytes + self.row_exponent.nbytes
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def bits_per_element(self) -> float:
         """Stored bits per unpadded element: 4 + 8/B + 8/K where K is a multiple of B."""
-        return 8 * self.nbytes / max(1, self.shape[0] * self.shape[1])
+        return bits_per_weight(self.nbytes, self.shape[0] * self.shape[1])
 
     def to(self, device: torch.device | str) -> PackedTensor:
         """Return a copy on `device` (itself if it is there already)."""
         if torch.device(device) == self.device:
             return self
-        return self._with(
-            self.codes.to(device), self.meta.to(device), self.row_exponent.to(device), self.shape
-        )
+        codes, meta, row_exponent = (tensor.to(device) for tensor in self.tensors)
+        return self._with(codes, meta, row_exponent, self.shape)
 
     def ids(self) -> torch.Tensor:
         """Dialect id of each block, uint8 [N, Kp/B]."""
@@ -119,7 +218,7 @@ class PackedTensor:
     def row_scale(self) -> torch.Tensor:
         """``2**(R - 5)``, the FP8 scale of each row, float32 [N]; NaN for NaN rows."""
         exponent = self.row_exponent.to(torch.int32)
-        scale = power_of_two(exponent.clamp(min=-120) - 5)
+        scale = power_of_two(exponent.clamp(min=LOWEST_EXPONENT) - 5)
         return torch.where(exponent == NAN_ROW, torch.nan, scale)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -193,7 +292,7 @@ class PackedTensor:
                 f"reserved delta {int(delta[at])}; allowed are 0..{E4M3_WINDOW}: the file is "
                 "damaged, convert the model again"
             )
-        low, high = _ROW_EXPONENT_RANGE
+        low, high = LOWEST_EXPONENT, HIGHEST_EXPONENT
         outside = (self.row_exponent < low) | (self.row_exponent > high)
         if (at := _first(outside)) is not None:
             raise ValueError(
@@ -235,15 +334,18 @@ def padded_columns(columns: int, block_size: int) -> int:
     return -(-columns // block_size) * block_size
 
 
+def bits_per_weight(nbytes: int, weights: int) -> float:
+    """Stored bits per weight of packed tensors of `nbytes` bytes that hold `weights` weights.
+
+    4 + 8/B + 8/K for one tensor whose K is a multiple of B; 0 without weights is 0.
+    """
+    return 8 * nbytes / max(1, weights)
+
+
 def pack_codes(codes: torch.Tensor) -> torch.Tensor:
     """Pack 4-bit codes, uint8 [N, Kp] (Kp even) -> uint8 [N, Kp/2], even elements low."""
     packed: torch.Tensor = codes[:, 0::2] | (codes[:, 1::2] << 4)
     return packed
-
-
-def unpack_codes(packed: torch.Tensor) -> torch.Tensor:
-    """Inverse of :func:`pack_codes`, uint8 [N, Kp/2] -> uint8 [N, Kp]."""
-    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
 
 
 def power_of_two(exponent: torch.Tensor) -> torch.Tensor:

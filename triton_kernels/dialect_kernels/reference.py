@@ -18,13 +18,15 @@ import torch.nn.functional as F
 from .formatbook import (
     CELLS,
     DIALECT_FP4,
+    E4M3_MAX,
     E4M3_WINDOW,
     LARGEST_HALF_UNIT,
+    LOWEST_EXPONENT,
+    NAN_ROW,
     SMALLEST_RANGE,
     Formatbook,
 )
 from .packed import (
-    NAN_ROW,
     PackedTensor,
     check_block_size,
     pack_codes,
@@ -51,8 +53,6 @@ ACCUMULATIONS = ("default", "exact")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _LARGEST_GROUP = 2**31 - 1
-_LOWEST_EXPONENT = -120
-_E4M3_MAX = 448.0
 _CHUNK_ELEMENTS = 1 << 19
 """Elements rounded at a time: keeps the float64 work arrays in cache and the peak memory flat."""
 
@@ -306,13 +306,13 @@ def _blocks(x: torch.Tensor, block_size: int) -> torch.Tensor:
 def _block_exponent(largest: torch.Tensor) -> torch.Tensor:
     """``e = floor(log2(max)) - 2`` from the float's bits, at least -120; int32, shape kept."""
     biased: torch.Tensor = largest.contiguous().view(torch.int32) >> 23
-    return (biased - (127 + 2)).clamp(min=_LOWEST_EXPONENT)
+    return (biased - (127 + 2)).clamp(min=LOWEST_EXPONENT)
 
 
 def _row_exponent(exponent: torch.Tensor) -> torch.Tensor:
     """R, the largest e of each row, int32 [N]; -120 for rows without columns."""
     if exponent.shape[1] == 0:
-        return exponent.new_full((exponent.shape[0],), _LOWEST_EXPONENT)
+        return exponent.new_full((exponent.shape[0],), LOWEST_EXPONENT)
     return exponent.amax(dim=1)
 
 
@@ -548,7 +548,7 @@ def _signed_half_units(rounded: _Rounded, book: Formatbook, block_size: int) -> 
 def _row_scale(row_exponent: torch.Tensor) -> torch.Tensor:
     """``2**(R - 5)``, float32 [N]; NaN where R marks a NaN row."""
     exponent = row_exponent.to(torch.int32)
-    scale = power_of_two(exponent.clamp(min=_LOWEST_EXPONENT) - 5)
+    scale = power_of_two(exponent.clamp(min=LOWEST_EXPONENT) - 5)
     return torch.where(exponent == NAN_ROW, torch.nan, scale)
 
 
@@ -570,9 +570,9 @@ def quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     finite = values.isfinite().all(dim=1)
     values = torch.where(finite[:, None], values, torch.zeros_like(values))
     largest = values.abs().amax(dim=1) if x.shape[1] else values.new_zeros(x.shape[0])
-    scale = largest / _divisor(_E4M3_MAX, x)
+    scale = largest / _divisor(E4M3_MAX, x)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    q = (values / scale[:, None]).clamp(-_E4M3_MAX, _E4M3_MAX)
+    q = (values / scale[:, None]).clamp(-E4M3_MAX, E4M3_MAX)
     q = torch.where(finite[:, None], q, torch.nan)
     return q.to(torch.float8_e4m3fn), torch.where(finite, scale, torch.nan)
 
@@ -620,14 +620,14 @@ def quantize_nvfp4(x: torch.Tensor, block_size: int = 16) -> torch.Tensor:
     check_matrix(x, "x")
     check_finite(x, "x")
     largest = x.abs().amax().to(torch.float32) if x.numel() else torch.zeros((), device=x.device)
-    tensor_scale = largest / _divisor(_E4M3_MAX * 6, x)
+    tensor_scale = largest / _divisor(E4M3_MAX * 6, x)
     if tensor_scale == 0:
         tensor_scale = torch.ones_like(tensor_scale)
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     for part in _row_chunks(*x.shape):
         blocks = _blocks(x[part], block_size)
         wanted = blocks.abs().amax(dim=-1, keepdim=True) / _divisor(6.0, x) / tensor_scale
-        block_scale = wanted.clamp(max=_E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
+        block_scale = wanted.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
         scale = block_scale * tensor_scale
         quotient = torch.where(scale == 0, 0.0, blocks / scale)
         rounded = _round_to_e2m1(quotient) * scale

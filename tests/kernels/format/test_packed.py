@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from dialect_kernels import DIALECT_FP4, SEMANTIC_32, PackedTensor, quantize
-from dialect_kernels.packed import NAN_ROW
+from dialect_kernels.formatbook import NAN_ROW
+from dialect_kernels.packed import STORED_FIELDS
 from tests.support import brute_force as brute
 from tests.support.format_checks import (
     BLOCK_SIZES,
@@ -232,3 +233,41 @@ def test_it_is_immutable_and_moves_between_devices():
         p.codes = p.meta
     assert p.to("cpu") is p
     assert p.device == torch.device("cpu")
+
+
+def test_one_table_names_the_stored_tensors():
+    assert [(part.name, part.stored, part.dtype) for part in STORED_FIELDS] == [
+        ("codes", "weight_packed", torch.uint8),
+        ("meta", "weight_meta", torch.uint8),
+        ("row_exponent", "weight_row_exponent", torch.int8),
+    ]
+    assert [part.shape(3, 33, 16) for part in STORED_FIELDS] == [(3, 24), (3, 3), (3,)]
+
+
+@pytest.mark.parametrize("book", BOOKS.values(), ids=lambda book: book.name)
+def test_a_packed_tensor_comes_back_from_its_stored_tensors_and_from_an_op(book):
+    p = quantize(torch.randn(5, 40), book, 16)
+    assert list(p.stored) == [part.stored for part in STORED_FIELDS]
+    bias = torch.zeros(5)
+    codes, meta, row_exponent, passed, columns, name, block_size = p.op_arguments(bias)
+    assert passed is bias
+    for again in (
+        PackedTensor.from_stored(p.stored, 40, book, 16),
+        PackedTensor.from_op(codes, meta, row_exponent, columns, name, block_size),
+    ):
+        assert (again.shape, again.book, again.block_size) == (p.shape, book, 16)
+        assert all(a is b for a, b in zip(again.tensors, p.tensors, strict=True))
+
+
+def test_an_empty_tensor_can_lie_on_the_meta_device():
+    p = PackedTensor.empty((5, 40), DIALECT_FP4, 16, "meta")
+    assert p.device.type == "meta"
+    assert p.nbytes == 5 * (24 + 3 + 1)
+    with pytest.raises(ValueError, match="block_size: 8"):
+        PackedTensor.empty((5, 40), DIALECT_FP4, 8)
+
+
+def test_a_missing_stored_tensor_is_an_error():
+    p = quantize(torch.randn(2, 16), DIALECT_FP4, 16)
+    with pytest.raises(KeyError, match="weight_meta"):
+        PackedTensor.from_stored({"weight_packed": p.codes}, 16, DIALECT_FP4, 16)

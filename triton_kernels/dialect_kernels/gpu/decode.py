@@ -33,8 +33,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..formatbook import E4M3_WINDOW, Formatbook
-from ..packed import NAN_ROW, PackedTensor
+from ..formatbook import E4M3_WINDOW, NAN_ROW, Formatbook
+from ..packed import PackedTensor
 from .layout import interpreted
 from .rounding import power_of_two
 

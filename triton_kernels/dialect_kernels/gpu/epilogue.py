@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..packed import NAN_ROW
+from ..formatbook import NAN_ROW
 
 __all__ = ["store_tile"]
 

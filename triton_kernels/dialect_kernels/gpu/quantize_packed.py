@@ -29,8 +29,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..formatbook import DIALECT_FP4, E4M3_WINDOW, Formatbook
-from ..packed import NAN_ROW, PackedTensor, check_block_size, padded_columns
+from ..formatbook import DIALECT_FP4, E4M3_WINDOW, NAN_ROW, Formatbook
+from ..packed import PackedTensor, check_block_size, padded_columns
 from ..reference import check_matrix, check_quantize
 from .layout import RowConfig, aligned, interpreted, load_blocks, row_config, with_unit_stride
 from .rounding import (
