@@ -11,21 +11,21 @@ kernel keep to AVX2.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import cycle, product
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.lib.harness import ROOT, Table, main, ratio, time_calls
-from dialect_kernels import DIALECT_FP4, SEMANTIC_32, cpu, reference
+from dialect_kernels import DIALECT_FP4, SEMANTIC_32, PackedTensor, cpu, reference
+from dialect_kernels.cpu import calls
 from dialect_kernels.formatbook import Formatbook
-from dialect_kernels.verify import verify
+
+from ..lib.gate import golden_faults
+from ..lib.harness import Table, in_new_process, main, ratio, time_calls
+from .random_data import random_tokens, random_weight
 
 SIZE = 4096
 BLOCK_SIZE = 32
@@ -52,8 +52,8 @@ def gate() -> list[str]:
     """Where kernel and reference differ, on the data that is measured but fewer rows of it."""
     if not cpu.available():
         return [f"there is no kernel: {cpu.why_not()}"]
-    w = _weight()[:96]
-    faults = [f"{r.case}: {r.detail}" for r in verify(["cpu"]) if not r.passed]
+    w = random_weight(SIZE, SIZE)[:96]
+    faults = golden_faults("cpu")
     for book in (DIALECT_FP4, SEMANTIC_32):
         p = reference.quantize(w, book, BLOCK_SIZE)
         q = cpu.quantize(w, book, BLOCK_SIZE, "mse", book.largest_stored_delta)
@@ -61,13 +61,12 @@ def gate() -> list[str]:
             if not torch.equal(getattr(p, name), getattr(q, name)):
                 faults.append(f"quantize, {book.name}: {name} differs from the reference")
     p = reference.quantize(w, DIALECT_FP4, BLOCK_SIZE)
-    x = _tokens(max(GATE_TOKENS))
+    x = random_tokens(max(GATE_TOKENS), SIZE)
     all_instructions = cpu.INSTRUCTIONS[: cpu.INSTRUCTIONS.index(cpu.features()) + 1]
     for activation_format in FORMATS:
         want = reference.dialect_linear(x, p, None, activation_format)
         for tokens, instructions in product(GATE_TOKENS, all_instructions):
-            weight = (p.codes, p.meta, p.row_exponent)
-            got = _call(x[:tokens], weight, activation_format, instructions)
+            got = _call(x[:tokens], p, activation_format, instructions)
             if not torch.equal(got, want[:tokens]):
                 faults.append(
                     f"linear, {activation_format}, {tokens} tokens, {instructions}: differs from "
@@ -78,24 +77,11 @@ def gate() -> list[str]:
 
 def measure() -> dict[str, Any]:
     """The figures with all instructions, ``"native"``, and with AVX2 alone, ``"avx2"``."""
-    done = subprocess.run(
-        [sys.executable, "-c", "from benchmarks import bench_cpu; bench_cpu.print_figures()"],
-        cwd=ROOT,
-        env=os.environ | _AVX2_ALONE,
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    return {"native": _measure(), "avx2": json.loads(done.stdout.splitlines()[-1])}
+    return {"native": figures_here(), "avx2": in_new_process(figures_here, _AVX2_ALONE)}
 
 
-def print_figures() -> None:
-    """One line of JSON: the figures of this process."""
-    print(json.dumps(_measure()))
-
-
-def _measure() -> dict[str, Any]:
-    """Milliseconds per call and times faster than each peer; weights quantized per second."""
+def figures_here() -> dict[str, Any]:
+    """This process's milliseconds per call, ratios to each peer, weights quantized per second."""
     linear = {str(tokens): _measure_linear(tokens) for tokens in TOKENS}
     return {
         "size": SIZE,
@@ -146,11 +132,11 @@ def _linear_table(figures: dict[str, Any]) -> Table:
 
 
 def _measure_linear(tokens: int) -> dict[str, Any]:
-    w = _weight()
-    x = _tokens(tokens)
+    w = random_weight(SIZE, SIZE)
+    x = random_tokens(tokens, SIZE, seed=tokens)
     x32 = x.float()
     q = cpu.quantize(w, DIALECT_FP4, BLOCK_SIZE, "mse", DIALECT_FP4.largest_stored_delta)
-    packed = _copies(lambda: tuple(part.clone() for part in q[:3]), q.codes.nbytes)
+    packed = _copies(lambda: _copy(q), q.codes.nbytes)
     dense = {
         dtype: _copies(lambda d=dtype: w.to(d, copy=True), w.numel() * dtype.itemsize)
         for dtype in (torch.float32, torch.bfloat16)
@@ -182,11 +168,11 @@ def _measure_linear(tokens: int) -> dict[str, Any]:
 
 
 def _measure_quantizer(book: Formatbook) -> dict[str, float]:
-    w = _weight()
+    w = random_weight(SIZE, SIZE)
     window = book.largest_stored_delta
     timing = time_calls(
         {
-            "quantize": lambda: cpu.quantize(
+            "quantize": lambda: calls.quantize(
                 w, book, BLOCK_SIZE, "mse", window, instructions=_instructions()
             )
         },
@@ -198,16 +184,6 @@ def _measure_quantizer(book: Formatbook) -> dict[str, float]:
         "million_weights_per_s_lowest": million / timing.slowest_s,
         "million_weights_per_s_highest": million / timing.fastest_s,
     }
-
-
-def _weight() -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(SIZE, SIZE, generator=generator) * 0.02
-
-
-def _tokens(tokens: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(tokens)
-    return torch.randn(tokens, SIZE, generator=generator).to(torch.bfloat16)
 
 
 def _copies(make: Callable[[], Copy], bytes_each: int) -> list[Copy]:
@@ -225,24 +201,16 @@ def _instructions() -> str:
     return "avx2" if restricted and cpu.features() != "scalar" else cpu.features()
 
 
+def _copy(p: PackedTensor) -> PackedTensor:
+    codes, meta, row_exponent = (tensor.clone() for tensor in p.tensors)
+    return replace(p, codes=codes, meta=meta, row_exponent=row_exponent)
+
+
 def _call(
-    x: torch.Tensor,
-    weight: tuple[torch.Tensor, ...],
-    activation_format: str,
-    instructions: str | None = None,
+    x: torch.Tensor, p: PackedTensor, activation_format: str, instructions: str | None = None
 ) -> torch.Tensor:
-    codes, meta, row_exponent = weight
-    return cpu.linear(
-        x,
-        codes,
-        meta,
-        row_exponent,
-        SIZE,
-        DIALECT_FP4,
-        BLOCK_SIZE,
-        activation_format,
-        instructions=instructions or _instructions(),
-    )
+    used = instructions or _instructions()
+    return calls.linear(x, p, None, activation_format, instructions=used)
 
 
 if __name__ == "__main__":

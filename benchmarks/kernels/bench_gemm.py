@@ -23,10 +23,17 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from dialect_kernels import DIALECT_FP4, PackedTensor, dialect_linear, quantize, reference
+from dialect_kernels import (
+    DIALECT_FP4,
+    PackedTensor,
+    baselines,
+    dialect_linear,
+    quantize,
+    reference,
+)
 from dialect_kernels.ops import linear
-from dialect_kernels.verify import verify
 
+from ..lib.gate import golden_faults
 from ..lib.gpu_timing import (
     Ceilings,
     copies_for,
@@ -37,24 +44,12 @@ from ..lib.gpu_timing import (
     time_graphs,
 )
 from ..lib.harness import Table, main
-from .peers import PEERS
+from ..lib.shapes import LLAMA_8B, LLAMA_70B
+from .peer_kernels import PEERS
+from .random_data import random_tokens, random_weight
 
 PACKAGES = ("torch", "triton")
-MODELS = {
-    "8B": {
-        "qkv": (6144, 4096),
-        "o": (4096, 4096),
-        "gate_up": (28672, 4096),
-        "down": (4096, 14336),
-    },
-    "70B": {
-        "qkv": (10240, 8192),
-        "o": (8192, 8192),
-        "gate_up": (57344, 8192),
-        "down": (8192, 28672),
-    },
-}
-"""Shapes [N, K] of LLaMA-3's linear layers, as vLLM fuses them."""
+MODELS = {"8B": LLAMA_8B, "70B": LLAMA_70B}
 TOKENS = tuple(2**power for power in range(15))
 OURS = {"W4A4": "dialect", "W4A8": "fp8", "W4A16": "none"}
 MXFP4_HERE = "MXFP4 here, W4A8"
@@ -70,9 +65,9 @@ def gate() -> list[str]:
         SystemExit: if there is none.
     """
     need_gpu()
-    faults = [f"{r.case}: {r.detail}" for r in verify(["cuda"]) if not r.passed]
-    for features, columns in MODELS["8B"].values():
-        p = quantize(_weight(features, columns))
+    faults = golden_faults("cuda")
+    for features, columns in LLAMA_8B.fused_projections.values():
+        p = quantize(_weight((features, columns)))
         for tokens in (1, 40, 600):
             x = _tokens(tokens, columns)
             for name, activation_format in OURS.items():
@@ -94,7 +89,7 @@ def measure(models: list[str], tokens: list[int]) -> dict[str, Any]:
     for model in models:
         figures["models"][model] = {
             layer: _measure_layer(shape, tokens, ceilings, missing)
-            for layer, shape in MODELS[model].items()
+            for layer, shape in MODELS[model].fused_projections.items()
         }
     return figures
 
@@ -126,7 +121,7 @@ def plots(figures: dict[str, Any]) -> dict[str, Figure]:
             ratios = [_median_ratio(layers, str(t), method) for t in tokens]
             panel.plot(tokens, ratios, "o-", label=method, markersize=3)
         panel.axhline(1, color="black", linewidth=0.8)
-        panel.set(title=f"LLaMA-3-{model}", xlabel="tokens", xscale="log")
+        panel.set(title=MODELS[model].name, xlabel="tokens", xscale="log")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("times faster than bfloat16")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -158,7 +153,7 @@ def _prepare(
 ) -> dict[str, tuple[Callable[[torch.Tensor, int], object], int]]:
     """Every method with enough copies of its weight."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
-    weight = _weight(*shape)
+    weight = _weight(shape)
     packed = quantize(weight)
     all_fp4 = dataclasses.replace(packed, meta=(packed.meta & 0xF0) | 7)
     methods: dict[str, tuple[Callable[[torch.Tensor, int], object], int]] = {}
@@ -191,7 +186,7 @@ def _fp8(weight: torch.Tensor, copies: int) -> tuple[Callable[[torch.Tensor, int
     """The library's FP8 GEMM with a scale for each token and output, its fast accumulation on."""
     from dialect_kernels.gpu.quantize_fp8 import quantize_activation_fp8
 
-    q, scale = reference.quantize_fp8(weight)
+    q, scale = baselines.quantize_fp8(weight)
     dense = [q.clone() for _ in range(copies)]
 
     def call(x: torch.Tensor, i: int) -> torch.Tensor:
@@ -229,7 +224,7 @@ def _is_close(x: torch.Tensor, p: PackedTensor, activation_format: str) -> bool:
     if activation_format == "dialect":
         a = reference.round_activation(x, DIALECT_FP4, p.block_size).double()
     elif activation_format == "fp8":
-        q, scale = reference.quantize_fp8(x)
+        q, scale = baselines.quantize_fp8(x)
         a = q.double() * scale.double()[:, None]
     w = p.dequantize().double()
     want = a @ w.T
@@ -238,15 +233,12 @@ def _is_close(x: torch.Tensor, p: PackedTensor, activation_format: str) -> bool:
     return bool(((y.double() - want).abs() <= allowed).all())
 
 
-def _weight(features: int, columns: int) -> torch.Tensor:
-    generator = torch.Generator("cuda").manual_seed(features + columns)
-    weight = torch.randn(features, columns, generator=generator, device="cuda") * 0.02
-    return weight.to(torch.bfloat16)
+def _weight(shape: tuple[int, int]) -> torch.Tensor:
+    return random_weight(*shape, seed=sum(shape), device="cuda").to(torch.bfloat16)
 
 
 def _tokens(tokens: int, columns: int) -> torch.Tensor:
-    generator = torch.Generator("cuda").manual_seed(tokens)
-    return torch.randn(tokens, columns, generator=generator, device="cuda").to(torch.bfloat16)
+    return random_tokens(tokens, columns, seed=tokens, device="cuda")
 
 
 def _floor_s(method: str, shape: tuple[int, int], tokens: int, ceilings: Ceilings) -> float:

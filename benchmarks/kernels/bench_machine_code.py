@@ -12,11 +12,8 @@ can issue 3.7 instructions for each of them: a loop with fewer is not what keeps
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
-import sys
 from typing import Any
 
 import triton
@@ -24,7 +21,7 @@ import triton
 from dialect_kernels.gpu.linear import EXACT_PLANS, table_of
 from dialect_kernels.gpu.tuning import TABLES
 
-from ..lib.harness import ROOT, Table, main
+from ..lib.harness import ROOT, Table, in_new_process, main
 from ..lib.machine_code import MMA, compile_gemm, faults, per_weight
 
 PACKAGES = ("triton",)
@@ -43,27 +40,15 @@ def gate() -> list[str]:
 
 def measure() -> dict[str, Any]:
     """The rows of both compilers, by Triton version."""
-    found = {triton.__version__: rows()}
+    found = rows_here()
     if OLD_TRITON.exists():
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                "from benchmarks import bench_machine_code as b; b.print_rows()",
-            ],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": f"{OLD_TRITON}{os.pathsep}{ROOT}"},
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        found |= json.loads(done.stdout.splitlines()[-1])
+        found |= in_new_process(rows_here, {"PYTHONPATH": f"{OLD_TRITON}{os.pathsep}{ROOT}"})
     return {"triton": dict(sorted(found.items()))}
 
 
-def print_rows() -> None:
-    """One line of JSON: the rows by the Triton of this process."""
-    print(json.dumps({triton.__version__: rows()}))
+def rows_here() -> dict[str, list[dict[str, Any]]]:
+    """The rows by the Triton of this process, under its version."""
+    return {triton.__version__: rows()}
 
 
 def rows() -> list[dict[str, Any]]:

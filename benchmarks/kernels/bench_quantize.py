@@ -17,15 +17,16 @@ from typing import Any
 import torch
 
 from dialect_kernels import DIALECT_FP4, SEMANTIC_32, quantize, reference
-from dialect_kernels.verify import verify
 
+from ..lib.gate import golden_faults
 from ..lib.gpu_timing import copies_for, measure_ceilings, microseconds, need_gpu, time_graphs
-from ..lib.harness import Table, main
-from .bench_gemm import MODELS
+from ..lib.harness import Table, main, time_calls
+from ..lib.shapes import LLAMA_8B
+from .random_data import random_tokens
 
 PACKAGES = ("torch", "triton")
 TOKENS = (1, 16, 256, 2048, 16384)
-COLUMNS = (4096, 14336)
+COLUMNS = (LLAMA_8B.hidden, LLAMA_8B.intermediate)
 KINDS = {
     "FP8": "FP8, this kernel",
     "torch": "FP8, PyTorch operations",
@@ -36,8 +37,6 @@ KINDS = {
 }
 """Kind -> how it is shown; the first is what the others are compared with."""
 SHARE_TOKENS = (2048, 4096, 16384)
-WEIGHTS_8B = 32 * sum(features * columns for features, columns in MODELS["8B"].values())
-"""Weights in the linear layers of LLaMA-3-8B."""
 
 
 def gate() -> list[str]:
@@ -47,7 +46,7 @@ def gate() -> list[str]:
         SystemExit: if there is none.
     """
     need_gpu()
-    faults = [f"{r.case}: {r.detail}" for r in verify(["cuda"]) if not r.passed]
+    faults = golden_faults("cuda")
     for columns in COLUMNS:
         x = _tokens(33, columns)
         for book in (DIALECT_FP4, SEMANTIC_32):
@@ -91,10 +90,10 @@ def tables(figures: dict[str, Any]) -> dict[str, Table]:
     share = [["tokens", "quantizing", "of the four layers"]]
     for tokens, found in figures["share"].items():
         share.append([tokens, f"{found['quantize_us']:.0f} µs", f"{found['share']:.1%}"])
-    weights = [["formatbook", "million weights a second", "LLaMA-3-8B"]]
+    weights = [["formatbook", "million weights a second", LLAMA_8B.name]]
     for name, found in figures["weights"].items():
         million = f"{found['weights_per_s'] / 1e6:.0f}"
-        weights.append([name, million, f"{WEIGHTS_8B / found['weights_per_s']:.1f} s"])
+        weights.append([name, million, f"{LLAMA_8B.linear_weights / found['weights_per_s']:.1f} s"])
     return {"tokens": rows, "share": share, "weights": weights}
 
 
@@ -142,22 +141,22 @@ def _rotate(call: Callable[[torch.Tensor], object], copies: list[torch.Tensor], 
 
 def _measure_share(tokens: int) -> dict[str, float]:
     """What quantizing takes of the layers' time, weights decoded in each call."""
-    from dialect_kernels.gpu import linear as gpu
+    from dialect_kernels.gpu.linear import multiply, quantize_tokens, route
 
     quantize_s = multiply_s = 0.0
-    for features, columns in MODELS["8B"].values():
+    for features, columns in LLAMA_8B.fused_projections.values():
         p = quantize(_tokens(features, columns) / 50)
         x = _tokens(tokens, columns)
-        how = gpu.route(tokens, p.shape, "dialect", x.dtype, x.device)
-        q, scale = gpu.quantize_tokens(x, p, "dialect", how)
+        how = route(tokens, p.shape, "dialect", x.dtype, x.device)
+        q, scale = quantize_tokens(x, p, "dialect", how)
         times = time_graphs(
             {
                 "quantize": (
-                    lambda _, p=p, x=x, how=how: gpu.quantize_tokens(x, p, "dialect", how),
+                    lambda _, p=p, x=x, how=how: quantize_tokens(x, p, "dialect", how),
                     2,
                 ),
                 "multiply": (
-                    lambda _, p=p, q=q, s=scale, how=how: gpu.multiply(
+                    lambda _, p=p, q=q, s=scale, how=how: multiply(
                         q, s, p, None, torch.bfloat16, how
                     ),
                     2,
@@ -175,8 +174,6 @@ def _measure_share(tokens: int) -> dict[str, float]:
 
 def _measure_weights(book: Any) -> dict[str, float]:
     """The exact-error quantizer on the largest layer, outside of a graph: it checks for NaN."""
-    from ..lib.harness import time_calls
-
     weight = _tokens(28672, 4096) / 50
     timing = time_calls(
         {"quantize": lambda: quantize(weight, book)}, rounds=7, synchronize=torch.cuda.synchronize
@@ -185,8 +182,7 @@ def _measure_weights(book: Any) -> dict[str, float]:
 
 
 def _tokens(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return torch.randn(tokens, columns, generator=generator, device="cuda").to(torch.bfloat16)
+    return random_tokens(tokens, columns, seed, "cuda")
 
 
 if __name__ == "__main__":

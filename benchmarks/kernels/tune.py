@@ -22,14 +22,15 @@ from typing import Any
 import torch
 
 from dialect_kernels import PackedTensor, quantize
-from dialect_kernels.gpu import linear as gpu
 from dialect_kernels.gpu.gemm import arrivals
-from dialect_kernels.gpu.linear import Route
+from dialect_kernels.gpu.linear import Route, multiply, quantize_tokens, route
 from dialect_kernels.gpu.tuning import GemmPlan, config_name, parse_plans
 
 from ..lib.gpu_timing import copies_for, need_gpu, time_graphs
 from ..lib.harness import ROOT
-from .bench_gemm import MODELS, copy_packed
+from ..lib.shapes import LLAMA_8B
+from .bench_gemm import copy_packed
+from .random_data import random_tokens, random_weight
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
 """Beyond the last the library multiplies: the GEMM hides what decoding costs."""
@@ -66,15 +67,13 @@ def tune(
     features: int, columns: int, activation_format: str, tokens: tuple[int, ...] = TOKENS
 ) -> dict[str, dict[str, Any]]:
     """The fastest plan for each number of tokens, as the fields of a configuration file."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    weight = torch.randn(features, columns, generator=generator, device="cuda") * 0.02
-    packed = quantize(weight.to(torch.bfloat16))
+    packed = quantize(random_weight(features, columns, device="cuda").to(torch.bfloat16))
     properties = torch.cuda.get_device_properties(0)
     count = copies_for(packed.codes.nbytes, properties.L2_cache_size)
     copies = [copy_packed(packed) for _ in range(count)]
     best = {}
     for number in tokens:
-        x = torch.randn(number, columns, generator=generator, device="cuda").to(torch.bfloat16)
+        x = random_tokens(number, columns, device="cuda")
         plans = list(candidates(number, features, columns, properties.multi_processor_count))
         best[str(number)] = fields(_fastest(x, copies, activation_format, plans))
     return best
@@ -107,7 +106,7 @@ def write(
 def main() -> None:
     """Tune and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.tune", description=__doc__)
-    shapes = [f"{features}x{columns}" for features, columns in MODELS["8B"].values()]
+    shapes = [f"{features}x{columns}" for features, columns in LLAMA_8B.fused_projections.values()]
     parser.add_argument("--shapes", nargs="+", default=shapes, help="NxK, e.g. 6144x4096")
     parser.add_argument("--formats", nargs="+", default=["dialect", "fp8", "none"])
     parser.add_argument("--out", type=Path, default=CONFIGS)
@@ -125,7 +124,7 @@ def _fastest(
     x: torch.Tensor, copies: list[PackedTensor], activation_format: str, plans: list[GemmPlan]
 ) -> GemmPlan:
     """Time every plan that runs on this device and gives the right result."""
-    derived = gpu.route(len(x), copies[0].shape, activation_format, x.dtype, x.device)
+    derived = route(len(x), copies[0].shape, activation_format, x.dtype, x.device)
     want = _product(x, copies, activation_format, derived, 0).double()
     largest = want.abs().max()
     calls, by_name = {}, {}
@@ -149,10 +148,10 @@ def _product(
     x: torch.Tensor, copies: list[PackedTensor], activation_format: str, how: Route, i: int
 ) -> torch.Tensor:
     if activation_format == "none":
-        return gpu.multiply(x, None, copies[i], None, x.dtype, how)
+        return multiply(x, None, copies[i], None, x.dtype, how)
     zeros = arrivals(len(x), copies[i].shape[0], how.plan, x.device)
-    q, scale = gpu.quantize_tokens(x, copies[i], activation_format, how, zeros=zeros)
-    return gpu.multiply(q, scale, copies[i], None, x.dtype, how, arrived=zeros)
+    q, scale = quantize_tokens(x, copies[i], activation_format, how, zeros=zeros)
+    return multiply(q, scale, copies[i], None, x.dtype, how, arrived=zeros)
 
 
 if __name__ == "__main__":

@@ -12,60 +12,40 @@ beside the elapsed time: it hardly depends on what else the machine is doing.
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from benchmarks.lib import harness
-from benchmarks.lib.memory import PeakMemory
 from dialect_kernels import reference
-from dialect_kernels.verify import verify
 from dialect_plugin.checkpoint.reader import open_checkpoint, open_packed
 
-HIDDEN, INTERMEDIATE, LAYERS, KEY_VALUE, VOCABULARY = 2048, 8192, 16, 512, 128_256
-PROJECTIONS = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (KEY_VALUE, HIDDEN),
-    "self_attn.v_proj": (KEY_VALUE, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-}
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": HIDDEN,
-    "intermediate_size": INTERMEDIATE,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": VOCABULARY,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-}
+from ..lib import harness
+from ..lib.gate import golden_faults
+from ..lib.shapes import LLAMA_1B
+from .checkpoints import convert, write_checkpoint
+
+SMALL = replace(LLAMA_1B, hidden=256, intermediate=1024, head=8, layers=1, vocabulary=64)
+"""What the gate converts: an eighth of the channels, one layer."""
 Figures = dict[str, Any]
 
 
 def gate() -> list[str]:
     """Faults of the golden vectors, and of a converted checkpoint against the reference."""
-    faults = [f"{r.case}: {r.detail}" for r in verify(["cpu"]) if not r.passed]
+    faults = golden_faults("cpu")
     with tempfile.TemporaryDirectory() as directory:
         source, packed = Path(directory, "source"), Path(directory, "packed")
-        write_checkpoint(source, layers=1, vocabulary=64, divisor=8)
+        write_checkpoint(source, SMALL)
         convert(source, packed)
         weights = load_file(source / "model.safetensors")
         found = open_packed(packed)
-        for projection in PROJECTIONS:
+        for projection in SMALL.projections:
             name = f"model.layers.0.{projection}"
             expected = reference.quantize(weights[f"{name}.weight"][:32])
             stored = found.read(name).slice_rows(0, 32)
@@ -80,7 +60,7 @@ def measure(rounds: int = 3) -> Figures:
     seconds, cpu_seconds, pss, anonymous = [], [], [], []
     with tempfile.TemporaryDirectory() as directory:
         source, packed = Path(directory, "source"), Path(directory, "packed")
-        write_checkpoint(source, LAYERS, VOCABULARY)
+        write_checkpoint(source, LLAMA_1B)
         for _ in range(rounds):
             start, cpu_start = time.perf_counter(), _children_cpu_seconds()
             peak = convert(source, packed)
@@ -93,7 +73,7 @@ def measure(rounds: int = 3) -> Figures:
             packed_bytes = sum(info.nbytes for info in found.checkpoint.tensors.values())
             shutil.rmtree(packed)
         source_bytes = sum(info.nbytes for info in open_checkpoint(source).tensors.values())
-    weights = LAYERS * sum(rows * columns for rows, columns in PROJECTIONS.values())
+    weights = LLAMA_1B.linear_weights
     timing = harness.Timing.of(seconds)
     return {
         "layers": layers,
@@ -108,55 +88,10 @@ def measure(rounds: int = 3) -> Figures:
     }
 
 
-def write_checkpoint(path: Path, layers: int, vocabulary: int, divisor: int = 1) -> None:
-    """A random checkpoint: Gaussian weights, the same ones in every layer.
-
-    Args:
-        path: directory to make.
-        layers, vocabulary: their number.
-        divisor: what to divide both dimensions of all projections by.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator) * 0.02).to(torch.bfloat16)
-
-    hidden = HIDDEN // divisor
-    embedding = random(64, hidden).repeat(-(-vocabulary // 64), 1)[:vocabulary].contiguous()
-    tensors = {"model.embed_tokens.weight": embedding}
-    for projection, (rows, columns) in PROJECTIONS.items():
-        weight = random(rows // divisor, columns // divisor)
-        for layer in range(layers):
-            tensors[f"model.layers.{layer}.{projection}.weight"] = weight.clone()
-    for layer in range(layers):
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"model.layers.{layer}.{norm}.weight"] = torch.ones(hidden).bfloat16()
-    tensors["model.norm.weight"] = torch.ones(hidden).bfloat16()
-    path.mkdir()
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    config = CONFIG | {"num_hidden_layers": layers, "vocab_size": vocabulary, "hidden_size": hidden}
-    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-
-
 def _children_cpu_seconds() -> float:
     """User and system time of all child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
-
-
-def convert(source: Path, packed: Path) -> PeakMemory:
-    """Run the shipped command and return its peak memory.
-
-    Raises:
-        SystemExit: with what the command said, if it fails.
-    """
-    command = [sys.executable, "-m", "dialect_plugin.cli", "quantize", str(source), str(packed)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    with PeakMemory(process.pid) as peak:
-        output, _ = process.communicate()
-    if process.returncode:
-        raise SystemExit(f"blockdialect quantize failed:\n{output}")
-    return peak
 
 
 def options(parser: argparse.ArgumentParser) -> None:

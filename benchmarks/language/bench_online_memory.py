@@ -1,9 +1,8 @@
 """How much memory it takes to pack a 16-bit checkpoint while vLLM loads it.
 
-A random bf16 checkpoint of a 1.2-billion-parameter Llama's shape is written to a temporary
-directory (2.5 GB) and loaded by vLLM's own model loader with ``quantization="blockdialect"`` in a
-process of its own, on the CPU. The peak of that process's anonymous memory over what it held before
-loading is compared with what the loaded model occupies.
+A random bf16 checkpoint of LLaMA-3.2-1B's shape (2.5 GB) is loaded by vLLM's own model loader with
+``quantization="blockdialect"`` in a process of its own, on the CPU. The peak of that process's
+anonymous memory, less what it held before loading, is compared with the size of the loaded model.
 
     python -m benchmarks.language.bench_online_memory
 """
@@ -19,18 +18,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
-from dialect_kernels.verify import verify
-
+from ..lib.gate import golden_gate
 from ..lib.harness import Table, main
 from ..lib.memory import PeakMemory
+from ..lib.shapes import LLAMA_1B
+from .checkpoints import write_checkpoint
 
 PACKAGES = ("torch", "vllm")
-HIDDEN, INTERMEDIATE, LAYERS, KEY_VALUE, VOCABULARY = 2048, 8192, 16, 512, 128256
 GIB = 2**30
-_LARGEST_LAYER = 2 * VOCABULARY * HIDDEN  # bytes in bf16; the embedding, which stays so
+_EMBEDDING_WEIGHTS = LLAMA_1B.vocabulary * LLAMA_1B.hidden
+_LARGEST_LAYER = 2 * _EMBEDDING_WEIGHTS  # bytes in bf16; the embedding stays in bf16
 
 _LOAD = """
 import json, sys
@@ -62,16 +59,12 @@ sys.stdin.readline()
 """
 
 
-def gate() -> list[str]:
-    """Golden vectors that the installed code does not meet; no figure is shown while there are."""
-    return [f"{r.case}: {r.detail}" for r in verify(["cpu"]) if not r.passed]
-
-
 def measure() -> dict[str, Any]:
     """Bytes of the loaded model, and the peak of anonymous memory while it was loaded."""
     with tempfile.TemporaryDirectory() as directory:
-        write_checkpoint(Path(directory))
-        return load(Path(directory))
+        model = Path(directory, "model")
+        write_checkpoint(model, LLAMA_1B, file_per_layer=True)
+        return load(model)
 
 
 def load(directory: Path) -> dict[str, Any]:
@@ -91,8 +84,7 @@ def load(directory: Path) -> dict[str, Any]:
             seconds = time.perf_counter() - started
         _say(process)
     return {
-        "parameters": LAYERS * (2 * HIDDEN * (HIDDEN + KEY_VALUE) + 3 * HIDDEN * INTERMEDIATE)
-        + VOCABULARY * HIDDEN,
+        "parameters": LLAMA_1B.linear_weights + _EMBEDDING_WEIGHTS,
         "packed_bytes": held["packed"],
         "kept_bytes": held["kept"],
         "largest_bf16_layer_bytes": _LARGEST_LAYER,
@@ -100,48 +92,6 @@ def load(directory: Path) -> dict[str, Any]:
         "limit_bytes": held["packed"] + held["kept"] + 2 * _LARGEST_LAYER + GIB,
         "seconds": seconds,
     }
-
-
-def write_checkpoint(directory: Path) -> None:
-    """A random checkpoint with tied embeddings, one file for the embeddings and one a layer."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HIDDEN // 64,
-        "num_key_value_heads": KEY_VALUE // 64,
-        "head_dim": 64,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True,
-        "dtype": "bfloat16",
-    }
-    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    torch.manual_seed(0)
-
-    def random(rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, dtype=torch.bfloat16) * 0.02
-
-    norm = torch.ones(HIDDEN, dtype=torch.bfloat16)
-    outer = {"model.embed_tokens.weight": random(VOCABULARY, HIDDEN), "model.norm.weight": norm}
-    save_file(outer, directory / "model-outer.safetensors", metadata={"format": "pt"})
-    for i in range(LAYERS):
-        layer = {
-            "self_attn.q_proj": random(HIDDEN, HIDDEN),
-            "self_attn.k_proj": random(KEY_VALUE, HIDDEN),
-            "self_attn.v_proj": random(KEY_VALUE, HIDDEN),
-            "self_attn.o_proj": random(HIDDEN, HIDDEN),
-            "mlp.gate_proj": random(INTERMEDIATE, HIDDEN),
-            "mlp.up_proj": random(INTERMEDIATE, HIDDEN),
-            "mlp.down_proj": random(HIDDEN, INTERMEDIATE),
-            "input_layernorm": norm.clone(),
-            "post_attention_layernorm": norm.clone(),
-        }
-        tensors = {f"model.layers.{i}.{name}.weight": value for name, value in layer.items()}
-        save_file(tensors, directory / f"model-layer-{i:02}.safetensors", metadata={"format": "pt"})
 
 
 def tables(figures: dict[str, Any]) -> dict[str, Table]:
@@ -181,4 +131,4 @@ def _say(process: subprocess.Popen[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(gate, measure)
+    main(golden_gate, measure)

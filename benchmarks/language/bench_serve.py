@@ -31,14 +31,15 @@ from typing import Any
 import torch
 
 from demo.language.server import ServerError, serve_environment
-from dialect_kernels.verify import verify
 from dialect_plugin.checkpoint.reader import PACKED_SUFFIXES, open_packed
 
+from ..lib.gate import golden_faults
 from ..lib.harness import Table, main
-from . import serve_runs as runs
-from .bench_convert import convert
-from .serve_models import DEMO, FORMATS, SHAPES, layer_bytes
-from .serve_session import OFFLINE, Session, loads_of
+from .checkpoints import convert
+from .measured_server import MeasuredServer, server_arguments
+from .serve_rounds import OFFLINE, Session, loads_of
+from .served_models import DEMO, FORMATS, SHAPES, layer_bytes
+from .vllm_bench import client_arguments, offline_arguments, shown_command
 
 Figures = dict[str, Any]
 
@@ -66,13 +67,13 @@ def gate() -> list[str]:
     A packed checkpoint and a 16-bit one that is quantized while it loads must be answered for token
     by token alike; on a CPU the torch path too, and the tokens' log-probabilities must be equal.
     """
-    faults = [f"{r.case}: {r.detail}" for r in verify([_device()]) if not r.passed]
+    faults = golden_faults(_device())
     if faults:
         return faults
     with tempfile.TemporaryDirectory(prefix="bench-serve-") as directory:
         packed = Path(directory, "packed")
         convert(DEMO, packed)
-        counted, stored = layer_bytes(SHAPES["demo"].config, FORMATS["w4a4"]), _stored(packed)
+        counted, stored = layer_bytes(SHAPES["demo"].model, FORMATS["w4a4"]), _stored(packed)
         if counted != stored:
             faults.append(f"quantized layers: {stored} bytes are stored, but {counted} counted")
         try:
@@ -134,16 +135,16 @@ def commands(shape: str, formats: Sequence[str], eager: bool, offline: bool) -> 
     model = SHAPES[shape]
     lines = []
     for form in (FORMATS[key] for key in formats):
-        arguments = ["MODEL", *runs.server_arguments(model, form, eager)]
-        lines.append(runs.shown_command("serve", arguments, form.environment))
+        arguments = ["MODEL", *server_arguments(model, form, eager)]
+        lines.append(shown_command("serve", arguments, form.environment))
     loads = [load for key in formats for load in loads_of(model, FORMATS[key]).values()]
     for load in dict.fromkeys(loads):
-        arguments = runs.client_arguments("MODEL", "PORT", load, "RUN")
-        lines.append(runs.shown_command("bench serve", arguments, {}))
+        arguments = client_arguments("MODEL", "PORT", load, "RUN")
+        lines.append(shown_command("bench serve", arguments, {}))
     for kind in OFFLINE if offline else ():
         form = FORMATS[formats[0]]
-        arguments = runs.offline_arguments(kind, "MODEL", model, form, eager, "FILE")
-        lines.append(runs.shown_command(f"bench {kind}", arguments, {}))
+        arguments = offline_arguments(kind, "MODEL", model, form, eager, "FILE")
+        lines.append(shown_command(f"bench {kind}", arguments, {}))
     return lines
 
 
@@ -325,7 +326,7 @@ def _answers(packed: Path, folder: Path) -> dict[str, tuple[list[str], list[floa
     with ExitStack() as stack:
         servers = {
             name: stack.enter_context(
-                runs.MeasuredServer(
+                MeasuredServer(
                     model, folder / f"{name}.log", [*_GATE_ARGUMENTS, *arguments], environment
                 )
             )

@@ -18,6 +18,7 @@ with further options passes `main` a function that adds them; `measure` receives
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import statistics
@@ -41,6 +42,7 @@ __all__ = [
     "Table",
     "Timing",
     "commit",
+    "in_new_process",
     "main",
     "measure_result",
     "module_of",
@@ -251,6 +253,30 @@ def main(
     )
 
 
+def in_new_process(function: Callable[[], Any], variables: Mapping[str, str]) -> Any:
+    """Call a function of a module in a new Python process.
+
+    Args:
+        function: takes no arguments and returns JSON data.
+        variables: environment variables beside those of this process.
+
+    Raises:
+        CalledProcessError: if it fails; its error output is that of this process.
+    """
+    module = _started() if function.__module__ == "__main__" else function.__module__
+    name = function.__name__
+    program = f"import json; from {module} import {name}; print(json.dumps({name}()))"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=os.environ | variables,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def module_of(name: str) -> str:
     """The module of the benchmark `name`, for example ``"benchmarks.kernels.bench_cpu"``.
 
@@ -294,11 +320,11 @@ def _shown(arguments: Sequence[str]) -> list[str]:
 def commit() -> str:
     """The short commit id, with ``-dirty`` if code that is measured differs from it.
 
-    A copy of the tree without its history is told by ``BENCHMARK_COMMIT``.
+    In a copy of the tree without its history ``BENCHMARK_COMMIT`` states the id.
     """
-    told = os.environ.get("BENCHMARK_COMMIT")
-    if told:
-        return told
+    stated = os.environ.get("BENCHMARK_COMMIT")
+    if stated:
+        return stated
     head = _git("rev-parse", "--short=12", "HEAD")
     changed = _git("status", "--porcelain", "--", *_MEASURED_CODE)
     return f"{head}-dirty" if changed else head

@@ -1,4 +1,4 @@
-"""Peak memory of a process and everything it started, sampled from ``/proc`` (Linux)."""
+"""Peak memory: of a process and everything it started, from ``/proc`` (Linux), or of the GPU."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
 
-__all__ = ["PeakMemory"]
+__all__ = ["DeviceMemory", "PeakMemory", "device_bytes", "watch"]
 
 
 @dataclass
@@ -31,6 +32,11 @@ class PeakMemory:
     pss: int = 0
     anonymous: int = 0
     samples: int = 0
+
+    @property
+    def peak(self) -> int:
+        """The figure that a result shows, in bytes: the largest PSS."""
+        return self.pss
 
     def __enter__(self) -> PeakMemory:
         self._stop = threading.Event()
@@ -57,6 +63,49 @@ class PeakMemory:
             anonymous += fields.get("Anonymous", 0)
         self.pss, self.anonymous = max(self.pss, pss), max(self.anonymous, anonymous)
         self.samples += 1
+
+
+@dataclass
+class DeviceMemory(PeakMemory):
+    """The same of the GPU, whatever processes use it.
+
+    Attributes:
+        before: bytes in use on it before the watched process started; not counted.
+        used: the largest amount beyond that, in bytes.
+    """
+
+    before: int = 0
+    used: int = 0
+
+    @property
+    def peak(self) -> int:
+        """The figure that a result shows, in bytes: the largest amount beyond `before`."""
+        return self.used
+
+    def sample(self) -> None:
+        """Take one sample now."""
+        self.used = max(self.used, device_bytes() - self.before)
+        self.samples += 1
+
+
+def device_bytes() -> int:
+    """Bytes in use on the GPU; 0 where there is none."""
+    if not torch.cuda.is_available():
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free)
+
+
+def watch(pid: int, before: int) -> PeakMemory:
+    """A watch over the GPU's memory where there is a GPU, else over that of a process tree.
+
+    Args:
+        pid: root of the tree.
+        before: `device_bytes` before it was started.
+    """
+    if torch.cuda.is_available():
+        return DeviceMemory(pid, before=before)
+    return PeakMemory(pid, interval_s=0.5)  # one sample of a large process takes 0.05 s
 
 
 def _tree(pid: int) -> list[int]:

@@ -27,9 +27,9 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from dialect_kernels.verify import verify
 from diffusers_hook import SemanticDialectConfig
 
+from ..lib.gate import golden_gate
 from ..lib.harness import Table, main
 
 PACKAGES = ("torch", "diffusers")
@@ -53,11 +53,6 @@ CONTROLS = {
     "seda": (_SEDA, _DECOMPOSED),
 }
 """Mechanism -> format with it, its control."""
-
-
-def gate() -> list[str]:
-    """Golden vectors that the installed code does not meet; no figure is shown while there are."""
-    return [f"{r.case}: {r.detail}" for r in verify(["cpu"]) if not r.passed]
 
 
 def formats() -> dict[str, Any]:
@@ -90,10 +85,10 @@ def formats() -> dict[str, Any]:
         f"{_SEDA}, grouped once": Format({**seda, "seda_refresh": 1000}),
         f"{_DECOMPOSED}, chosen every call": Format({**top, "salient_refresh": 1}),
         f"{_DECOMPOSED}, chosen once": Format({**top, "salient_refresh": 1000}),
-        "MXFP4-32, W4A16": Format({**PLAIN, "activation": "none"}, MXFP4),
-        "NVFP4-16, W4A16": Format({**PLAIN, "activation": "none"}, NVFP4),
-        "BlockDialect-32, W4A16": Format({**two_stage, "activation": "none"}),
-        "32 dialects, W4A16": Format({**PLAIN, "activation": "none"}),
+        "MXFP4-32, W4A16": Format({**PLAIN, "activation_format": "none"}, MXFP4),
+        "NVFP4-16, W4A16": Format({**PLAIN, "activation_format": "none"}, NVFP4),
+        "BlockDialect-32, W4A16": Format({**two_stage, "activation_format": "none"}),
+        "32 dialects, W4A16": Format({**PLAIN, "activation_format": "none"}),
     }
     return found
 
@@ -244,4 +239,4 @@ def plots(figures: dict[str, Any]) -> dict[str, Figure]:
 
 
 if __name__ == "__main__":
-    main(gate, measure)
+    main(golden_gate, measure)

@@ -1,20 +1,21 @@
 """Bytes and time of video transformers at the shapes of Wan 2.1 and Open-Sora 2.0.
 
-Random weights: neither depends on their values. Open-Sora 2.0 is a stand-in with the same module
-names, shapes and token order.
+Weights are random: neither bytes nor time depends on their values. Open-Sora 2.0 is a stand-in with
+the same module names, shapes and token order.
 
 * Bytes: of the whole transformer, built without memory, before (bfloat16) and after.
 * Time: the calls of one generation's conditional branch, for a few blocks of each shape; salient
-  tokens and SeDA both on. `CALLS` calls hold every refresh as often as a generation does; that is
-  asserted before a figure is taken. A whole step is the call times the share of blocks.
+  tokens and SeDA both on. In `CALLS` calls every refresh happens as often as in a generation; the
+  benchmark stops if it does not. The time of a whole step is that of a call, scaled from the
+  measured blocks to all of them.
 * Parts: in further calls that wait for the device before and after every part; shares are those of
-  these calls. On a GPU the time to launch a part is then in its time, so that saliency and SeDA
-  look dearer than they are. Rounding is timed apart, as the same layers with `ROWS` outputs. What
-  is in no part (attention, norms, modulation, embedding) is the rest.
-* Peak memory during the calls: on a GPU what torch allocated, on a CPU the whole process's
-  (proportional set size).
+  these calls. On a GPU a part's time then includes its launch, so that saliency and SeDA look
+  dearer than they are. Rounding is timed apart, as the same layers with `ROWS` outputs. The rest of
+  a call (attention, norms, modulation, embedding) belongs to no part.
+* Peak memory during the calls: on a GPU the memory that torch allocated, on a CPU that of the whole
+  process (proportional set size).
 
-On a GPU it measures a video's real number of tokens and more blocks, on a CPU 780 tokens.
+On a GPU a video has its real number of tokens, and more blocks are measured; on a CPU it has 780.
 
     python -m benchmarks.video.bench_video_speed [--device cpu] [--models "Wan 2.1 14B"]
 """
@@ -22,23 +23,20 @@ On a GPU it measures a video's real number of tokens and more blocks, on a CPU 7
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
-import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from dialect_kernels import PackedTensor, quantize, reference, semantic_linear
+from dialect_kernels import quantize, reference, semantic_linear
 from dialect_kernels.formatbook import SEMANTIC_32
-from dialect_kernels.verify import verify
 
+from ..lib.gate import golden_faults
 from ..lib.harness import Table, main, time_calls
+from .instruments import clocked, peak_memory, refreshed_in_time, rounding_apart, wait
+from .models import Shape, generation, shapes
 
 PACKAGES = ("torch", "diffusers")
 
@@ -48,97 +46,16 @@ REFRESHES = {"salient_refreshes": 2, "group_refreshes": 1}
 """Per block, in that many calls after the first."""
 
 PLAIN_CALLS = 4
-ROWS = 16
-"""Outputs of the layers that are timed for their rounding: few, and what every kernel takes."""
-
 LINEAR_GOAL, SHARE_GOAL = 1.6, 0.03
 """On an H200: linear layers against bfloat16; saliency and SeDA of a step."""
 
-Grid: TypeAlias = tuple[int, int, int]
-"""Frames, rows and columns of video tokens."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """What of a model is measured on a kind of device.
-
-    Attributes:
-        grid: video tokens.
-        text: text tokens.
-        blocks: built of each of the model's lists.
-    """
-
-    grid: Grid
-    text: int
-    blocks: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model.
-
-    Attributes:
-        build: makes it with the given number of blocks in each of its lists.
-        blocks: of the whole model, in each list; a `Place` has the same share of every list.
-        arguments: of a call: (place, dtype) -> them by name, on the default device.
-        timestep: the argument that falls from call to call; by how much, and from where.
-        cpu, gpu: what is measured there.
-        layout: for `diffusers_hook.enable`, where the class does not tell.
-    """
-
-    build: Callable[..., nn.Module]
-    blocks: tuple[int, ...]
-    arguments: Callable[[Place, torch.dtype], dict[str, Any]]
-    timestep: tuple[str, float, float]
-    cpu: Place
-    gpu: Place
-    layout: str | None = None
-
-    def place(self, device: torch.device) -> Place:
-        """What is measured on a device."""
-        return self.gpu if device.type == "cuda" else self.cpu
-
-
-SMALL = (2, 15, 26)
-"""780 tokens: what a CPU multiplies in seconds."""
-
-
-def shapes() -> dict[str, Shape]:
-    """The models by name; on a GPU with 81 frames at 480p and 720p, and 129 at 576 x 1024."""
-    return {
-        "Wan 2.1 1.3B": Shape(
-            lambda layers: _wan(12, 8960, layers),
-            (30,),
-            _wan_call,
-            ("timestep", -10.0, 999.0),
-            cpu=Place(SMALL, 64, (2,)),
-            gpu=Place((21, 30, 52), 512, (10,)),
-        ),
-        "Wan 2.1 14B": Shape(
-            lambda layers: _wan(40, 13824, layers),
-            (40,),
-            _wan_call,
-            ("timestep", -10.0, 999.0),
-            cpu=Place(SMALL, 64, (1,)),
-            gpu=Place((21, 45, 80), 512, (4,)),
-        ),
-        "Open-Sora 2.0": Shape(
-            _open_sora,
-            (19, 38),
-            _open_sora_call,
-            ("timesteps", -0.02, 0.98),
-            cpu=Place(SMALL, 64, (1, 2)),
-            gpu=Place((33, 36, 64), 512, (2, 4)),
-            layout="open_sora",
-        ),
-    }
-
 
 def gate() -> list[str]:
-    """What the installed code does wrong on the devices here; no figure is taken while it does."""
+    """Faults of the golden vectors and of decomposed and grouped tokens, on the devices here."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    faults = [f"{r.backend}, {r.case}: {r.detail}" for r in verify(devices) if not r.passed]
-    return faults + [fault for device in devices for fault in semantic_faults(torch.device(device))]
+    return golden_faults(*devices) + [
+        fault for device in devices for fault in semantic_faults(torch.device(device))
+    ]
 
 
 def semantic_faults(device: torch.device) -> list[str]:
@@ -155,7 +72,7 @@ def semantic_faults(device: torch.device) -> list[str]:
     for name, rows in (("salient", {"salient": salient}), ("grouped", {"group": group})):
         want = reference.semantic_linear(tokens, weight, None, **rows).float()
         placed = {key: row.to(device) for key, row in rows.items()}
-        got = semantic_linear(tokens.to(device), _moved(weight, device), None, **placed)
+        got = semantic_linear(tokens.to(device), weight.to(device), None, **placed)
         allowed = torch.zeros_like(want)
         if device.type == "cuda":
             allowed = 2**-7 * (tokens.float().abs() @ weight.dequantize(torch.float32).abs().T)
@@ -195,25 +112,21 @@ def measure(device: str, models: Sequence[str]) -> dict[str, Any]:
 
 def count_bytes(shape: Shape) -> dict[str, int]:
     """Bytes of the whole model and of the layers that become 4 bit, in bfloat16 and quantized."""
-    from diffusers_hook import SemanticDialectConfig
-    from diffusers_hook.layouts.layouts import layout_for, layout_named
-    from diffusers_hook.model.layer_choice import empty_layer, make_plan, put
+    from diffusers_hook.model.layer_choice import put
 
     with torch.device("meta"):
         model = shape.build(*shape.blocks).to(torch.bfloat16)
-    layout = layout_named(shape.layout) if shape.layout else layout_for(model)
-    assert layout is not None
-    config, plan = make_plan(model, SemanticDialectConfig(), layout, "transformer", empty=True)
+    config, choice = _layer_choice(model, shape, empty=True)
     before = _nbytes(model)
-    layers_before = sum(layer.weight.nbytes for layer, _ in plan.quantized.values())
-    weights = sum(layer.weight.numel() for layer, _ in plan.quantized.values())
-    for path in plan.layers:
-        put(model, path, empty_layer(plan, path, config))
-    quantized = [model.get_submodule(path).state_dict() for path in plan.quantized]
+    layers_before = sum(layer.weight.nbytes for layer, _ in choice.quantized.values())
+    weights = sum(layer.weight.numel() for layer, _ in choice.quantized.values())
+    for path in choice.layers:
+        put(model, path, choice.empty_layer(path, config))
+    quantized = [model.get_submodule(path).state_dict() for path in choice.quantized]
     return {
         "parameters": before // 2,
         "quantized_weights": weights,
-        "fp8_layers": len(plan.modulation),
+        "fp8_layers": len(choice.modulation),
         "before": before,
         "after": _nbytes(model),
         "layers_before": layers_before,
@@ -266,14 +179,14 @@ def _time_quantized(model: nn.Module, shape: Shape, device: torch.device) -> dic
     assert hook is not None
     call = generation(model, shape, torch.bfloat16, device)
     call()
-    with peak_memory(device) as peak, refreshed_in_time(model):
+    with peak_memory(device) as peak, refreshed_in_time(model, CALLS, REFRESHES):
         seconds = _seconds(call, CALLS, device)
     layers = [layer for layer in model.modules() if isinstance(layer, DialectLinear)]
-    hook.state.wait = wait(device)
-    before = dict(hook.state.seconds)
-    with clocked(layers, wait(device)) as linear, refreshed_in_time(model):
+    hook.state.meter.wait = wait(device)
+    before = dict(hook.state.meter.seconds)
+    with clocked(layers, wait(device)) as linear, refreshed_in_time(model, CALLS, REFRESHES):
         apart = _seconds(call, CALLS, device)
-    parts = {part: hook.state.seconds[part] - before[part] for part in ("saliency", "SeDA")}
+    parts = {part: hook.state.meter.seconds[part] - before[part] for part in ("saliency", "SeDA")}
     with rounding_apart(layers, wait(device)) as rounding:
         _seconds(call, PLAIN_CALLS, device)
     return {
@@ -287,120 +200,6 @@ def _time_quantized(model: nn.Module, shape: Shape, device: torch.device) -> dic
     }
 
 
-def generation(
-    model: nn.Module, shape: Shape, dtype: torch.dtype, device: torch.device
-) -> Callable[[], object]:
-    """The next call of the conditional branch of one generation, whenever it is called."""
-    with torch.device(device):
-        given = shape.arguments(shape.place(device), dtype)
-    name, fall, first = shape.timestep
-    steps = itertools.count()
-
-    def call() -> object:
-        step = next(steps)
-        given[name] = torch.full((1,), first + fall * step, dtype=dtype, device=device)
-        context: Any = getattr(model, "cache_context", lambda *_, **__: nullcontext())
-        with context("cond", step_index=step):
-            return model(**given)
-
-    return call
-
-
-@contextmanager
-def refreshed_in_time(model: nn.Module) -> Iterator[None]:
-    """Sees that `CALLS` calls choose and group as often as those of a generation.
-
-    Raises:
-        SystemExit: if they do not.
-    """
-    import diffusers_hook
-    from diffusers_hook.model.attach import attached
-
-    hook = attached(model)
-    assert hook is not None
-    blocks = sum(block.kind.attention is not None for block in hook.state.blocks)
-    before = diffusers_hook.summary(model).transformers[0]
-    yield
-    after = diffusers_hook.summary(model).transformers[0]
-    for name, times in REFRESHES.items():
-        counted = getattr(after, name) - getattr(before, name)
-        if counted != times * blocks:
-            raise SystemExit(
-                f"{name}: {counted} in {CALLS} calls of {blocks} blocks, not {times} in each; "
-                "these calls are not those of one generation"
-            )
-
-
-@contextmanager
-def clocked(layers: Iterable[nn.Module], wait: Callable[[], object]) -> Iterator[list[float]]:
-    """[seconds] spent in the layers during the `with` block, each waited for."""
-    seconds, starts = [0.0], [0.0]
-
-    def start(*_: object) -> None:
-        wait()
-        starts[0] = time.perf_counter()
-
-    def end(*_: object) -> None:
-        wait()
-        seconds[0] += time.perf_counter() - starts[0]
-
-    handles = []
-    for layer in layers:
-        handles += [layer.register_forward_pre_hook(start), layer.register_forward_hook(end)]
-    yield seconds
-    for handle in handles:
-        handle.remove()
-
-
-@contextmanager
-def rounding_apart(layers: Iterable[Any], wait: Callable[[], object]) -> Iterator[list[float]]:
-    """[seconds] that the layers' inputs take with `ROWS` outputs: rounded, hardly multiplied.
-
-    Each is called again with the first rows of its weight, with the salient tokens and the groups
-    of the call in progress.
-    """
-    seconds = [0.0]
-
-    def again(layer: nn.Module) -> Callable[..., None]:
-        few = _first_rows(layer)
-
-        def call(_: nn.Module, arguments: tuple[torch.Tensor, ...], __: object) -> None:
-            wait()
-            start = time.perf_counter()
-            few(*arguments)
-            wait()
-            seconds[0] += time.perf_counter() - start
-
-        return call
-
-    handles = [layer.register_forward_hook(again(layer)) for layer in layers]
-    yield seconds
-    for handle in handles:
-        handle.remove()
-
-
-@contextmanager
-def peak_memory(device: torch.device) -> Iterator[list[int]]:
-    """[bytes] of the peak during the `with` block."""
-    peak = [0]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        yield peak
-        peak[0] = torch.cuda.max_memory_allocated(device)
-    else:
-        # reads /proc with psutil, which a GPU does not need
-        from ..lib.memory import PeakMemory
-
-        with PeakMemory(os.getpid()) as process:
-            yield peak
-        peak[0] = process.pss
-
-
-def wait(device: torch.device) -> Callable[[], object]:
-    """What waits until the device has finished."""
-    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-
 def _seconds(call: Callable[[], object], calls: int, device: torch.device) -> dict[str, float]:
     """The mean, as some calls choose and group and others do not, and the spread."""
     timing = time_calls({"": call}, rounds=calls, warmup=0, synchronize=wait(device))[""]
@@ -411,73 +210,21 @@ def _seconds(call: Callable[[], object], calls: int, device: torch.device) -> di
     }
 
 
-def _linear_layers(model: nn.Module, shape: Shape) -> list[nn.Linear]:
-    """The layers that become 4 bit."""
+def _layer_choice(model: nn.Module, shape: Shape, empty: bool = False) -> tuple[Any, Any]:
+    """The hook's configuration for a model, and its choice of layers."""
     from diffusers_hook import SemanticDialectConfig
-    from diffusers_hook.layouts.layouts import layout_for, layout_named
-    from diffusers_hook.model.layer_choice import make_plan
+    from diffusers_hook.layouts import layout_for, layout_named
+    from diffusers_hook.model.layer_choice import choose_layers
 
     layout = layout_named(shape.layout) if shape.layout else layout_for(model)
     assert layout is not None
-    _, plan = make_plan(model, SemanticDialectConfig(), layout, "transformer")
-    return [layer for layer, _ in plan.quantized.values()]
+    return choose_layers(model, SemanticDialectConfig(), layout, "transformer", empty=empty)
 
 
-def _first_rows(layer: Any) -> nn.Module:
-    """A quantized layer with the first `ROWS` rows of another's weight, in the same block."""
-    from diffusers_hook.layers.dialect import DialectLinear
-
-    p = layer.packed
-    rows = PackedTensor(
-        p.codes[:ROWS], p.meta[:ROWS], p.row_exponent[:ROWS], (ROWS, p.shape[1]), p.book,
-        p.block_size,
-    )  # fmt: skip
-    few = DialectLinear(rows, None, layer.stream, layer.activation, layer.original_dtype)
-    few.slot = layer.slot
-    return few
-
-
-def _moved(p: PackedTensor, device: torch.device) -> PackedTensor:
-    tensors = (x.to(device) for x in (p.codes, p.meta, p.row_exponent))
-    return PackedTensor(*tensors, p.shape, p.book, p.block_size)
-
-
-def _wan(heads: int, ffn: int, layers: int) -> nn.Module:
-    from diffusers import WanTransformer3DModel
-
-    model: nn.Module = WanTransformer3DModel(
-        num_attention_heads=heads, ffn_dim=ffn, num_layers=layers
-    )
-    return model
-
-
-def _wan_call(place: Place, dtype: torch.dtype) -> dict[str, Any]:
-    frames, rows, columns = place.grid
-    return {
-        "hidden_states": torch.randn(1, 16, frames, 2 * rows, 2 * columns, dtype=dtype),
-        "encoder_hidden_states": torch.randn(1, place.text, 4096, dtype=dtype),
-    }
-
-
-def _open_sora(double: int, single: int) -> nn.Module:
-    from benchmarks.video.open_sora_stand_in import MMDiTModel
-
-    model: nn.Module = MMDiTModel(
-        hidden=3072, heads=24, depth=double, single=single, channels=64, text=4096, pooled=768,
-        axes=(16, 56, 56),
-    )  # fmt: skip
-    return model
-
-
-def _open_sora_call(place: Place, dtype: torch.dtype) -> dict[str, Any]:
-    places = torch.cartesian_prod(*map(torch.arange, place.grid)).to(dtype)[None]
-    return {
-        "img": torch.randn(1, places.shape[1], 64, dtype=dtype),
-        "img_ids": places,
-        "txt": torch.randn(1, place.text, 4096, dtype=dtype),
-        "txt_ids": torch.zeros(1, place.text, 3, dtype=dtype),
-        "y_vec": torch.randn(1, 768, dtype=dtype),
-    }
+def _linear_layers(model: nn.Module, shape: Shape) -> list[nn.Linear]:
+    """The layers that become 4 bit."""
+    _, choice = _layer_choice(model, shape)
+    return [layer for layer, _ in choice.quantized.values()]
 
 
 def _share(taken: dict[str, Any]) -> float:

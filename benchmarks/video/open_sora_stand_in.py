@@ -1,9 +1,10 @@
-"""A stand-in of Open-Sora 2.0's MMDiT: its module names, shapes, token order and call only.
+"""A stand-in for Open-Sora 2.0's MMDiT, for benchmarks and tests of its shapes without its package.
 
-What matters to a hook is as in the original: text comes first in the joint attention; video tokens
-arrive packed, their places in `img_ids`; `attention()` applies the rotary embedding and calls a
-flash attention of its own; a block's processor does the work; the model's `forward` belongs to the
-instance; `linear2` takes attention and MLP side by side.
+It has the original's module names, shapes, token order and call, and random weights: it generates
+no video. What matters to a hook is as in the original: text comes first in the joint attention;
+video tokens arrive packed, their places in `img_ids`; `attention()` applies the rotary embedding
+and calls a flash attention of its own; a block's processor does the work; the model's `forward`
+belongs to the instance; `linear2` takes attention and MLP side by side.
 """
 
 import math

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -51,14 +52,18 @@ class Server:
         model: directory of the checkpoint.
         log: file that receives the server's output.
         arguments: further arguments of `vllm serve`.
+        variables: environment variables beside those of `serve_environment`.
     """
 
-    def __init__(self, model: Path, log: Path, *arguments: str) -> None:
+    def __init__(
+        self, model: Path, log: Path, *arguments: str, variables: Mapping[str, str] | None = None
+    ) -> None:
         self.log = log
         self.port = _free_port()
         self._command = serve_command(
             model, "--host", "127.0.0.1", "--port", str(self.port), *arguments
         )
+        self._variables = dict(variables or {})
         self._client = httpx.Client(
             base_url=f"http://127.0.0.1:{self.port}", timeout=600, trust_env=False
         )
@@ -71,7 +76,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=serve_environment(),
+                env=serve_environment() | self._variables,
                 start_new_session=True,  # its workers too can then be stopped as one group
             )
         return self

@@ -13,6 +13,7 @@ from benchmarks.kernels import bench_gemm, bench_machine_code, bench_quantize, t
 from benchmarks.lib import gpu_timing
 from benchmarks.lib.gpu_timing import Ceilings, copies_for
 from benchmarks.lib.render import markdown
+from benchmarks.lib.shapes import LLAMA_8B
 from dialect_kernels.gpu.tuning import GemmPlan, config_name, parse_plans
 
 ROOT = Path(bench_gemm.__file__).parents[2]
@@ -92,7 +93,7 @@ def test_quantizing_is_compared_with_plain_fp8():
 
 
 @pytest.mark.parametrize("tokens", tune.TOKENS)
-@pytest.mark.parametrize("shape", bench_gemm.MODELS["8B"].values(), ids=str)
+@pytest.mark.parametrize("shape", LLAMA_8B.fused_projections.values(), ids=str)
 def test_candidates_are_plans_that_fit(shape, tokens):
     plans = list(tune.candidates(tokens, *shape, processors=132))
     assert len(plans) == len(set(plans))

@@ -1,13 +1,15 @@
 """The benchmark harness: gate first, honest captions, timings side by side."""
 
+import os
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 from pydantic import ValidationError
 
-from benchmarks.lib import harness
+from benchmarks.lib import gate, harness
 from benchmarks.lib.harness import Machine, Result, Timing, measure_result, ratio, time_calls
 from benchmarks.lib.memory import PeakMemory
 
@@ -109,6 +111,19 @@ def test_uncommitted_code_is_marked(monkeypatch, tmp_path):
     assert harness.commit() == clean
     measured.write_text("2\n", encoding="utf-8")
     assert harness.commit() == f"{clean}-dirty"
+
+
+def test_a_function_runs_in_a_new_process_with_its_variables(monkeypatch):
+    assert harness.in_new_process(os.getpid, {}) != os.getpid()
+    capability = torch.backends.cpu.get_cpu_capability
+    assert harness.in_new_process(capability, {"ATEN_CPU_CAPABILITY": "default"}) == "DEFAULT"
+
+
+def test_a_function_of_the_started_module_runs_in_a_new_process(monkeypatch):
+    """There it is not in `__main__`."""
+    monkeypatch.setattr(sys, "argv", ["/anywhere/lib/gate.py"])
+    monkeypatch.setattr(gate.golden_gate, "__module__", "__main__")
+    assert harness.in_new_process(gate.golden_gate, {}) == []
 
 
 def test_calls_are_timed_in_turn():

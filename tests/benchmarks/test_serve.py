@@ -14,19 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.language import bench_serve, serve_runs, serve_session
-from benchmarks.language.serve_models import (
-    DEMO,
-    FORMATS,
-    SHAPES,
-    Load,
-    layer_bytes,
-    prepare,
-    projections,
-)
-from benchmarks.language.serve_session import Session
-from benchmarks.lib.harness import ROOT
+from benchmarks.language import bench_serve, measured_server, serve_rounds, vllm_bench
+from benchmarks.language.serve_rounds import Session
+from benchmarks.language.served_models import DEMO, FORMATS, SHAPES, Load, layer_bytes, prepare
 from benchmarks.lib.render import markdown
+from benchmarks.lib.shapes import LLAMA_8B, Llama
 from demo.language.server import ServerError
 from dialect_kernels import quantize
 from tests.support.processes import is_running
@@ -71,18 +63,18 @@ NO_FP8 = (
 
 
 def test_a_cpu_log_tells_cores_and_room():
-    assert serve_runs.read_log(CPU_LOG) == {
+    assert measured_server.read_log(CPU_LOG) == {
         "cores": 1,
         "kv_cache_tokens": 32_768,
         "kv_cache_gib": 1.0,
         "model_gib": None,
     }
     two = CPU_LOG.replace("core ids=[0]", "core ids=[0, 1]")
-    assert serve_runs.read_log(two)["cores"] == 2
+    assert measured_server.read_log(two)["cores"] == 2
 
 
 def test_a_gpu_log_tells_memory_and_room():
-    assert serve_runs.read_log(GPU_LOG) == {
+    assert measured_server.read_log(GPU_LOG) == {
         "cores": None,
         "kv_cache_tokens": 501_760,
         "kv_cache_gib": 61.25,
@@ -91,7 +83,7 @@ def test_a_gpu_log_tells_memory_and_room():
 
 
 def test_the_clients_figures_are_medians_of_its_requests():
-    assert serve_runs.read_client(CLIENT, LOAD) == {
+    assert vllm_bench.read_client(CLIENT, LOAD) == {
         "ttft_ms": 687.7636169999732,
         "tpot_ms": 105.76403809677099,
         "burst_share": 3 / 93,
@@ -111,7 +103,7 @@ def test_the_clients_figures_are_medians_of_its_requests():
 )
 def test_an_unanswered_request_is_no_figure(change, sentence):
     with pytest.raises(RuntimeError, match=sentence):
-        serve_runs.read_client(CLIENT | change, LOAD)
+        vllm_bench.read_client(CLIENT | change, LOAD)
 
 
 @pytest.mark.parametrize(
@@ -140,40 +132,49 @@ def test_an_unanswered_request_is_no_figure(change, sentence):
     ],
 )
 def test_a_refusal_is_one_sentence_without_a_path(error, reason):
-    assert serve_runs.refusal(error) == reason
+    assert measured_server.refusal(error) == reason
 
 
 def test_latency_is_the_median_and_throughput_counts_answers():
     latency = {"avg_latency": 3.0, "latencies": [1.0, 6.0, 2.0], "percentiles": {"50": 2.0}}
-    assert serve_runs.read_offline("latency", latency, LOAD) == 2.0
+    assert vllm_bench.read_offline("latency", latency, LOAD) == 2.0
     throughput = {"elapsed_time": 2.0, "num_requests": 8, "total_num_tokens": 768}
-    assert serve_runs.read_offline("throughput", throughput, LOAD) == 8 * 32 / 2
+    assert vllm_bench.read_offline("throughput", throughput, LOAD) == 8 * 32 / 2
 
 
 @pytest.mark.parametrize("key", SHAPES)
 def test_layers_are_counted_as_they_are_stored(key):
-    """A layer of a 64th of the size, every way: the same shares, really quantized."""
-    config = dict(SHAPES[key].config)
-    scaled = {name: config[name] // 8 for name in ("hidden_size", "intermediate_size")}
-    small = config | scaled | {"num_hidden_layers": 1, "head_dim": 32}
-    packed = [quantize(torch.ones(rows, columns)) for rows, columns in projections(small)]
+    """One layer with an eighth of the channels, really quantized."""
+    model = SHAPES[key].model
+    small = replace(
+        model, hidden=model.hidden // 8, intermediate=model.intermediate // 8, head=32, layers=1
+    )
+    packed = [quantize(torch.ones(rows, columns)) for rows, columns in small.projections.values()]
     stored = sum(p.codes.nbytes + p.meta.nbytes + p.row_exponent.nbytes for p in packed)
     assert layer_bytes(small, FORMATS["w4a4"]) == stored
 
 
 def test_layers_by_hand():
     """LLaMA-3-8B: 218,103,808 weights and 43,008 rows a layer, 32 layers."""
-    config = SHAPES["llama-3-8b"].config
     weights, rows = 32 * 218_103_808, 32 * 43_008
-    assert layer_bytes(config, FORMATS["bf16"]) == 2 * weights
-    assert layer_bytes(config, FORMATS["fp8"]) == weights
-    assert layer_bytes(config, FORMATS["mxfp4"]) == weights // 2 + weights // 32
-    assert layer_bytes(config, FORMATS["w4a16"]) == weights // 2 + weights // 32 + rows
+    assert layer_bytes(LLAMA_8B, FORMATS["bf16"]) == 2 * weights
+    assert layer_bytes(LLAMA_8B, FORMATS["fp8"]) == weights
+    assert layer_bytes(LLAMA_8B, FORMATS["mxfp4"]) == weights // 2 + weights // 32
+    assert layer_bytes(LLAMA_8B, FORMATS["w4a16"]) == weights // 2 + weights // 32 + rows
+    assert LLAMA_8B.linear_weights == weights
+
+
+def test_a_shape_is_what_its_config_says():
+    for shape in SHAPES.values():
+        again = Llama.from_config(shape.model.name, shape.model.config)
+        assert again == shape.model
+        fused = sum(n * k for n, k in shape.model.fused_projections.values())
+        assert shape.model.layers * fused == shape.model.linear_weights
 
 
 def test_quantized_layers_meet_the_goal():
     for shape in SHAPES.values():
-        sizes = [layer_bytes(shape.config, FORMATS[key]) for key in ("w4a4", "bf16")]
+        sizes = [layer_bytes(shape.model, FORMATS[key]) for key in ("w4a4", "bf16")]
         assert sizes[0] <= 0.28 * sizes[1]
 
 
@@ -197,10 +198,10 @@ def test_commands_differ_in_the_format_only_and_stay_on_this_machine():
 
 def test_dummy_weights_are_asked_for_where_no_checkpoint_is_written(tmp_path):
     form = FORMATS["w4a4"]
-    dummy = " ".join(serve_runs.server_arguments(SHAPES["llama-3-8b"], form, eager=False))
+    dummy = " ".join(measured_server.server_arguments(SHAPES["llama-3-8b"], form, eager=False))
     assert "--load-format dummy" in dummy
     assert "--enforce-eager" not in dummy
-    shipped = serve_runs.server_arguments(SHAPES["demo"], form, eager=True)
+    shipped = measured_server.server_arguments(SHAPES["demo"], form, eager=True)
     assert "--load-format" not in shipped
     assert "--enforce-eager" in shipped
     assert prepare(SHAPES["demo"], tmp_path / "demo") == DEMO
@@ -208,7 +209,7 @@ def test_dummy_weights_are_asked_for_where_no_checkpoint_is_written(tmp_path):
 
 
 def test_the_warm_up_asks_once_for_each_place():
-    assert serve_runs.warmup(Load(8, 48, 64, 64)) == Load(8, 8, 64, 2)
+    assert vllm_bench.warmup(Load(8, 48, 64, 64)) == Load(8, 8, 64, 2)
 
 
 def run(ttft, tpot, rate):
@@ -251,7 +252,7 @@ def example():
                 "name": shape.name,
                 "weights": shape.weights,
                 "loads": {},
-                "layer_bytes": {k: layer_bytes(shape.config, f) for k, f in FORMATS.items()},
+                "layer_bytes": {k: layer_bytes(shape.model, f) for k, f in FORMATS.items()},
                 "formats": {"bf16": bf16, "w4a4": w4a4, "w4a4-torch": torch_path},
             }
         },
@@ -363,7 +364,7 @@ def measured(monkeypatch):
         taken = seeds[:1] if form.slow else seeds
         return {"model_gib": [None], "single": {"tpot_ms": [float(seed) for seed in taken]}}
 
-    monkeypatch.setattr(serve_session, "_measure_server", measure_server)
+    monkeypatch.setattr(serve_rounds, "_measure_server", measure_server)
     return started
 
 
@@ -390,8 +391,8 @@ def test_formats_take_turns_and_what_is_refused_or_slow_is_started_once(measured
 
 def test_no_server_is_started_when_time_is_over(measured, tmp_path, monkeypatch):
     clock = itertools.count(start=0, step=60)
-    monkeypatch.setattr(serve_session.psutil.Process, "create_time", lambda _: 0)
-    monkeypatch.setattr(serve_session.time, "time", lambda: next(clock))
+    monkeypatch.setattr(serve_rounds.psutil.Process, "create_time", lambda _: 0)
+    monkeypatch.setattr(serve_rounds.time, "time", lambda: next(clock))
     given = session(["bf16", "w4a4", "fp8"], minutes=2)
     found = given.measure_shape(SHAPES["demo"], tmp_path / "a")
     assert [name for name, _ in measured] == ["bf16", "BlockDialect W4A4"]
@@ -401,20 +402,19 @@ def test_no_server_is_started_when_time_is_over(measured, tmp_path, monkeypatch)
 
 def test_a_method_that_quantizes_nothing_is_refused():
     bf16, form = {"model_gib": [15.0]}, FORMATS["mxfp4"]
-    serve_session._check_quantized(form, {"model_gib": [5.7]}, bf16)
-    serve_session._check_quantized(form, {"model_gib": [None]}, bf16)
-    serve_session._check_quantized(FORMATS["bf16"], {"model_gib": [15.0]}, None)
+    serve_rounds._check_quantized(form, {"model_gib": [5.7]}, bf16)
+    serve_rounds._check_quantized(form, {"model_gib": [None]}, bf16)
+    serve_rounds._check_quantized(FORMATS["bf16"], {"model_gib": [15.0]}, None)
     with pytest.raises(RuntimeError, match=r"quantizes nothing: loading took 14\.9 GiB"):
-        serve_session._check_quantized(form, {"model_gib": [14.9]}, bf16)
+        serve_rounds._check_quantized(form, {"model_gib": [14.9]}, bf16)
 
 
-def test_a_server_gets_its_own_environment_and_no_path_to_the_repository(tmp_path, monkeypatch):
-    other = str(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([other, str(ROOT)]))
+def test_a_server_gets_its_own_variables(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
     monkeypatch.delenv("BLOCKDIALECT_CPU_KERNEL", raising=False)
     before = dict(os.environ)
     log = tmp_path / "log"
-    server = serve_runs.MeasuredServer(
+    server = measured_server.MeasuredServer(
         Path("model"), log, ["--dtype", "bfloat16"], FORMATS["w4a4-torch"].environment
     )
     assert server._command[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", "model"]
@@ -425,7 +425,7 @@ def test_a_server_gets_its_own_environment_and_no_path_to_the_repository(tmp_pat
         server._process.wait()
     given = json.loads(log.read_text(encoding="utf-8"))
     assert given["BLOCKDIALECT_CPU_KERNEL"] == "0"
-    assert given["PYTHONPATH"] == other
+    assert given["VLLM_LOGGING_LEVEL"] == "INFO", "its log is read"
     assert given["HF_HUB_OFFLINE"] == "1"
 
 
@@ -439,14 +439,14 @@ raise SystemExit(int("fp8" in sys.argv))
 
 
 def test_an_engine_of_its_own_is_gone_with_all_it_started(tmp_path, monkeypatch):
-    monkeypatch.setattr(serve_runs, "_VLLM", [sys.executable, "-c", FORKING])
+    monkeypatch.setattr(vllm_bench, "VLLM", [sys.executable, "-c", FORKING])
     shape = SHAPES["llama-3.2-1b"]
     arguments = ("latency", tmp_path, shape, FORMATS["w4a4"], True, tmp_path)
-    assert serve_runs.run_offline(*arguments) == 2.5
+    assert vllm_bench.run_offline(*arguments) == 2.5
     assert not is_running(int((tmp_path / "latency.log").read_text()))
     failing = ("latency", tmp_path, shape, FORMATS["fp8"], True, tmp_path)
     with pytest.raises(RuntimeError, match="vllm bench latency ended with status 1"):
-        serve_runs.run_offline(*failing)
+        vllm_bench.run_offline(*failing)
     assert not is_running(int((tmp_path / "latency.log").read_text()))
 
 
@@ -454,11 +454,9 @@ def test_an_engine_of_its_own_is_gone_with_all_it_started(tmp_path, monkeypatch)
 def test_a_model_of_dummy_weights_is_served_and_measured(tmp_path, monkeypatch):
     """A real server and client: few prompts, a tiny model that exists as a config.json alone."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    config = dict(SHAPES["llama-3-8b"].config)
-    config |= {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
-    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 2000}
+    model = Llama("tiny", 256, 512, 2, 4, 2, 64, vocabulary=2000)
     load = Load(at_once=2, prompts=2, input_tokens=8, output_tokens=4)
-    shape = replace(SHAPES["llama-3-8b"], config=config, context=64, loads={"many": load})
+    shape = replace(SHAPES["llama-3-8b"], model=model, context=64, loads={"many": load})
     given = session(["w4a4"], rounds=1)
     found = given.measure_shape(shape, tmp_path / "model")
     assert given.refused == {}

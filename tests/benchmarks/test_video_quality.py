@@ -15,7 +15,7 @@ def figures():
 def test_the_shipped_default_is_what_was_found_to_help(figures):
     config = SemanticDialectConfig()
     assert figures["include_in_default"] == {
-        "dialects": config.activation == "dialect",
+        "dialects": config.activation_format == "dialect",
         "book": config.book == "semantic_32",
         "decomposition": config.decomposes,
         "attention": config.selection == "top",

@@ -9,7 +9,8 @@ from torch import nn
 import diffusers_hook
 from benchmarks.lib.render import markdown
 from benchmarks.video import bench_video_speed as speed
-from benchmarks.video.bench_video_speed import Place, Shape
+from benchmarks.video import instruments
+from benchmarks.video.models import Place, Shape, generation, shapes
 from tests.video.support.tiny_video import wan, wan_inputs
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -19,7 +20,7 @@ LARGEST = {"Wan 2.1 1.3B": 0.30, "Wan 2.1 14B": 0.30, "Open-Sora 2.0": 0.40}
 
 @pytest.fixture(scope="module")
 def counted():
-    return {name: speed.count_bytes(shape) for name, shape in speed.shapes().items()}
+    return {name: speed.count_bytes(shape) for name, shape in shapes().items()}
 
 
 def test_goals(counted):
@@ -92,25 +93,25 @@ def test_calls_that_are_not_one_generation_give_no_figure():
     model = enabled()
 
     def watched(calls):
-        with speed.refreshed_in_time(model):
+        with instruments.refreshed_in_time(model, speed.CALLS, speed.REFRESHES):
             for call in calls:
                 call()
 
-    call = speed.generation(model, TINY, torch.float32, CPU)
+    call = generation(model, TINY, torch.float32, CPU)
     call()
     watched([call] * speed.CALLS)
-    first_calls = [speed.generation(model, TINY, torch.float32, CPU) for _ in range(speed.CALLS)]
+    first_calls = [generation(model, TINY, torch.float32, CPU) for _ in range(speed.CALLS)]
     with pytest.raises(SystemExit, match="not those of one generation"):
         watched(first_calls)
 
 
 def test_a_gpu_gets_a_videos_tokens():
-    places = {name: shape.place(CUDA) for name, shape in speed.shapes().items()}
+    places = {name: shape.place(CUDA) for name, shape in shapes().items()}
     tokens = {name: math.prod(place.grid) for name, place in places.items()}
     assert tokens == {
         "Wan 2.1 1.3B": 32_760, "Wan 2.1 14B": 75_600, "Open-Sora 2.0": 76_032,
     }  # fmt: skip
-    for shape in speed.shapes().values():
+    for shape in shapes().values():
         assert math.prod(shape.place(CPU).grid) == 780
         for device in (CPU, CUDA):  # a step is the call times one factor
             pairs = zip(shape.place(device).blocks, shape.blocks, strict=True)
@@ -121,13 +122,13 @@ def test_every_part_waits_for_the_device(monkeypatch):
     """A GPU that is not there: its peak, and what waits for it."""
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 77)
-    with speed.peak_memory(CUDA) as peak:
+    with instruments.peak_memory(CUDA) as peak:
         pass
     assert peak == [77]
-    assert speed.wait(CUDA) is torch.cuda.synchronize
+    assert instruments.wait(CUDA) is torch.cuda.synchronize
     events = []
     layer = nn.Identity()
-    with speed.clocked([layer], lambda: events.append("wait")) as seconds:
+    with instruments.clocked([layer], lambda: events.append("wait")) as seconds:
         layer.register_forward_hook(lambda *_: events.append("work"))
         layer(torch.ones(1))
     assert events == ["wait", "wait", "work"]
@@ -143,7 +144,7 @@ def test_rounding_is_that_of_the_call_in_progress(monkeypatch):
     from diffusers_hook.tokens import ops
 
     model = enabled()
-    call = speed.generation(model, TINY, torch.float32, CPU)
+    call = generation(model, TINY, torch.float32, CPU)
     call()
     seen = []
     semantic = ops.semantic_op
@@ -154,14 +155,14 @@ def test_rounding_is_that_of_the_call_in_progress(monkeypatch):
 
     monkeypatch.setattr(ops, "semantic_op", noted)
     layers = [layer for layer in model.modules() if isinstance(layer, DialectLinear)]
-    with speed.rounding_apart(layers, lambda: None) as seconds:
+    with instruments.rounding_apart(layers, lambda: None) as seconds:
         call()
     assert seconds[0] > 0
     assert len(seen) == 2 * 2 * 8  # the text's projections have no salient rows
     for layer, few in zip(seen[::2], seen[1::2], strict=True):
         assert few[0] is layer[0] or torch.equal(few[0], layer[0])
-        assert len(few[1]) == speed.ROWS
-        assert torch.equal(few[1], layer[1][: speed.ROWS])
+        assert len(few[1]) == instruments.ROWS
+        assert torch.equal(few[1], layer[1][: instruments.ROWS])
         assert all(torch.equal(a, b) for a, b in zip(few[-2:], layer[-2:], strict=True))
 
 

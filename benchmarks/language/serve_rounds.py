@@ -13,10 +13,12 @@ import psutil
 
 from demo.language.server import ServerError
 
-from . import serve_runs as runs
-from .serve_models import FORMATS, Format, Load, Shape, layer_bytes, prepare, remove
+from ..lib.memory import device_bytes, watch
+from .measured_server import MeasuredServer, read_log, refusal, server_arguments
+from .served_models import FORMATS, Format, Load, Shape, layer_bytes, prepare, remove
+from .vllm_bench import run_client, run_offline, warmup
 
-__all__ = ["OFFLINE", "Session", "add", "loads_of"]
+__all__ = ["OFFLINE", "Session", "loads_of"]
 
 Figures = dict[str, Any]
 """Lists of what was found in each round, or in each run, and dicts of such."""
@@ -24,6 +26,7 @@ Figures = dict[str, Any]
 OFFLINE = ("latency", "throughput")
 """Subcommands of ``vllm bench`` that start an engine of their own."""
 
+_SLOW_LOAD = Load(at_once=1, prompts=1, input_tokens=8, output_tokens=3)
 _LATENCY_VOCABULARY = 10_000
 """``vllm bench latency`` draws its prompts from so many token ids, whatever the model."""
 _UNQUANTIZED = 0.9
@@ -73,7 +76,7 @@ class Session:
             "name": shape.name,
             "weights": shape.weights,
             "loads": {name: asdict(load) for name, load in shape.loads.items()},
-            "layer_bytes": {key: layer_bytes(shape.config, form) for key, form in FORMATS.items()},
+            "layer_bytes": {key: layer_bytes(shape.model, form) for key, form in FORMATS.items()},
             "formats": found,
         }
 
@@ -102,24 +105,24 @@ class Session:
                     once["offline"] = _measure_offline(shape, model, form, self.eager, Path(folder))
         except (ServerError, RuntimeError) as error:
             found.pop(key, None)
-            self.refused[key] = runs.refusal(str(error))
+            self.refused[key] = refusal(str(error))
             print(f"{shape.name}, {form.name}: not served: {error}", flush=True)
         else:
-            add(found.setdefault(key, {}), once)
+            _add(found.setdefault(key, {}), once)
             print(f"{shape.name}, {form.name}, round {number + 1}: {once}", flush=True)
         self.longest_s = max(self.longest_s, time.monotonic() - began)
 
 
 def loads_of(shape: Shape, form: Format) -> Mapping[str, Load]:
     """What is sent to a format's server, by name."""
-    return {"single": runs.SLOW_LOAD} if form.slow else shape.loads
+    return {"single": _SLOW_LOAD} if form.slow else shape.loads
 
 
-def add(total: Figures, once: Figures) -> None:
+def _add(total: Figures, once: Figures) -> None:
     """Append the lists of `once` to those of `total`."""
     for name, value in once.items():
         if isinstance(value, dict):
-            add(total.setdefault(name, {}), value)
+            _add(total.setdefault(name, {}), value)
         else:
             total.setdefault(name, []).extend(value)
 
@@ -129,27 +132,27 @@ def _measure_server(
 ) -> Figures:
     """Times of the runs of one server, its peak memory, and what it says of itself."""
     loads = loads_of(shape, form)
-    arguments = runs.server_arguments(shape, form, eager)
-    before, began = runs.device_bytes(), time.monotonic()
-    with runs.MeasuredServer(model, folder / "log", arguments, form.environment) as server:
-        with runs.watch(server.pid, before) as starting:
+    arguments = server_arguments(shape, form, eager)
+    before, began = device_bytes(), time.monotonic()
+    with MeasuredServer(model, folder / "log", arguments, form.environment) as server:
+        with watch(server.pid, before) as starting:
             server.wait_until_ready()
         start_s = time.monotonic() - began
         # not timed, so that the watch may take its share of the processor
-        with runs.watch(server.pid, before) as answering:
-            runs.run_client(model, server.port, runs.warmup(list(loads.values())[-1]), seed=0)
+        with watch(server.pid, before) as answering:
+            run_client(model, server.port, warmup(list(loads.values())[-1]), seed=0)
         taken = {
             name: [
-                runs.run_client(model, server.port, load, seed)
+                run_client(model, server.port, load, seed)
                 for seed in (seeds[:1] if form.slow else seeds)
             ]
             for name, load in loads.items()
         }
-        said = runs.read_log(server.log.read_text(encoding="utf-8", errors="replace"))
+        said = read_log(server.log.read_text(encoding="utf-8", errors="replace"))
     return {
         "start_s": [start_s],
-        "peak_start_bytes": [runs.peak_bytes(starting)],
-        "peak_answering_bytes": [runs.peak_bytes(answering)],
+        "peak_start_bytes": [starting.peak],
+        "peak_answering_bytes": [answering.peak],
         **{name: [value] for name, value in said.items()},
         **{
             name: {figure: [run[figure] for run in found] for figure in found[0]}
@@ -178,6 +181,6 @@ def _measure_offline(shape: Shape, model: Path, form: Format, eager: bool, folde
     kinds = [
         kind
         for kind in OFFLINE
-        if kind != "latency" or shape.config["vocab_size"] >= _LATENCY_VOCABULARY
+        if kind != "latency" or shape.model.vocabulary >= _LATENCY_VOCABULARY
     ]
-    return {kind: [runs.run_offline(kind, model, shape, form, eager, folder)] for kind in kinds}
+    return {kind: [run_offline(kind, model, shape, form, eager, folder)] for kind in kinds}

@@ -1,0 +1,109 @@
+"""The dimensions of the language models that benchmarks measure.
+
+Weights are random wherever a benchmark uses these: neither speed nor size depends on their values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["LLAMA_1B", "LLAMA_8B", "LLAMA_70B", "Llama"]
+
+
+@dataclass(frozen=True)
+class Llama:
+    """The dimensions of a LLaMA.
+
+    Attributes:
+        name: in tables and headings.
+        hidden, intermediate: channels between the layers, and inside of an MLP.
+        layers: decoder layers.
+        heads, key_value_heads, head: attention heads, those of keys and values, channels of one.
+        vocabulary: token ids.
+        tied: whether the output layer shares the embedding's weight.
+        context: the longest text, in tokens.
+    """
+
+    name: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    head: int
+    vocabulary: int = 128_256
+    tied: bool = False
+    context: int = 8192
+
+    @classmethod
+    def from_config(cls, name: str, config: Mapping[str, Any]) -> Llama:
+        """The dimensions that a checkpoint's config.json states."""
+        return cls(
+            name,
+            hidden=config["hidden_size"],
+            intermediate=config["intermediate_size"],
+            layers=config["num_hidden_layers"],
+            heads=config["num_attention_heads"],
+            key_value_heads=config["num_key_value_heads"],
+            head=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+            vocabulary=config["vocab_size"],
+            tied=config["tie_word_embeddings"],
+            context=config["max_position_embeddings"],
+        )
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What config.json says of such a model in bfloat16."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.key_value_heads,
+            "head_dim": self.head,
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": self.context,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500_000.0,
+            "tie_word_embeddings": self.tied,
+            "torch_dtype": "bfloat16",
+        }
+
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """Shapes [N, K] of a decoder layer's linear layers, by their names in a checkpoint."""
+        query, key = self.heads * self.head, self.key_value_heads * self.head
+        return {
+            "self_attn.q_proj": (query, self.hidden),
+            "self_attn.k_proj": (key, self.hidden),
+            "self_attn.v_proj": (key, self.hidden),
+            "self_attn.o_proj": (self.hidden, query),
+            "mlp.gate_proj": (self.intermediate, self.hidden),
+            "mlp.up_proj": (self.intermediate, self.hidden),
+            "mlp.down_proj": (self.hidden, self.intermediate),
+        }
+
+    @property
+    def fused_projections(self) -> dict[str, tuple[int, int]]:
+        """The same shapes [N, K] as vLLM fuses them into four layers."""
+        query, key = self.heads * self.head, self.key_value_heads * self.head
+        return {
+            "qkv": (query + 2 * key, self.hidden),
+            "o": (self.hidden, query),
+            "gate_up": (2 * self.intermediate, self.hidden),
+            "down": (self.hidden, self.intermediate),
+        }
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of the linear layers of all decoder layers."""
+        return self.layers * sum(rows * columns for rows, columns in self.projections.values())
+
+
+LLAMA_1B = Llama("LLaMA-3.2-1B", 2048, 8192, 16, 32, 8, 64, tied=True)
+LLAMA_8B = Llama("LLaMA-3-8B", 4096, 14336, 32, 32, 8, 128)
+LLAMA_70B = Llama("LLaMA-3-70B", 8192, 28672, 80, 64, 8, 128)
