@@ -17,11 +17,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-__all__ = ["SOURCE", "CompilerError", "build", "library_name"]
+__all__ = ["CompilerError", "build", "library_name"]
 
-SOURCE = Path(__file__).with_name("kernel") / "dialect_cpu.cpp"
+_FOLDER = Path(__file__).with_name("kernel")
+_UNIT = _FOLDER / "dialect_cpu.cpp"
+"""The one translation unit; it includes every header of the folder."""
+
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-pthread")
-"""No -march: the code asks the processor at run time. No contraction: rounding is specified."""
+"""No -march: the library runs on any processor and chooses its instructions at run time. No
+contraction into fused operations: the format specifies every rounding."""
 
 
 class CompilerError(RuntimeError):
@@ -29,10 +33,18 @@ class CompilerError(RuntimeError):
 
 
 def library_name() -> str:
-    """File name of the library, which changes with the source, the flags and the platform."""
-    key = hashlib.sha256(SOURCE.read_bytes())
+    """File name of the library: it changes with any kernel file, the flags and the platform."""
+    key = hashlib.sha256()
+    for path in _kernel_files():
+        key.update(hashlib.sha256(path.name.encode()).digest())
+        key.update(hashlib.sha256(path.read_bytes()).digest())
     key.update(" ".join((*_FLAGS, platform.system(), platform.machine())).encode())
     return f"dialect_cpu-{key.hexdigest()[:16]}.so"
+
+
+def _kernel_files() -> list[Path]:
+    """The C++ files, in the same order everywhere."""
+    return sorted(path for path in _FOLDER.iterdir() if path.suffix in (".cpp", ".h"))
 
 
 def build(out_dir: Path, extra_flags: tuple[str, ...] = ()) -> Path:
@@ -52,7 +64,7 @@ def build(out_dir: Path, extra_flags: tuple[str, ...] = ()) -> Path:
     os.close(handle)
     unfinished = Path(name)
     try:
-        command = [*compiler, *_FLAGS, *extra_flags, "-o", str(unfinished), str(SOURCE)]
+        command = [*compiler, *_FLAGS, *extra_flags, "-o", str(unfinished), str(_UNIT)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as error:
