@@ -2,7 +2,7 @@
 
 Names are the checkpoint's module names. A layer is quantized if it belongs to a numbered decoder
 layer and its name there is in the table; everything else (embeddings, norms, the output projection,
-routers, experts, vision towers, projectors) stays in 16 bit unless it is asked for.
+routers, experts, vision towers, projectors) stays in 16 bit unless an option names it.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from dialect_kernels.layer_names import matches
+
 __all__ = [
     "ARCHITECTURES",
-    "FUSED",
-    "UnknownArchitectureError",
     "candidate_layers",
+    "collapse_experts",
     "decoder_layer_pattern",
     "default_layers",
     "fused_with",
@@ -57,8 +58,11 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
 }
 """Architecture (config.json) -> names inside a decoder layer that are quantized."""
 
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that engines run as one matrix: their parts need one block size, or 16 bit, together."""
+
+_ROUTED_EXPERTS = "re:.*\\.experts\\..*"
+"""One pattern for the experts of a model: their names alone would make config.json megabytes."""
 
 _REPEATED_BLOCK = re.compile(r"(?:^|\.)\d+\.")
 _DECODER_LAYER = re.compile(r"(?:^|.*\.)layers\.\d+\.(?P<inner>.+)$")
@@ -69,23 +73,14 @@ _NEVER_PACKED = re.compile(
 )
 
 
-class UnknownArchitectureError(ValueError):
-    """An architecture that is not in the table."""
-
-
 def is_default_layer(architecture: str, name: str) -> bool:
     """Whether the layer `name` is quantized by default.
 
     Works for the checkpoint's names and for vLLM's, which differ in front of ``layers``.
 
     Raises:
-        UnknownArchitectureError: if the architecture is not in the table.
+        KeyError: if the architecture is not in :data:`ARCHITECTURES`.
     """
-    if architecture not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise UnknownArchitectureError(
-            f"architectures: {architecture!r} is not in the table ({known})"
-        )
     inside = _DECODER_LAYER.match(name)
     if inside is None or _NOT_TEXT.search(name):
         return False
@@ -98,8 +93,22 @@ def default_layers(architecture: str, names: Iterable[str]) -> list[str]:
 
 
 def is_expert(name: str) -> bool:
-    """Whether the layer belongs to a mixture's experts, which stay in 16 bit."""
+    """Whether a layer, or the module of a tensor, belongs to the experts of a mixture.
+
+    Experts stay in 16 bit. Shared experts are experts too.
+    """
     return _EXPERT.search(name) is not None
+
+
+def collapse_experts(names: Iterable[str]) -> list[str]:
+    """`names` in their order, but for routed experts, which one pattern at the end stands for."""
+    listed, has_experts = [], False
+    for name in names:
+        if matches(_ROUTED_EXPERTS, name):
+            has_experts = True
+        else:
+            listed.append(name)
+    return [*listed, _ROUTED_EXPERTS] if has_experts else listed
 
 
 def is_never_packed(name: str) -> bool:
@@ -124,12 +133,12 @@ def candidate_layers(names: Iterable[str]) -> list[str]:
 def fused_with(name: str) -> tuple[str, ...]:
     """The layers, itself included, that engines fuse with the layer `name`; empty if none."""
     parent, _, leaf = name.rpartition(".")
-    for group in FUSED:
+    for group in _FUSED:
         if leaf in group:
             return tuple(f"{parent}.{part}" if parent else part for part in group)
     return ()
 
 
 def decoder_layer_pattern(name: str) -> str:
-    """`name` with its layer number replaced, as a ``re:`` pattern: for messages and grouping."""
+    """`name` as a ``re:`` pattern for the same layer of every decoder layer."""
     return "re:" + re.sub(r"(^|\.)\d+(?=\.)", r"\1\\d+", name)

@@ -11,7 +11,7 @@ Layer names are the checkpoint's own (unfused) module names. Patterns:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -20,11 +20,17 @@ from dialect_kernels.layer_names import check_expressions, matches, near_misses
 
 __all__ = [
     "FORMAT_VERSION",
+    "METHODS",
     "QUANT_METHOD",
+    "ActivationFormat",
+    "BlockSize",
+    "BookName",
     "LayerOverride",
+    "Method",
     "Scheme",
     "SchemeError",
     "check_patterns",
+    "first_fault",
     "fitting_block_size",
 ]
 
@@ -36,8 +42,25 @@ BlockSize = Literal[16, 32, 64]
 ActivationFormat = Literal["dialect", "fp8", "none"]
 
 
+class Method(NamedTuple):
+    """A way to serve packed weights, by the format of the activations."""
+
+    bits: str
+    """What tables call it, such as ``"W4A4"``: bits of weights and activations."""
+    quantization: str
+    """The name that ``vllm serve --quantization`` takes."""
+
+
+METHODS: Final[Mapping[ActivationFormat, Method]] = {
+    "dialect": Method("W4A4", QUANT_METHOD),
+    "fp8": Method("W4A8", f"{QUANT_METHOD}_w4a8"),
+    "none": Method("W4A16", f"{QUANT_METHOD}_w4a16"),
+}
+"""Activation format -> its names."""
+
+
 class SchemeError(ValueError):
-    """A quantization_config that cannot be used; one sentence with field, value and remedy."""
+    """A scheme that cannot be used; one sentence with field, value and remedy."""
 
 
 class LayerOverride(BaseModel):
@@ -105,7 +128,7 @@ class Scheme(BaseModel):
 
         Args:
             data: e.g. the ``quantization_config`` of a config.json.
-            where: what error messages call it.
+            where: the name of `data` in error messages.
 
         Raises:
             SchemeError: one sentence for the first fault: unknown key, wrong type or value, or a
@@ -126,7 +149,7 @@ class Scheme(BaseModel):
         return any(matches(pattern, name) for pattern in self.ignore)
 
     def block_size_of(self, name: str) -> int:
-        """The block size asked for the layer `name` (not adjusted to its number of columns)."""
+        """The block size for the layer `name`, not yet adjusted to its number of columns."""
         if name in self.overrides:
             return self.overrides[name].block_size
         for pattern, override in self.overrides.items():
@@ -146,7 +169,7 @@ def check_patterns(field: str, patterns: Iterable[str], names: Iterable[str]) ->
         if any(matches(pattern, name) for name in known):
             continue
         near = near_misses(pattern, known)
-        hint = f"; near it are {', '.join(near)}" if near else ""
+        hint = f"; similar names are {', '.join(near)}" if near else ""
         raise SchemeError(
             f"{field}: {pattern!r} matches no layer{hint}; give an exact layer name or "
             "'re:' and a regular expression"
@@ -161,16 +184,24 @@ def fitting_block_size(columns: int, wanted: int) -> int | None:
     return None
 
 
+def first_fault(error: ValidationError) -> tuple[str, Any, str]:
+    """The field of the first fault, its value, and what is wrong with it as half a sentence."""
+    first = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"])
+    reason = first["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
+    return field, first["input"], reason
+
+
 def _one_sentence(error: ValidationError, where: str) -> str:
     errors = error.errors(include_url=False)
-    first = min(errors, key=lambda fault: fault["type"] != "extra_forbidden")
-    field = ".".join(str(part) for part in first["loc"])
-    value = first["input"]
-    if first["type"] == "extra_forbidden":
-        owner = LayerOverride if first["loc"][0] == "overrides" else Scheme
-        known = ", ".join(owner.model_fields)
-        return f"{where}: the key {field!r} is not known; allowed are {known}"
-    if first["type"] == "missing":
+    for fault in errors:
+        field = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            owner = LayerOverride if fault["loc"][0] == "overrides" else Scheme
+            known = ", ".join(owner.model_fields)
+            return f"{where}: the key {field!r} is not known; allowed are {known}"
+    if errors[0]["type"] == "missing":
+        field = ".".join(str(part) for part in errors[0]["loc"])
         return f"{where}: {field} is missing"
-    reason = first["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
+    field, value, reason = first_fault(error)
     return f"{where}: {field} is {value!r}; {reason}"

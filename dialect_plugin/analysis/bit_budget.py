@@ -1,11 +1,11 @@
 """Spending a bit budget: which layers take blocks of 16, 32 or 64.
 
 Smaller blocks lose less and take more bits (BlockDialect calls such a mixture dynamic block size).
-Every layer has a few points (bits, error); the plan starts at the cheapest of each and takes, one
-by one, the step that saves most error per bit, along the lower convex hull of each layer, as long
-as the budget allows (the choice of layers is ours). Its error is above the best possible one by
-at most the gain of one layer's step. Layers that engines fuse (q, k and v; gate and up) count as
-one layer, because a fused layer has one block size.
+Every layer has a few points (bits, error). The allocation starts at the cheapest point of each
+layer and takes, one by one, the step that saves most error per bit, along the lower convex hull of
+each layer, as long as the budget allows (the choice of layers is ours). Its error is above the best
+possible one by at most the gain of one layer's step. Layers that engines fuse (q, k and v; gate and
+up) count as one layer, because a fused layer has one block size.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from ..checkpoint.loss import sqnr
 from ..scheme import SchemeError, fitting_block_size
 from .report import LayerReport, dialect_name
 
-__all__ = ["Objective", "Plan", "choose_block_sizes", "plan_bits", "render"]
+__all__ = ["Allocation", "Objective", "allocate_bits", "choose_block_sizes", "render"]
 
 Objective = Literal["error", "relative"]
 _UNIFORM = 32
 
 
 @dataclass(frozen=True)
-class Plan:
+class Allocation:
     """Block sizes under a budget.
 
     Attributes:
         layers: the measured layers.
         block_sizes: layer -> block size.
-        objective: ``"error"``: the sum of all squared errors was made small; ``"relative"``: the
-            sum over the layers of squared error / energy times weights.
+        objective: the sum over the layers that was made small: ``"error"``: of their squared
+            errors; ``"relative"``: of squared error / energy times weights.
     """
 
     layers: tuple[LayerReport, ...]
@@ -58,7 +58,7 @@ class Plan:
 
     @property
     def uniform_block_sizes(self) -> dict[str, int]:
-        """What a conversion without overrides takes: 32, or the largest that divides."""
+        """The block sizes of a conversion without overrides: 32, or the largest that divides."""
         sizes = {layer.name: fitting_block_size(layer.columns, _UNIFORM) for layer in self.layers}
         return {name: size for name, size in sizes.items() if size is not None}
 
@@ -68,7 +68,7 @@ class Plan:
         return self.sqnr_db - _sqnr(self.layers, self.uniform_block_sizes)
 
     def overrides(self) -> dict[str, dict[str, Any]]:
-        """What ``blockdialect quantize --overrides`` takes: the layers that differ from uniform."""
+        """The layers that differ from uniform, as ``quantize --overrides`` reads it."""
         uniform = self.uniform_block_sizes
         return {
             name: {"block_size": size}
@@ -77,15 +77,15 @@ class Plan:
         }
 
 
-def plan_bits(
+def allocate_bits(
     layers: Sequence[LayerReport], bits_per_weight: float, objective: Objective = "error"
-) -> Plan:
+) -> Allocation:
     """Choose block sizes for measured layers.
 
     Args:
         layers: with the losses of the dialect formats.
         bits_per_weight: the budget, on average over all weights of `layers`.
-        objective: see :class:`Plan`.
+        objective: see :class:`Allocation`.
 
     Raises:
         SchemeError: if even the largest blocks need more than the budget.
@@ -103,7 +103,7 @@ def plan_bits(
         )
     chosen = choose_block_sizes(points, bits_per_weight * weights)
     sizes = {layer.name: chosen[_first_part(layer.name)] for layer in layers}
-    return Plan(tuple(layers), sizes, objective)
+    return Allocation(tuple(layers), sizes, objective)
 
 
 def choose_block_sizes(
@@ -152,7 +152,7 @@ def _slope(sizes: Mapping[int, tuple[int, float]], before: int, after: int) -> f
 
 
 def _first_part(name: str) -> str:
-    """What stands for all layers that engines fuse with the layer `name`."""
+    """The first of the layers that engines fuse with the layer `name`: it stands for all."""
     return (fused_with(name) or (name,))[0]
 
 
@@ -169,7 +169,7 @@ def _points(parts: Sequence[LayerReport], objective: Objective) -> dict[int, tup
 
 
 def _importance(layer: LayerReport, objective: Objective) -> float:
-    """What a layer's squared error is multiplied with."""
+    """The factor of a layer's squared error in the objective."""
     return layer.weights / layer.signal if objective == "relative" and layer.signal else 1.0
 
 
@@ -183,13 +183,13 @@ def _sqnr(layers: Sequence[LayerReport], sizes: Mapping[str, int]) -> float:
     return sqnr(sum(layer.signal for layer in layers), noise)
 
 
-def render(plan: Plan) -> Group:
-    """The layers that differ from uniform blocks, and what is gained."""
-    uniform = plan.uniform_block_sizes
+def render(allocation: Allocation) -> Group:
+    """The layers that differ from uniform blocks, and the SQNR gained."""
+    uniform = allocation.uniform_block_sizes
     table = Table("layer", "shape", "block size", "instead of", "SQNR, dB", "instead of")
-    by_name = {layer.name: layer for layer in plan.layers}
-    for name in plan.overrides():
-        layer, size = by_name[name], plan.block_sizes[name]
+    by_name = {layer.name: layer for layer in allocation.layers}
+    for name in allocation.overrides():
+        layer, size = by_name[name], allocation.block_sizes[name]
         sqnrs = [layer.losses[dialect_name(s)].sqnr_db for s in (size, uniform[name])]
         table.add_row(
             name,
@@ -199,8 +199,8 @@ def render(plan: Plan) -> Group:
             *(f"{value:.2f}" for value in sqnrs),
         )
     summary = (
-        f"{plan.bits_per_weight:.4f} bits per weight, SQNR {plan.sqnr_db:.3f} dB; uniform blocks "
-        f"of {_UNIFORM}: {_bits(plan.layers, uniform):.4f} bits, "
-        f"{_sqnr(plan.layers, uniform):.3f} dB; gain {plan.gain_db:+.3f} dB"
+        f"{allocation.bits_per_weight:.4f} bits per weight, SQNR {allocation.sqnr_db:.3f} dB; "
+        f"uniform blocks of {_UNIFORM}: {_bits(allocation.layers, uniform):.4f} bits, "
+        f"{_sqnr(allocation.layers, uniform):.3f} dB; gain {allocation.gain_db:+.3f} dB"
     )
     return Group(table, summary)

@@ -1,9 +1,9 @@
 """Comparing 4-bit formats layer by layer, before anything is converted.
 
 Each weight is rounded to BlockDialect with blocks of 16, 32 and 64 (dialects by exact error), to
-MXFP4 with blocks of 32 and to NVFP4 with blocks of 16. What is measured is the error of the
-weights, not of the model: formats at other bits per weight, or close to each other, are told apart
-by perplexity only.
+MXFP4 with blocks of 32 and to NVFP4 with blocks of 16. The report measures the error of the
+weights, not of the model: formats that take different numbers of bits, or have similar errors, can
+be compared by perplexity only.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import torch
 from rich.table import Table
 
 from dialect_kernels import quantize
+from dialect_kernels.baselines import quantize_mxfp4, quantize_nvfp4
 from dialect_kernels.formatbook import BLOCK_SIZES, DIALECT_FP4, Formatbook
-from dialect_kernels.reference import quantize_mxfp4, quantize_nvfp4
+from dialect_kernels.ops import dequantize
 
-from ..checkpoint.convert import Progress
 from ..checkpoint.loss import signal_and_noise, sqnr
+from ..checkpoint.progress import Progress
 from ..checkpoint.reader import Checkpoint
 
 __all__ = [
@@ -37,7 +38,7 @@ __all__ = [
     "sqnr_cells",
 ]
 
-Rounded = tuple[Callable[[], torch.Tensor], float, tuple[int, ...] | None]
+_Rounded = tuple[Callable[[], torch.Tensor], float, tuple[int, ...] | None]
 """The rounded weight (fresh, float32), stored bits per weight, and blocks per dialect if any."""
 
 
@@ -47,15 +48,15 @@ class Format:
 
     name: str
     columns: int
-    round: Callable[[torch.Tensor, str], Rounded]
+    round: Callable[[torch.Tensor, str], _Rounded]
 
 
 @dataclass(frozen=True)
 class FormatLoss:
-    """What a format does to a layer.
+    """The loss of a layer in a format.
 
     Attributes:
-        bits_per_weight: stored bits, scales included.
+        bits_per_weight: stored bits per weight, scales included.
         noise: sum of the squared error over all rows (an estimate if rows were sampled).
         sqnr_db: signal to quantization noise.
         dialects: blocks per dialect id among the measured rows, or None for other formats.
@@ -146,26 +147,27 @@ def _loss_to_json(loss: FormatLoss) -> dict[str, Any]:
 
 
 def dialect_name(block_size: int) -> str:
-    """What the format with blocks of `block_size` is called in tables."""
+    """The name of the format with blocks of `block_size` in tables."""
     return f"BlockDialect-{block_size}"
 
 
 def dialect_format(block_size: int, book: Formatbook = DIALECT_FP4) -> Format:
     """Dialects chosen by exact error, in blocks of `block_size`."""
 
-    def round_(weight: torch.Tensor, name: str) -> Rounded:
+    def round_(weight: torch.Tensor, name: str) -> _Rounded:
         packed = quantize(weight, book, block_size, name=f"{name}.weight")
         counts = torch.bincount(packed.ids().flatten().int(), minlength=len(book))
-        return packed.dequantize, packed.bits_per_element, tuple(counts.tolist())
+        bits = packed.bits_per_element
+        return lambda: dequantize(packed), bits, tuple(counts.tolist())
 
     return Format(dialect_name(block_size), block_size, round_)
 
 
-def _mxfp4_32(weight: torch.Tensor, name: str) -> Rounded:
+def _mxfp4_32(weight: torch.Tensor, name: str) -> _Rounded:
     return lambda: quantize_mxfp4(weight, 32), 4 + 8 / 32, None
 
 
-def _nvfp4_16(weight: torch.Tensor, name: str) -> Rounded:
+def _nvfp4_16(weight: torch.Tensor, name: str) -> _Rounded:
     return lambda: quantize_nvfp4(weight), 4 + 8 / 16, None
 
 
@@ -190,7 +192,7 @@ def measure_layers(
         checkpoint: the 16-bit source.
         layers: names of the layers.
         formats: the formats.
-        progress: is told about every layer.
+        progress: receives every layer.
         max_rows: measure at most this many rows of a layer, spread evenly and always the same ones
             (NVFP4's scale of the tensor is then that of the sample); None for all.
 

@@ -8,68 +8,45 @@ same bytes.
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 
-from dialect_kernels import PackedTensor, quantize
-from dialect_kernels.reference import blocks_below_window
+from dialect_kernels import PackedTensor
+from dialect_kernels.formatbook import NAN_ROW
+from dialect_kernels.ops import dequantize, quantize_counted
+from dialect_kernels.packed import STORED_FIELDS, bits_per_weight
 
+from ..scheme import Scheme
+from .finish import finish_checkpoint
 from .journal import FinishedShard, Journal, LayerRecord, fingerprint, open_journal
-from .layer_choice import ConvertOptions, LayerPlan, plan_layers
+from .layer_choice import ConvertOptions, LayerChoice, choose_layers
 from .loss import signal_and_noise
 from .model_card import model_card
-from .reader import (
-    CONFIG,
-    INDEX,
-    JOURNAL,
-    PACKED_SUFFIXES,
-    Checkpoint,
-    CheckpointError,
-    find_checkpoint,
-    open_checkpoint,
-)
+from .progress import Progress, Silent
+from .reader import CONFIG, JOURNAL, Checkpoint, CheckpointError, find_checkpoint, open_checkpoint
 from .workers import Workers
 from .writer import (
     ShardWriter,
     StoredTensor,
     check_destination,
     check_disk_space,
-    copied_files,
     exclusive,
     remove_temporary,
     sync_directory,
     write_file,
-    write_text,
 )
 
-__all__ = ["ConversionResult", "LayerRecord", "Progress", "convert"]
+__all__ = ["ConversionResult", "convert", "render"]
 
-_PACKED_DTYPES = ("U8", "U8", "I8")
+_STORED_DTYPES = {torch.uint8: "U8", torch.int8: "I8"}
 _CHUNK_ELEMENTS = 1 << 18  # fits in the cache; memory is some 16 bytes per element and worker
 _COPY_BYTES = 1 << 24
-
-
-class Progress(Protocol):
-    """Receives what a conversion is doing."""
-
-    def begin(self, what: str, tensors: int, nbytes: int) -> None:
-        """A pass over `tensors` tensors of `nbytes` bytes together begins."""
-
-    def advance(self, nbytes: int) -> None:
-        """One tensor of `nbytes` bytes is done."""
-
-
-class _Silent:
-    def begin(self, what: str, tensors: int, nbytes: int) -> None: ...
-
-    def advance(self, nbytes: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -79,14 +56,14 @@ class ConversionResult:
     Attributes:
         destination: the packed checkpoint.
         layers: one record per quantized layer.
-        plan: what was decided, with the layers that were adapted or left in 16 bit.
+        choice: which layers were quantized, adapted or left in 16 bit.
         source_bytes, packed_bytes: bytes of all tensors before and after.
         resumed: shards that an earlier, unfinished run had written.
     """
 
     destination: Path
     layers: tuple[LayerRecord, ...]
-    plan: LayerPlan
+    choice: LayerChoice
     source_bytes: int
     packed_bytes: int
     resumed: int
@@ -95,7 +72,7 @@ class ConversionResult:
 def convert(
     source: str | Path,
     destination: str | Path,
-    options: ConvertOptions | None = None,
+    options: ConvertOptions | Scheme | None = None,
     *,
     overwrite: bool = False,
     workers: int | None = None,
@@ -107,210 +84,235 @@ def convert(
         source: directory or hub id of a 16-bit safetensors checkpoint.
         destination: directory to write; must not exist, be empty, or hold this same conversion
             unfinished.
-        options: what to quantize and how.
+        options: which layers to quantize and how; a scheme is short for options with this scheme.
         overwrite: replace what is in `destination`.
         workers: CPU threads, default all; the bytes do not depend on it.
-        progress: is told about every tensor.
+        progress: receives every pass and tensor.
 
     Raises:
         CheckpointError, SchemeError, ValueError: one sentence, before anything is written, if
             source, options or destination cannot be used or a weight holds NaN or Inf.
         OSError: if writing fails; a rerun continues.
     """
-    options = options or ConvertOptions()
-    progress = progress or _Silent()
+    if not isinstance(options, ConvertOptions):
+        options = ConvertOptions(scheme=options or Scheme())
     destination = Path(destination)
     checkpoint = open_checkpoint(find_checkpoint(source))
-    plan = plan_layers(checkpoint, options)
+    choice = choose_layers(checkpoint, options)
     check_destination(checkpoint.path, destination)
     journal = open_journal(destination, fingerprint(checkpoint, options), overwrite)
     resumed = len(journal.shards)
-    layouts = [_layout(checkpoint, s, plan) for s in checkpoint.shards if s not in journal.shards]
-    check_disk_space(destination, sum(t.nbytes for layout in layouts for t in layout.values()))
+    missing = [shard for shard in checkpoint.shards if shard not in journal.shards]
+    contents = [_contents(checkpoint, shard, choice) for shard in missing]
+    check_disk_space(destination, sum(t.nbytes for shard in contents for t in shard.values()))
     with Workers(workers) as pool:
-        _check_weights(checkpoint, plan, journal, progress, pool)
+        conversion = _Conversion(
+            checkpoint, choice, destination, journal, progress or Silent(), pool
+        )
+        conversion.check_weights()
         destination.mkdir(parents=True, exist_ok=True)
         with exclusive(destination):
             if overwrite and not resumed:
                 _empty(destination)
             remove_temporary(destination)
             journal.write(destination)
-            _convert_shards(checkpoint, plan, destination, journal, progress, pool)
-            return _finish(checkpoint, plan, destination, journal, resumed)
+            conversion.write_shards()
+            return conversion.finish(resumed)
 
 
-def _convert_shards(
-    checkpoint: Checkpoint,
-    plan: LayerPlan,
-    destination: Path,
-    journal: Journal,
-    progress: Progress,
-    workers: Workers,
-) -> None:
-    sizes = [info.nbytes for info in checkpoint.tensors.values()]
-    progress.begin("quantizing", len(sizes), sum(sizes))
-    for shard in checkpoint.shards:
-        if shard in journal.shards:
-            for info in checkpoint.tensors.values():
-                if info.shard == shard:
-                    progress.advance(info.nbytes)
-            continue
-        records: list[LayerRecord] = []
-        write = partial(_write_shard, checkpoint, shard, plan, progress, workers, records)
-        write_file(destination / shard, write)
-        journal.shards[shard] = FinishedShard(
-            records=records,
-            tensors={name: t.nbytes for name, t in _layout(checkpoint, shard, plan).items()},
-            file_bytes=(destination / shard).stat().st_size,
+class _Rows(NamedTuple):
+    """A group of quantized rows, and what rounding them lost."""
+
+    packed: PackedTensor
+    signal: float
+    noise: float
+    below_window: int
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """A conversion under way: its source, its decisions and the tools it works with."""
+
+    checkpoint: Checkpoint
+    choice: LayerChoice
+    destination: Path
+    journal: Journal
+    progress: Progress
+    workers: Workers
+
+    def check_weights(self) -> None:
+        """Raise CheckpointError at the first NaN or Inf in a weight that will be quantized."""
+        names = [f"{layer}.weight" for layer in self.choice.block_sizes]
+        infos = {name: self.checkpoint.tensors[name] for name in names}
+        infos = {n: info for n, info in infos.items() if info.shard not in self.journal.shards}
+        self.progress.begin("checking", len(infos), sum(info.nbytes for info in infos.values()))
+        for name, info in infos.items():
+            groups = self.checkpoint.read_rows(name, _CHUNK_ELEMENTS)
+            first_row = 0
+            for rows, fault in self.workers.map(_first_not_finite, groups):
+                if fault is not None:
+                    row, column, value = fault
+                    raise CheckpointError(
+                        f"{name} in {info.shard}: {value} at [{first_row + row}, {column}]; only "
+                        "finite weights can be quantized: repair the checkpoint, or --ignore "
+                        f"{name.removesuffix('.weight')}"
+                    )
+                first_row += rows
+            self.progress.advance(info.nbytes)
+
+    def write_shards(self) -> None:
+        """Write the shards that the journal does not list yet, and list them."""
+        sizes = [info.nbytes for info in self.checkpoint.tensors.values()]
+        self.progress.begin("quantizing", len(sizes), sum(sizes))
+        for shard in self.checkpoint.shards:
+            if shard in self.journal.shards:
+                for info in self.checkpoint.tensors.values():
+                    if info.shard == shard:
+                        self.progress.advance(info.nbytes)
+                continue
+            records: list[LayerRecord] = []
+            path = self.destination / shard
+            write_file(path, partial(self._write_shard, shard, records))
+            contents = _contents(self.checkpoint, shard, self.choice)
+            self.journal.shards[shard] = FinishedShard(
+                records=records,
+                tensors={name: tensor.nbytes for name, tensor in contents.items()},
+                file_bytes=path.stat().st_size,
+            )
+            self.journal.write(self.destination)
+
+    def _write_shard(self, shard: str, records: list[LayerRecord], path: Path) -> None:
+        """Write an output shard to `path` and append its quantized layers to `records`."""
+        with path.open("wb") as file:
+            writer = ShardWriter(file, _contents(self.checkpoint, shard, self.choice))
+            for name, info in self.checkpoint.tensors.items():
+                if info.shard != shard:
+                    continue
+                layer = _packed_layer(name, self.choice)
+                if layer is not None:
+                    records.append(self._write_layer(layer, writer))
+                else:
+                    for chunk in self.checkpoint.read_bytes(name, _COPY_BYTES):
+                        writer.append(name, chunk)
+                self.progress.advance(info.nbytes)
+            writer.finish()
+
+    def _write_layer(self, layer: str, writer: ShardWriter) -> LayerRecord:
+        """Quantize a layer group of rows by group of rows, which gives the bytes of the whole."""
+        packed_bytes, signal, noise, below = 0, 0.0, 0.0, 0
+        for group in self._quantized_groups(layer):
+            for field, tensor in zip(STORED_FIELDS, group.packed.tensors, strict=True):
+                writer.append(f"{layer}.{field.stored}", tensor.flatten().numpy().data)
+            packed_bytes += group.packed.nbytes
+            signal, noise = signal + group.signal, noise + group.noise
+            below += group.below_window
+        rows, columns = self.checkpoint.tensors[f"{layer}.weight"].shape
+        block_size = self.choice.block_sizes[layer]
+        return LayerRecord(layer, rows, columns, block_size, packed_bytes, signal, noise, below)
+
+    def _quantized_groups(self, layer: str) -> Iterator[_Rows]:
+        """Groups of rows of a layer, quantized by the workers, in order."""
+        name, block_size = f"{layer}.weight", self.choice.block_sizes[layer]
+        book = self.choice.scheme.formatbook
+
+        def quantize_rows(weight: torch.Tensor) -> _Rows:
+            packed, below = quantize_counted(weight, book, block_size, name=name, finite=True)
+            if bool((packed.row_exponent == NAN_ROW).any()):  # checked before: it has changed
+                shard = self.checkpoint.path / self.checkpoint.tensors[name].shard
+                raise CheckpointError(
+                    f"{shard}: {name} changed while it was converted and holds NaN or Inf now; "
+                    "leave the source alone during a conversion, and convert it again"
+                )
+            signal, noise = signal_and_noise(weight, lambda: dequantize(packed))
+            return _Rows(packed, signal, noise, int((below > 0).sum()))
+
+        return self.workers.map(quantize_rows, self.checkpoint.read_rows(name, _CHUNK_ELEMENTS))
+
+    def finish(self, resumed: int) -> ConversionResult:
+        """Write everything but the shards, and drop the journal."""
+        finished = [(shard, self.journal.shards[shard]) for shard in self.checkpoint.shards]
+        layers = tuple(record for _, shard in finished for record in shard.records)
+        packed_bytes = finish_checkpoint(
+            self.checkpoint,
+            self.destination,
+            {
+                name: (file, nbytes)
+                for file, shard in finished
+                for name, nbytes in shard.tensors.items()
+            },
+            model_card(self.checkpoint, layers, self.choice),
+            self.choice.scheme.to_config(),
         )
-        journal.write(destination)
+        (self.destination / JOURNAL).unlink()
+        sync_directory(self.destination)
+        return ConversionResult(
+            destination=self.destination,
+            layers=layers,
+            choice=self.choice,
+            source_bytes=sum(info.nbytes for info in self.checkpoint.tensors.values()),
+            packed_bytes=packed_bytes,
+            resumed=resumed,
+        )
 
 
-def _layout(checkpoint: Checkpoint, shard: str, plan: LayerPlan) -> dict[str, StoredTensor]:
-    """What the output shard holds."""
+def render(result: ConversionResult) -> str:
+    """What a conversion did, and how to serve its result; one fact a line."""
+    choice, layers = result.choice, result.layers
+    bits = bits_per_weight(
+        sum(layer.packed_bytes for layer in layers),
+        sum(layer.rows * layer.columns for layer in layers),
+    )
+    lines = [
+        f"{len(layers)} layers at {bits:.3f} bits per weight; tensors "
+        f"{result.source_bytes / 1e6:,.1f} MB -> {result.packed_bytes / 1e6:,.1f} MB"
+    ]
+    if result.resumed:
+        lines.insert(
+            0, f"continued an unfinished conversion that had written {result.resumed} files"
+        )
+    if choice.adapted:
+        lines.append(
+            "the block size does not divide the columns of these layers, which have another one: "
+            + ", ".join(f"{name} ({choice.block_sizes[name]})" for name in choice.adapted)
+        )
+    if choice.indivisible:
+        lines.append(
+            "no block size divides the columns of these layers, which stay in 16 bit: "
+            + ", ".join(choice.indivisible)
+        )
+    if choice.has_experts:
+        lines.append("the experts stay in 16 bit: vLLM's plugin does not serve packed experts")
+    lines += [
+        f"{layer.name}: {layer.rows_below_window} rows have blocks below the exponent window"
+        for layer in layers
+        if layer.rows_below_window
+    ]
+    return "\n".join([*lines, f"serve it with: vllm serve {result.destination}"])
+
+
+def _packed_layer(tensor: str, choice: LayerChoice) -> str | None:
+    """The layer whose weight the tensor is, if it will be packed."""
+    layer = tensor.removesuffix(".weight")
+    return layer if tensor.endswith(".weight") and layer in choice.block_sizes else None
+
+
+def _contents(checkpoint: Checkpoint, shard: str, choice: LayerChoice) -> dict[str, StoredTensor]:
+    """The tensors of the output shard."""
     stored = {}
     for name, info in checkpoint.tensors.items():
         if info.shard != shard:
             continue
-        layer = name.removesuffix(".weight")
-        if name.endswith(".weight") and layer in plan.block_sizes:
-            rows, columns = info.shape
-            blocks = columns // plan.block_sizes[layer]
-            shapes = ((rows, columns // 2), (rows, blocks), (rows,))
-            for suffix, dtype, shape in zip(PACKED_SUFFIXES, _PACKED_DTYPES, shapes, strict=True):
-                stored[layer + suffix] = StoredTensor(dtype, shape, math.prod(shape))
-        else:
+        layer = _packed_layer(name, choice)
+        if layer is None:
             stored[name] = StoredTensor(info.dtype, info.shape, info.nbytes)
+            continue
+        rows, columns = info.shape
+        for field in STORED_FIELDS:
+            shape = field.shape(rows, columns, choice.block_sizes[layer])
+            dtype = _STORED_DTYPES[field.dtype]
+            nbytes = math.prod(shape) * field.dtype.itemsize
+            stored[f"{layer}.{field.stored}"] = StoredTensor(dtype, shape, nbytes)
     return stored
-
-
-def _write_shard(
-    checkpoint: Checkpoint,
-    shard: str,
-    plan: LayerPlan,
-    progress: Progress,
-    workers: Workers,
-    records: list[LayerRecord],
-    path: Path,
-) -> None:
-    """Write an output shard to `path` and add what was done to `records`."""
-    with path.open("wb") as file:
-        writer = ShardWriter(file, _layout(checkpoint, shard, plan))
-        for name, info in checkpoint.tensors.items():
-            if info.shard != shard:
-                continue
-            layer = name.removesuffix(".weight")
-            if name.endswith(".weight") and layer in plan.block_sizes:
-                records.append(_write_layer(checkpoint, layer, plan, writer, workers))
-            else:
-                for chunk in checkpoint.read_bytes(name, _COPY_BYTES):
-                    writer.append(name, chunk)
-            progress.advance(info.nbytes)
-        writer.finish()
-
-
-def _write_layer(
-    checkpoint: Checkpoint, layer: str, plan: LayerPlan, writer: ShardWriter, workers: Workers
-) -> LayerRecord:
-    """Quantize a layer group of rows by group of rows, which gives the bytes of the whole."""
-    name, block_size = f"{layer}.weight", plan.block_sizes[layer]
-    book = plan.scheme.formatbook
-
-    def quantize_rows(weight: torch.Tensor) -> tuple[PackedTensor, float, float, int]:
-        packed = quantize(weight, book, block_size, name=name)
-        signal, noise = signal_and_noise(weight, packed.dequantize)
-        return packed, signal, noise, _rows_below_window(weight, packed)
-
-    packed_bytes, signal, noise, below = 0, 0.0, 0.0, 0
-    groups = checkpoint.read_rows(name, _CHUNK_ELEMENTS)
-    for packed, group_signal, group_noise, group_below in workers.map(quantize_rows, groups):
-        parts = (packed.codes, packed.meta, packed.row_exponent)
-        for suffix, part in zip(PACKED_SUFFIXES, parts, strict=True):
-            writer.append(layer + suffix, part.numpy().tobytes())
-        packed_bytes += packed.nbytes
-        signal, noise, below = signal + group_signal, noise + group_noise, below + group_below
-    rows, columns = checkpoint.tensors[name].shape
-    return LayerRecord(layer, rows, columns, block_size, packed_bytes, signal, noise, below)
-
-
-def _rows_below_window(weight: torch.Tensor, packed: PackedTensor) -> int:
-    window = packed.book.largest_stored_delta
-    rows, blocks = packed.meta.shape
-    # a block below the window has the largest delta, or became zeros: only such rows are counted
-    zeros = (packed.codes.view(torch.int64).view(rows, blocks, -1) == 0).all(dim=2)
-    suspects = ((packed.deltas() == window) | zeros).any(dim=1)
-    if not bool(suspects.any()):
-        return 0
-    below = blocks_below_window(weight[suspects], packed.block_size, window)
-    return int((below > 0).sum())
-
-
-def _finish(
-    checkpoint: Checkpoint,
-    plan: LayerPlan,
-    destination: Path,
-    journal: Journal,
-    resumed: int,
-) -> ConversionResult:
-    """Write everything but the shards, config.json and the index last, and drop the journal."""
-    records = tuple(
-        record for shard in checkpoint.shards for record in journal.shards[shard].records
-    )
-    stored = {
-        name: (shard, nbytes)
-        for shard in checkpoint.shards
-        for name, nbytes in journal.shards[shard].tensors.items()
-    }
-    result = ConversionResult(
-        destination=destination,
-        layers=records,
-        plan=plan,
-        source_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
-        packed_bytes=sum(nbytes for _, nbytes in stored.values()),
-        resumed=resumed,
-    )
-    for file in copied_files(checkpoint.path):
-        write_file(destination / file.name, partial(shutil.copyfile, file))
-    write_text(destination / "README.md", model_card(checkpoint, result.layers, plan))
-    if (checkpoint.path / INDEX).exists():
-        index = {
-            "metadata": {"total_size": result.packed_bytes},
-            "weight_map": {name: shard for name, (shard, _) in sorted(stored.items())},
-        }
-        write_text(destination / INDEX, json.dumps(index, indent=2) + "\n")
-    config = dict(checkpoint.config)
-    config.pop("auto_map", None)  # names Python files, which are never copied
-    config["quantization_config"] = plan.scheme.to_config()
-    write_text(destination / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    (destination / JOURNAL).unlink()
-    sync_directory(destination)
-    return result
-
-
-def _check_weights(
-    checkpoint: Checkpoint,
-    plan: LayerPlan,
-    journal: Journal,
-    progress: Progress,
-    workers: Workers,
-) -> None:
-    """Raise CheckpointError at the first NaN or Inf in a weight that will be quantized."""
-    infos = {f"{name}.weight": checkpoint.tensors[f"{name}.weight"] for name in plan.block_sizes}
-    infos = {name: info for name, info in infos.items() if info.shard not in journal.shards}
-    progress.begin("checking", len(infos), sum(info.nbytes for info in infos.values()))
-    for name, info in infos.items():
-        groups = checkpoint.read_rows(name, _CHUNK_ELEMENTS)
-        first_row = 0
-        for rows, fault in workers.map(_first_not_finite, groups):
-            if fault is not None:
-                row, column, value = fault
-                raise CheckpointError(
-                    f"{name} in {info.shard}: {value} at [{first_row + row}, {column}]; only "
-                    "finite weights can be quantized: repair the checkpoint, or --ignore "
-                    f"{name.removesuffix('.weight')}"
-                )
-            first_row += rows
-        progress.advance(info.nbytes)
 
 
 def _first_not_finite(weight: torch.Tensor) -> tuple[int, tuple[int, int, float] | None]:

@@ -8,7 +8,6 @@ by a bit; only the size does, to 8 bits per weight.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,11 +20,13 @@ from safetensors.torch import save_file
 
 from dialect_kernels import __version__
 
-from .convert import Progress
-from .reader import CONFIG, INDEX, PACKED_SUFFIXES, CheckpointError, PackedCheckpoint
-from .writer import check_destination, check_disk_space, copied_files, write_file, write_text
+from ..architectures import collapse_experts
+from .finish import finish_checkpoint
+from .progress import Progress
+from .reader import PACKED_SUFFIXES, CheckpointError, PackedCheckpoint
+from .writer import check_destination, check_disk_space, write_file
 
-__all__ = ["ExportResult", "compressed_tensors_config", "export_fp8"]
+__all__ = ["ExportResult", "export_fp8", "render"]
 
 _CODES = PACKED_SUFFIXES[0]
 _UNFINISHED = ".unfinished"
@@ -56,7 +57,7 @@ def export_fp8(packed: PackedCheckpoint, destination: Path, progress: Progress) 
     Args:
         packed: an opened packed checkpoint.
         destination: directory to write; must not exist or be empty.
-        progress: is told about every tensor.
+        progress: receives every tensor.
 
     Raises:
         CheckpointError, ValueError: one sentence, if the destination cannot be used or a tensor is
@@ -81,23 +82,22 @@ def export_fp8(packed: PackedCheckpoint, destination: Path, progress: Progress) 
         stored |= {name: (shard, tensor.nbytes) for name, tensor in tensors.items()}
         write_file(staging / shard, partial(save_file, tensors, metadata={"format": "pt"}))
         del tensors
-    exported_bytes = sum(nbytes for _, nbytes in stored.values())
-    for file in copied_files(source.path):
-        write_file(staging / file.name, partial(shutil.copyfile, file))
-    write_text(staging / "README.md", _card(packed))
-    config = source.config | {"quantization_config": compressed_tensors_config(packed)}
-    write_text(staging / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    if (source.path / INDEX).exists():
-        index = {
-            "metadata": {"total_size": exported_bytes},
-            "weight_map": {name: shard for name, (shard, _) in sorted(stored.items())},
-        }
-        write_text(staging / INDEX, json.dumps(index, indent=2) + "\n")
+    exported_bytes = finish_checkpoint(
+        source, staging, stored, _card(packed), _compressed_tensors_config(packed)
+    )
     staging.replace(destination)
     return ExportResult(destination, len(packed.layers), sum(sizes), exported_bytes)
 
 
-def compressed_tensors_config(packed: PackedCheckpoint) -> dict[str, Any]:
+def render(result: ExportResult) -> str:
+    """What an export did, in one line."""
+    return (
+        f"{result.layers} layers in FP8, no weight changed; tensors "
+        f"{result.source_bytes / 1e6:,.1f} MB -> {result.exported_bytes / 1e6:,.1f} MB"
+    )
+
+
+def _compressed_tensors_config(packed: PackedCheckpoint) -> dict[str, Any]:
     """The ``quantization_config`` of the FP8 checkpoint: W8A8, scales per channel and per token."""
     eight_bits = {"num_bits": 8, "type": "float", "symmetric": True}
     group = {
@@ -118,10 +118,7 @@ def compressed_tensors_config(packed: PackedCheckpoint) -> dict[str, Any]:
 
 def _sixteen_bit_layers(packed: PackedCheckpoint) -> list[str]:
     """Names and patterns of all linear layers that stay in 16 bit, experts as one pattern."""
-    names = packed.checkpoint.linear_layers()
-    listed = [name for name in names if ".experts." not in name]
-    if len(listed) < len(names):
-        listed.append("re:.*\\.experts\\..*")
+    listed = collapse_experts(packed.checkpoint.linear_layers())
     if "lm_head" not in (*listed, *packed.layers):
         listed.append("lm_head")  # tied to the embeddings: no tensor, but a linear layer
     return listed
@@ -163,7 +160,7 @@ def _card(packed: PackedCheckpoint) -> str:
         f"{len(packed.layers)} linear layers hold, bit for bit, the values of a BlockDialect "
         f"checkpoint (book `{packed.scheme.book}`) as E4M3 numbers with one power-of-two scale per "
         "output channel, in the compressed-tensors format. Any engine that serves FP8 W8A8 with "
-        "dynamic scales per token serves it; what is lost against the 16-bit model is what "
-        "4 bits per weight lose.\n\n"
+        "dynamic scales per token serves it. Its loss against the 16-bit model is that of the "
+        "4-bit weights.\n\n"
         f"Written by blockdialect {__version__} (`blockdialect export --to fp8`).\n"
     )

@@ -1,4 +1,4 @@
-"""Looking into a packed checkpoint: every tensor is read and checked."""
+"""Inspecting a packed checkpoint: every tensor is read and checked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import torch
 from rich.console import Group
 from rich.table import Table
 
-from .convert import Progress
+from dialect_kernels.packed import bits_per_weight
+
+from ..scheme import METHODS
+from .progress import Progress
 from .reader import PACKED_SUFFIXES, PackedCheckpoint, open_packed
 
 __all__ = ["Inspection", "LayerInspection", "inspect_checkpoint", "render"]
@@ -40,7 +43,7 @@ class LayerInspection:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A packed checkpoint that was read whole and found valid."""
+    """A packed checkpoint whose every tensor has been read and is valid."""
 
     packed: PackedCheckpoint
     layers: tuple[LayerInspection, ...]
@@ -48,8 +51,10 @@ class Inspection:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight over all packed layers."""
-        weights = sum(layer.rows * layer.columns for layer in self.layers)
-        return 8 * sum(layer.nbytes for layer in self.layers) / max(1, weights)
+        return bits_per_weight(
+            sum(layer.nbytes for layer in self.layers),
+            sum(layer.rows * layer.columns for layer in self.layers),
+        )
 
 
 def inspect_checkpoint(path: Path, progress: Progress) -> Inspection:
@@ -103,7 +108,8 @@ def render(found: Inspection) -> Group:
     summary = (
         f"valid: format version {scheme.format_version}, book {scheme.book}, "
         f"{len(found.layers)} packed layers, {found.bits_per_weight:.3f} bits per weight, "
-        f"activations {scheme.activation_format}, {len(scheme.ignore)} names in 16 bit"
+        f"activations {scheme.activation_format} ({METHODS[scheme.activation_format].bits}), "
+        f"{len(scheme.ignore)} names or patterns in 16 bit"
     )
     return Group(layers, summary)
 

@@ -1,4 +1,4 @@
-"""What a conversion remembers of itself, so that a rerun after a crash continues."""
+"""The journal of a conversion, from which a rerun after a crash continues."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from dialect_kernels import __version__
 
 from ..scheme import FORMAT_VERSION
 from .layer_choice import ConvertOptions
+from .loss import sqnr
 from .reader import JOURNAL, Checkpoint, CheckpointError
 from .writer import is_temporary, write_text
 
@@ -40,6 +41,11 @@ class LayerRecord:
     signal: float
     noise: float
     rows_below_window: int
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal to quantization noise."""
+        return sqnr(self.signal, self.noise)
 
 
 class FinishedShard(BaseModel):
@@ -77,7 +83,7 @@ class Journal(BaseModel):
 
 
 def fingerprint(checkpoint: Checkpoint, options: ConvertOptions) -> str:
-    """Identifies the source's files, the options and the release that writes the bytes."""
+    """A hash of the source's files, the options and the release that writes the bytes."""
     files = [
         (file.name, file.stat().st_size, file.stat().st_mtime_ns)
         for file in sorted(checkpoint.path.iterdir())
@@ -91,8 +97,8 @@ def open_journal(destination: Path, own: str, overwrite: bool) -> Journal:
     """The journal of the conversion with the fingerprint `own`, or a new one.
 
     Raises:
-        CheckpointError: if the destination holds anything else and `overwrite` is not given, or
-            holds directories, which a checkpoint does not.
+        CheckpointError: if the destination holds anything else and `overwrite` is False, or holds
+            directories, which `overwrite` never deletes.
     """
     fresh = Journal(fingerprint=own)
     if not destination.exists() or all(is_temporary(path) for path in destination.iterdir()):
@@ -118,8 +124,8 @@ def open_journal(destination: Path, own: str, overwrite: bool) -> Journal:
     for path in sorted(destination.iterdir()):
         if path.is_dir():
             raise CheckpointError(
-                f"{destination}: holds the directory {path.name}, which no checkpoint does and "
-                "--overwrite would delete; choose another directory"
+                f"{destination}: holds the directory {path.name}, and --overwrite deletes files "
+                "only; choose another directory"
             )
     return fresh
 

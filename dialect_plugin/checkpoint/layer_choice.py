@@ -5,24 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from dialect_kernels.layer_names import matches
+from dialect_kernels.layer_names import check_expressions, matches
 
 from .. import architectures
-from ..scheme import (
-    ActivationFormat,
-    BlockSize,
-    BookName,
-    LayerOverride,
-    Scheme,
-    SchemeError,
-    check_patterns,
-    fitting_block_size,
-)
+from ..scheme import Scheme, SchemeError, check_patterns, fitting_block_size
 from .reader import Checkpoint, CheckpointError
 
-__all__ = ["ConvertOptions", "LayerPlan", "plan_layers"]
+__all__ = ["ConvertOptions", "LayerChoice", "choose_layers"]
 
 _QUANTIZABLE = {"BF16", "F16", "F32"}
 _FOREIGN_CONFIGS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
@@ -39,38 +30,36 @@ _FOREIGN_SUFFIXES = (
 
 
 class ConvertOptions(BaseModel):
-    """What the user asks of a conversion.
+    """Options of a conversion.
 
     Attributes:
-        book: formatbook of weights and activations.
-        block_size: block size of layers without an override.
-        activation_format: what the checkpoint asks an engine for.
-        ignore: patterns of layers that stay in 16 bit.
-        overrides: pattern -> what differs for these layers.
+        scheme: formats and block sizes; its patterns may match many layers. The checkpoint's own
+            scheme has exact names instead, and is always serialized.
         targets: patterns of the layers to quantize, instead of the architecture's table.
-        lm_head: quantize the output projection too.
-        strict: refuse layers whose columns no block size divides as asked, instead of adapting.
+        strict: refuse a layer whose columns its block size does not divide, instead of taking
+            another block size or leaving the layer in 16 bit.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    book: BookName = "dialect_fp4"
-    block_size: BlockSize = 32
-    activation_format: ActivationFormat = "dialect"
-    ignore: list[str] = Field(default_factory=list)
-    overrides: dict[str, LayerOverride] = Field(default_factory=dict)
+    scheme: Scheme = Field(default_factory=Scheme)
     targets: list[str] = Field(default_factory=list)
-    lm_head: bool = False
     strict: bool = False
+
+    @field_validator("targets")
+    @classmethod
+    def _targets_compile(cls, patterns: list[str]) -> list[str]:
+        check_expressions(patterns)
+        return patterns
 
 
 @dataclass(frozen=True)
-class LayerPlan:
-    """The decision for a checkpoint.
+class LayerChoice:
+    """Which layers of a checkpoint are quantized, and how.
 
     Attributes:
         block_sizes: layer -> block size of every layer that is quantized.
-        adapted: layers that take another block size than asked for.
+        adapted: layers whose columns their block size does not divide, and that take another one.
         indivisible: layers that stay in 16 bit because no block size divides their columns.
         scheme: the resolved scheme, for config.json.
         has_experts: whether the model has experts; they stay in 16 bit.
@@ -83,7 +72,7 @@ class LayerPlan:
     has_experts: bool
 
 
-def plan_layers(checkpoint: Checkpoint, options: ConvertOptions) -> LayerPlan:
+def choose_layers(checkpoint: Checkpoint, options: ConvertOptions) -> LayerChoice:
     """Choose the layers to quantize and their block sizes.
 
     Raises:
@@ -95,23 +84,32 @@ def plan_layers(checkpoint: Checkpoint, options: ConvertOptions) -> LayerPlan:
     _refuse_quantized(checkpoint)
     _ = checkpoint.architecture  # engines need it, whatever chooses the layers
     linear = checkpoint.linear_layers()
-    asked = Scheme.model_validate(
-        {
-            "book": options.book,
-            "block_size": options.block_size,
-            "activation_format": options.activation_format,
-            "ignore": options.ignore,
-            "overrides": {k: v.model_dump() for k, v in options.overrides.items()},
-            "lm_head": options.lm_head,
-        }
-    )
-    chosen = _choose(checkpoint, linear, options)
-    check_patterns("ignore", options.ignore, linear)
-    check_patterns("override", options.overrides, chosen)
-    chosen = [name for name in chosen if not asked.is_ignored(name)]
+    scheme = options.scheme
+    candidates = _choose(checkpoint, linear, options)
+    check_patterns("ignore", scheme.ignore, linear)
+    check_patterns("override", scheme.overrides, candidates)
+    chosen = [name for name in candidates if not scheme.is_ignored(name)]
     if not chosen:
         raise SchemeError("ignore: no layer is left to quantize; ignore fewer layers")
+    block_sizes, adapted, indivisible = _fit(checkpoint, chosen, options)
+    _check_fused_layers(linear, block_sizes)
+    return LayerChoice(
+        block_sizes,
+        tuple(adapted),
+        tuple(indivisible),
+        _resolved(scheme, linear, block_sizes),
+        has_experts=any(architectures.is_expert(name) for name in checkpoint.tensors),
+    )
 
+
+def _fit(
+    checkpoint: Checkpoint, chosen: Collection[str], options: ConvertOptions
+) -> tuple[dict[str, int], list[str], list[str]]:
+    """Block sizes that divide the columns, the layers they were adapted for, and those left out.
+
+    Raises:
+        CheckpointError, SchemeError: as :func:`choose_layers`.
+    """
     block_sizes: dict[str, int] = {}
     adapted, indivisible = [], []
     for name in chosen:
@@ -121,7 +119,7 @@ def plan_layers(checkpoint: Checkpoint, options: ConvertOptions) -> LayerPlan:
                 f"{name}.weight: has dtype {info.dtype}; only BF16, F16 and F32 can be quantized: "
                 f"use the original checkpoint, or --ignore {name}"
             )
-        wanted = asked.block_size_of(name)
+        wanted = options.scheme.block_size_of(name)
         fitting = fitting_block_size(info.shape[1], wanted)
         if fitting != wanted and options.strict:
             raise SchemeError(
@@ -134,14 +132,11 @@ def plan_layers(checkpoint: Checkpoint, options: ConvertOptions) -> LayerPlan:
         if fitting != wanted:
             adapted.append(name)
         block_sizes[name] = fitting
-    _check_fused_layers(linear, block_sizes)
-    scheme = _resolved(asked, linear, block_sizes)
-    has_experts = any(architectures.is_expert(name) for name in checkpoint.tensors)
-    return LayerPlan(block_sizes, tuple(adapted), tuple(indivisible), scheme, has_experts)
+    return block_sizes, adapted, indivisible
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError, naming the method, if a quantizer has been here before."""
+    """Raise CheckpointError, naming the method, if the checkpoint is quantized already."""
     config = checkpoint.config
     text = config.get("text_config")
     holders = (config, text) if isinstance(text, Mapping) else (config,)
@@ -186,7 +181,7 @@ def _choose(checkpoint: Checkpoint, linear: list[str], options: ConvertOptions) 
             f"architectures: {checkpoint.architecture!r} is not known (known are {known}); choose "
             f"the layers with --targets, candidates are: {' '.join(patterns) or 'none'}"
         )
-    if options.lm_head:
+    if options.scheme.lm_head:
         if checkpoint.tied_embeddings:
             raise SchemeError(
                 "lm_head: this model ties its output projection to the embeddings, which stay in "
@@ -194,15 +189,15 @@ def _choose(checkpoint: Checkpoint, linear: list[str], options: ConvertOptions) 
             )
         if "lm_head" not in linear:
             raise SchemeError(
-                "lm_head: the checkpoint has no lm_head.weight, as where it is tied to the "
-                "embeddings; leave --lm-head out"
+                "lm_head: the checkpoint has no lm_head.weight, perhaps because its output "
+                "projection is tied to the embeddings; leave --lm-head out"
             )
         chosen.add("lm_head")
     return [name for name in linear if name in chosen]
 
 
 def _check_targets(targets: Collection[str], linear: list[str]) -> None:
-    """Patterns pass over what engines read in 16 bit only; asking for it by name is an error."""
+    """Patterns pass over layers that engines read in 16 bit only; their exact names are errors."""
     for name in targets:
         if name in linear and architectures.is_never_packed(name):
             remedy = "use --lm-head" if name == "lm_head" else "leave it out"
@@ -230,12 +225,20 @@ def _check_fused_layers(linear: Collection[str], block_sizes: Mapping[str, int])
             )
 
 
-def _resolved(asked: Scheme, linear: list[str], block_sizes: dict[str, int]) -> Scheme:
+def _resolved(scheme: Scheme, linear: list[str], block_sizes: dict[str, int]) -> Scheme:
     """The scheme with exact names: what stays in 16 bit, and every block size that differs."""
-    untouched = [name for name in linear if name not in block_sizes and ".experts." not in name]
+    untouched = [name for name in linear if name not in block_sizes]
     overrides = {
-        name: {"block_size": size} for name, size in block_sizes.items() if size != asked.block_size
+        name: {"block_size": size}
+        for name, size in block_sizes.items()
+        if size != scheme.block_size
     }
-    experts = ["re:.*\\.experts\\..*"] if any(".experts." in name for name in linear) else []
-    data = asked.to_config() | {"ignore": untouched + experts, "overrides": overrides}
-    return Scheme.parse(data | {"lm_head": "lm_head" in block_sizes})
+    return Scheme.parse(
+        scheme.to_config()
+        | {
+            "serialized": True,
+            "ignore": architectures.collapse_experts(untouched),
+            "overrides": overrides,
+            "lm_head": "lm_head" in block_sizes,
+        }
+    )

@@ -1,4 +1,4 @@
-"""What rounding a weight loses."""
+"""The loss of a weight by rounding."""
 
 from __future__ import annotations
 

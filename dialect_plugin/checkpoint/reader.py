@@ -1,4 +1,4 @@
-"""Reading checkpoints: which tensors lie where, strictly checked before anything is believed.
+"""Reading checkpoints: which tensors lie where, checked against each other first.
 
 Only safetensors are read. Nothing here loads a model or runs code that came with one.
 """
@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dialect_kernels import PackedTensor
+from dialect_kernels.layer_names import is_expression
+from dialect_kernels.packed import STORED_FIELDS
 
 from ..architectures import is_candidate
 from ..scheme import Scheme, SchemeError
@@ -39,7 +42,8 @@ __all__ = [
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 JOURNAL = ".blockdialect-journal.json"
-PACKED_SUFFIXES = (".weight_packed", ".weight_meta", ".weight_row_exponent")
+PACKED_SUFFIXES = tuple(f".{field.stored}" for field in STORED_FIELDS)
+"""What the names of a packed layer's tensors end in."""
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _HUB_FILES = (
@@ -133,16 +137,12 @@ class Checkpoint:
             CheckpointError: if the file ends before the tensor does.
         """
         info = self.tensors[name]
-        with (self.path / info.shard).open("rb") as file:
-            file.seek(info.offset)
+        with self._open_at(info) as file:
             left = info.nbytes
             while left:
                 chunk = file.read(min(left, chunk_bytes))
                 if not chunk:
-                    raise CheckpointError(
-                        f"{self.path / info.shard}: became shorter while it was read; leave the "
-                        "source alone during a conversion"
-                    )
+                    raise self._changed(info)
                 left -= len(chunk)
                 yield chunk
 
@@ -151,16 +151,23 @@ class Checkpoint:
 
         Yields:
             [n, K] in the stored dtype, one of BF16, F16 and F32; the last may have fewer rows.
+
+        Raises:
+            CheckpointError: if the file ends before the tensor does.
         """
         info = self.tensors[name]
-        dtype, columns = _DTYPES[info.dtype], info.shape[1]
-        row_bytes = columns * dtype.itemsize
-        if not info.nbytes:
-            yield torch.empty(info.shape, dtype=dtype)
-            return
-        rows = max(1, chunk_elements // columns)
-        for chunk in self.read_bytes(name, rows * row_bytes):
-            yield torch.frombuffer(bytearray(chunk), dtype=dtype).view(-1, columns)
+        rows, columns = info.shape
+        step = max(1, chunk_elements // max(1, columns))
+        with self._open_at(info) as file:
+            for first in range(0, max(1, rows), step):
+                group = torch.empty(min(step, rows - first), columns, dtype=_DTYPES[info.dtype])
+                left = group.view(torch.uint8).flatten().numpy().data
+                while left:
+                    read = file.readinto(left)  # into the tensor: no copy of the bytes
+                    if not read:
+                        raise self._changed(info)
+                    left = left[read:]
+                yield group
 
     @contextmanager
     def open_shard(self, shard: str) -> Iterator[Any]:
@@ -171,6 +178,19 @@ class Checkpoint:
         """
         with _named_faults(self.path / shard), safe_open(self.path / shard, framework="pt") as file:
             yield file
+
+    @contextmanager
+    def _open_at(self, info: TensorInfo) -> Iterator[FileIO]:
+        """The file that holds a tensor, open at the tensor's first byte."""
+        with (self.path / info.shard).open("rb", buffering=0) as file:
+            file.seek(info.offset)
+            yield file
+
+    def _changed(self, info: TensorInfo) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path / info.shard}: became shorter while it was read; leave the source alone "
+            "during a conversion"
+        )
 
 
 @dataclass(frozen=True)
@@ -194,7 +214,7 @@ class PackedCheckpoint:
             CheckpointError: if a tensor is missing, does not fit or holds reserved values (naming
                 tensor and position).
         """
-        tensors = {}
+        tensors = []
         for suffix in PACKED_SUFFIXES:
             info = self.checkpoint.tensors.get(name + suffix)
             if info is None:
@@ -203,8 +223,8 @@ class PackedCheckpoint:
                     "model again"
                 )
             with self.checkpoint.open_shard(info.shard) as file:
-                tensors[suffix] = file.get_tensor(name + suffix)
-        codes, meta, row_exponent = (tensors[suffix] for suffix in PACKED_SUFFIXES)
+                tensors.append(file.get_tensor(name + suffix))
+        codes, meta, row_exponent = tensors
         shape = (codes.shape[0], codes.shape[1] * 2) if codes.dim() == 2 else (0, 0)
         block_size = self.scheme.block_size_of(name)
         try:
@@ -245,8 +265,8 @@ def find_checkpoint(source: str | Path) -> Path:
     except Exception as error:  # the hub's client raises some twenty classes
         reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
         raise CheckpointError(
-            f"{source}: is no directory here, and the hub did not give it ({reason}); download the "
-            "model and give its directory"
+            f"{source}: is not a local directory, and it could not be downloaded from the hub "
+            f"({reason}); download the model and give its directory"
         ) from None
 
 
@@ -293,8 +313,8 @@ def open_packed(path: Path) -> PackedCheckpoint:
     scheme = Scheme.parse(data, f"{path / CONFIG}: quantization_config")
     if not scheme.serialized:
         raise SchemeError(
-            f"{path / CONFIG}: quantization_config: serialized is false; a packed checkpoint says "
-            "true"
+            f"{path / CONFIG}: quantization_config: serialized is false; it must be true in a "
+            "packed checkpoint: convert the model again"
         )
     found = Counter(
         name.removesuffix(suffix)
@@ -320,7 +340,7 @@ def open_packed(path: Path) -> PackedCheckpoint:
             "again"
         )
     for name in scheme.overrides:
-        if not name.startswith("re:") and name not in found:
+        if not is_expression(name) and name not in found:
             raise CheckpointError(
                 f"{path}: config.json gives {name} a block size, but no such layer is packed; "
                 "convert the model again"
@@ -353,7 +373,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _shard_names(path: Path) -> tuple[str, ...]:
-    """The names of the safetensors files that make up the model."""
+    """The names of the safetensors files that hold the model."""
     if (path / INDEX).exists():
         weight_map = read_json(path / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -363,8 +383,8 @@ def _shard_names(path: Path) -> tuple[str, ...]:
         for tensor, name in weight_map.items():
             if not isinstance(name, str) or _is_path(name) or not name.endswith(".safetensors"):
                 raise CheckpointError(
-                    f"{path / INDEX}: {tensor} is said to be in {name!r}; it must be the name of a "
-                    "file in the same directory that ends in .safetensors"
+                    f"{path / INDEX}: gives {name!r} as the file of {tensor}; it must be the name "
+                    "of a file in the same directory that ends in .safetensors"
                 )
         names = sorted(set(weight_map.values()))
     else:

@@ -54,7 +54,7 @@ class Workers:
 
 
 def _usable_cores() -> int:
-    """Cores this process may use; systems other than Linux do not tell, so all of them there."""
+    """Cores this process may use; all of the machine's where the system does not say."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -33,12 +33,12 @@ _HEADER_ALIGNMENT = 8
 
 
 class StoredTensor(NamedTuple):
-    """What a safetensors header says of a tensor.
+    """A tensor's entry in the header of a safetensors file.
 
     Attributes:
         dtype: safetensors' name of the dtype, e.g. ``"BF16"``.
         shape: its dimensions.
-        nbytes: its size.
+        nbytes: its size in bytes.
     """
 
     dtype: str
@@ -55,7 +55,7 @@ class ShardWriter:
 
     Args:
         file: the file, open for writing.
-        tensors: what will be written.
+        tensors: name -> header entry of every tensor that will be written.
     """
 
     def __init__(self, file: BinaryIO, tensors: Mapping[str, StoredTensor]) -> None:
@@ -77,7 +77,7 @@ class ShardWriter:
         """Write the next bytes of the tensor `name`."""
         begin, end = self._spans[name]
         if begin + len(data) > end:
-            raise ValueError(f"{name}: is given more bytes than its shape and dtype take")
+            raise ValueError(f"{name}: got more bytes than its shape and dtype take")
         self._file.seek(self._data + begin)
         self._file.write(data)
         self._spans[name] = (begin + len(data), end)
@@ -94,7 +94,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
     Args:
         path: the file.
-        write: writes the contents to the path it is given, a temporary one in the same directory.
+        write: function that writes the contents to a path, a temporary one in the same directory.
     """
     temporary = path.with_name(path.name + _TEMPORARY)
     write(temporary)
@@ -123,13 +123,13 @@ def sync_directory(path: Path) -> None:
 
 @contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
-    """Keep other conversions from writing into `directory`; a killed one keeps nobody out.
+    """Keep other conversions from writing into `directory`; a killed one leaves no lock behind.
 
     Raises:
         CheckpointError: if another process is writing there.
     """
     if os.name == "nt":
-        yield  # no lock there: two conversions into one directory are the user's to avoid
+        yield  # Windows has no such lock: users must not start two conversions into one directory
         return
     import fcntl
 
@@ -148,12 +148,12 @@ def exclusive(directory: Path) -> Iterator[None]:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether a killed run left this unfinished file."""
+    """Whether this is an unfinished file of a killed run."""
     return path.name.endswith(_TEMPORARY)
 
 
 def remove_temporary(directory: Path) -> None:
-    """Delete what killed runs left in `directory`."""
+    """Delete the unfinished files of killed runs in `directory`."""
     for path in directory.iterdir():
         if is_temporary(path):
             path.unlink()
@@ -184,8 +184,8 @@ def check_disk_space(destination: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise CheckpointError(
-            f"{destination}: {free / 2**30:.1f} GiB are free, the converted checkpoint takes "
-            f"{needed / 2**30:.1f}; free some space or choose another disk"
+            f"{destination}: {free / 2**30:.1f} GiB are free, but the new checkpoint takes "
+            f"{needed / 2**30:.1f} GiB; free some space or choose another disk"
         )
 
 

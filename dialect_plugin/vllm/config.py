@@ -1,10 +1,10 @@
 """vLLM's side of the scheme: three quantization methods that differ in the activation format.
 
-===================  ==============================================================
-``blockdialect``     the checkpoint's activation format; W4A4 for a 16-bit checkpoint
+======================  ============================================================
+``blockdialect``        the checkpoint's activation format; W4A4 for a 16-bit checkpoint
 ``blockdialect_w4a8``   FP8 activations, whatever the checkpoint says
 ``blockdialect_w4a16``  16-bit activations, whatever the checkpoint says
-===================  ==============================================================
+======================  ============================================================
 
 One packed checkpoint serves all three: the weights' bytes are the same.
 """
@@ -29,8 +29,17 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+from dialect_kernels.layer_names import is_expression
+
 from .. import architectures
-from ..scheme import QUANT_METHOD, ActivationFormat, Scheme, SchemeError, fitting_block_size
+from ..scheme import (
+    METHODS,
+    QUANT_METHOD,
+    ActivationFormat,
+    Scheme,
+    SchemeError,
+    fitting_block_size,
+)
 from . import compat
 from .linear import BlockDialectLinearMethod, LinearSpec
 
@@ -51,11 +60,11 @@ class BlockDialectConfig(QuantizationConfig):
     """The quantization config vLLM holds for a model.
 
     Args:
-        scheme: what config.json or the command line say; default: quantize a 16-bit checkpoint
-            while it loads.
+        scheme: the scheme of config.json or of the command line; default: quantize a 16-bit
+            checkpoint while it loads.
     """
 
-    name: ClassVar[str] = QUANT_METHOD
+    name: ClassVar[str] = METHODS["dialect"].quantization
     forced_activation_format: ClassVar[ActivationFormat | None] = None
 
     def __init__(self, scheme: Scheme | None = None) -> None:
@@ -122,7 +131,7 @@ class BlockDialectConfig(QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, **_: Any
     ) -> str | None:
-        """Answer to ``--quantization`` for a checkpoint of ours, and only for one of ours."""
+        """The method that ``--quantization`` names, for packed checkpoints and for no others."""
         if hf_quant_cfg.get("quant_method") != QUANT_METHOD:
             return None
         return cls.name if user_quant == cls.name else None
@@ -131,11 +140,11 @@ class BlockDialectConfig(QuantizationConfig):
         """Rewrite exact names to vLLM's module names (patterns are left as they are)."""
         scheme = self.scheme
         ignore = [
-            pattern if pattern.startswith("re:") else _mapped(hf_to_vllm_mapper, pattern)
+            pattern if is_expression(pattern) else _mapped(hf_to_vllm_mapper, pattern)
             for pattern in scheme.ignore
         ]
         overrides = {
-            pattern if pattern.startswith("re:") else _mapped(hf_to_vllm_mapper, pattern): override
+            pattern if is_expression(pattern) else _mapped(hf_to_vllm_mapper, pattern): override
             for pattern, override in scheme.overrides.items()
         }
         self.scheme = scheme.model_copy(update={"ignore": ignore, "overrides": overrides})
@@ -210,14 +219,14 @@ class BlockDialectConfig(QuantizationConfig):
 class BlockDialectW4A8Config(BlockDialectConfig):
     """W4A8: FP8 activations."""
 
-    name = "blockdialect_w4a8"
+    name = METHODS["fp8"].quantization
     forced_activation_format = "fp8"
 
 
 class BlockDialectW4A16Config(BlockDialectConfig):
     """W4A16: 16-bit activations."""
 
-    name = "blockdialect_w4a16"
+    name = METHODS["none"].quantization
     forced_activation_format = "none"
 
 

@@ -10,14 +10,19 @@ import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
-__all__ = ["check_expressions", "matches", "near_misses"]
+__all__ = ["check_expressions", "is_expression", "matches", "near_misses"]
 
 _EXPRESSION = "re:"
 
 
+def is_expression(pattern: str) -> bool:
+    """Whether `pattern` is a ``re:`` pattern, not a name."""
+    return pattern.startswith(_EXPRESSION)
+
+
 def matches(pattern: str, name: str) -> bool:
     """Whether an exact name or ``re:`` pattern matches a layer name."""
-    if pattern.startswith(_EXPRESSION):
+    if is_expression(pattern):
         return re.match(pattern.removeprefix(_EXPRESSION), name) is not None
     return pattern == name
 
@@ -25,7 +30,7 @@ def matches(pattern: str, name: str) -> bool:
 def check_expressions(patterns: Iterable[str]) -> None:
     """Raise ValueError at the first ``re:`` pattern that is not a regular expression."""
     for pattern in patterns:
-        if not pattern.startswith(_EXPRESSION):
+        if not is_expression(pattern):
             continue
         try:
             re.compile(pattern.removeprefix(_EXPRESSION))

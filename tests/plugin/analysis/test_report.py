@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from dialect_kernels import DIALECT_FP4, quantize
-from dialect_kernels.reference import quantize_mxfp4, quantize_nvfp4
+from dialect_kernels.baselines import quantize_mxfp4, quantize_nvfp4
 from dialect_plugin.analysis.report import FORMATS, FormatLoss, LayerReport, Report
 from dialect_plugin.analysis.report_page import report_page
 from dialect_plugin.cli import app

@@ -95,7 +95,7 @@ def test_other_models_start_where_the_plugin_cannot(tmp_path):
 
 
 @pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="this CPU has no AMX")
-def test_amx_is_asked_for():
+def test_amx_tiles_are_requested():
     output = run(
         """
         import ctypes

@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from dialect_kernels import PackedTensor, dialect_linear, quantize
 from dialect_kernels.formatbook import DIALECT_FP4, SEMANTIC_32
 from dialect_plugin.checkpoint.convert import convert
-from dialect_plugin.checkpoint.layer_choice import ConvertOptions
 from dialect_plugin.scheme import Scheme
 from tests.support.engines import STORED, expected_bytes, packed_modules
 from tests.support.served_models import build, checkpoint_tensors
@@ -194,14 +193,14 @@ def test_nothing_but_packed_weights_is_left_after_online_loading(source):
 
 
 def test_ignore_and_overrides_agree_packed_and_online(source, tmp_path):
-    asked = {
+    options = {
         "ignore": ["re:.*\\.0\\.mlp\\.(gate|up)_proj", "model.layers.1.self_attn.o_proj"],
         "overrides": {"re:.*down_proj": {"block_size": 16}},
         "lm_head": True,
     }
-    convert(source, tmp_path / "packed", ConvertOptions.model_validate(asked))
+    convert(source, tmp_path / "packed", Scheme.parse(options))
     from_packed = tensors_of(load_model(tmp_path / "packed"))
-    text = json.dumps(asked)
+    text = json.dumps(options)
     online = tensors_of(
         load_model(
             source,
@@ -225,7 +224,7 @@ def test_ignore_and_overrides_agree_packed_and_online(source, tmp_path):
     assert not online["lm_head.weight_packed"][500:].any()
 
 
-def test_columns_that_no_asked_block_divides(tmp_path):
+def test_columns_that_the_block_size_does_not_divide(tmp_path):
     source = build("LlamaForCausalLM", tmp_path / "source", intermediate_size=176)
     convert(source, tmp_path / "packed")
     from_packed = tensors_of(load_model(tmp_path / "packed"))

@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 from dialect_kernels import reference
 from dialect_plugin.checkpoint.convert import convert
 from dialect_plugin.checkpoint.export_fp8 import export_fp8
-from dialect_plugin.checkpoint.layer_choice import ConvertOptions
+from dialect_plugin.checkpoint.progress import Silent
 from dialect_plugin.checkpoint.reader import CheckpointError, open_packed
 from dialect_plugin.cli import app
+from dialect_plugin.scheme import Scheme
 
 OPTIONS = {
     "ignore": ["re:.*layers\\.1\\.self_attn"],
@@ -21,16 +22,8 @@ OPTIONS = {
 }
 
 
-class Silent:
-    def begin(self, what, tensors, nbytes):
-        """Nothing is shown."""
-
-    def advance(self, nbytes):
-        """Nothing is shown."""
-
-
 def packed_checkpoint(source, destination, **options):
-    convert(source, destination, ConvertOptions.model_validate(options), workers=1)
+    convert(source, destination, Scheme.parse(options), workers=1)
     return open_packed(destination)
 
 
@@ -174,7 +167,7 @@ def test_the_command(packed, tmp_path):
     arguments = ["export", str(packed.checkpoint.path), str(tmp_path / "fp8")]
     refused = CliRunner().invoke(app, [*arguments, "--to", "int8"])
     assert refused.exit_code == 1
-    assert refused.stderr.strip().endswith("--to: 'int8'; allowed is fp8")
+    assert refused.stderr.strip().endswith("--to: 'int8'; it must be fp8")
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.stderr
     assert "10 layers in FP8, no weight changed" in done.stdout

@@ -1,4 +1,4 @@
-"""Plans of block sizes: near the best possible, within the budget, and ones that engines serve."""
+"""Bit budgets: kept, close to the best possible, and with block sizes that engines serve."""
 
 import itertools
 import json
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from dialect_kernels.formatbook import BLOCK_SIZES
-from dialect_plugin.analysis.bit_budget import choose_block_sizes, plan_bits
+from dialect_plugin.analysis.bit_budget import allocate_bits, choose_block_sizes
 from dialect_plugin.analysis.report import FormatLoss, LayerReport
 from dialect_plugin.checkpoint.reader import open_packed
 from dialect_plugin.cli import app
@@ -39,7 +39,7 @@ def point_sets(draw):
 
 @settings(max_examples=150, deadline=None)
 @given(points=point_sets(), share=st.floats(0, 1))
-def test_a_plan_is_within_one_step_of_the_best(points, share):
+def test_an_allocation_is_within_one_step_of_the_best(points, share):
     least = sum(min(bits for bits, _ in sizes.values()) for sizes in points.values())
     most = sum(max(bits for bits, _ in sizes.values()) for sizes in points.values())
     budget = least + share * (most - least)
@@ -57,8 +57,8 @@ def test_a_plan_is_within_one_step_of_the_best(points, share):
 
 @settings(max_examples=150, deadline=None)
 @given(points=point_sets(), price=st.floats(1e-6, 10))
-def test_a_plan_is_the_best_for_budgets_that_a_price_per_bit_gives(points, price):
-    """Every layer alone at the least error + price * bits: no plan of so many bits is better."""
+def test_an_allocation_is_the_best_for_budgets_that_a_price_per_bit_gives(points, price):
+    """Every layer alone at the least error + price * bits: nothing of so many bits is better."""
     alone = [
         min(sizes.values(), key=lambda point: (point[1] + price * point[0], point[0]))
         for sizes in points.values()
@@ -86,7 +86,7 @@ def test_layers_that_engines_fuse_take_one_block_size():
         layer("layers.0.mlp.up_proj", (1.0, 2.0, 4.0)),
         layer("layers.1.mlp.up_proj", (1.0, 30.0, 60.0)),
     ]
-    sizes = plan_bits(layers, 4.5).block_sizes
+    sizes = allocate_bits(layers, 4.5).block_sizes
     assert sizes["layers.0.self_attn.q_proj"] == sizes["layers.0.self_attn.k_proj"] == 16
     assert sizes["layers.0.self_attn.v_proj"] == 16
     assert sizes["layers.0.mlp.gate_proj"] == sizes["layers.0.mlp.up_proj"] == 64
@@ -97,23 +97,24 @@ def test_the_objective_decides_between_large_and_small_weights():
     large = layer("large", (8.0, 10.0, 12.0), signal=1000.0)
     small = layer("small", (0.8, 1.6, 2.4), signal=10.0)
     budget = (4.125 + 4.25) / 2 + 0.125
-    by_error = plan_bits([large, small], budget).block_sizes
+    by_error = allocate_bits([large, small], budget).block_sizes
     assert by_error == {"large": 32, "small": 64}
-    relative = plan_bits([large, small], budget, "relative").block_sizes
+    relative = allocate_bits([large, small], budget, "relative").block_sizes
     assert relative == {"large": 64, "small": 32}
 
 
-def test_the_figures_of_a_plan():
-    plan = plan_bits([layer("a", (1.0, 2.0, 4.0)), layer("b", (1.0, 10.0, 40.0))], 4.25 + 0.125)
-    assert plan.block_sizes == {"a": 32, "b": 32}
-    assert (plan.bits_per_weight, plan.gain_db) == (4.375, 0)
-    plan = plan_bits([layer("a", (1.0, 2.0, 4.0)), layer("b", (1.0, 10.0, 40.0))], 9)
-    assert plan.block_sizes == {"a": 16, "b": 16}
-    assert plan.bits_per_weight == 4.5 + 8 / 64
-    assert plan.sqnr_db == pytest.approx(20.0)  # 10 log10(200 / 2)
-    assert plan.gain_db == pytest.approx(7.781513, abs=1e-6)  # 10 log10(12 / 2)
-    assert plan.overrides() == {"a": {"block_size": 16}, "b": {"block_size": 16}}
-    uniform = plan_bits([layer("a", (2.0, 2.0, 4.0))], 4.25 + 0.125)
+def test_the_figures_of_an_allocation():
+    layers = [layer("a", (1.0, 2.0, 4.0)), layer("b", (1.0, 10.0, 40.0))]
+    found = allocate_bits(layers, 4.25 + 0.125)
+    assert found.block_sizes == {"a": 32, "b": 32}
+    assert (found.bits_per_weight, found.gain_db) == (4.375, 0)
+    found = allocate_bits(layers, 9)
+    assert found.block_sizes == {"a": 16, "b": 16}
+    assert found.bits_per_weight == 4.5 + 8 / 64
+    assert found.sqnr_db == pytest.approx(20.0)  # 10 log10(200 / 2)
+    assert found.gain_db == pytest.approx(7.781513, abs=1e-6)  # 10 log10(12 / 2)
+    assert found.overrides() == {"a": {"block_size": 16}, "b": {"block_size": 16}}
+    uniform = allocate_bits([layer("a", (2.0, 2.0, 4.0))], 4.25 + 0.125)
     assert uniform.block_sizes == {"a": 32}
     assert uniform.overrides() == {}
     assert uniform.gain_db == 0
@@ -121,7 +122,7 @@ def test_the_figures_of_a_plan():
 
 def test_a_budget_below_the_largest_blocks_is_refused():
     with pytest.raises(SchemeError, match=r"--bits: 4\.2; the largest blocks need 4\.2500 bits"):
-        plan_bits([layer("a", (1.0, 2.0, 4.0))], 4.2)
+        allocate_bits([layer("a", (1.0, 2.0, 4.0))], 4.2)
 
 
 def test_the_command_writes_what_quantize_takes(tiny_model, tmp_path):

@@ -67,5 +67,5 @@ def test_too_many_or_too_few_bytes():
     writer.append("a", b"xy")
     with pytest.raises(ValueError, match="a: 1 of its bytes were not written"):
         writer.finish()
-    with pytest.raises(ValueError, match="a: is given more bytes"):
+    with pytest.raises(ValueError, match="a: got more bytes"):
         writer.append("a", b"xy")

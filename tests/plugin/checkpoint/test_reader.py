@@ -11,18 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from dialect_plugin.checkpoint.convert import convert
 from dialect_plugin.checkpoint.inspection import inspect_checkpoint
+from dialect_plugin.checkpoint.progress import Silent
 from dialect_plugin.checkpoint.reader import PACKED_SUFFIXES, CheckpointError
-from dialect_plugin.scheme import Scheme, SchemeError
+from dialect_plugin.scheme import SchemeError
+from tests.support.conversions import refused
 
 LAYER = "model.layers.1.mlp.up_proj"
-
-
-class Silent:
-    def begin(self, *_):
-        pass
-
-    def advance(self, _):
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -176,27 +170,6 @@ def test_single_flipped_bits_in_the_header(packed):
     assert not [sentence for sentence in sentences if "\n" in sentence]
 
 
-def test_scheme_survives_its_own_json():
-    scheme = Scheme(ignore=["re:.*gate", "lm_head"], block_size=64, book="semantic_32")
-    assert Scheme.parse(json.loads(json.dumps(scheme.to_config()))) == scheme
-
-
-def test_overrides_prefer_exact_names_then_order():
-    scheme = Scheme.parse(
-        {
-            "overrides": {
-                "re:.*proj": {"block_size": 16},
-                "re:.*down_proj": {"block_size": 64},
-                "a.down_proj": {"block_size": 32},
-            },
-            "block_size": 64,
-        }
-    )
-    assert scheme.block_size_of("a.down_proj") == 32
-    assert scheme.block_size_of("b.down_proj") == 16
-    assert scheme.block_size_of("b.fc1") == 64
-
-
 def test_a_tensor_that_a_header_names_twice(packed):
     entry = '"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}'
     header = f"{{{entry},{entry}}}".encode()
@@ -208,3 +181,48 @@ def test_a_tensor_that_a_header_names_twice(packed):
 def test_a_header_of_a_length_beyond_reason(packed):
     (packed / "model.safetensors").write_bytes((2**63 - 1).to_bytes(8, "little") + b"{}")
     assert "cannot be read as safetensors" in fault_of(packed)
+
+
+class TestIndex:
+    """Faults of model.safetensors.index.json and of the files it names."""
+
+    @pytest.fixture
+    def sharded(self, tiny_model, tmp_path):
+        return Path(shutil.copytree(tiny_model(shard="200KB"), tmp_path / "source"))
+
+    def edit(self, source, change):
+        path = source / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        change(index["weight_map"])
+        path.write_text(json.dumps(index))
+
+    @pytest.mark.parametrize("name", ["../x.safetensors", "/x", "a/b", "..", "", "a\\b", 3])
+    def test_a_name_that_leaves_the_directory(self, sharded, tmp_path, name):
+        self.edit(sharded, lambda names: names.update({next(iter(names)): name}))
+        refused(sharded, tmp_path / "packed", "must be the name of a file in the same directory")
+
+    @pytest.mark.parametrize("name", ["config.json", "README.md", "model.bin"])
+    def test_a_name_of_something_else(self, sharded, tmp_path, name):
+        self.edit(sharded, lambda names: names.update({next(iter(names)): name}))
+        refused(sharded, tmp_path / "packed", "that ends in .safetensors")
+
+    def test_a_missing_shard(self, sharded, tmp_path):
+        next(iter(sharded.glob("*-00002-*"))).unlink()
+        refused(sharded, tmp_path / "packed", "00002.*is missing")
+
+    def test_a_tensor_that_is_not_where_it_is_said_to_be(self, sharded, tmp_path):
+        self.edit(sharded, lambda names: names.update({"ghost.weight": min(names.values())}))
+        refused(sharded, tmp_path / "packed", "ghost.weight.*does not hold it")
+
+    def test_a_tensor_that_is_not_listed(self, sharded, tmp_path):
+        self.edit(sharded, lambda names: names.pop("model.norm.weight"))
+        refused(sharded, tmp_path / "packed", "does not list model.norm.weight")
+
+    def test_a_tensor_that_is_there_twice(self, sharded, tmp_path):
+        (sharded / "model.safetensors.index.json").unlink()
+        save_file({"model.norm.weight": torch.ones(4)}, sharded / "extra.safetensors")
+        refused(sharded, tmp_path / "packed", "model.norm.weight is in .* and again in")
+
+    def test_a_key_that_is_there_twice(self, sharded, tmp_path):
+        (sharded / "config.json").write_text('{"architectures": ["A"], "architectures": ["B"]}')
+        refused(sharded, tmp_path / "packed", "'architectures' is given 2 times")

@@ -1,6 +1,5 @@
 """A conversion that is killed at any point continues, and ends with the same bytes."""
 
-import hashlib
 import multiprocessing
 import os
 import random
@@ -20,14 +19,12 @@ from dialect_plugin.checkpoint.journal import FinishedShard, Journal, fingerprin
 from dialect_plugin.checkpoint.layer_choice import ConvertOptions
 from dialect_plugin.checkpoint.reader import JOURNAL, CheckpointError, open_checkpoint, open_packed
 from dialect_plugin.checkpoint.writer import exclusive
+from dialect_plugin.scheme import Scheme
+from tests.support.conversions import hashes
 
 pytestmark = pytest.mark.slow
 
 KILLS = 20
-
-
-def hashes(path):
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in path.iterdir()}
 
 
 def convert_in_child(source, destination, started):
@@ -76,7 +73,7 @@ def test_killed_at_random_points(tiny_model, tmp_path):
 
 def test_a_failing_disk_leaves_nothing_that_looks_finished(tiny_model, tmp_path):
     source, destination = tiny_model(shard="200KB"), tmp_path / "packed"
-    options = ConvertOptions(ignore=["re:model.layers.1.mlp.*"])  # makes a late shard the largest
+    options = Scheme(ignore=["re:model.layers.1.mlp.*"])  # makes a late shard the largest
     convert(source, tmp_path / "whole", options)
     expected = hashes(tmp_path / "whole")
     sizes = [path.stat().st_size for path in sorted((tmp_path / "whole").glob("*.safetensors"))]
