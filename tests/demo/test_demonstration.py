@@ -28,7 +28,7 @@ from demo.language.results import Demonstration, Figures, completions_table, fig
 from demo.language.run import DemoError, check_agreement
 from demo.language.serve import arguments_for
 from demo.language.server import Server, ServerError
-from dialect_kernels import reference
+from dialect_kernels import baselines, reference
 from dialect_plugin.checkpoint.convert import convert
 from dialect_plugin.checkpoint.reader import CheckpointError, open_packed
 from tests.support.processes import is_running
@@ -94,7 +94,7 @@ def test_emulations_replace_the_packed_layers_and_no_others(tiny_model, tmp_path
         expected = reference.dialect_linear(x, stored, layer.bias, accumulation="exact")
         close_to(emulated[0](x), expected)
         rounded, weight = (
-            reference.quantize_mxfp4(values).double() for values in (x.view(6, -1), layer.weight)
+            baselines.quantize_mxfp4(values).double() for values in (x.view(6, -1), layer.weight)
         )
         close_to(emulated[1](x), (rounded @ weight.T + bias).view(2, 3, -1))
     assert replaced == len(checkpoint.layers) == 14

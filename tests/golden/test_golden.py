@@ -13,7 +13,13 @@ from safetensors import safe_open
 
 from dialect_kernels import PackedTensor, ops
 from dialect_kernels.formatbook import NAN_ROW
-from dialect_kernels.verify import Backend, available_backends, golden_vectors, verify, verify_one
+from dialect_kernels.verify import (
+    Implementation,
+    available_backends,
+    golden_vectors,
+    verify,
+    verify_one,
+)
 from dialect_plugin.checkpoint.reader import open_packed
 
 HERE = Path(__file__).parent
@@ -86,7 +92,7 @@ def broken(change) -> Backend:
     def quantize(*arguments, **options) -> PackedTensor:
         return change(ops.quantize(*arguments, **options))
 
-    return Backend("broken", torch.device("cpu"), quantize, ops.dialect_linear)
+    return Implementation("broken", torch.device("cpu"), quantize, ops.dialect_linear)
 
 
 def other_id(p: PackedTensor) -> PackedTensor:
@@ -124,7 +130,7 @@ def test_a_wrong_output_bit_and_a_lost_nan_fail():
         return ops.dialect_linear(x, p, bias, activation_format, accumulation).nan_to_num(0.0)
 
     for fault, failing in ((one_ulp_up, "tokens float32"), (without_nan, "broken tokens")):
-        backend = Backend("faulty", torch.device("cpu"), ops.quantize, fault)
+        backend = Implementation("faulty", torch.device("cpu"), ops.quantize, fault)
         failed = [result.case for result in verify_one(backend) if not result.passed]
         assert any(case.startswith("linear") and failing in case for case in failed)
         assert any(case.startswith("round_activation") and failing in case for case in failed)
@@ -134,7 +140,7 @@ def test_a_back_end_that_raises_fails_every_case_and_the_rest_still_runs():
     def refuse(*arguments, **options):
         raise RuntimeError("no such instruction")
 
-    backend = Backend("raising", torch.device("cpu"), refuse, ops.dialect_linear)
+    backend = Implementation("raising", torch.device("cpu"), refuse, ops.dialect_linear)
     results = verify_one(backend)
     assert len(results) == len(golden_vectors()["cases"])
     details = {r.detail for r in results if r.case.startswith("quantize ")}

@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from dialect_kernels import quantize, reference
+from dialect_kernels import baselines, quantize, reference
 from dialect_kernels.formatbook import DIALECT_FP4, Formatbook
 
 VOCABULARY = 500  # vLLM pads it to 512
@@ -139,7 +139,7 @@ def _on_rounded_input(
         if activation_format == "dialect":
             tokens = reference.round_activation(tokens, book, block_size)
         elif activation_format == "fp8":
-            codes, scale = reference.quantize_fp8(tokens)
+            codes, scale = baselines.quantize_fp8(tokens)
             tokens = codes.to(torch.float32) * scale[:, None]
         return forward(tokens.view(x.shape))
 

@@ -1,14 +1,18 @@
-"""What a back end of the ground floor does, and what it returns."""
+"""The protocol of the three back ends: the CPU kernel, the Triton kernels, and plain torch.
+
+:mod:`dialect_kernels.ops` checks arguments, chooses a back end and calls it; nothing else does.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
+from .formatbook import Formatbook
 from .packed import PackedTensor
 
-__all__ = ["Quantized"]
+__all__ = ["Backend", "Quantized", "with_residuals"]
 
 
 class Quantized(NamedTuple):
@@ -17,3 +21,84 @@ class Quantized(NamedTuple):
     packed: PackedTensor
     blocks_below_window: torch.Tensor
     """int64 [N], as :func:`dialect_kernels.reference.blocks_below_window`."""
+
+
+class Backend(Protocol):
+    """What computes on a device. Arguments have been checked before they come here."""
+
+    def runs_on(self, device: torch.device) -> bool:
+        """Whether tensors on `device` can be quantized and decoded."""
+
+    def covers(
+        self, x: torch.Tensor, p: PackedTensor, activation_format: str, accumulation: str
+    ) -> bool:
+        """Whether this back end computes the product of tokens `x` [..., K] and `p` [N, K]."""
+
+    def quantize(
+        self, x: torch.Tensor, book: Formatbook, block_size: int, rule: str, window: int
+    ) -> PackedTensor:
+        """The bytes of ``reference.quantize`` for a finite `x` [N, K]."""
+
+    def quantize_counted(
+        self, x: torch.Tensor, book: Formatbook, block_size: int, rule: str, window: int
+    ) -> Quantized:
+        """The same, with the blocks below the window."""
+
+    def dequantize(self, p: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
+        """The bits of ``p.dequantize(dtype)``, [N, K]."""
+
+    def dialect_linear(
+        self,
+        tokens: torch.Tensor,
+        p: PackedTensor,
+        bias: torch.Tensor | None,
+        activation_format: str,
+        accumulation: str,
+    ) -> torch.Tensor:
+        """``tokens @ p.T + bias`` of a covered product, [T, K] -> [T, N] in the tokens' dtype."""
+
+    def semantic_linear(
+        self,
+        tokens: torch.Tensor,
+        p: PackedTensor,
+        bias: torch.Tensor | None,
+        salient: torch.Tensor | None,
+        group: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The same with rounded residuals of some tokens, and variants that tokens share.
+
+        Args:
+            tokens: float32, bfloat16 or float16 [T, K], samples one after another.
+            p: packed weight [N, K].
+            bias: [N] or None.
+            salient: int64 [S] or None: rows of `tokens`, each once; -1 is an unused place.
+            group: int32 [T] or None, numbers in 0..T-1 that no two samples share; -1 is free.
+        """
+
+    def warm_up(
+        self,
+        p: PackedTensor,
+        activation_format: str,
+        dtype: torch.dtype,
+        bias_dtype: torch.dtype | None,
+    ) -> None:
+        """Compile what products with `p` can need, if this back end compiles anything."""
+
+
+def with_residuals(
+    y: torch.Tensor, salient: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Add up the parts of a decomposed product, in float32, and round once.
+
+    Args:
+        y: float32 [T + S, N], products of T tokens and then of S residuals; written to.
+        salient: int64 [S], the tokens that the residuals belong to, each once.
+        bias: [N] or None.
+        dtype: of the result, [T, N].
+    """
+    count = y.shape[0] - salient.shape[0]
+    y, left_over = y[:count], y[count:]
+    y[salient] += left_over
+    if bias is not None:
+        y = y + bias.to(torch.float32)
+    return y.to(dtype)

@@ -22,12 +22,12 @@ from typing import Final
 
 import torch
 
+from .arithmetic import padded_columns, power_of_two, row_scale
 from .formatbook import (
     BLOCK_SIZES,
     E4M3_WINDOW,
     HIGHEST_EXPONENT,
     LOWEST_EXPONENT,
-    NAN_ROW,
     Formatbook,
     book_by_name,
 )
@@ -39,8 +39,6 @@ __all__ = [
     "bits_per_weight",
     "check_block_size",
     "pack_codes",
-    "padded_columns",
-    "power_of_two",
 ]
 
 
@@ -217,9 +215,7 @@ class PackedTensor:
 
     def row_scale(self) -> torch.Tensor:
         """``2**(R - 5)``, the FP8 scale of each row, float32 [N]; NaN for NaN rows."""
-        exponent = self.row_exponent.to(torch.int32)
-        scale = power_of_two(exponent.clamp(min=LOWEST_EXPONENT) - 5)
-        return torch.where(exponent == NAN_ROW, torch.nan, scale)
+        return row_scale(self.row_exponent)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the values as `dtype` [N, K].
@@ -329,11 +325,6 @@ def check_block_size(block_size: int) -> None:
         raise ValueError(f"block_size: {block_size!r}; allowed are 16, 32 and 64")
 
 
-def padded_columns(columns: int, block_size: int) -> int:
-    """K rounded up to whole blocks."""
-    return -(-columns // block_size) * block_size
-
-
 def bits_per_weight(nbytes: int, weights: int) -> float:
     """Stored bits per weight of packed tensors of `nbytes` bytes that hold `weights` weights.
 
@@ -346,12 +337,6 @@ def pack_codes(codes: torch.Tensor) -> torch.Tensor:
     """Pack 4-bit codes, uint8 [N, Kp] (Kp even) -> uint8 [N, Kp/2], even elements low."""
     packed: torch.Tensor = codes[:, 0::2] | (codes[:, 1::2] << 4)
     return packed
-
-
-def power_of_two(exponent: torch.Tensor) -> torch.Tensor:
-    """``2**exponent`` as float32, exact, for int32 exponents in -126..127 (not checked)."""
-    bits: torch.Tensor = (exponent + 127) << 23
-    return bits.view(torch.float32)
 
 
 @lru_cache(maxsize=32)

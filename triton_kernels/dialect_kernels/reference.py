@@ -1,60 +1,60 @@
 """The format in plain torch: exact, boring, and what every kernel is compared with.
 
-Everything here follows docs/format.md section by section. The functions of the public API have the
-same names and signatures as in :mod:`dialect_kernels`; they return the same bytes and, in the
-accumulation mode ``exact``, the same bits.
+Everything here follows docs/reference/format.md section by section. The functions of the public API
+have the same names and signatures as in :mod:`dialect_kernels`; they return the same bytes and, in
+the accumulation mode ``exact``, the same bits.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
+from .arguments import (
+    as_tokens,
+    check_dtype,
+    check_group,
+    check_linear,
+    check_matrix,
+    check_quantize,
+    check_semantic,
+)
+from .arithmetic import (
+    block_exponents,
+    blocks_of,
+    double_power_of_two,
+    flat_table,
+    padded_columns,
+    power_of_two,
+    row_chunks,
+    row_exponents,
+    row_scale,
+    take,
+)
+from .baselines import quantize_fp8
 from .formatbook import (
     CELLS,
     DIALECT_FP4,
-    E4M3_MAX,
     E4M3_WINDOW,
     LARGEST_HALF_UNIT,
-    LOWEST_EXPONENT,
     NAN_ROW,
     SMALLEST_RANGE,
     Formatbook,
 )
-from .packed import (
-    PackedTensor,
-    check_block_size,
-    pack_codes,
-    padded_columns,
-    power_of_two,
-)
+from .packed import PackedTensor, check_block_size, pack_codes
 
 __all__ = [
-    "ACCUMULATIONS",
-    "ACTIVATION_FORMATS",
     "blocks_below_window",
     "dialect_linear",
+    "group_variants",
+    "pack_rounded",
     "quantize",
-    "quantize_fp8",
-    "quantize_mxfp4",
-    "quantize_nvfp4",
     "round_activation",
     "semantic_linear",
+    "variant_costs",
 ]
-
-ACTIVATION_FORMATS = ("dialect", "fp8", "none")
-ACCUMULATIONS = ("default", "exact")
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_LARGEST_GROUP = 2**31 - 1
-_CHUNK_ELEMENTS = 1 << 19
-"""Elements rounded at a time: keeps the float64 work arrays in cache and the peak memory flat."""
 
 
 def quantize(
@@ -87,6 +87,13 @@ def quantize(
             or Inf (naming the first position).
     """
     window = check_quantize(x, book, block_size, rule, window, name)
+    return pack_rounded(x, book, block_size, rule, window)
+
+
+def pack_rounded(
+    x: torch.Tensor, book: Formatbook, block_size: int, rule: str, window: int
+) -> PackedTensor:
+    """As :func:`quantize`, for arguments that have been checked."""
     rounded = _round(x, book, block_size, rule, window)
     return PackedTensor(
         pack_codes(rounded.codes),
@@ -120,7 +127,7 @@ def round_activation(
     Raises:
         ValueError: if dtype, block size or group are not allowed.
     """
-    _check_dtype(x, "x")
+    check_dtype(x, "x")
     check_block_size(block_size)
     tokens = as_tokens(x)
     if group is not None:
@@ -129,9 +136,9 @@ def round_activation(
     rounded = _round_tokens(tokens, book, block_size, group)
     half_units = _signed_half_units(rounded, book, block_size).to(torch.float32)
     relative = power_of_two(4 - rounded.delta.to(torch.int32))
-    row_scale = _row_scale(rounded.row_exponent)
+    scale = row_scale(rounded.row_exponent)
     values = half_units.view(*relative.shape, block_size) * relative[:, :, None]
-    values = values.flatten(1)[:, : x.shape[-1]] * row_scale[:, None]
+    values = values.flatten(1)[:, : x.shape[-1]] * scale[:, None]
     return values.view(x.shape)
 
 
@@ -152,9 +159,9 @@ def blocks_below_window(
     """
     check_matrix(x, "x")
     check_block_size(block_size)
-    largest = _blocks(x, block_size).abs().amax(dim=-1)
-    exponent = _block_exponent(largest)
-    gap = _row_exponent(exponent)[:, None] - exponent
+    largest = blocks_of(x, block_size).abs().amax(dim=-1)
+    exponent = block_exponents(largest)
+    gap = row_exponents(exponent)[:, None] - exponent
     below: torch.Tensor = (gap > window) & (largest > 0)
     return below.sum(dim=1)
 
@@ -189,7 +196,7 @@ def _round(
         torch.empty(rows, padded // block_size, dtype=torch.uint8, device=x.device),
         torch.empty(rows, dtype=torch.int8, device=x.device),
     )
-    for part in _row_chunks(rows, padded):
+    for part in row_chunks(rows, padded):
         chosen = None if variants is None else variants[part]
         _round_rows(_scaled(x[part], block_size, window), book, rule, chosen, out, part)
     return out
@@ -208,10 +215,10 @@ class _Scaled:
 
 
 def _scaled(x: torch.Tensor, block_size: int, window: int) -> _Scaled:
-    blocks = _blocks(x, block_size)
+    blocks = blocks_of(x, block_size)
     magnitude = blocks.abs()
-    exponent = _block_exponent(magnitude.amax(dim=-1))
-    row_exponent = _row_exponent(exponent)
+    exponent = block_exponents(magnitude.amax(dim=-1))
+    row_exponent = row_exponents(exponent)
     delta = (row_exponent[:, None] - exponent).clamp(max=window)
     effective = row_exponent[:, None] - delta
     quarters = magnitude * power_of_two(2 - effective)[:, :, None]
@@ -240,8 +247,8 @@ def _round_rows(
     zero_block = x.largest_cell == 0
     dialect = dialect.masked_fill_(zero_block, 0)
     delta = x.delta.masked_fill(zero_block, 0)
-    index_lut = _table(book, "index_lut", torch.uint8, dialect.device)
-    index = _take(index_lut, (dialect * CELLS)[:, :, None] + x.cell)
+    index_lut = flat_table(book, "index_lut", torch.uint8, dialect.device)
+    index = take(index_lut, (dialect * CELLS)[:, :, None] + x.cell)
     sign = ((x.blocks < 0) & (index > 0)).to(torch.uint8) << 3
 
     out.codes[part] = (index | sign).flatten(1)
@@ -270,7 +277,7 @@ def variant_costs(tokens: torch.Tensor, book: Formatbook, block_size: int) -> to
     blocks = padded_columns(tokens.shape[1], block_size) // block_size
     shape = (tokens.shape[0], blocks, book.variants)
     out = torch.empty(shape, dtype=torch.int32, device=tokens.device)
-    for part in _row_chunks(*tokens.shape):
+    for part in row_chunks(*tokens.shape):
         x = _scaled(tokens[part], block_size, E4M3_WINDOW)
         out[part] = _lut_costs(x.cell, x.largest_cell, book)
     return out
@@ -295,27 +302,6 @@ def group_variants(costs: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _blocks(x: torch.Tensor, block_size: int) -> torch.Tensor:
-    """float32 [N, Kp/B, B], zero-padded."""
-    rows, columns = x.shape
-    padded = padded_columns(columns, block_size)
-    values = F.pad(x.to(torch.float32), (0, padded - columns)).contiguous()
-    return values.view(rows, padded // block_size, block_size)
-
-
-def _block_exponent(largest: torch.Tensor) -> torch.Tensor:
-    """``e = floor(log2(max)) - 2`` from the float's bits, at least -120; int32, shape kept."""
-    biased: torch.Tensor = largest.contiguous().view(torch.int32) >> 23
-    return (biased - (127 + 2)).clamp(min=LOWEST_EXPONENT)
-
-
-def _row_exponent(exponent: torch.Tensor) -> torch.Tensor:
-    """R, the largest e of each row, int32 [N]; -120 for rows without columns."""
-    if exponent.shape[1] == 0:
-        return exponent.new_full((exponent.shape[0],), LOWEST_EXPONENT)
-    return exponent.amax(dim=1)
-
-
 def _select_by_exact_error(
     quarters: torch.Tensor, cell: torch.Tensor, book: Formatbook
 ) -> torch.Tensor:
@@ -331,7 +317,7 @@ def _select_by_exact_error(
     per_cell = values.new_zeros(2, rows * count, CELLS)
     per_cell[0].scatter_add_(1, index, torch.ones_like(values))
     per_cell[1].scatter_add_(1, index, values)
-    rounded = _table(book, "rounded_half_units", torch.float64, cell.device).view(-1, CELLS)
+    rounded = flat_table(book, "rounded_half_units", torch.float64, cell.device).view(-1, CELLS)
     cost = per_cell[0] @ rounded.square().T - per_cell[1] @ rounded.T
     return cost.argmin(dim=1).view(rows, count).to(torch.int32)
 
@@ -340,11 +326,11 @@ def _select_in_two_stages(
     cell: torch.Tensor, largest_cell: torch.Tensor, book: Formatbook
 ) -> torch.Tensor:
     """Rule ``two_stage``: the pair by M, then the larger count of beneficial cells; ties even."""
-    beneficial = _table(book, "beneficial_cells", torch.int32, cell.device)
+    beneficial = flat_table(book, "beneficial_cells", torch.int32, cell.device)
     even = 2 * (LARGEST_HALF_UNIT - _range(largest_cell))
     row = (even * CELLS)[:, :, None] + cell
-    count_even = _take(beneficial, row).sum(dim=-1)
-    count_odd = _take(beneficial, row + CELLS).sum(dim=-1)
+    count_even = take(beneficial, row).sum(dim=-1)
+    count_odd = take(beneficial, row + CELLS).sum(dim=-1)
     odd_wins: torch.Tensor = count_odd > count_even
     return even + odd_wins.to(torch.int32)
 
@@ -359,10 +345,10 @@ def _select_by_lut(
 
 def _lut_costs(cell: torch.Tensor, largest_cell: torch.Tensor, book: Formatbook) -> torch.Tensor:
     """The summed LUT error of every variant of each block's M, [n, Kp/B, variants]."""
-    error = _table(book, "error_lut", torch.int32, cell.device)
+    error = flat_table(book, "error_lut", torch.int32, cell.device)
     row = (_first_dialect(largest_cell, book) * CELLS)[:, :, None] + cell
     return torch.stack(
-        [_take(error, row + v * CELLS).sum(dim=-1) for v in range(book.variants)], dim=-1
+        [take(error, row + v * CELLS).sum(dim=-1) for v in range(book.variants)], dim=-1
     )
 
 
@@ -404,7 +390,7 @@ def dialect_linear(
     Raises:
         ValueError: if shapes, dtypes or options do not fit.
     """
-    check_linear(x, p.shape, bias, activation_format, accumulation)
+    check_linear(x, p, bias, activation_format, accumulation)
     tokens = as_tokens(x)
     accumulate = {"dialect": _linear_dialect, "fp8": _linear_fp8, "none": _linear_none}
     y = accumulate[activation_format](tokens, p)
@@ -441,10 +427,10 @@ def semantic_linear(
     Raises:
         ValueError: if shapes, dtypes or options do not fit.
     """
-    check_semantic(x, p.shape, p.book, bias, salient, group)
+    check_semantic(x, p, bias, salient, group)
     tokens = as_tokens(x)
-    rows = salient_rows(salient, x)
-    groups = None if group is None else group_numbers(group)
+    rows = _salient_rows(salient, x)
+    groups = None if group is None else _group_numbers(group)
     y = _linear_dialect(tokens, p, groups)
     if rows.numel():
         rounded = round_activation(tokens, p.book, p.block_size, groups)[rows]
@@ -454,7 +440,7 @@ def semantic_linear(
     return y.to(x.dtype).view(*x.shape[:-1], p.shape[0])
 
 
-def salient_rows(salient: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+def _salient_rows(salient: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     """The rows of ``as_tokens(x)`` that `salient` names, each once, ascending; int64 [n]."""
     if salient is None:
         return torch.empty(0, dtype=torch.int64, device=x.device)
@@ -465,7 +451,7 @@ def salient_rows(salient: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     return named
 
 
-def group_numbers(group: torch.Tensor) -> torch.Tensor:
+def _group_numbers(group: torch.Tensor) -> torch.Tensor:
     """Group numbers [B * T] that no two samples share; -1 stays."""
     if group.dim() == 1:
         return group
@@ -482,7 +468,7 @@ def _linear_dialect(
     operand = _signed_half_units(rounded, p.book, p.block_size).to(torch.float64)
     y = _sum_blocks(operand, power_of_two(-rounded.delta.to(torch.int32)), p)
     exponent = rounded.row_exponent.to(torch.int64)[:, None] + p.row_exponent.to(torch.int64)
-    y = (y.to(torch.float64) * _double_power_of_two(exponent - 2)).to(torch.float32)
+    y = (y.to(torch.float64) * double_power_of_two(exponent - 2)).to(torch.float32)
     return y.masked_fill(_nan_rows(rounded.row_exponent, p), torch.nan)
 
 
@@ -491,7 +477,7 @@ def _linear_fp8(tokens: torch.Tensor, p: PackedTensor) -> torch.Tensor:
     padding = p.codes.shape[1] * 2 - p.shape[1]
     operand = F.pad(q.to(torch.float64), (0, padding))
     y = _sum_blocks(operand, None, p)
-    weight_scale = _double_power_of_two(p.row_exponent.to(torch.int64) - 1)
+    weight_scale = double_power_of_two(p.row_exponent.to(torch.int64) - 1)
     y = (y.to(torch.float64) * (scale.to(torch.float64)[:, None] * weight_scale)).to(torch.float32)
     return y.masked_fill((p.row_exponent == NAN_ROW)[None, :], torch.nan)
 
@@ -539,281 +525,7 @@ def _nan_rows(row_exponent: torch.Tensor, p: PackedTensor) -> torch.Tensor:
 
 def _signed_half_units(rounded: _Rounded, book: Formatbook, block_size: int) -> torch.Tensor:
     """Signed half-units of unpacked codes, int8 [N, Kp]."""
-    table = _table(book, "signed_half_units", torch.int8, rounded.codes.device)
+    table = flat_table(book, "signed_half_units", torch.int8, rounded.codes.device)
     codes = rounded.codes.view(*rounded.dialect.shape, block_size)
     index = (rounded.dialect.to(torch.int32) * 16)[:, :, None] + codes
-    return _take(table, index).flatten(1)
-
-
-def _row_scale(row_exponent: torch.Tensor) -> torch.Tensor:
-    """``2**(R - 5)``, float32 [N]; NaN where R marks a NaN row."""
-    exponent = row_exponent.to(torch.int32)
-    scale = power_of_two(exponent.clamp(min=LOWEST_EXPONENT) - 5)
-    return torch.where(exponent == NAN_ROW, torch.nan, scale)
-
-
-def quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per-token FP8, the activation format ``"fp8"`` (ours).
-
-    ``s = amax / 448`` in float32 (1 for a row of zeros, or where the quotient underflows to 0) and
-    ``q`` = round-to-nearest-even E4M3 of ``x / s``, saturating.
-
-    Args:
-        x: float32, bfloat16 or float16 [T, K].
-
-    Returns:
-        (float8_e4m3fn [T, K], float32 scale [T]); NaN scale and NaN values for a row with NaN or
-        Inf.
-    """
-    check_matrix(x, "x")
-    values = x.to(torch.float32)
-    finite = values.isfinite().all(dim=1)
-    values = torch.where(finite[:, None], values, torch.zeros_like(values))
-    largest = values.abs().amax(dim=1) if x.shape[1] else values.new_zeros(x.shape[0])
-    scale = largest / _divisor(E4M3_MAX, x)
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    q = (values / scale[:, None]).clamp(-E4M3_MAX, E4M3_MAX)
-    q = torch.where(finite[:, None], q, torch.nan)
-    return q.to(torch.float8_e4m3fn), torch.where(finite, scale, torch.nan)
-
-
-def quantize_mxfp4(x: torch.Tensor, block_size: int = 32) -> torch.Tensor:
-    """OCP MXFP4: a power-of-two (E8M0) scale per block, E2M1 elements, nearest even.
-
-    Args:
-        x: finite float32, bfloat16 or float16 [N, K].
-        block_size: 32 (the standard's), or 16.
-
-    Returns:
-        float32 [N, K], the rounded values.
-
-    Raises:
-        ValueError: if shape or dtype do not fit, or `x` holds NaN or Inf.
-    """
-    check_matrix(x, "x")
-    check_finite(x, "x")
-    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    for part in _row_chunks(*x.shape):
-        blocks = _blocks(x[part], block_size)
-        largest = blocks.abs().amax(dim=-1, keepdim=True)
-        # frexp is exact for subnormals too: largest = mantissa * 2**power, mantissa in [0.5, 1)
-        exponent = (torch.frexp(largest).exponent - 1 - 2).clamp(min=-127)
-        scale = _double_power_of_two(exponent.to(torch.int64))
-        rounded = _round_to_e2m1(blocks.to(torch.float64) / scale) * scale
-        out[part] = rounded.to(torch.float32).flatten(1)[:, : x.shape[1]]
-    return out
-
-
-def quantize_nvfp4(x: torch.Tensor, block_size: int = 16) -> torch.Tensor:
-    """NVFP4: one float32 scale per tensor, an E4M3 scale per block, E2M1 elements, nearest even.
-
-    Args:
-        x: finite float32, bfloat16 or float16 [N, K].
-        block_size: 16 (the standard's).
-
-    Returns:
-        float32 [N, K], the rounded values.
-
-    Raises:
-        ValueError: if shape or dtype do not fit, or `x` holds NaN or Inf.
-    """
-    check_matrix(x, "x")
-    check_finite(x, "x")
-    largest = x.abs().amax().to(torch.float32) if x.numel() else torch.zeros((), device=x.device)
-    tensor_scale = largest / _divisor(E4M3_MAX * 6, x)
-    if tensor_scale == 0:
-        tensor_scale = torch.ones_like(tensor_scale)
-    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    for part in _row_chunks(*x.shape):
-        blocks = _blocks(x[part], block_size)
-        wanted = blocks.abs().amax(dim=-1, keepdim=True) / _divisor(6.0, x) / tensor_scale
-        block_scale = wanted.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
-        scale = block_scale * tensor_scale
-        quotient = torch.where(scale == 0, 0.0, blocks / scale)
-        rounded = _round_to_e2m1(quotient) * scale
-        out[part] = rounded.flatten(1)[:, : x.shape[1]]
-    return out
-
-
-def _round_to_e2m1(x: torch.Tensor) -> torch.Tensor:
-    """Nearest E2M1 value, ties to even, saturating at 6; dtype kept."""
-    magnitude = x.abs()
-    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
-    # torch.round rounds halves to even, and E2M1's mantissa bit is the parity of x / step
-    return torch.copysign((magnitude / step).round() * step, x).clamp(-6.0, 6.0)
-
-
-def check_matrix(x: torch.Tensor, name: str) -> None:
-    """Raise ValueError unless `x` is 2-D float32, bfloat16 or float16."""
-    _check_dtype(x, name)
-    if x.dim() != 2:
-        raise ValueError(f"{name}: has shape {list(x.shape)}; it must be 2-D [rows, columns]")
-
-
-def check_finite(x: torch.Tensor, name: str) -> None:
-    """Raise ValueError naming the first position if `x` holds NaN or Inf."""
-    finite = x.isfinite()
-    if bool(finite.all()):
-        return
-    position = (~finite).nonzero()[0].tolist()
-    value = float(x[tuple(position)])
-    raise ValueError(
-        f"{name}: {value} at {position}; only finite values can be quantized: repair the tensor or "
-        "leave it in 16 bit"
-    )
-
-
-def check_quantize(
-    x: torch.Tensor,
-    book: Formatbook,
-    block_size: int,
-    rule: str,
-    window: int | None,
-    name: str,
-    finite: bool = False,
-) -> int:
-    """Return the window to use; raise ValueError unless the arguments of ``quantize`` fit.
-
-    `finite` says that the caller knows `x` to be finite.
-    """
-    check_matrix(x, name)
-    check_block_size(block_size)
-    if rule not in book.rules:
-        allowed = " and ".join(map(repr, book.rules))
-        raise ValueError(f"rule: {rule!r} with book {book.name!r}; allowed are {allowed}")
-    largest = book.largest_stored_delta
-    if window is None:
-        window = largest
-    if not 0 <= window <= largest:
-        raise ValueError(f"window: {window} with book {book.name!r}; allowed are 0..{largest}")
-    if not finite:
-        check_finite(x, name)
-    return window
-
-
-def check_linear(
-    x: torch.Tensor,
-    shape: tuple[int, int],
-    bias: torch.Tensor | None,
-    activation_format: str,
-    accumulation: str,
-) -> None:
-    """Raise ValueError unless the arguments of ``dialect_linear`` fit a weight of `shape`."""
-    rows, columns = shape
-    _check_dtype(x, "x")
-    if x.dim() == 0 or x.shape[-1] != columns:
-        raise ValueError(
-            f"x: has shape {list(x.shape)}; its last dimension must be the weight's {columns} "
-            "columns"
-        )
-    if bias is not None and tuple(bias.shape) != (rows,):
-        raise ValueError(f"bias: has shape {list(bias.shape)}; it must be [{rows}]")
-    _check_devices(x, bias=bias)
-    if activation_format not in ACTIVATION_FORMATS:
-        raise ValueError(
-            f"activation_format: {activation_format!r}; allowed are 'dialect', 'fp8' and 'none'"
-        )
-    if accumulation not in ACCUMULATIONS:
-        raise ValueError(f"accumulation: {accumulation!r}; allowed are 'default' and 'exact'")
-
-
-def check_semantic(
-    x: torch.Tensor,
-    shape: tuple[int, int],
-    book: Formatbook,
-    bias: torch.Tensor | None,
-    salient: torch.Tensor | None,
-    group: torch.Tensor | None,
-) -> None:
-    """Raise ValueError unless the arguments of ``semantic_linear`` fit a weight of `shape`."""
-    check_linear(x, shape, bias, "dialect", "exact")
-    if x.dim() not in (2, 3):
-        raise ValueError(f"x: has shape {list(x.shape)}; it must be [B, T, K] or [T, K]")
-    _check_devices(x, salient=salient, group=group)
-    if group is not None:
-        check_group(group, x.shape[:-1], book)
-    if salient is not None:
-        _check_salient(salient, x)
-
-
-def _check_devices(x: torch.Tensor, **others: torch.Tensor | None) -> None:
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(
-                f"{name}: is on {tensor.device}, x on {x.device}; move them to one device"
-            )
-
-
-def _check_salient(salient: torch.Tensor, x: torch.Tensor) -> None:
-    if salient.dtype != torch.int64 or salient.dim() != x.dim() - 1:
-        raise ValueError(
-            f"salient: {salient.dtype} {list(salient.shape)}; it must be torch.int64 "
-            f"{'[B, S]' if x.dim() == 3 else '[S]'}"
-        )
-    if x.dim() == 3 and salient.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"salient: is for {salient.shape[0]} samples, x holds {x.shape[0]}; give one row each"
-        )
-    if salient.numel() and not -1 <= int(salient.min()) <= int(salient.max()) < x.shape[-2]:
-        raise ValueError(
-            f"salient: holds {int(salient.min())}..{int(salient.max())}; x has {x.shape[-2]} "
-            f"tokens, so allowed are -1 (none) to {x.shape[-2] - 1}"
-        )
-
-
-def check_group(group: torch.Tensor, shape: torch.Size, book: Formatbook) -> None:
-    """Raise ValueError unless `group` numbers tokens of `shape` and the book has the LUT rule."""
-    if book.online_rule != "lut":
-        raise ValueError(
-            f"group: tokens cannot share variants of book {book.name!r}; use the 32-dialect book"
-        )
-    if group.dtype not in _INTEGERS or group.shape != shape:
-        raise ValueError(
-            f"group: {group.dtype} {list(group.shape)}; it must be integers {list(shape)}"
-        )
-    if group.numel() and not -1 <= int(group.min()) <= int(group.max()) <= _LARGEST_GROUP:
-        raise ValueError(
-            f"group: holds {int(group.min())}..{int(group.max())}; allowed are -1..{_LARGEST_GROUP}"
-        )
-
-
-def as_tokens(x: torch.Tensor) -> torch.Tensor:
-    """View or copy [..., K] as [T, K]; unlike ``reshape(-1, K)`` it takes K = 0."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-def _check_dtype(x: torch.Tensor, name: str) -> None:
-    if x.dtype not in _DTYPES:
-        raise ValueError(
-            f"{name}: has dtype {x.dtype}; allowed are float32, bfloat16 and float16: convert it "
-            "first"
-        )
-
-
-def _divisor(value: float, x: torch.Tensor) -> torch.Tensor:
-    """`value` as a tensor: on CUDA, a division by a Python number multiplies by its reciprocal."""
-    return torch.full((), value, device=x.device)
-
-
-def _double_power_of_two(exponent: torch.Tensor) -> torch.Tensor:
-    """``2**exponent`` as float64, exact (torch.exp2 need not be), for int64 in -1022..1023."""
-    bits: torch.Tensor = (exponent + 1023) << 52
-    return bits.view(torch.float64)
-
-
-def _row_chunks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of rows of about `_CHUNK_ELEMENTS` elements each."""
-    step = max(1, _CHUNK_ELEMENTS // max(1, columns))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
-
-
-def _take(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """``table[index]`` for a 1-D table; index_select is several times faster than indexing."""
-    return table.index_select(0, index.flatten()).view(index.shape)
-
-
-@lru_cache(maxsize=64)
-def _table(book: Formatbook, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """One of the book's tables, flattened, as a tensor."""
-    return torch.tensor(getattr(book, name), dtype=dtype, device=device).flatten()
+    return take(table, index).flatten(1)

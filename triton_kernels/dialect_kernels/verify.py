@@ -29,7 +29,14 @@ from . import ops, reference
 from .formatbook import book_by_name
 from .packed import PackedTensor
 
-__all__ = ["Backend", "CheckResult", "available_backends", "golden_vectors", "verify", "verify_one"]
+__all__ = [
+    "CheckResult",
+    "Implementation",
+    "available_backends",
+    "golden_vectors",
+    "verify",
+    "verify_one",
+]
 
 Case: TypeAlias = dict[str, Any]
 
@@ -40,7 +47,7 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class Backend:
+class Implementation:
     """An implementation of the public functions, and the device its tensors live on."""
 
     name: str
@@ -67,17 +74,13 @@ def golden_vectors() -> Case:
     return vectors
 
 
-def available_backends() -> dict[str, Backend]:
-    """``reference``; ``cpu``: the public functions; ``cuda``: the same there, if there is a GPU."""
+def available_backends() -> dict[str, Implementation]:
+    """``reference``, and the public functions on each device: ``cpu``, ``cuda`` if there is one."""
     cpu = torch.device("cpu")
-    backends = [
-        Backend("reference", cpu, reference.quantize, reference.dialect_linear),
-        Backend("cpu", cpu, ops.quantize, ops.dialect_linear),
-    ]
-    if torch.cuda.is_available():
-        cuda = torch.device("cuda")
-        backends.append(Backend("cuda", cuda, ops.quantize, ops.dialect_linear))
-    return {backend.name: backend for backend in backends}
+    found = [Implementation("reference", cpu, reference.quantize, reference.dialect_linear)]
+    for device in ops.devices():
+        found.append(Implementation(device.type, device, ops.quantize, ops.dialect_linear))
+    return {implementation.name: implementation for implementation in found}
 
 
 def verify(backends: Sequence[str] | None = None) -> list[CheckResult]:
@@ -95,7 +98,7 @@ def verify(backends: Sequence[str] | None = None) -> list[CheckResult]:
     return [result for name in chosen for result in verify_one(available[name])]
 
 
-def verify_one(backend: Backend, vectors: Case | None = None) -> list[CheckResult]:
+def verify_one(backend: Implementation, vectors: Case | None = None) -> list[CheckResult]:
     """Run every golden vector on one back end; a case that raises has failed."""
     vectors = golden_vectors() if vectors is None else vectors
     results = []
@@ -108,7 +111,7 @@ def verify_one(backend: Backend, vectors: Case | None = None) -> list[CheckResul
     return results
 
 
-def _check_quantize(backend: Backend, vectors: Case, case: Case) -> Iterator[str]:
+def _check_quantize(backend: Implementation, vectors: Case, case: Case) -> Iterator[str]:
     x = _tensor(vectors["inputs"][case["input"]], backend.device)
     p = backend.quantize(
         x, book_by_name(case["book"]), case["block_size"], case["rule"], case["window"]
@@ -117,7 +120,7 @@ def _check_quantize(backend: Backend, vectors: Case, case: Case) -> Iterator[str
         yield from _difference(field, getattr(p, field), _tensor(expected, backend.device))
 
 
-def _check_decode(backend: Backend, vectors: Case, case: Case) -> Iterator[str]:
+def _check_decode(backend: Implementation, vectors: Case, case: Case) -> Iterator[str]:
     p = _packed(vectors, case, backend.device)
     expected = _tensor(case["expected"]["e4m3"], backend.device)
     scale = _tensor(case["expected"]["scale"], backend.device)
@@ -128,7 +131,7 @@ def _check_decode(backend: Backend, vectors: Case, case: Case) -> Iterator[str]:
     yield from _difference("dequantize()", p.dequantize(torch.float32), values)
 
 
-def _check_round_activation(backend: Backend, vectors: Case, case: Case) -> Iterator[str]:
+def _check_round_activation(backend: Implementation, vectors: Case, case: Case) -> Iterator[str]:
     """Rounded activations are seen through a weight that is the identity matrix."""
     x = _tensor(vectors["inputs"][case["input"]], backend.device)
     identity = torch.eye(x.shape[1], device=backend.device)
@@ -138,7 +141,7 @@ def _check_round_activation(backend: Backend, vectors: Case, case: Case) -> Iter
     yield from _difference("values", y, expected)
 
 
-def _check_linear(backend: Backend, vectors: Case, case: Case) -> Iterator[str]:
+def _check_linear(backend: Implementation, vectors: Case, case: Case) -> Iterator[str]:
     x = _tensor(vectors["inputs"][case["input"]], backend.device)
     bias = case["bias"] and _tensor(vectors["inputs"][case["bias"]], backend.device)
     weight = _packed(vectors, vectors["cases"][case["weight"]], backend.device)
@@ -152,7 +155,7 @@ def _check_linear(backend: Backend, vectors: Case, case: Case) -> Iterator[str]:
     yield from _first("y (accumulation default)", outside | (y.isnan() != expected.isnan()), y)
 
 
-_KINDS: dict[str, Callable[[Backend, Case, Case], Iterator[str]]] = {
+_KINDS: dict[str, Callable[[Implementation, Case, Case], Iterator[str]]] = {
     "quantize": _check_quantize,
     "decode": _check_decode,
     "round_activation": _check_round_activation,

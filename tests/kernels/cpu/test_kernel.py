@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dialect_kernels import DIALECT_FP4, SEMANTIC_32, PackedTensor, cpu, reference
+from dialect_kernels.cpu import calls
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"no CPU kernel: {cpu.why_not()}")
 
@@ -56,11 +57,6 @@ def assert_bits(got: torch.Tensor, want: torch.Tensor) -> None:
     assert torch.equal(*zeroed)
 
 
-def linear(x: torch.Tensor, p: PackedTensor, bias, activation_format: str, **options):
-    weight = (p.codes, p.meta, p.row_exponent, p.shape[1], p.book, p.block_size)
-    return cpu.linear(x, *weight, activation_format, bias, **options)
-
-
 def any_bytes(rows: int, columns: int, book, block_size: int, seed: int) -> PackedTensor:
     """A weight whose bytes are random: reserved deltas, code 8, any row exponent."""
     generator = torch.Generator().manual_seed(seed)
@@ -93,7 +89,7 @@ def test_linear_is_the_reference_at_every_edge(book, block_size, activation_form
         bias = random(1, rows, seed=2000 + i)[0].to(dtype) if i % 2 else None
         want = reference.dialect_linear(x, p, bias, activation_format)
         for tokens, instructions in product(TOKENS, INSTRUCTIONS):
-            got = linear(x[:tokens], p, bias, activation_format, instructions=instructions)
+            got = calls.linear(x[:tokens], p, bias, activation_format, instructions=instructions)
             assert_bits(got, want[:tokens])
 
 
@@ -103,21 +99,21 @@ def test_one_by_one_and_with_any_number_of_threads(book, activation_format):
     """More tokens than one tile, more groups than one task."""
     p = reference.quantize(random(150, 320, seed=1), book)
     x = random(200, 320, seed=2).to(torch.bfloat16)
-    batched = linear(x, p, None, activation_format, threads=1)
-    one_by_one = torch.cat([linear(row[None], p, None, activation_format) for row in x])
+    batched = calls.linear(x, p, None, activation_format, threads=1)
+    one_by_one = torch.cat([calls.linear(row[None], p, None, activation_format) for row in x])
     assert_bits(one_by_one, batched)
     for threads, instructions in product([1, 2, 3, 4], INSTRUCTIONS):
         options = {"threads": threads, "instructions": instructions}
-        assert_bits(linear(x, p, None, activation_format, **options), batched)
+        assert_bits(calls.linear(x, p, None, activation_format, **options), batched)
     assert_bits(batched[:3], reference.dialect_linear(x[:3], p, None, activation_format))
 
 
 def test_a_hundred_runs_are_identical():
     p = reference.quantize(random(64, 256, seed=1))
     x = random(5, 256, seed=2)
-    first = linear(x, p, None, "dialect", threads=4)
+    first = calls.linear(x, p, None, "dialect", threads=4)
     for _ in range(100):
-        assert_bits(linear(x, p, None, "dialect", threads=4), first)
+        assert_bits(calls.linear(x, p, None, "dialect", threads=4), first)
 
 
 @by_format
@@ -129,7 +125,7 @@ def test_a_token_that_is_not_finite_is_nan_and_alone(book, block_size, activatio
     x[1, 5], x[3, 127], x[4, 0] = torch.nan, torch.inf, -torch.inf
     for dtype, instructions in product(DTYPES, INSTRUCTIONS):
         tokens = x.to(dtype)
-        got = linear(tokens, p, None, activation_format, instructions=instructions)
+        got = calls.linear(tokens, p, None, activation_format, instructions=instructions)
         assert_bits(got, reference.dialect_linear(tokens, p, None, activation_format))
         if activation_format != "none":
             assert got[[1, 3, 4]].isnan().all()
@@ -145,9 +141,8 @@ def test_any_byte_is_safe_and_means_what_the_reference_says(book, block_size, ac
     want = reference.dialect_linear(x, p, None, activation_format)
     assert want[:, -1].isnan().all()
     for instructions in INSTRUCTIONS:
-        assert_bits(linear(x, p, None, activation_format, instructions=instructions), want)
-    decoded = cpu.dequantize(p.codes, p.meta, p.row_exponent, 256, book, block_size)
-    assert_bits(decoded, p.dequantize(torch.float32))
+        assert_bits(calls.linear(x, p, None, activation_format, instructions=instructions), want)
+    assert_bits(calls.dequantize(p), p.dequantize(torch.float32))
 
 
 @by_format
@@ -161,7 +156,7 @@ def test_tiny_and_huge_activations(exponent, activation_format):
     x[2, :5] = 0
     want = reference.dialect_linear(x, p, None, activation_format)
     for instructions in INSTRUCTIONS:
-        assert_bits(linear(x, p, None, activation_format, instructions=instructions), want)
+        assert_bits(calls.linear(x, p, None, activation_format, instructions=instructions), want)
 
 
 @by_format
@@ -175,7 +170,7 @@ def test_outputs_are_rounded_once_to_nearest_even(activation_format):
     bits[:, 32:40] = bits[:, 32:40] & -0x10000 | 0x8000  # halfway between two bfloat16
     for bias in bits.view(torch.float32):
         for dtype in DTYPES:
-            got = linear(torch.zeros(1, 32, dtype=dtype), p, bias, activation_format)
+            got = calls.linear(torch.zeros(1, 32, dtype=dtype), p, bias, activation_format)
             assert_bits(got[0], bias.to(dtype))
 
 
@@ -185,7 +180,7 @@ def test_half_precision_inputs_are_read_exactly():
     for dtype in (torch.float16, torch.bfloat16):
         x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(-1, 32)
         x = torch.where(x.isfinite(), x, 0)
-        assert_bits(linear(x, one, None, "none"), x[:, :8] + 0.0)
+        assert_bits(calls.linear(x, one, None, "none"), x[:, :8] + 0.0)
 
 
 def adversarial(rule: str) -> dict[str, torch.Tensor]:
@@ -229,21 +224,24 @@ def test_quantizer_gives_the_bytes_of_the_reference(book, rule, block_size):
             want = reference.quantize(x, book, block_size, rule, window)
             below = reference.blocks_below_window(x, block_size, window)
             for instructions in INSTRUCTIONS:
-                got = cpu.quantize(x, book, block_size, rule, window, instructions=instructions)
+                got, counted = calls.quantize(
+                    x, book, block_size, rule, window, instructions=instructions
+                )
                 case = f"{name}, {dtype}, window {window}, {instructions}"
                 assert torch.equal(got.row_exponent, want.row_exponent), case
                 assert torch.equal(got.meta, want.meta), case
                 assert torch.equal(got.codes, want.codes), case
-                assert torch.equal(got.blocks_below_window, below), case
+                assert torch.equal(counted, below), case
 
 
 @by_book
 def test_quantizer_with_any_number_of_threads_and_empty_matrices(book):
     x = random(37, 128, seed=18)
-    first = cpu.quantize(x, book, 32, "mse", 7, threads=1)
+    first, counted = calls.quantize(x, book, 32, "mse", 7, threads=1)
     for threads in (2, 3, 4):
-        again = cpu.quantize(x, book, 32, "mse", 7, threads=threads)
-        assert all(map(torch.equal, again, first))
+        again, count = calls.quantize(x, book, 32, "mse", 7, threads=threads)
+        assert all(map(torch.equal, again.tensors, first.tensors))
+        assert torch.equal(count, counted)
     for shape in ((0, 64), (3, 0)):
         empty = torch.zeros(shape)
         got, want = cpu.quantize(empty, book, 32, "mse", 7), reference.quantize(empty, book)
@@ -264,12 +262,12 @@ def test_quantizer_survives_what_its_callers_refuse():
 def test_several_python_threads_at_once():
     p = reference.quantize(random(64, 256, seed=20))
     xs = [random(6, 256, seed=21 + i) for i in range(4)]
-    want = [linear(x, p, None, "dialect") for x in xs]
+    want = [calls.linear(x, p, None, "dialect") for x in xs]
     wrong = []
 
     def work(i: int) -> None:
         for _ in range(50):
-            if not torch.equal(linear(xs[i], p, None, "dialect", threads=3), want[i]):
+            if not torch.equal(calls.linear(xs[i], p, None, "dialect", threads=3), want[i]):
                 wrong.append(i)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
@@ -283,17 +281,17 @@ def test_several_python_threads_at_once():
 def test_a_forked_process_gets_threads_of_its_own():
     p = reference.quantize(random(64, 256, seed=30))
     x = random(6, 256, seed=31)
-    want = linear(x, p, None, "dialect", threads=2)
+    want = calls.linear(x, p, None, "dialect", threads=2)
     child = os.fork()
     if child == 0:
-        same = torch.equal(linear(x, p, None, "dialect", threads=2), want)
+        same = torch.equal(calls.linear(x, p, None, "dialect", threads=2), want)
         os._exit(0 if same else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 
 CALL_AND_LOOK = """
 before = set(os.listdir("/proc/self/task"))
-cpu.quantize(torch.ones(256, 64), DIALECT_FP4, 32, "mse", 13, threads=2)
+calls.quantize(torch.ones(256, 64), DIALECT_FP4, 32, "mse", 13, threads=2)
 started = set(os.listdir("/proc/self/task")) - before
 name_of = lambda task: open(f"/proc/self/task/{task}/comm").read().strip()
 (helper,) = [task for task in started if name_of(task) == "dialect-helper"]
@@ -302,7 +300,8 @@ print(*sorted(os.sched_getaffinity(0)), "|", *sorted(os.sched_getaffinity(int(he
 PINNED_LATE = f"""
 import os, threading
 import torch
-from dialect_kernels import DIALECT_FP4, cpu
+from dialect_kernels import DIALECT_FP4
+from dialect_kernels.cpu import calls
 end = threading.Event()
 threading.Thread(target=end.wait, daemon=True).start()  # keeps both CPUs
 os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})
@@ -312,7 +311,8 @@ end.set()
 PINNED_EARLY = f"""
 import os
 import torch
-from dialect_kernels import DIALECT_FP4, cpu
+from dialect_kernels import DIALECT_FP4
+from dialect_kernels.cpu import calls
 os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})  # the only thread there is
 {CALL_AND_LOOK}
 """
@@ -351,30 +351,29 @@ def test_bad_arguments_are_refused():
     p = reference.quantize(random(8, 64, seed=32))
     x = random(2, 64, seed=33)
     with pytest.raises(ValueError, match=r"x: has shape \[2, 63\]"):
-        linear(x[:, :63], p, None, "dialect")
+        calls.linear(x[:, :63], p, None, "dialect")
     with pytest.raises(ValueError, match=r"bias: has shape \[7\]"):
-        linear(x, p, torch.zeros(7), "dialect")
-    with pytest.raises(ValueError, match=r"meta: torch.uint8 \[8, 1\]"):
-        cpu.linear(x, p.codes, p.meta[:, :1], p.row_exponent, 64, p.book, 32, "dialect")
+        calls.linear(x, p, torch.zeros(7), "dialect")
+    with pytest.raises(ValueError, match="weight: is on meta; it must be on cpu"):
+        calls.linear(x, p.to("meta"), None, "dialect")
     with pytest.raises(ValueError, match="instructions: 'sse'"):
-        linear(x, p, None, "dialect", instructions="sse")
+        calls.linear(x, p, None, "dialect", instructions="sse")
     with pytest.raises(ValueError, match="rule 'lut'"):
         cpu.quantize(x, DIALECT_FP4, 32, "lut", 13)
     for block_size in (8, 128):
         with pytest.raises(ValueError, match=f"block_size: {block_size}; allowed are 16, 32 and"):
             cpu.quantize(x, DIALECT_FP4, block_size, "mse", 13)
-        with pytest.raises(ValueError, match=f"block_size: {block_size}; allowed are 16, 32 and"):
-            cpu.linear(x, p.codes, p.meta, p.row_exponent, 64, p.book, block_size, "dialect")
     with pytest.raises(ValueError, match=r"x: torch.float64 on cpu"):
         cpu.quantize(x.double(), DIALECT_FP4, 32, "mse", 13)
     with pytest.raises(ValueError, match=r"bias: has shape \[8\] on meta"):
-        linear(x, p, torch.zeros(8, device="meta"), "dialect")
+        calls.linear(x, p, torch.zeros(8, device="meta"), "dialect")
 
 
 def test_strided_inputs():
     p = reference.quantize(random(9, 64, seed=34))
     x = random(64, 6, seed=35).t()
-    assert_bits(linear(x, p, None, "dialect"), linear(x.contiguous(), p, None, "dialect"))
+    want = calls.linear(x.contiguous(), p, None, "dialect")
+    assert_bits(calls.linear(x, p, None, "dialect"), want)
     got = cpu.quantize(x, DIALECT_FP4, 32, "mse", 13)
     assert torch.equal(got.codes, reference.quantize(x).codes)
 

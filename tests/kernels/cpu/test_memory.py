@@ -61,7 +61,8 @@ PEAK = """
 import sys
 from pathlib import Path
 import torch
-from dialect_kernels import DIALECT_FP4, cpu
+from dialect_kernels import DIALECT_FP4, PackedTensor
+from dialect_kernels.cpu import calls
 
 def memory(field):  # KiB
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -74,25 +75,26 @@ def growth(call):
     return memory("VmHWM") - before
 
 rows = columns = 4096
-weight = [
-    torch.ones(rows, columns // 2, dtype=torch.uint8),
-    torch.ones(rows, columns // 32, dtype=torch.uint8),
-    torch.zeros(rows, dtype=torch.int8),
-]
+def weight(rows, columns):
+    codes = torch.ones(rows, columns // 2, dtype=torch.uint8)
+    meta = torch.ones(rows, columns // 32, dtype=torch.uint8)
+    row_exponent = torch.zeros(rows, dtype=torch.int8)
+    return PackedTensor(codes, meta, row_exponent, (rows, columns), DIALECT_FP4, 32)
+
+p = weight(rows, columns)
 x, salient = torch.ones(8, columns), torch.arange(8)
-arguments = (*weight, columns, DIALECT_FP4, 32)
 options = {"threads": 2, "instructions": sys.argv[1]}
-calls = {
-    name: lambda name=name: cpu.linear(x, *arguments, name, **options)
+measured = {
+    name: lambda name=name: calls.linear(x, p, None, name, **options)
     for name in ("dialect", "fp8", "none")
 }
-calls["salient"] = lambda: cpu.decomposed_linear(x, None, salient, *arguments, **options)
-calls["decoded"] = lambda: cpu.dequantize(*arguments)
+measured["salient"] = lambda: calls.decomposed_linear(x, p, None, salient, **options)
+measured["decoded"] = lambda: calls.dequantize(p)
 small = torch.ones(8, 64)
-few = [weight[0][:8, :32].contiguous(), weight[1][:8, :2].contiguous(), weight[2][:8]]
+few = weight(8, 64)
 for name in ("dialect", "fp8", "none"):  # threads, and whatever else the first call makes
-    cpu.linear(small, *few, 64, DIALECT_FP4, 32, name, **options)
-for name, call in calls.items():
+    calls.linear(small, few, None, name, **options)
+for name, call in measured.items():
     print(name, growth(call))
 """
 

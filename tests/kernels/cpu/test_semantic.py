@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dialect_kernels import DIALECT_FP4, SEMANTIC_32, PackedTensor, cpu, ops, reference
+from dialect_kernels.cpu import calls
 from dialect_kernels.formatbook import Formatbook
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"no CPU kernel: {cpu.why_not()}")
@@ -14,6 +15,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INSTRUCTIONS = (
     cpu.INSTRUCTIONS[: cpu.INSTRUCTIONS.index(cpu.features()) + 1] if cpu.available() else ()
 )
+NOBODY = torch.empty(0, dtype=torch.int64)
 WAYS = [
     {"instructions": instructions, "threads": threads}
     for instructions, threads in product(INSTRUCTIONS, (1, 2, 3))
@@ -98,10 +100,21 @@ def products(
     """float32 [T + S, N] from the kernel."""
     variants = None
     if group is not None:
-        costs = cpu.variant_costs(x, p.book, p.block_size, **way)
+        costs = calls.variant_costs(x, p.book, p.block_size, **way)
         variants = reference.group_variants(costs, group)
-    weight = (p.codes, p.meta, p.row_exponent, p.shape[1], p.book, p.block_size)
-    return cpu.decomposed_linear(x, variants, salient, *weight, **way)
+    return calls.decomposed_linear(x, p, variants, salient, **way)
+
+
+def rounded(
+    x: torch.Tensor,
+    variants: torch.Tensor | None,
+    book: Formatbook,
+    block_size: int,
+    **way: object,
+) -> torch.Tensor:
+    """The rounded values of tokens: their products with the identity matrix."""
+    identity = reference.quantize(torch.eye(x.shape[1]), book, block_size)
+    return calls.decomposed_linear(x, identity, variants, NOBODY, **way)
 
 
 def expected(
@@ -152,9 +165,8 @@ def test_every_edge(book, block_size):
             for way in WAYS:
                 assert_bits(products(x, salient, p, group, **way), want, (rows, columns, way))
     no_token = torch.empty(0, 64)
-    none = torch.empty(0, dtype=torch.int64)
     p = reference.quantize(random(9, 64, seed=40), book, block_size)
-    assert products(no_token, none, p).shape == (0, 9)
+    assert products(no_token, NOBODY, p).shape == (0, 9)
 
 
 @by_dtype
@@ -165,7 +177,7 @@ def test_rounded_values_are_those_of_the_reference(book, block_size, dtype):
         x = data.to(dtype)
         want = reference.round_activation(x, book, block_size)
         for way in WAYS:
-            got = cpu.round_activation(x, None, book, block_size, **way)
+            got = rounded(x, None, book, block_size, **way)
             assert_bits(got, want, (name, way))
 
 
@@ -173,9 +185,9 @@ def test_rounded_values_are_those_of_the_reference(book, block_size, dtype):
 def test_rounded_values_of_groups_are_those_of_the_reference(block_size):
     group = torch.tensor([0, 0, -1, 9, 0, 9])
     for (name, x), way in product(adversarial(130).items(), WAYS):
-        costs = cpu.variant_costs(x, SEMANTIC_32, block_size, **way)
+        costs = calls.variant_costs(x, SEMANTIC_32, block_size, **way)
         variants = reference.group_variants(costs, group)
-        got = cpu.round_activation(x, variants, SEMANTIC_32, block_size, **way)
+        got = rounded(x, variants, SEMANTIC_32, block_size, **way)
         want = reference.round_activation(x, SEMANTIC_32, block_size, group)
         assert_bits(got, want, (name, way))
 
@@ -189,28 +201,28 @@ def test_costs_are_those_of_the_reference(block_size, dtype):
         want = torch.zeros(6, -(-130 // block_size), 4, dtype=torch.int32)
         want[finite] = reference.variant_costs(x[finite], SEMANTIC_32, block_size)
         for way in WAYS:
-            got = cpu.variant_costs(x, SEMANTIC_32, block_size, **way)
+            got = calls.variant_costs(x, SEMANTIC_32, block_size, **way)
             assert torch.equal(got, want), (name, way)
 
 
 @by_block_size
 @by_book
-def test_any_variant_can_be_asked_for(book, block_size):
+def test_any_variant_can_be_chosen(book, block_size):
     """Not only those that a group would choose: every dialect of a block's range can be had."""
     x = random(40, 192, seed=50)
     variants = any_variants(40, 192 // block_size, book)
-    free = cpu.round_activation(x, torch.full_like(variants, -1), book, block_size)
+    free = rounded(x, torch.full_like(variants, -1), book, block_size)
     assert_bits(free, reference.round_activation(x, book, block_size))
-    first = cpu.round_activation(x, variants, book, block_size, threads=1, instructions="scalar")
+    first = rounded(x, variants, book, block_size, threads=1, instructions="scalar")
     assert not torch.equal(first, free)
     for way in WAYS:
-        assert_bits(cpu.round_activation(x, variants, book, block_size, **way), first, way)
+        assert_bits(rounded(x, variants, book, block_size, **way), first, way)
     for b in range(192 // block_size):
         for variant in range(book.variants):
             one = torch.full_like(variants, -1)
             one[:, b] = variant
             part = slice(b * block_size, (b + 1) * block_size)
-            alone = cpu.round_activation(x, one, book, block_size)
+            alone = rounded(x, one, book, block_size)
             chosen = variants[:, b] == variant
             assert torch.equal(alone[chosen, part], first[chosen, part])
 
@@ -221,8 +233,7 @@ def test_one_by_one_is_the_batch(book):
     x = random(120, 320, seed=61).to(torch.bfloat16)
     salient = torch.arange(119, -1, -7)
     batch = products(x, salient, p, threads=3)
-    nobody = torch.empty(0, dtype=torch.int64)
-    rows = [products(row[None], nobody, p) for row in x]
+    rows = [products(row[None], NOBODY, p) for row in x]
     rows += [products(x[t : t + 1], torch.tensor([0]), p)[1:] for t in salient]
     assert_bits(torch.cat(rows), batch)
 
@@ -267,8 +278,7 @@ def test_the_op_is_the_reference(book, dtype):
 
 
 def op_arguments(x, p, bias, salient, group):
-    weight = (p.codes, p.meta, p.row_exponent)
-    return (x, *weight, bias, p.shape[1], p.book.name, p.block_size, salient, group)
+    return (x, *p.op_arguments(bias), salient, group)
 
 
 def cases():
@@ -299,34 +309,33 @@ def test_it_compiles_without_a_graph_break(dynamic):
 def test_bad_arguments_are_refused():
     p = reference.quantize(random(8, 64, seed=90), SEMANTIC_32)
     x, salient = random(2, 64, seed=91), torch.tensor([0])
-    weight = (p.codes, p.meta, p.row_exponent, 64, p.book, 32)
     variants = torch.zeros(2, 2, dtype=torch.int8)
     with pytest.raises(ValueError, match=r"x: has shape \[2, 63\]; it must be \[T, 64\]"):
-        cpu.decomposed_linear(x[:, :63], None, salient, *weight)
+        calls.decomposed_linear(x[:, :63], p, None, salient)
     with pytest.raises(ValueError, match=r"salient: holds tokens outside 0\.\.1"):
-        cpu.decomposed_linear(x, None, torch.tensor([2]), *weight)
+        calls.decomposed_linear(x, p, None, torch.tensor([2]))
     with pytest.raises(
         ValueError, match=r"salient: torch.int32 \[1\] on cpu; it must be torch.int64 \[S\]"
     ):
-        cpu.decomposed_linear(x, None, salient.int(), *weight)
+        calls.decomposed_linear(x, p, None, salient.int())
     with pytest.raises(ValueError, match=r"salient: torch.int64 \[1, 1\] .* \[S\]"):
-        cpu.decomposed_linear(x, None, salient[None], *weight)
+        calls.decomposed_linear(x, p, None, salient[None])
     with pytest.raises(ValueError, match=r"variants: torch.int8 \[2, 1\] .*torch.int8 \[2, 2\]"):
-        cpu.decomposed_linear(x, variants[:, :1], salient, *weight)
+        calls.decomposed_linear(x, p, variants[:, :1], salient)
     with pytest.raises(ValueError, match=r"variants: torch.int32 \[2, 2\] .*torch.int8"):
-        cpu.round_activation(x, variants.int(), p.book, 32)
+        calls.decomposed_linear(x, p, variants.int(), salient)
     with pytest.raises(ValueError, match=r"variants: holds 4\.\.4; allowed are -1\.\.3"):
-        cpu.round_activation(x, variants + 4, p.book, 32)
+        calls.decomposed_linear(x, p, variants + 4, salient)
     with pytest.raises(ValueError, match=r"variants: holds -2\.\.-2; allowed are -1\.\.3"):
-        cpu.round_activation(x, variants - 2, p.book, 32)
+        calls.decomposed_linear(x, p, variants - 2, salient)
     for way in (x.double(), x.to("meta")):
         with pytest.raises(
             ValueError, match=r"x: .*; it must be float32, bfloat16 or float16 on cpu"
         ):
-            cpu.decomposed_linear(way, None, salient, *weight)
+            calls.decomposed_linear(way, p, None, salient)
         with pytest.raises(
             ValueError, match=r"x: .*; it must be float32, bfloat16 or float16 on cpu"
         ):
-            cpu.linear(way, *weight, "dialect")
+            calls.linear(way, p, None, "dialect")
     with pytest.raises(ValueError, match="instructions: 'sse'"):
-        cpu.variant_costs(x, p.book, 32, instructions="sse")
+        calls.variant_costs(x, p.book, 32, instructions="sse")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dialect_kernels import DIALECT_FP4, SEMANTIC_32, PackedTensor, cpu, reference
+from dialect_kernels.cpu import calls
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"no CPU kernel: {cpu.why_not()}")
 
@@ -39,9 +40,8 @@ def check(x: torch.Tensor, p: PackedTensor, bias: torch.Tensor | None = None) ->
     """Every instruction set gives the reference's bits, for a batch, its parts and one by one."""
     want = reference.dialect_linear(x, p, bias, "none")
     whole = slice(None)
-    arguments = (p.codes, p.meta, p.row_exponent, p.shape[1], p.book, p.block_size, "none", bias)
     for instructions, part in product(INSTRUCTIONS, [whole, *map(slice, range(len(x)), (1, 3))]):
-        y = cpu.linear(x[part], *arguments, threads=2, instructions=instructions)
+        y = calls.linear(x[part], p, bias, "none", threads=2, instructions=instructions)
         assert torch.equal(y.isnan(), want[part].isnan()), (instructions, part)
         assert torch.equal(y.nan_to_num(0.5), want[part].nan_to_num(0.5)), (instructions, part)
 
@@ -160,7 +160,6 @@ def test_many_tokens_of_both_kinds():
     x[::3] = random(77, 320, seed=11)
     p = reference.quantize(random(40, 320, seed=12) * 0.05)
     want = reference.dialect_linear(x, p, None, "none")
-    arguments = (p.codes, p.meta, p.row_exponent, 320, p.book, 32, "none")
     for instructions, threads in product(INSTRUCTIONS, (1, 2, 3)):
         options = {"instructions": instructions, "threads": threads}
-        assert torch.equal(cpu.linear(x, *arguments, **options), want)
+        assert torch.equal(calls.linear(x, p, None, "none", **options), want)

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from dialect_kernels import DIALECT_FP4
-from dialect_kernels.reference import quantize_fp8, round_activation
+from dialect_kernels.baselines import quantize_fp8
+from dialect_kernels.reference import round_activation
 from tests.support import brute_force as brute
 from tests.support.format_checks import BLOCK_SIZES, BOOKS, as_float32, data
 

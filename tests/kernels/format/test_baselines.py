@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dialect_kernels.reference import quantize_mxfp4, quantize_nvfp4
+from dialect_kernels.baselines import quantize_mxfp4, quantize_nvfp4
 from tests.support import brute_force as brute
 from tests.support.format_checks import as_float32, data
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dialect_kernels import DIALECT_FP4, SEMANTIC_32, quantize
-from dialect_kernels.reference import quantize_mxfp4, quantize_nvfp4
+from dialect_kernels.baselines import quantize_mxfp4, quantize_nvfp4
 
 ROUND = {
     "MXFP4-32": quantize_mxfp4,

@@ -7,7 +7,7 @@ has the reference's bytes and is fast enough.
 import pytest
 import torch
 
-from dialect_kernels import DIALECT_FP4, SEMANTIC_32, cpu, quantize, reference
+from dialect_kernels import DIALECT_FP4, SEMANTIC_32, cpu, quantize, reference, baselines
 from dialect_kernels.formatbook import BLOCK_SIZES
 from tests.support.quantizer_cases import (
     adversarial,
@@ -66,7 +66,7 @@ def test_fp8_tokens(dtype):
     for x in (adversarial(32), tensor(33, 4096), tensor(5, 9024, 1)):
         x = x.to(dtype)
         q, scale = quantize_activation_fp8(x.to(DEVICE))
-        want, want_scale = reference.quantize_fp8(x)
+        want, want_scale = baselines.quantize_fp8(x)
         finite = x.isfinite().all(dim=1)
         assert torch.equal(q.view(torch.uint8).cpu()[finite], want.view(torch.uint8)[finite])
         assert torch.equal(scale.cpu()[finite], want_scale[finite])

@@ -1,1 +1,135 @@
-"""The Triton kernels and what launches them."""
+"""The GPU back end: Triton kernels, launched on the GPU that holds the tensors.
+
+Triton is imported by the first call that needs it. With ``TRITON_INTERPRET=1`` the kernels also run
+on the CPU, in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
+
+from ..backend import Quantized
+from ..formatbook import Formatbook
+from ..packed import PackedTensor
+from ..reference import blocks_below_window
+
+__all__ = [
+    "covers",
+    "dequantize",
+    "dialect_linear",
+    "quantize",
+    "quantize_counted",
+    "runs_on",
+    "semantic_linear",
+    "warm_up",
+]
+
+_log = logging.getLogger(__name__)
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether `device` is a GPU of compute capability 8.0, or the CPU of Triton's interpreter."""
+    if not _may_run_on(device):
+        return False
+    from . import linear
+
+    return linear.runs_on(device)
+
+
+def covers(x: torch.Tensor, p: PackedTensor, activation_format: str, accumulation: str) -> bool:
+    """Whether the kernels compute this product; see :func:`dialect_kernels.gpu.linear.covers`."""
+    if not _may_run_on(x.device):
+        return False
+    from . import linear
+
+    return linear.covers(x, p, activation_format, accumulation)
+
+
+def quantize(
+    x: torch.Tensor, book: Formatbook, block_size: int, rule: str, window: int
+) -> PackedTensor:
+    """See :class:`~dialect_kernels.backend.Backend`."""
+    from . import quantize_packed
+
+    with _current(x.device):
+        return quantize_packed.quantize_weight(x, book, block_size, rule, window)
+
+
+def quantize_counted(
+    x: torch.Tensor, book: Formatbook, block_size: int, rule: str, window: int
+) -> Quantized:
+    """See :class:`~dialect_kernels.backend.Backend`; torch counts the blocks."""
+    packed = quantize(x, book, block_size, rule, window)
+    return Quantized(packed, blocks_below_window(x, block_size, window))
+
+
+def dequantize(p: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
+    """See :class:`~dialect_kernels.backend.Backend`; torch decodes."""
+    return p.dequantize(dtype)
+
+
+def dialect_linear(
+    tokens: torch.Tensor,
+    p: PackedTensor,
+    bias: torch.Tensor | None,
+    activation_format: str,
+    accumulation: str,
+) -> torch.Tensor:
+    """See :class:`~dialect_kernels.backend.Backend`."""
+    from . import linear
+
+    with _current(tokens.device):
+        return linear.dialect_linear(tokens, p, bias, activation_format, accumulation)
+
+
+def semantic_linear(
+    tokens: torch.Tensor,
+    p: PackedTensor,
+    bias: torch.Tensor | None,
+    salient: torch.Tensor | None,
+    group: torch.Tensor | None,
+) -> torch.Tensor:
+    """See :class:`~dialect_kernels.backend.Backend`; never waits for the GPU."""
+    from . import linear
+
+    with _current(tokens.device):
+        return linear.semantic_linear(tokens, p, bias, salient, group)
+
+
+def warm_up(
+    p: PackedTensor,
+    activation_format: str,
+    dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+) -> None:
+    """See :func:`dialect_kernels.gpu.linear.warm_up`."""
+    from . import linear
+
+    with _current(p.device):
+        linear.warm_up(p, activation_format, dtype, bias_dtype)
+
+
+def _may_run_on(device: torch.device) -> bool:
+    """Whether there are kernels for this kind of device."""
+    on_gpu = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return on_gpu and _triton_imports()
+
+
+@cache
+def _triton_imports() -> bool:
+    try:
+        from . import linear  # noqa: F401 (whether it can be imported)
+    except ImportError as error:  # torch without Triton
+        _log.warning("no GPU kernels: %s", error)
+        return False
+    return True
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the current one: Triton launches there, wherever a kernel's tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

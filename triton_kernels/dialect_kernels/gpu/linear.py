@@ -1,6 +1,6 @@
-"""The linear layer on a GPU: choose a plan, quantize the tokens, multiply.
+"""The linear layers on a GPU: choose a plan, quantize the tokens, multiply.
 
-Which products the kernels cover is said by :func:`covers`; the rest is left to torch.
+:func:`covers` says which products the kernels compute; the rest is left to torch.
 """
 
 from __future__ import annotations
@@ -17,17 +17,15 @@ from .gemm import arrivals, launch_eight_bits, launch_sixteen_bits
 from .layout import interpreted, with_unit_stride
 from .quantize_activations import quantize_activation
 from .quantize_fp8 import quantize_activation_fp8
-from .quantize_packed import quantize_weight
 from .tuning import FUSED_FOR_MANY, GemmPlan, choose
 
 __all__ = [
     "EXACT_PLANS",
     "Route",
     "covers",
-    "linear",
+    "dialect_linear",
     "multiply",
     "quantize_tokens",
-    "quantize_weight",
     "route",
     "runs_on",
     "semantic_linear",
@@ -94,7 +92,7 @@ def covers(x: torch.Tensor, p: PackedTensor, activation_format: str, accumulatio
     return p.shape[1] > 0
 
 
-def linear(
+def dialect_linear(
     tokens: torch.Tensor,
     p: PackedTensor,
     bias: torch.Tensor | None,
@@ -365,7 +363,7 @@ def warm_up(
     for tokens in first_of_each_route(p.shape, activation_format, dtype, p.device):
         x = torch.zeros(tokens, p.shape[1], dtype=dtype, device=p.device)
         if covers(x, p, activation_format, "default"):
-            linear(x, p, bias, activation_format, "default")
+            dialect_linear(x, p, bias, activation_format, "default")
     _warm.add(facts)
 
 

@@ -20,9 +20,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..arguments import check_matrix
+from ..arithmetic import padded_columns
 from ..formatbook import DIALECT_FP4, Formatbook
-from ..packed import check_block_size, padded_columns
-from ..reference import check_matrix
+from ..packed import check_block_size
 from .layout import (
     RowConfig,
     aligned,

@@ -16,8 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..packed import check_block_size, padded_columns
-from ..reference import check_matrix
+from ..arguments import check_matrix
+from ..arithmetic import padded_columns
+from ..packed import check_block_size
 from .layout import (
     RowConfig,
     aligned,

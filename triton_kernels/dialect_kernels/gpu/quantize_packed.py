@@ -29,9 +29,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..arguments import check_matrix
+from ..arithmetic import padded_columns
 from ..formatbook import DIALECT_FP4, E4M3_WINDOW, NAN_ROW, Formatbook
-from ..packed import PackedTensor, check_block_size, padded_columns
-from ..reference import check_matrix, check_quantize
+from ..packed import PackedTensor, check_block_size
 from .layout import RowConfig, aligned, interpreted, load_blocks, row_config, with_unit_stride
 from .rounding import (
     block_largest,
@@ -186,19 +187,22 @@ def launch_quantize_packed(
 
 def quantize_weight(
     x: torch.Tensor,
-    book: Formatbook = DIALECT_FP4,
-    block_size: int = 32,
-    rule: str = "mse",
-    window: int | None = None,
-    name: str = "tensor",
+    book: Formatbook,
+    block_size: int,
+    rule: str,
+    window: int,
     config: RowConfig | None = None,
 ) -> PackedTensor:
-    """Quantize a matrix; see ``reference.quantize``, whose arguments, bytes and errors it has.
+    """Quantize a matrix to the bytes of ``reference.quantize``; arguments are not checked.
 
     Args:
+        x: finite float32, bfloat16 or float16 [N, K].
+        book: the formatbook.
+        block_size: 16, 32 or 64.
+        rule: one of the book's rules.
+        window: largest delta, 0..book.largest_stored_delta.
         config: how a program works on a row; any gives the same bytes.
     """
-    window = check_quantize(x, book, block_size, rule, window, name)
     config = config or row_config(min(x.shape[1], 2048))
     codes, meta, exponent = launch_quantize_packed(
         x, book, block_size, rule, window, torch.uint8, config

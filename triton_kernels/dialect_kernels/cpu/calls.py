@@ -1,0 +1,343 @@
+"""The entry points of the CPU kernel as functions of tensors, called through ctypes.
+
+Every function returns the bytes of its counterpart in :mod:`dialect_kernels.reference`, whatever
+the processor, the batch and the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from itertools import pairwise
+
+import torch
+
+from ..arithmetic import padded_columns
+from ..backend import Quantized
+from ..formatbook import CELLS, LARGEST_HALF_UNIT, SMALLEST_RANGE, Formatbook
+from ..packed import PackedTensor, check_block_size
+from .library import call, instructions_or_best, threads_or_torch
+
+__all__ = ["decomposed_linear", "dequantize", "linear", "quantize", "variant_costs"]
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_FORMATS = {"dialect": 0, "fp8": 1, "none": 2}
+
+
+def quantize(
+    x: torch.Tensor,
+    book: Formatbook,
+    block_size: int,
+    rule: str,
+    window: int,
+    threads: int | None = None,
+    instructions: str | None = None,
+) -> Quantized:
+    """Quantize a matrix as ``reference.quantize`` does.
+
+    Args:
+        x: float32, bfloat16 or float16 [N, K] on CPU. The caller refuses NaN and Inf; here they
+            make a row with the exponent -128.
+        book: the formatbook.
+        block_size: 16, 32 or 64.
+        rule: one of the book's rules.
+        window: largest delta, 0..book.largest_stored_delta.
+        threads: default: as many as torch uses.
+        instructions: default: the best this processor has, see :func:`~.library.features`.
+
+    Raises:
+        ValueError: if an argument is none of these.
+    """
+    if rule not in book.rules or not 0 <= window <= book.largest_stored_delta:
+        raise ValueError(f"rule {rule!r}, window {window}: not defined for book {book.name!r}")
+    x, _ = _tokens(x, None, x.shape[-1], block_size, book)
+    rows, columns = x.shape
+    packed = PackedTensor.empty((rows, columns), book, block_size, "cpu")
+    below = torch.empty(rows, dtype=torch.int64, device="cpu")
+    call(
+        "dialect_quantize",
+        x.data_ptr(),
+        _DTYPES[x.dtype],
+        rows,
+        columns,
+        ctypes.byref(_book(book)),
+        block_size,
+        int(rule == book.online_rule),
+        window,
+        *(tensor.data_ptr() for tensor in (*packed.tensors, below)),
+        threads_or_torch(threads),
+        instructions_or_best(instructions),
+    )
+    return Quantized(packed, below)
+
+
+def linear(
+    x: torch.Tensor,
+    p: PackedTensor,
+    bias: torch.Tensor | None,
+    activation_format: str,
+    threads: int | None = None,
+    instructions: str | None = None,
+) -> torch.Tensor:
+    """``x @ weight.T + bias`` as ``reference.dialect_linear`` computes it in mode ``exact``.
+
+    Args:
+        x: float32, bfloat16 or float16 [T, K] on CPU.
+        p: packed weight [N, K] on CPU; any bytes are safe.
+        bias: [N] or None.
+        activation_format: ``"dialect"``, ``"fp8"`` or ``"none"``.
+        threads: default: as many as torch uses.
+        instructions: default: the best this processor has, see :func:`~.library.features`.
+
+    Returns:
+        [T, N] in x's dtype.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit.
+    """
+    rows, columns = p.shape
+    weight, kept = _weight(p)
+    x, _ = _tokens(x, None, columns, p.block_size, p.book)
+    if bias is not None:
+        if tuple(bias.shape) != (rows,) or bias.device.type != "cpu":
+            raise ValueError(
+                f"bias: has shape {list(bias.shape)} on {bias.device}; it must be [{rows}] on cpu"
+            )
+        bias = bias.to(torch.float32).contiguous()
+    y = torch.empty(x.shape[0], rows, dtype=x.dtype, device="cpu")
+    call(
+        "dialect_linear",
+        x.data_ptr(),
+        _DTYPES[x.dtype],
+        x.shape[0],
+        ctypes.byref(weight),
+        ctypes.byref(_book(p.book)),
+        _FORMATS[activation_format],
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        threads_or_torch(threads),
+        instructions_or_best(instructions),
+    )
+    del kept
+    return y
+
+
+def decomposed_linear(
+    x: torch.Tensor,
+    p: PackedTensor,
+    variants: torch.Tensor | None,
+    salient: torch.Tensor,
+    threads: int | None = None,
+    instructions: str | None = None,
+) -> torch.Tensor:
+    """Products of rounded tokens, and of what rounding left over of some of them, mode ``exact``.
+
+    Args:
+        x: float32, bfloat16 or float16 [T, K] on CPU.
+        p: packed weight [N, K] on CPU; any bytes are safe.
+        variants: int8 [T, Kp/B], the variant that a block's group has chosen, -1 for a free
+            block; None: all are free.
+        salient: int64 [S], the tokens whose residuals are rounded and multiplied too, 0..T-1.
+        threads: default: as many as torch uses.
+        instructions: default: the best this processor has, see :func:`~.library.features`.
+
+    Returns:
+        float32 [T + S, N].
+
+    Raises:
+        ValueError: if shapes, dtypes or tokens do not fit.
+    """
+    weight, kept = _weight(p)
+    x, variants = _tokens(x, variants, p.shape[1], p.block_size, p.book)
+    if salient.dtype != torch.int64 or salient.dim() != 1 or salient.device.type != "cpu":
+        raise ValueError(
+            f"salient: {salient.dtype} {list(salient.shape)} on {salient.device}; it must be "
+            "torch.int64 [S] on cpu"
+        )
+    salient = salient.contiguous()
+    if salient.numel() and not 0 <= int(salient.min()) <= int(salient.max()) < x.shape[0]:
+        raise ValueError(f"salient: holds tokens outside 0..{x.shape[0] - 1}")
+    rows = x.shape[0] + salient.numel()
+    y = torch.empty(rows, p.shape[0], dtype=torch.float32, device="cpu")
+    call(
+        "dialect_decomposed",
+        x.data_ptr(),
+        _DTYPES[x.dtype],
+        x.shape[0],
+        None if variants is None else variants.data_ptr(),
+        salient.data_ptr(),
+        salient.numel(),
+        ctypes.byref(weight),
+        ctypes.byref(_book(p.book)),
+        y.data_ptr(),
+        threads_or_torch(threads),
+        instructions_or_best(instructions),
+    )
+    del kept
+    return y
+
+
+def variant_costs(
+    x: torch.Tensor,
+    book: Formatbook,
+    block_size: int,
+    threads: int | None = None,
+    instructions: str | None = None,
+) -> torch.Tensor:
+    """The cost of each variant of a block's range by the online rule.
+
+    Args:
+        x: float32, bfloat16 or float16 [T, K] on CPU.
+        book: the formatbook.
+        block_size: 16, 32 or 64.
+        threads: default: as many as torch uses.
+        instructions: default: the best this processor has, see :func:`~.library.features`.
+
+    Returns:
+        int32 [T, Kp/B, variants]; 0 for a token with NaN or Inf.
+    """
+    x, _ = _tokens(x, None, x.shape[-1], block_size, book)
+    blocks = padded_columns(x.shape[1], block_size) // block_size
+    shape = (x.shape[0], blocks, book.variants)
+    out = torch.empty(shape, dtype=torch.int32, device="cpu")
+    call(
+        "dialect_costs",
+        x.data_ptr(),
+        _DTYPES[x.dtype],
+        *x.shape,
+        ctypes.byref(_book(book)),
+        block_size,
+        out.data_ptr(),
+        threads_or_torch(threads),
+        instructions_or_best(instructions),
+    )
+    return out
+
+
+def dequantize(p: PackedTensor, threads: int | None = None) -> torch.Tensor:
+    """The values of a packed tensor, float32 [N, K]; a row with exponent -128 is NaN.
+
+    Args:
+        p: packed tensor [N, K] on CPU; any bytes are safe.
+        threads: default: as many as torch uses.
+
+    Raises:
+        ValueError: if it is on another device.
+    """
+    weight, kept = _weight(p)
+    out = torch.empty(p.shape, dtype=torch.float32, device="cpu")
+    call(
+        "dialect_dequantize",
+        ctypes.byref(weight),
+        ctypes.byref(_book(p.book)),
+        out.data_ptr(),
+        threads_or_torch(threads),
+    )
+    del kept
+    return out
+
+
+class _Book(ctypes.Structure):
+    """Tables of a formatbook; the same layout as `Book` in the C++ file."""
+
+    _fields_ = (
+        ("dialects", ctypes.c_int32),
+        ("id_bits", ctypes.c_int32),
+        ("variants", ctypes.c_int32),
+        ("thresholds", ctypes.c_uint8 * 7 * 32),
+        ("steps", ctypes.c_uint8 * 7 * 32),
+        ("index", ctypes.c_uint8 * CELLS * 32),
+        ("half_units", ctypes.c_int8 * 16 * 32),
+        ("online_cost", ctypes.c_uint8 * CELLS * 4 * 8),
+    )
+
+
+class _Weight(ctypes.Structure):
+    """A packed weight; the same layout as `Weight` in the C++ file."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("meta", ctypes.c_void_p),
+        ("row_exponent", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("block", ctypes.c_int32),
+    )
+
+
+def _weight(p: PackedTensor) -> tuple[_Weight, tuple[torch.Tensor, ...]]:
+    """The weight as C++ sees it, and the tensors it points into.
+
+    Raises:
+        ValueError: if it is not on CPU.
+    """
+    if p.device.type != "cpu":
+        raise ValueError(f"weight: is on {p.device}; it must be on cpu: move it there")
+    kept = tuple(tensor.contiguous() for tensor in p.tensors)
+    pointers = (tensor.data_ptr() for tensor in kept)
+    return _Weight(*pointers, *p.shape, p.block_size), kept
+
+
+def _tokens(
+    x: torch.Tensor,
+    variants: torch.Tensor | None,
+    columns: int,
+    block_size: int,
+    book: Formatbook,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The activations and variants, contiguous.
+
+    Raises:
+        ValueError: if they do not fit.
+    """
+    check_block_size(block_size)
+    if x.dtype not in _DTYPES or x.device.type != "cpu":
+        raise ValueError(
+            f"x: {x.dtype} on {x.device}; it must be float32, bfloat16 or float16 on cpu"
+        )
+    if x.dim() != 2 or x.shape[1] != columns:
+        raise ValueError(f"x: has shape {list(x.shape)}; it must be [T, {columns}]")
+    if variants is None:
+        return x.contiguous(), None
+    blocks = padded_columns(columns, block_size) // block_size
+    wanted = (torch.int8, (x.shape[0], blocks), "cpu")
+    if (variants.dtype, tuple(variants.shape), variants.device.type) != wanted:
+        raise ValueError(
+            f"variants: {variants.dtype} {list(variants.shape)} on {variants.device}; it must be "
+            f"torch.int8 [{x.shape[0]}, {blocks}] on cpu"
+        )
+    if variants.numel():
+        least, most = int(variants.min()), int(variants.max())
+        if least < -1 or most >= book.variants:
+            raise ValueError(
+                f"variants: holds {least}..{most}; allowed are -1..{book.variants - 1}"
+            )
+    return x.contiguous(), variants.contiguous()
+
+
+@cache
+def _book(book: Formatbook) -> _Book:
+    out = _Book(dialects=len(book), id_bits=book.id_bits, variants=book.variants)
+    for id_, (thresholds, dialect, index, signed) in enumerate(
+        zip(book.thresholds, book.half_units, book.index_lut, book.signed_half_units, strict=True)
+    ):
+        out.thresholds[id_][:] = thresholds
+        out.steps[id_][:] = [high - low for low, high in pairwise(dialect)]
+        out.index[id_][:] = index
+        out.half_units[id_][:] = signed
+    for group in range(LARGEST_HALF_UNIT - SMALLEST_RANGE + 1):
+        for variant, costs in enumerate(_online_costs(book, group)):
+            out.online_cost[group][variant][:] = costs
+    return out
+
+
+def _online_costs(book: Formatbook, group: int) -> tuple[tuple[int, ...], ...]:
+    """The cost of an element in each cell for each variant of one M; the least sum wins.
+
+    For the two-stage rule the cost of a dialect is 1 in its partner's beneficial cells: the larger
+    count wins and a tie goes to the even id, as the rule says.
+    """
+    first = book.variants * group
+    if book.online_rule == "two_stage":
+        return (book.beneficial_cells[first + 1], book.beneficial_cells[first])
+    return book.error_lut[first : first + book.variants]

@@ -1,0 +1,119 @@
+"""The back end of plain torch, for any device: exact operands, the library's float32 GEMM.
+
+Weights are decoded in every call: a decoded copy kept beside the packed weight could not see that
+an engine has written other weights into the same memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+from . import reference
+from .backend import Quantized, with_residuals
+from .baselines import quantize_fp8
+from .formatbook import Formatbook
+from .packed import PackedTensor
+
+__all__ = [
+    "covers",
+    "dequantize",
+    "dialect_linear",
+    "quantize",
+    "quantize_counted",
+    "runs_on",
+    "semantic_linear",
+    "warm_up",
+]
+
+_log = logging.getLogger(__name__)
+
+
+def runs_on(device: torch.device) -> bool:
+    """Torch runs everywhere."""
+    return True
+
+
+def covers(x: torch.Tensor, p: PackedTensor, activation_format: str, accumulation: str) -> bool:
+    """Torch computes every product."""
+    return True
+
+
+def quantize(
+    x: torch.Tensor, book: Formatbook, block_size: int, rule: str, window: int
+) -> PackedTensor:
+    """See :class:`~dialect_kernels.backend.Backend`."""
+    return reference.pack_rounded(x, book, block_size, rule, window)
+
+
+def quantize_counted(
+    x: torch.Tensor, book: Formatbook, block_size: int, rule: str, window: int
+) -> Quantized:
+    """See :class:`~dialect_kernels.backend.Backend`."""
+    packed = reference.pack_rounded(x, book, block_size, rule, window)
+    return Quantized(packed, reference.blocks_below_window(x, block_size, window))
+
+
+def dequantize(p: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
+    """See :class:`~dialect_kernels.backend.Backend`."""
+    return p.dequantize(dtype)
+
+
+def dialect_linear(
+    tokens: torch.Tensor,
+    p: PackedTensor,
+    bias: torch.Tensor | None,
+    activation_format: str,
+    accumulation: str,
+) -> torch.Tensor:
+    """See :class:`~dialect_kernels.backend.Backend`."""
+    if accumulation == "exact":
+        return reference.dialect_linear(tokens, p, bias, activation_format, accumulation)
+    _warn_once(
+        "no compiled kernel for this product: weights are decoded in every call, which is slow"
+    )
+    weight = p.dequantize(torch.float32)
+    if activation_format == "dialect":
+        y = F.linear(reference.round_activation(tokens, p.book, p.block_size), weight)
+    elif activation_format == "fp8":
+        q, scale = quantize_fp8(tokens)
+        # the scale goes first: tiny activations times huge weights must not overflow on the way
+        y = F.linear(q.to(torch.float32) * scale[:, None], weight)
+    else:
+        y = F.linear(tokens.to(torch.float32), weight)
+    if bias is not None:
+        y = y + bias.to(torch.float32)
+    return y.to(tokens.dtype)
+
+
+def semantic_linear(
+    tokens: torch.Tensor,
+    p: PackedTensor,
+    bias: torch.Tensor | None,
+    salient: torch.Tensor | None,
+    group: torch.Tensor | None,
+) -> torch.Tensor:
+    """See :class:`~dialect_kernels.backend.Backend`."""
+    named = tokens.new_empty(0, dtype=torch.int64) if salient is None else salient[salient >= 0]
+    rounded = reference.round_activation(tokens, p.book, p.block_size, group)
+    residual = tokens[named].to(torch.float32) - rounded[named]
+    residual = reference.round_activation(residual, p.book, p.block_size)
+    y = F.linear(torch.cat([rounded, residual]), p.dequantize(torch.float32))
+    return with_residuals(y, named, bias, tokens.dtype)
+
+
+def warm_up(
+    p: PackedTensor,
+    activation_format: str,
+    dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+) -> None:
+    """Torch compiles nothing."""
+
+
+@cache
+def _warn_once(message: str) -> None:
+    _log.warning(message)
