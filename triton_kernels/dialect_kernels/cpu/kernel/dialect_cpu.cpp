@@ -157,19 +157,6 @@ int32_t dialect_decomposed(const void* x, int32_t dtype, int64_t tokens, const i
     });
 }
 
-// out float32 [rows, columns]: the rounded values; NaN in a row with NaN or Inf.
-int32_t dialect_round(const void* x, int32_t dtype, int64_t rows, int64_t columns,
-                      const int8_t* variants, const Book* book, int32_t block, float* out,
-                      int32_t threads, int32_t features) {
-    const int64_t padded = (columns + block - 1) / block * block;
-    const Tokens tokens = {x, dtype, columns, variants};
-    return guarded([&] {
-        for_each_row(rows, padded, block, threads, [&](float* row, uint32_t* maxima, int64_t t) {
-            BY_FEATURES(round_row, features, block, tokens, t, padded, *book, row, maxima, out);
-        });
-    });
-}
-
 // out int32 [rows, blocks, variants]: the cost of each variant of a block's range, by the online
 // rule; 0 in a row with NaN or Inf.
 int32_t dialect_costs(const void* x, int32_t dtype, int64_t rows, int64_t columns,

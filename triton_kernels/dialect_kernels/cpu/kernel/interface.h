@@ -1,4 +1,4 @@
-// The structures and numbers that cross the C interface; their Python side is in ../library.py.
+// The structures and numbers that cross the C interface; their Python side is in ../calls.py.
 //
 // The tables of a formatbook arrive in `Book`: the kernel holds no format data of its own.
 

@@ -20,10 +20,10 @@ namespace {
 
 constexpr int kBlocksPerException = 32;  // at least, in a token that is multiplied in integers
 
-// Replaces a row of finite values by the rounded ones, or by what rounding leaves over.
-template <int B, bool Shuffles, bool Residual>
-INLINE void round_values(const Tokens& tokens, int64_t token, const Book& book, int row_exponent,
-                         int64_t blocks, const uint32_t* largest, float* row) {
+// Replaces a row of finite values by what rounding leaves over.
+template <int B, bool Shuffles>
+INLINE void keep_residual(const Tokens& tokens, int64_t token, const Book& book, int row_exponent,
+                          int64_t blocks, const uint32_t* largest, float* row) {
     for (int64_t b = 0; b < blocks; b++) {
         uint8_t codes[B];
         const RoundedBlock rounded =
@@ -33,24 +33,8 @@ INLINE void round_values(const Tokens& tokens, int64_t token, const Book& book, 
         Bytes<B, Shuffles>::take16(book.half_units[rounded.id], codes, half_units);
         const float relative = power_of_two(4 - rounded.delta);
         const float scale = power_of_two(row_exponent - 5);
-        for (int i = 0; i < B; i++) {
-            const float value = float(half_units[i]) * relative * scale;
-            row[b * B + i] = Residual ? row[b * B + i] - value : value;
-        }
+        for (int i = 0; i < B; i++) row[b * B + i] -= float(half_units[i]) * relative * scale;
     }
-}
-
-template <int B, bool Shuffles>
-INLINE void round_row_in(const Tokens& tokens, int64_t token, int64_t padded, const Book& book,
-                         float* row, uint32_t* largest, float* out) {
-    tokens.load(token, padded, row);
-    const int row_exponent = row_exponents<B>(row, padded / B, largest);
-    if (row_exponent == kNanRow)
-        std::fill_n(row, padded, float(kNan));
-    else
-        round_values<B, Shuffles, false>(tokens, token, book, row_exponent, padded / B, largest,
-                                         row);
-    std::copy_n(row, tokens.columns, out + token * tokens.columns);
 }
 
 // The cost of each variant for each block of a token, by the online rule; 0 in a token with NaN or
@@ -82,8 +66,7 @@ INLINE void round_token_in(const Tokens& tokens, int64_t token, bool residual, i
     tokens.load(token, out.padded, row);
     int row_exponent = row_exponents<B>(row, out.blocks, largest);
     if (residual && row_exponent != kNanRow) {
-        round_values<B, Shuffles, true>(tokens, token, book, row_exponent, out.blocks, largest,
-                                        row);
+        keep_residual<B, Shuffles>(tokens, token, book, row_exponent, out.blocks, largest, row);
         row_exponent = row_exponents<B>(row, out.blocks, largest);
     }
     out.token_scale.get()[at] =
@@ -248,7 +231,6 @@ INLINE void quantize_row_in(const void* x, int dtype, int64_t row, int64_t colum
     }
 #define ROW_FUNCTIONS(suffix, target, shuffles)                            \
     ROW_FUNCTION(void, round_token, suffix, target, shuffles)              \
-    ROW_FUNCTION(void, round_row, suffix, target, shuffles)                \
     ROW_FUNCTION(void, costs_of_row, suffix, target, shuffles)             \
     ROW_FUNCTION(void, quantize_row, suffix, target, shuffles)             \
     ROW_FUNCTION(void, digits_of_token, suffix, target, shuffles)          \
