@@ -1,6 +1,6 @@
-"""Builds the CPU kernel into the wheel where a compiler is there; everything else: pyproject.toml.
+"""Compile the CPU kernel into the wheel if there is a compiler; pyproject.toml holds the rest.
 
-Without a compiler the wheel is pure Python, and the kernel is built on first use or not at all.
+Without a compiler the wheel is pure Python; the first use then compiles the kernel, if it can.
 """
 
 import importlib.util
@@ -8,12 +8,22 @@ import platform
 import sys
 import sysconfig
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
-KERNEL = Path("triton_kernels") / "dialect_kernels" / "cpu" / "build.py"
+COMPILE = Path("triton_kernels") / "dialect_kernels" / "cpu" / "build.py"
+
+
+def load_by_path(path: Path) -> ModuleType:
+    """Import one module of the package, without the package and what it needs."""
+    spec = importlib.util.spec_from_file_location(f"setup_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 class BuildWithKernel(build_py):
@@ -24,24 +34,19 @@ class BuildWithKernel(build_py):
         if self.editable_mode:
             return
         folder = Path(self.build_lib) / "dialect_kernels" / "cpu"
-        for left in folder.glob("dialect_cpu-*.so"):  # by an earlier build in this folder
-            left.unlink()
+        for stale in folder.glob("dialect_cpu-*.so"):  # from an earlier build in this folder
+            stale.unlink()
         if platform.system() != "Linux":
             return
-        spec = importlib.util.spec_from_file_location("build_cpu_kernel", KERNEL)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
+        compiler = load_by_path(COMPILE)
         try:
-            library = module.build(folder)
-        except (module.CompilerError, OSError) as error:
-            print(f"the CPU kernel is left out: {error}", file=sys.stderr)
-            return
-        self.distribution.kernel_library = library
+            self.distribution.kernel_library = compiler.build(folder)
+        except (compiler.CompilerError, OSError) as error:
+            print(f"the wheel has no CPU kernel: {error}", file=sys.stderr)
 
 
 class PlatformWheel(bdist_wheel):
-    """A wheel with the kernel fits one platform, but any Python."""
+    """A wheel with the kernel fits one platform, but any version of Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
         if getattr(self.distribution, "kernel_library", None) is None:

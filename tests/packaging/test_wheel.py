@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -19,6 +20,14 @@ PACKAGES = {
 }
 """Where a package lies in the repository."""
 
+DATA_FOLDERS = {
+    "dialect_kernels/cpu/kernel/": ".h",
+    "dialect_kernels/golden/": ".json",
+    "dialect_kernels/gpu/configs/": ".md",
+    "dialect_plugin/templates/": ".html",
+}
+"""Folders without modules and a kind of file in them."""
+
 pytestmark = pytest.mark.slow
 
 
@@ -35,9 +44,18 @@ def source(tmp_path_factory):
 
 
 def build(source, out, **environment):
-    command = [*PIP, "wheel", "--no-deps", "--no-build-isolation", "-w", str(out), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    """Build a wheel; pip with -v shows what setuptools prints, which must be free of complaints."""
+    options = ["--no-deps", "--no-build-isolation", "-v", "-w", str(out)]
+    done = subprocess.run(
+        [*PIP, "wheel", *options, str(source)],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed
+    assert not re.search("absent from the `packages`|deprecated", printed, re.IGNORECASE), printed
+    assert "copying triton_kernels/dialect_kernels/cpu/build.py" in printed  # setuptools is heard
     return next(out.glob("blockdialect-*.whl"))
 
 
@@ -52,14 +70,16 @@ def test_contents(wheel, source):
     info = next(top for top in tops if top.endswith(".dist-info"))
     assert tops == {*PACKAGES, info}
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
-    modules = {name for name in names if name.endswith(".py")}
-    assert modules == {
+    libraries = {name for name in names if name.endswith(".so")}
+    assert [name.split("-")[0] for name in libraries] == ["dialect_kernels/cpu/dialect_cpu"]
+    assert {name for name in names if not name.startswith(info)} - libraries == {
         f"{package}/{path.relative_to(source / folder)}"
         for package, folder in PACKAGES.items()
-        for path in (source / folder).rglob("*.py")
+        for path in (source / folder).rglob("*")
+        if path.is_file()
     }
-    assert any(name.startswith("dialect_kernels/golden/") for name in names)
-    assert [name for name in names if name.startswith("dialect_kernels/cpu/dialect_cpu-")]
+    for folder, suffix in DATA_FOLDERS.items():
+        assert any(name.startswith(folder) and name.endswith(suffix) for name in names), folder
     assert wheel.name.split("-")[2:4] == ["py3", "none"]
     entry_points = zipfile.ZipFile(wheel).read(f"{info}/entry_points.txt").decode()
     assert "[vllm.general_plugins]\nblockdialect = dialect_plugin:register" in entry_points
@@ -84,7 +104,8 @@ def test_triton_kernels_is_not_importable(wheel, tmp_path):
         "from dialect_kernels.verify import verify;"
         "results = verify(); assert all(r.passed for r in results);"
         "assert {r.backend for r in results} >= {'reference', 'cpu'};"
-        "from dialect_kernels import cpu; assert str(cpu._find()).startswith(sys.argv[1])"
+        "from dialect_kernels.cpu import library;"
+        "assert str(library._find()).startswith(sys.argv[1])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path
