@@ -1,6 +1,8 @@
 """How the CPU kernel is compiled and found; and the kernel under the sanitizers."""
 
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,8 @@ import dialect_kernels
 import dialect_kernels.cpu.build as build_module
 
 PACKAGE = Path(dialect_kernels.__file__).parent
+KERNEL = PACKAGE / "cpu" / "kernel"
+HEADERS = sorted(path.name for path in KERNEL.glob("*.h"))
 COMPILER = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
 
@@ -120,10 +124,71 @@ def test_the_build_module_loads_by_path_and_without_torch(tmp_path):
     assert run(script, tmp_path).stdout.strip() == build_module.library_name()
 
 
+def load_build_module(tree: Path):
+    """The build module of a copy of the package, by path as a package build loads it."""
+    spec = importlib.util.spec_from_file_location(
+        "copied_build", tree / "dialect_kernels" / "cpu" / "build.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_change_in_any_kernel_file_gives_another_name(source_tree):
+    copied = load_build_module(source_tree)
+    names = {copied.library_name()}
+    assert names == {build_module.library_name()}
+    kernel = source_tree / "dialect_kernels" / "cpu" / "kernel"
+    files = sorted(kernel.iterdir())
+    assert [path.name for path in files] == sorted(path.name for path in KERNEL.iterdir())
+    for path in files:
+        path.write_bytes(path.read_bytes() + b"\n")
+        names.add(copied.library_name())
+    assert len(names) == 1 + len(files) >= 10
+
+
+def test_moving_text_from_one_header_to_another_gives_another_name(source_tree):
+    copied = load_build_module(source_tree)
+    kernel = source_tree / "dialect_kernels" / "cpu" / "kernel"
+    name = copied.library_name()
+    first, second = (kernel / header for header in HEADERS[:2])
+    whole = first.read_bytes()
+    second.write_bytes(whole[-10:] + second.read_bytes())
+    first.write_bytes(whole[:-10])
+    assert copied.library_name() != name
+
+
+def test_headers_include_only_headers_above_them():
+    """The order is the list at the head of the translation unit, which names every header."""
+    unit = KERNEL / "dialect_cpu.cpp"
+    order = re.findall(r"^//     (\w+\.h) ", unit.read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(order) == HEADERS
+    included = set()
+    for position, name in enumerate([*order, unit.name]):
+        text = (KERNEL / name).read_text(encoding="utf-8")
+        assert name == unit.name or text.count("\n#pragma once\n") == 1, name
+        found = re.findall(r'^#include "(.*)"$', text, re.MULTILINE)
+        assert not set(found) - set(order[:position]), name
+        included |= set(found)
+    assert included == set(order)
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_header_includes_what_it_needs(name, tmp_path):
+    unit = tmp_path / "unit.cpp"
+    unit.write_text(f'#include "{name}"\n', encoding="utf-8")
+    command = [str(COMPILER), "-std=c++17", "-fsyntax-only", "-I", str(KERNEL), str(unit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 SANITIZED = """
 from itertools import product
 import torch
-from dialect_kernels import DIALECT_FP4, SEMANTIC_32, cpu, reference
+from dialect_kernels import DIALECT_FP4, SEMANTIC_32, PackedTensor, cpu, reference
+from dialect_kernels.cpu import calls
 torch.manual_seed(0)
 assert cpu.available(), cpu.why_not()
 best = cpu.INSTRUCTIONS.index(cpu.features())
@@ -131,12 +196,12 @@ for book, block_size in product((DIALECT_FP4, SEMANTIC_32), (16, 32, 64)):
     for rows, columns, tokens in ((1, 1, 1), (9, 33, 3), (8, 95, 100), (35, 2111, 3), (0, 0, 0)):
         w = torch.randn(rows, columns) * torch.randn(columns).exp()
         for rule in book.rules:
-            q = cpu.quantize(w, book, block_size, rule, book.largest_stored_delta)
+            q = calls.quantize(w, book, block_size, rule, book.largest_stored_delta).packed
             assert torch.equal(q.codes, reference.quantize(w, book, block_size, rule).codes)
-        weights = [tuple(q[:3])]
-        weights.append(tuple(torch.randint(0, 256, t.shape).to(t.dtype) for t in weights[0]))
-        for weight, dtype in product(weights, (torch.float32, torch.float16, torch.bfloat16)):
-            cpu.dequantize(*weight, columns, book, block_size)
+        any_bytes = (torch.randint(0, 256, t.shape).to(t.dtype) for t in q.tensors)
+        weights = (q, PackedTensor(*any_bytes, q.shape, book, block_size))
+        for p, dtype in product(weights, (torch.float32, torch.float16, torch.bfloat16)):
+            calls.dequantize(p)
             x = torch.randn(tokens, columns).to(dtype)
             if tokens > 2:
                 x[1, 0], x[2, -1] = torch.nan, torch.inf
@@ -144,22 +209,19 @@ for book, block_size in product((DIALECT_FP4, SEMANTIC_32), (16, 32, 64)):
                 ("dialect", "fp8", "none"), cpu.INSTRUCTIONS[: best + 1]
             ):
                 options = {"threads": 3, "instructions": instructions}
-                cpu.linear(x, *weight, columns, book, block_size, format, **options)
+                calls.linear(x, p, None, format, **options)
             whole = torch.randint(-64, 65, (tokens, columns)).to(dtype)
             whole[1:, 7:8] = 2.0**-14  # needs more digits than there are
             for instructions in cpu.INSTRUCTIONS[: best + 1]:
                 options = {"threads": 3, "instructions": instructions}
-                cpu.linear(whole, *weight, columns, book, block_size, "none", **options)
+                calls.linear(whole, p, None, "none", **options)
             salient = torch.arange(tokens - 1, -1, -2)
             for instructions in cpu.INSTRUCTIONS[: best + 1]:
                 options = {"threads": 3, "instructions": instructions}
-                costs = cpu.variant_costs(x, book, block_size, **options)
+                costs = calls.variant_costs(x, book, block_size, **options)
                 chosen = torch.randint_like(costs[..., 0], -1, book.variants).to(torch.int8)
                 for variants in (None, chosen):
-                    cpu.round_activation(x, variants, book, block_size, **options)
-                    cpu.decomposed_linear(
-                        x, variants, salient, *weight, columns, book, block_size, **options
-                    )
+                    calls.decomposed_linear(x, p, variants, salient, **options)
 """
 
 
