@@ -1,1 +1,1 @@
-"""The shipped model and the demonstration that runs on it."""
+"""What `make demo`, `make video` and `make serve` run, and how their small models were trained."""

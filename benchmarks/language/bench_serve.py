@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from typing import Any
 import torch
 
 from demo.language.server import ServerError, serve_environment
+from demo.terminal import interrupt_on_signals
 from dialect_plugin.checkpoint.reader import PACKED_SUFFIXES, open_packed
 
 from ..lib.gate import golden_faults
@@ -343,16 +343,6 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def stop_on_signals() -> None:
-    """Let a signal that ends this process stop the servers too."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    stop_on_signals()
+    interrupt_on_signals()
     main(gate, measure, options)

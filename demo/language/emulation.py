@@ -15,10 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from dialect_kernels import reference
+from dialect_kernels import baselines, reference
 from dialect_plugin.checkpoint.reader import PackedCheckpoint, open_packed
 
-from .rounded import RoundedLinear
+from ..rounded import RoundedLinear
 
 __all__ = ["emulate_blockdialect", "emulate_mxfp4", "load_bf16"]
 
@@ -52,8 +52,8 @@ def emulate_mxfp4(model: Path, packed: Path) -> PreTrainedModel:
     """The model in W4A4 MXFP4-32, in the layers that `packed` names."""
 
     def rounded(layer: torch.nn.Linear, _: str) -> RoundedLinear:
-        weight = reference.quantize_mxfp4(layer.weight.detach())
-        return RoundedLinear(weight, layer.bias, reference.quantize_mxfp4)
+        weight = baselines.quantize_mxfp4(layer.weight.detach())
+        return RoundedLinear(weight, layer.bias, baselines.quantize_mxfp4)
 
     return _replace(load_bf16(model), open_packed(packed), rounded)
 

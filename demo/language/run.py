@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -31,6 +30,7 @@ import dialect_kernels
 import dialect_plugin
 from dialect_plugin.checkpoint.reader import Checkpoint, open_checkpoint, open_packed
 
+from ..terminal import interrupt_on_signals, shown
 from . import emulation
 from .perplexity import model_logprobs, perplexity, predicted, server_logprobs, windows
 from .results import Demonstration, Figures, completions_table, figures_table
@@ -194,11 +194,11 @@ def _quantize(model: Path, console: Console) -> Path:
     stamp = destination.with_name(f"{destination.name}.stamp")
     wanted = _fingerprint(model)
     if (destination / "config.json").exists() and stamp.exists() and stamp.read_text() == wanted:
-        console.print(f"  {_shown(destination)} is there already, from this model and this code")
+        console.print(f"  {shown(destination)} is there already, from this model and this code")
         return destination
     stamp.unlink(missing_ok=True)
     command = ["blockdialect", "quantize", str(model), str(destination), "--overwrite"]
-    _say_command([*command[:2], _shown(model), _shown(destination), *command[4:]], console)
+    _say_command([*command[:2], shown(model), shown(destination), *command[4:]], console)
     destination.parent.mkdir(parents=True, exist_ok=True)
     done = subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]])
     if done.returncode != 0:
@@ -229,10 +229,10 @@ def _serve(key: str, task: _Task) -> Figures:
     # a packed checkpoint is recognized without this, as a user would serve it
     if method not in {None, "blockdialect"}:
         arguments += ["--quantization", str(method)]
-    _say_command(["vllm", "serve", _shown(directory), *arguments], task.console)
+    _say_command(["vllm", "serve", shown(directory), *arguments], task.console)
     began = time.monotonic()
     with Server(directory, CACHE / "logs" / f"{key}.log", *arguments) as server:
-        with task.console.status(f"  waiting for it; its log is {_shown(server.log)}"):
+        with task.console.status(f"  waiting for it; its log is {shown(server.log)}"):
             server.wait_until_ready()
         task.console.print(f"  ready after {time.monotonic() - began:.0f} s")
         completions = [
@@ -271,13 +271,6 @@ def _say_command(command: list[str], console: Console) -> None:
     console.print(f"  {shlex.join(command)}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _shown(path: Path) -> str:
-    """A path as a user would type it: relative where it lies below the current directory."""
-    absolute = path.resolve()
-    below = absolute.is_relative_to(Path.cwd())
-    return str(absolute.relative_to(Path.cwd()) if below else absolute)
-
-
 def _formats(value: str) -> list[str]:
     keys = value.split(",")
     for key in keys:
@@ -287,10 +280,6 @@ def _formats(value: str) -> list[str]:
                 "separated by commas"
             )
     return keys
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def main(
@@ -306,8 +295,7 @@ def main(
 ) -> None:
     """Quantize a model, serve it, compare it with bf16 and MXFP4."""
     console = Console()
-    for number in (signal.SIGTERM, signal.SIGHUP):  # so that these too stop the server
-        signal.signal(number, _interrupt)
+    interrupt_on_signals()
     try:
         result = demonstrate(model, text, _formats(formats), tokens, console)
     except (DemoError, ServerError, ValueError, OSError) as error:
@@ -321,7 +309,7 @@ def main(
     console.print(figures_table(result))
     file = CACHE / "result.json"
     file.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
-    console.print(f"written to {_shown(file)}")
+    console.print(f"written to {shown(file)}")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ import torch
 from diffusers.utils import logging
 
 import diffusers_hook
-from demo.language.rounded import RoundedLinear, Rounding
-from dialect_kernels.reference import quantize_fp8, quantize_mxfp4, quantize_nvfp4
+from dialect_kernels.baselines import quantize_fp8, quantize_mxfp4, quantize_nvfp4
 from diffusers_hook.layers.dialect import DialectLinear
 
+from ..rounded import RoundedLinear, Rounding
 from .pipeline import MODEL, MovingShapesPipeline
 
 __all__ = ["FP8", "MXFP4", "NVFP4", "PLAIN", "Emulated", "Format", "load", "transformer_bytes"]
@@ -94,7 +94,7 @@ def _put_emulated(
 ) -> None:
     layer = transformer.get_submodule(name)
     assert isinstance(layer, DialectLinear)
-    of_activations = torch.Tensor.float if layer.activation == "none" else rounding
+    of_activations = torch.Tensor.float if layer.activation_format == "none" else rounding
     parent, _, leaf = name.rpartition(".")
     emulated = RoundedLinear(rounding(weight), layer.bias, of_activations)
     setattr(transformer.get_submodule(parent), leaf, emulated)

@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..terminal import shown
 from .check import PROMPTS
 from .formats import MXFP4, PLAIN, Format, load, transformer_bytes
 from .metrics import asked_for, psnr, ssim
@@ -165,13 +166,7 @@ def main(
         "PSNR and SSIM: against the 16-bit videos from the same noise. As asked: colour, and "
         "direction within 20 degrees.\nA small model on a CPU says nothing about speed on a GPU."
     )
-    console.print(f"videos and comparison.png are in {_shown(out)}")
-
-
-def _shown(path: Path) -> Path:
-    """Relative to the working directory where it lies below that."""
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
+    console.print(f"videos and comparison.png are in {shown(out)}")
 
 
 if __name__ == "__main__":

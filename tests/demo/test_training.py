@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from demo.language.train.tokenizer import BEGIN, END, train_tokenizer
 from demo.language.train.train import (
-    Checkpoint,
     Data,
     Recipe,
     batch_at,
@@ -20,6 +19,7 @@ from demo.language.train.train import (
     new_model,
     train,
 )
+from demo.training import Checkpoint
 
 RECIPE = Recipe(steps=4, batch=512, warmup_steps=2, fall_share=0.5, float32=True)
 

@@ -12,12 +12,12 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from demo.language.rounded import RoundedLinear
+from demo.rounded import RoundedLinear
 from demo.video import run as demonstration
 from demo.video.formats import FP8, MXFP4, NVFP4, PLAIN, Format, load, transformer_bytes
 from demo.video.metrics import frame_change_error, psnr, sqnr, ssim, vmaf
 from demo.video.scenes import SIZE
-from dialect_kernels.reference import quantize_mxfp4
+from dialect_kernels.baselines import quantize_mxfp4
 from diffusers_hook.layers.dialect import DialectLinear
 
 PROMPT = "a red circle moves up-left, fast"
@@ -102,7 +102,7 @@ def test_an_emulated_layer_multiplies_rounded_operands() -> None:
     plain = load(Format(None)).transformer.get_submodule(name)
     weight = quantize_mxfp4(plain.weight.detach())
     for activation, operand in (("dialect", quantize_mxfp4(x)), ("none", x.float())):
-        format = Format({**PLAIN, "activation": activation}, MXFP4)
+        format = Format({**PLAIN, "activation_format": activation}, MXFP4)
         y = load(format).transformer.get_submodule(name)(x)
         assert torch.equal(y, (operand @ weight.T + plain.bias.detach().float()).bfloat16())
 

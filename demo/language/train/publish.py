@@ -1,14 +1,13 @@
 """Make the model folder, its card and the loss curve from the last checkpoint.
 
 `python -m demo.language.train.publish` writes `demo/model/` (weights in bfloat16, tokenizer, model
-card) and `loss.csv`, `loss.png` and `run.json` beside this file. Every figure in the card comes
-from here.
+card) and `loss.csv`, `loss.png` and `run.json` beside this file. This
+script measures every figure in the card.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import tempfile
@@ -18,19 +17,12 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from demo.language.train.corpus import manifest, module_of, read_sources, split_by_module
-from demo.language.train.tokenizer import BEGIN, CONTEXT, VOCABULARY
-from demo.language.train.train import (
-    CACHE,
-    MEASURED_TOKENS,
-    Checkpoint,
-    Recipe,
-    held_out_loss,
-    new_model,
-    prepare,
-)
+from ...training import Checkpoint, render_card, write_record
+from .corpus import manifest, module_of, read_sources, split_by_module
+from .tokenizer import BEGIN, CONTEXT, VOCABULARY
+from .train import CACHE, MEASURED_TOKENS, Recipe, held_out_loss, new_model, prepare
 
-__all__ = ["card", "complete", "export", "main", "plot"]
+__all__ = ["card"]
 
 HERE = Path(__file__).resolve().parent
 DEMO = HERE.parents[1]
@@ -108,7 +100,7 @@ def plot(curve: list[dict[str, Any]], path: Path) -> None:
 
 def card(run: dict[str, Any]) -> str:
     """The model card, as Markdown, from what `run.json` holds."""
-    recipe, corpus, model, measured = run["recipe"], run["corpus"], run["model"], run["held_out"]
+    recipe, corpus, model, held_out = run["recipe"], run["corpus"], run["model"], run["held_out"]
     plan = Recipe(**recipe)
     schedule = (
         f"up in {plan.warmup_steps} steps, level to step {plan.fall_start:,}, then on a line that "
@@ -137,62 +129,79 @@ def card(run: dict[str, Any]) -> str:
         ("seed", recipe["seed"]),
         ("versions", ", ".join(f"{name} {value}" for name, value in run["versions"].items())),
         ("last training loss", f"{run['train_loss']:.3f} nats per token"),
-        ("held-out perplexity", f"**{measured['perplexity']:.3f}** per token, "
-                                f"{measured['bits_per_byte']:.3f} bits per byte"),
+        ("held-out perplexity", f"**{held_out['perplexity']:.3f}** per token, "
+                                f"{held_out['bits_per_byte']:.3f} bits per byte"),
     ]  # fmt: skip
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    shown = "\n\n".join(f"```python\n{sample}\n```" for sample in run["samples"])
-    return f"""---
-license: apache-2.0
-language: code
-library_name: transformers
-pipeline_tag: text-generation
----
-# The demo model: a small LLaMA that writes Python
+    return render_card(
+        HERE / "card.md.jinja",
+        rows=rows,
+        samples=run["samples"],
+        held_out=held_out,
+        begin=BEGIN,
+        command=command,
+    )
 
-It exists to be quantized, served and measured in seconds on any machine. It knows what Python looks
-like, not what it means: use it for nothing else.
 
-| | |
-|---|---|
-{table}
+def measured(out: Path, progress: dict[str, Any], train_tokens: int) -> dict[str, Any]:
+    """What `run.json` holds: the recipe, the corpus, and what the model in `out` does.
 
-## Text and licence
-Training and held-out text are the sources and documentation strings of Python's own standard
-library, as every installation carries them (tests, character tables and generated files left out).
-The split is by top-level module, chosen at random from the seed; copies are dropped, and so is
-every training file that shares more than a twentieth of its four-line runs with the held-out text.
-`demo/language/train/manifest.json` lists both sides with SHA-256.
+    Args:
+        out: the model folder; the card's figures are measured on its files.
+        progress: of the checkpoint that the model comes from.
+        train_tokens: tokens of the training text.
+    """
+    split = manifest(split_by_module(read_sources()))
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    model = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    config = model.config
+    return {
+        "recipe": progress["recipe"],
+        "versions": progress["versions"],
+        "steps": progress["step"],
+        "tokens": progress["step"] * progress["recipe"]["batch"],
+        "seconds": round(progress["seconds"]),
+        "train_loss": progress["curve"][-1]["train_loss"],
+        "corpus": {
+            "source": split["source"],
+            "train_bytes": split["train"]["bytes"],
+            "train_tokens": train_tokens,
+        },
+        "model": {
+            "weights": model.num_parameters(),
+            "bytes": (out / "model.safetensors").stat().st_size,
+            "shape": f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, "
+            f"MLP {config.intermediate_size}, {config.num_attention_heads} heads of "
+            f"{config.head_dim} on {config.num_key_value_heads} key-value heads, "
+            "output layer of its own",
+        },
+        "held_out": _held_out(model, tokenizer, split["held_out"]["files"]),
+        "samples": [complete(model, tokenizer, prompt) for prompt in PROMPTS],
+    }
 
-That text is copyright of the Python Software Foundation and its contributors, used and, for
-`demo/heldout.txt`, copied under the PSF licence (`demo/heldout.LICENSE.txt`). The weights are
-published under Apache-2.0 like the rest of the project.
 
-## How the perplexity is measured
-All {measured["tokens"]:,} tokens of `demo/heldout.txt` ({measured["bytes"]:,} bytes, \
-{measured["modules"]} modules, none of them trained on),
-in windows of {measured["window"]} tokens, each predicted from `{BEGIN}` and its own earlier tokens:
-exp of the mean negative log-likelihood per token, bfloat16 weights, float32 arithmetic.
-
-## Greedy completions
-
-{shown}
-
-## Making it again
-```
-python -m demo.language.train.corpus                    # manifest.json and heldout.txt
-{command}
-python -m demo.language.train.publish                   # this folder, loss.csv, loss.png, run.json
-```
-The text, the tokenizer, the first weights and every batch follow from the seed. The weights will
-not come out bit for bit: sums on another CPU, or on another number of threads, round otherwise.
-"""
+def _held_out(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, files: dict[str, Any]
+) -> dict[str, Any]:
+    """The held-out text, whose `files` are listed by path, and the model's perplexity on it."""
+    text = (DEMO / "heldout.txt").read_text(encoding="utf-8")
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    loss = held_out_loss(model, ids, tokenizer.bos_token_id, WINDOW + 1)
+    size = len(text.encode())
+    return {
+        "bytes": size,
+        "tokens": len(ids),
+        "modules": len({module_of(path) for path in files}),
+        "window": WINDOW,
+        "perplexity": round(math.exp(loss), 4),
+        "bits_per_byte": round(loss * len(ids) / math.log(2) / size, 4),
+    }
 
 
 def main() -> None:
+    """Publish the model of the last checkpoint."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
-        "--cache", type=Path, default=CACHE, help="where train.py put its checkpoint"
+        "--cache", type=Path, default=CACHE, help="folder of the training's checkpoint"
     )
     parser.add_argument("--out", type=Path, default=DEMO / "model", help="the model folder")
     parser.add_argument("--weights-only", action="store_true", help="no measurements, no card")
@@ -209,54 +218,14 @@ def main() -> None:
     export(model, data.tokenizer, args.out)
     if args.weights_only:
         return
-
-    split = manifest(split_by_module(read_sources()))
-    tokenizer = AutoTokenizer.from_pretrained(args.out)
-    model = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32).eval()
-    text = (DEMO / "heldout.txt").read_text(encoding="utf-8")
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    loss = held_out_loss(model, ids, tokenizer.bos_token_id, WINDOW + 1)
-    config = model.config
-    size = len(text.encode())
-    run = {
-        "recipe": progress["recipe"],
-        "versions": progress["versions"],
-        "steps": progress["step"],
-        "tokens": progress["step"] * progress["recipe"]["batch"],
-        "seconds": round(progress["seconds"]),
-        "train_loss": progress["curve"][-1]["train_loss"],
-        "corpus": {
-            "source": split["source"],
-            "train_bytes": split["train"]["bytes"],
-            "train_tokens": len(data.stream),
-        },
-        "model": {
-            "weights": model.num_parameters(),
-            "bytes": (args.out / "model.safetensors").stat().st_size,
-            "shape": f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, "
-            f"MLP {config.intermediate_size}, {config.num_attention_heads} heads of "
-            f"{config.head_dim} on {config.num_key_value_heads} key-value heads, "
-            "output layer of its own",
-        },
-        "held_out": {
-            "bytes": size,
-            "tokens": len(ids),
-            "modules": len({module_of(path) for path in split["held_out"]["files"]}),
-            "window": WINDOW,
-            "perplexity": round(math.exp(loss), 4),
-            "bits_per_byte": round(loss * len(ids) / math.log(2) / size, 4),
-        },
-        "samples": [complete(model, tokenizer, prompt) for prompt in PROMPTS],
-    }
-    (HERE / "run.json").write_text(json.dumps(run, indent=1) + "\n")
-    with (HERE / "loss.csv").open("w", newline="") as opened:
-        writer = csv.DictWriter(opened, progress["curve"][0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(progress["curve"])
+    run = measured(args.out, progress, len(data.stream))
+    write_record(HERE, run, progress["curve"])
     plot(progress["curve"], HERE / "loss.png")
     (args.out / "README.md").write_text(card(run), encoding="utf-8")
+    found = run["held_out"]
     print(
-        f"held-out perplexity {math.exp(loss):.4f} on {len(ids):,} tokens; {args.out} is complete"
+        f"held-out perplexity {found['perplexity']:.4f} on {found['tokens']:,} tokens; "
+        f"{args.out} is complete"
     )
 
 

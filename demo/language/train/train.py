@@ -12,28 +12,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import tokenizers
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
-from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from demo.language.train.corpus import SEED, read_sources, split_by_module
-from demo.language.train.tokenizer import BEGIN, CONTEXT, END, VOCABULARY, train_tokenizer
+from ...training import Checkpoint, Optimizers, update, versions
+from .corpus import SEED, read_sources, split_by_module
+from .tokenizer import BEGIN, CONTEXT, END, VOCABULARY, train_tokenizer
 
 __all__ = [
     "CACHE",
     "MEASURED_TOKENS",
-    "Checkpoint",
     "Data",
     "Recipe",
     "batch_at",
@@ -42,7 +37,6 @@ __all__ = [
     "new_model",
     "prepare",
     "train",
-    "versions",
 ]
 
 CACHE = Path(__file__).resolve().parents[3] / ".cache" / "demo"
@@ -50,6 +44,7 @@ LOG_STEPS = 20
 MEASURE_STEPS = 200
 MEASURED_TOKENS = 8192
 SAVE_STEPS = 100
+VERSIONS = versions("torch", "transformers", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -153,9 +148,7 @@ def new_model(seed: int) -> LlamaForCausalLM:
     )
 
 
-def new_optimizers(
-    model: LlamaForCausalLM, recipe: Recipe
-) -> list[tuple[torch.optim.Optimizer, float]]:
+def new_optimizers(model: LlamaForCausalLM, recipe: Recipe) -> Optimizers:
     """Muon for the layers' matrices, AdamW for the rest, each with its full learning rate."""
     matrices: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
@@ -167,51 +160,6 @@ def new_optimizers(
     )
     muon = torch.optim.Muon(matrices, lr=recipe.muon_rate, weight_decay=recipe.weight_decay)
     return [(muon, recipe.muon_rate), (adamw, recipe.adamw_rate)]
-
-
-class Checkpoint:
-    """Model, optimizers and progress in one safetensors file, replaced atomically."""
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "checkpoint.safetensors"
-
-    def save(
-        self,
-        model: nn.Module,
-        optimizers: list[tuple[torch.optim.Optimizer, float]],
-        progress: dict[str, Any],
-    ) -> None:
-        tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
-        for i, (optimizer, _) in enumerate(optimizers):
-            for index, state in optimizer.state_dict()["state"].items():
-                for key, value in state.items():
-                    tensors[f"optimizer/{i}/{index}/{key}"] = value
-        temporary = self._path.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata={"progress": json.dumps(progress)})
-        temporary.replace(self._path)
-
-    def progress(self) -> dict[str, Any] | None:
-        """What `save` was given: step, seconds, curve, recipe and versions; None without a file."""
-        if not self._path.exists():
-            return None
-        with safetensors.safe_open(self._path, "pt") as opened:
-            found: dict[str, Any] = json.loads(opened.metadata()["progress"])
-        return found
-
-    def load_model(self, model: nn.Module) -> None:
-        tensors = load_file(self._path)
-        weights = {name: value for name, value in tensors.items() if name.startswith("model/")}
-        model.load_state_dict({name.removeprefix("model/"): v for name, v in weights.items()})
-
-    def load_optimizers(self, optimizers: list[tuple[torch.optim.Optimizer, float]]) -> None:
-        states: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in optimizers]
-        for name, value in load_file(self._path).items():
-            if name.startswith("optimizer/"):
-                _, i, index, key = name.split("/")
-                states[int(i)].setdefault(int(index), {})[key] = value
-        for (optimizer, _), state in zip(optimizers, states, strict=True):
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 @dataclass(frozen=True)
@@ -246,17 +194,6 @@ def prepare(cache: Path) -> Data:
     return Data(tokenizer, stream, ids)
 
 
-def versions() -> dict[str, str]:
-    """Versions and the kind of CPU that a run depends on."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "tokenizers": tokenizers.__version__,
-        "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-    }
-
-
 def refuse_other_recipe(recipe: Recipe, progress: dict[str, Any]) -> None:
     """Raise ValueError unless the run behind `progress` is one that `recipe` would have made."""
     earlier = Recipe(**progress["recipe"])
@@ -279,7 +216,7 @@ def refuse_other_recipe(recipe: Recipe, progress: dict[str, Any]) -> None:
 
 def take_step(
     model: LlamaForCausalLM,
-    optimizers: list[tuple[torch.optim.Optimizer, float]],
+    optimizers: Optimizers,
     recipe: Recipe,
     windows: torch.Tensor,
     share: float,
@@ -290,12 +227,7 @@ def take_step(
         logits = model(input_ids=windows[:, :-1]).logits
     loss = functional.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
-    for optimizer, rate in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate * share
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    update(model, optimizers, share, recipe.gradient_clip)
     return loss.item()
 
 
@@ -317,7 +249,7 @@ def train(recipe: Recipe, data: Data, cache: Path, until: int | None = None) -> 
         refuse_other_recipe(recipe, progress)
         checkpoint.load_model(model)
         checkpoint.load_optimizers(optimizers)
-    progress |= {"recipe": asdict(recipe), "versions": versions(), "train_tokens": len(data.stream)}
+    progress |= {"recipe": asdict(recipe), "versions": VERSIONS, "train_tokens": len(data.stream)}
     print(
         f"{model.num_parameters():,} weights, {len(data.stream):,} training tokens,"
         f" {len(data.held_out):,} held-out tokens; starting at step {progress['step']}",

@@ -1,14 +1,12 @@
 """Make the video model's folder, its card and the loss curve from the last checkpoint.
 
 `python -m demo.video.train.publish` writes `demo/video/model/` (weights in bfloat16, model card)
-and `loss.csv`, `loss.png` and `run.json` beside this file. Every figure in the card comes from
-here.
+and `loss.csv`, `loss.png` and `run.json` beside this file. This script measures every
+figure in the card.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,13 +16,14 @@ import typer
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging
 
+from ...training import render_card, write_record
 from ..check import DEGREES, SEED, check
 from ..pictures import contact_sheet
 from ..pipeline import MODEL, MovingShapesPipeline
 from ..scenes import ASPECTS, FRAMES, SIZE, draw
 from .train import CACHE, SHAPE, Recipe, averaged_model
 
-__all__ = ["card", "export", "main", "plot"]
+__all__ = ["card", "export"]
 
 HERE = Path(__file__).resolve().parent
 SHEET = "videos.png"
@@ -80,43 +79,7 @@ def card(run: dict[str, Any]) -> str:
          f"**{seen['colours']} of {seen['videos']}** in the right colour, **{seen['directions']} "
          f"of {seen['videos']}** within {DEGREES:.0f} degrees of the right direction"),
     ]  # fmt: skip
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    words = "\n".join(f"- {aspect}: {', '.join(words)}" for aspect, words in ASPECTS.items())
-    return f"""---
-license: apache-2.0
-library_name: diffusers
-pipeline_tag: text-to-video
----
-# The video demonstration's model: one moving shape
-
-It exists so that a number format can be tried on a video model that was really trained, in seconds,
-on any machine. It knows nothing but these words, one of each kind in a prompt:
-
-{words}
-
-![The eight videos of the check, four frames each, and as drawn]({SHEET})
-
-| | |
-|---|---|
-{table}
-
-## Using it
-```python
-from demo.video.pipeline import MODEL, MovingShapesPipeline
-
-pipe = MovingShapesPipeline.from_pretrained(MODEL)
-frames = pipe("a red circle moves up-left, fast").frames
-```
-
-## Making it again
-```
-python -m demo.video.train.train      # resumes where it was stopped
-python -m demo.video.train.publish    # this folder, loss.csv, loss.png, run.json
-python -m demo.video.check      # the check above
-```
-The training videos are drawn by `demo/video/scenes.py`; scenes, noise and first weights follow from
-the seed. The weights will not come out bit for bit: sums on another CPU round otherwise.
-"""
+    return render_card(HERE / "card.md.jinja", rows=rows, aspects=ASPECTS, sheet=SHEET)
 
 
 def main(
@@ -147,11 +110,7 @@ def main(
             "seen": [asdict(reading) for reading in found.seen],
         },
     }  # fmt: skip
-    (HERE / "run.json").write_text(json.dumps(run, indent=1) + "\n")
-    with (HERE / "loss.csv").open("w", newline="") as opened:
-        writer = csv.DictWriter(opened, progress["curve"][0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(progress["curve"])
+    write_record(HERE, run, progress["curve"])
     plot(progress["curve"], HERE / "loss.png")
     drawn = draw(list(found.asked), torch.Generator().manual_seed(SEED))
     contact_sheet(

@@ -8,20 +8,17 @@ training is over, `python -m demo.video.train.publish` makes the model folder.
 
 from __future__ import annotations
 
-import platform
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import diffusers
 import torch
 import typer
 from diffusers import WanTransformer3DModel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from demo.language.train.train import Checkpoint
-
+from ...training import Checkpoint, Optimizers, update, versions
 from ..pipeline import WordEmbedder
 from ..scenes import draw, random_scenes
 
@@ -43,6 +40,7 @@ SHAPE = {
 }
 LOG_STEPS = 25
 SAVE_STEPS = 100
+VERSIONS = versions("torch", "diffusers")
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ def batch_at(recipe: Recipe, step: int) -> Batch:
     return Batch((1 - share) * videos + share * noise, level, words, noise - videos)
 
 
-def new_optimizers(model: VideoModel, recipe: Recipe) -> list[tuple[torch.optim.Optimizer, float]]:
+def new_optimizers(model: VideoModel, recipe: Recipe) -> Optimizers:
     """Muon for the matrices of the blocks, AdamW for the rest, each with its full rate."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
@@ -140,7 +138,7 @@ def new_optimizers(model: VideoModel, recipe: Recipe) -> list[tuple[torch.optim.
 
 def take_step(
     model: VideoModel,
-    optimizers: list[tuple[torch.optim.Optimizer, float]],
+    optimizers: Optimizers,
     recipe: Recipe,
     step: int,
 ) -> float:
@@ -150,12 +148,7 @@ def take_step(
         velocity = model(batch.noisy, batch.level, batch.words).float()
     loss = (velocity - batch.velocity).square().mean()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
-    for optimizer, rate in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate * share_at(recipe, step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    update(model, optimizers, share_at(recipe, step), recipe.gradient_clip)
     return loss.item()
 
 
@@ -183,7 +176,7 @@ def train(recipe: Recipe, cache: Path, until: int | None = None) -> None:
             )
         checkpoint.load_model(both)
         checkpoint.load_optimizers(optimizers)
-    progress |= {"recipe": asdict(recipe), "versions": _versions()}
+    progress |= {"recipe": asdict(recipe), "versions": VERSIONS}
     stop = recipe.steps if until is None else min(until, recipe.steps)
     losses: list[float] = []
     began = time.monotonic() - progress["seconds"]
@@ -223,15 +216,6 @@ def averaged_model(cache: Path) -> tuple[VideoModel, dict[str, Any]]:
 
 def _average(model: VideoModel, recipe: Recipe) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.average_decay))
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-    }
 
 
 def main(
