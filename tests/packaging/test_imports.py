@@ -44,6 +44,7 @@ def test_packages_are_importable_by_their_installed_names_only(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_vllm_does_not_take_the_folder_for_a_package_of_its_own():
     """From the repository's root, where the folder `triton_kernels` can be seen."""
     code = (

@@ -98,7 +98,7 @@ def test_triton_kernels_is_not_importable(wheel, tmp_path):
     install = [*PIP, "install", "--no-deps", "--target", str(tmp_path), str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
     code = (
-        "import importlib.util, sys; sys.path.insert(0, sys.argv[1]); import dialect_kernels;"
+        "import importlib.util, sys; import dialect_kernels;"
         "assert dialect_kernels.__file__.startswith(sys.argv[1]), dialect_kernels.__file__;"
         "assert importlib.util.find_spec('triton_kernels') is None;"
         "from dialect_kernels.verify import verify;"
@@ -107,9 +107,9 @@ def test_triton_kernels_is_not_importable(wheel, tmp_path):
         "from dialect_kernels.cpu import library;"
         "assert str(library._find()).startswith(sys.argv[1])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path
-    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    # where -c looks first for what it imports
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,1 +1,1 @@
-"""Helpers of tests."""
+"""What several folders of tests share."""

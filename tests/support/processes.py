@@ -1,4 +1,4 @@
-"""Processes that a test has started or found."""
+"""Whether processes that a test knows of are still there."""
 
 import psutil
 

@@ -14,11 +14,11 @@ from dialect_plugin.checkpoint.convert import convert
 from tests.support.served_models import build, expected_logprobs
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[3]
 
 SCRIPT = """
-import json, sys
-sys.path.append({helpers!r})
-from engines import engine, logprobs
+import json
+from tests.support.engines import engine, logprobs
 
 if __name__ == "__main__":
     with engine({model!r}, tensor_parallel_size=2, {options}) as llm:
@@ -28,11 +28,8 @@ if __name__ == "__main__":
 
 def logprobs_on_two_ranks(model, tmp_path, options=""):
     script = tmp_path / "two_ranks.py"
-    helpers = str(Path(__file__).parent)
-    script.write_text(
-        textwrap.dedent(SCRIPT).format(helpers=helpers, model=str(model), options=options)
-    )
-    environment = dict(os.environ)
+    script.write_text(textwrap.dedent(SCRIPT).format(model=str(model), options=options))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING")
     # vLLM binds a rank to a NUMA node by default; a small machine has one node
     cores = sorted(os.sched_getaffinity(0))
