@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from .config import ConfigError, SemanticDialectConfig
 from .enabling import disable, enable, summary
-from .layouts.layouts import Blocks, Grid, Layout, LayoutError, Stream, register_layout
+from .layouts import Blocks, Grid, Layout, LayoutError, Stream, register_layout
+from .layouts.families import register_families
 from .model.diffusers_quantizer import register
 from .pipeline_methods import add_methods
 
@@ -26,5 +27,6 @@ __all__ = [
     "summary",
 ]
 
+register_families()
 add_methods()
 register()

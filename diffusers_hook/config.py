@@ -1,4 +1,4 @@
-"""What ``enable_semantic_dialect`` may be told, typed and closed.
+"""The options of ``enable_semantic_dialect``, typed and closed.
 
 The same object is the ``quantization_config`` of a saved model: it can be passed to diffusers'
 ``from_pretrained`` and comes back from a saved ``config.json``.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import json
 import re
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -21,19 +22,24 @@ from pydantic import (
     model_validator,
 )
 
-__all__ = ["FORMAT_VERSION", "QUANT_METHOD", "ConfigError", "QuantMethod", "SemanticDialectConfig"]
+from dialect_kernels.layer_names import check_expressions, matches
 
-FORMAT_VERSION = 1
+__all__ = ["QUANT_METHOD", "ConfigError", "SemanticDialectConfig"]
+
+_FORMAT_VERSION = 1
 _SALIENT_FRACTION = 0.10
 
+_RENAMED = {"activation": "activation_format", "skip": "ignore"}
+"""Names of options in older files, and what they are called now."""
 
-class QuantMethod(enum.StrEnum):
+
+class _QuantMethod(enum.StrEnum):
     """The method's name as diffusers wants it: an enum with a string value."""
 
     SEMANTIC_DIALECT = "semantic_dialect"
 
 
-QUANT_METHOD = QuantMethod.SEMANTIC_DIALECT
+QUANT_METHOD = _QuantMethod.SEMANTIC_DIALECT
 
 
 class ConfigError(ValueError):
@@ -49,11 +55,12 @@ class SemanticDialectConfig(BaseModel):
         book: formatbook of weights and activations: ``"semantic_32"`` (SemanticDialect) or
             ``"dialect_fp4"`` (BlockDialect).
         block_size: elements per block, along the reduction dimension.
-        activation: ``"dialect"`` (W4A4), ``"fp8"`` (W4A8; ours) or ``"none"`` (W4A16; ours).
-            Salient tokens and SeDA belong to ``"dialect"``.
-        skip: regular expressions for names of linear layers that stay in 16 bit; each must match
-            the whole name from the model's root, e.g. ``blocks\\.0\\..*``.
-        modulation: what becomes of the adaLN modulation's linear layers: ``"16bit"``, ``"fp8"``
+        activation_format: ``"dialect"`` (W4A4), ``"fp8"`` (W4A8; ours) or ``"none"`` (W4A16;
+            ours). Salient tokens and SeDA need ``"dialect"``.
+        ignore: patterns of linear layers that stay in 16 bit: exact names from the model's root,
+            or ``re:`` and a regular expression that matches from the name's beginning, e.g.
+            ``re:blocks\\.0\\.``; see :mod:`dialect_kernels.layer_names`.
+        modulation: how the adaLN modulation's linear layers are stored: ``"16bit"``, ``"fp8"``
             (row-wise E4M3 weights; ours) or None: ``"fp8"`` where they hold more than 5 % of the
             model's parameters.
         salient_fraction: share of the video tokens that is decomposed into two dialect rows, 0..1
@@ -72,18 +79,18 @@ class SemanticDialectConfig(BaseModel):
         keep_original: where ``disable`` finds the 16-bit weights: ``"disk"`` (the files they were
             loaded from), ``"host"`` (a copy in host memory), ``"none"`` (nowhere), or None:
             ``"disk"`` where the files are known, else ``"host"``.
-        strict: refuse a model whose salient tokens and groups cannot be found, instead of
+        strict: refuse a model in which salient tokens and groups cannot be found, instead of
             quantizing it without them after a warning.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    quant_method: QuantMethod = Field(default=QUANT_METHOD, strict=False)
-    format_version: int = FORMAT_VERSION
+    quant_method: _QuantMethod = Field(default=QUANT_METHOD, strict=False)
+    format_version: int = _FORMAT_VERSION
     book: Literal["semantic_32", "dialect_fp4"] = "semantic_32"
     block_size: Literal[16, 32, 64] = 32
-    activation: Literal["dialect", "fp8", "none"] = "dialect"
-    skip: tuple[str, ...] = Field(default=(), strict=False)
+    activation_format: Literal["dialect", "fp8", "none"] = "dialect"
+    ignore: tuple[str, ...] = Field(default=(), strict=False)
     modulation: Literal["16bit", "fp8"] | None = None
     salient_fraction: float = Field(default=_SALIENT_FRACTION, ge=0.0, le=1.0)
     salient_refresh: int = Field(default=5, ge=1)
@@ -110,25 +117,21 @@ class SemanticDialectConfig(BaseModel):
     @field_validator("format_version")
     @classmethod
     def _known_version(cls, version: int) -> int:
-        if version > FORMAT_VERSION:
+        if version > _FORMAT_VERSION:
             raise ValueError(
-                f"this release reads version {FORMAT_VERSION}; upgrade blockdialect to read it"
+                f"this release reads version {_FORMAT_VERSION}; upgrade blockdialect to read it"
             )
         if version < 1:
             raise ValueError("versions begin at 1; save the model again")
         return version
 
-    @field_validator("skip", mode="before")
+    @field_validator("ignore", mode="before")
     @classmethod
-    def _skip_compiles(cls, patterns: object) -> object:
+    def _ignore_compiles(cls, patterns: object) -> object:
         if isinstance(patterns, str):
-            raise ValueError("must be a list of regular expressions, not one string")
+            raise ValueError("it must be a list of patterns, not one string")
         if isinstance(patterns, list | tuple):
-            for pattern in patterns:
-                try:
-                    re.compile(pattern)
-                except (re.error, TypeError) as error:
-                    raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+            check_expressions(pattern for pattern in patterns if isinstance(pattern, str))
         return patterns
 
     @field_validator("seda_window", mode="before")
@@ -143,18 +146,18 @@ class SemanticDialectConfig(BaseModel):
     def _has_an_effect(self) -> SemanticDialectConfig:
         """Refuse `seda` and `salient_fraction` where they would silently do nothing.
 
-        What is at its default was not asked for. Options of a mechanism that is off are taken: a
-        saved or derived configuration may switch it off and on again.
+        Their defaults are accepted everywhere, and so are the options of a mechanism that is off:
+        a saved or derived configuration may switch it off and on again.
         """
-        for option, asked in (
+        for option, wanted in (
             ("seda", self.seda),
             ("salient_fraction", self.salient_fraction not in (0.0, _SALIENT_FRACTION)),
         ):
-            if asked and self.activation != "dialect":
+            if wanted and self.activation_format != "dialect":
                 raise ValueError(
                     f"{option}: {getattr(self, option)!r} has no effect with "
-                    f"activation={self.activation!r}; use activation='dialect' or leave {option} "
-                    "out"
+                    f"activation_format={self.activation_format!r}; use "
+                    f"activation_format='dialect' or leave {option} out"
                 )
         if self.seda and self.book != "semantic_32":
             raise ValueError(
@@ -166,12 +169,16 @@ class SemanticDialectConfig(BaseModel):
     @property
     def decomposes(self) -> bool:
         """Whether salient tokens are decomposed."""
-        return self.activation == "dialect" and self.salient_fraction > 0
+        return self.activation_format == "dialect" and self.salient_fraction > 0
 
     @property
     def groups(self) -> bool:
         """Whether tokens are grouped (SeDA)."""
         return self.seda
+
+    def is_ignored(self, name: str) -> bool:
+        """Whether the layer `name`, from the model's root, stays in 16 bit."""
+        return any(matches(pattern, name) for pattern in self.ignore)
 
     def replaced(self, **options: Any) -> SemanticDialectConfig:
         """The same configuration with other options.
@@ -185,17 +192,21 @@ class SemanticDialectConfig(BaseModel):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> SemanticDialectConfig:
         """Build a configuration from a saved dict; diffusers calls this.
 
+        Args:
+            config_dict: options by name; names and patterns of older files are understood.
+            **kwargs: single options that take precedence.
+
         Raises:
-            ConfigError: as the constructor.
+            ConfigError: as the constructor, or for an option under its old and its new name.
         """
-        return cls(**{**config_dict, **kwargs})
+        return cls(**{**_with_present_names(config_dict), **kwargs})
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration in JSON's types."""
         return self.model_dump(mode="json")
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What differs from the defaults, with method and version; for short representations."""
+        """Method, version and the options that are not at their defaults."""
         always = ("quant_method", "format_version")
         default = type(self)().to_dict()
         return {k: v for k, v in self.to_dict().items() if k in always or v != default[k]}
@@ -204,6 +215,34 @@ class SemanticDialectConfig(BaseModel):
         """The configuration as JSON text; diffusers logs and saves this."""
         chosen = self.to_diff_dict() if use_diff else self.to_dict()
         return json.dumps(chosen, indent=2, sort_keys=True) + "\n"
+
+
+def _with_present_names(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved configuration with today's names of its options and today's patterns.
+
+    Raises:
+        ConfigError: for an option under its old and its new name.
+    """
+    options = dict(saved)
+    for old, new in _RENAMED.items():
+        if old not in options:
+            continue
+        if new in options:
+            raise ConfigError(f"{old}: is the old name of {new}, which is given too; remove {old}")
+        value = options.pop(old)
+        options[new] = [_whole_name(p) for p in value] if old == "skip" else value
+    return options
+
+
+def _whole_name(expression: str) -> str:
+    """The pattern of `ignore` for an expression that had to match a layer's whole name.
+
+    Flags are allowed at the beginning of an expression only; a verbose one may end in a comment.
+    """
+    flags = re.match(r"(\(\?[aiLmsux]+\))*", expression)
+    assert flags is not None
+    end = "\n" if "x" in flags.group() else ""
+    return f"re:{flags.group()}(?:{expression[flags.end() :]}{end})\\Z"
 
 
 def _one_sentence(error: ValidationError) -> str:
@@ -215,7 +254,7 @@ def _one_sentence(error: ValidationError) -> str:
     option = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         known = sorted(SemanticDialectConfig.model_fields)
-        near = get_close_matches(option, known, n=1)
+        near = [_RENAMED[option]] if option in _RENAMED else get_close_matches(option, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(known)}"
         return f"{option}: is not an option of SemanticDialectConfig; {hint}"
     return f"{option}: {fault['input']!r} cannot be used: {reason[:1].lower()}{reason[1:]}"

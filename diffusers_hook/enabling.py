@@ -9,13 +9,12 @@ from typing import Any
 from torch import nn
 
 from .config import ConfigError, SemanticDialectConfig
-from .layers.dialect import QuantizedLinear
 from .layers.offload import check_offloading
 from .layers.originals import choose_place
-from .layouts import families  # noqa: F401 - registers the layouts
-from .layouts.layouts import Layout, LayoutError, generic_layout, layout_for, layout_named
+from .layers.quantized import QuantizedLinear
+from .layouts import Layout, LayoutError, generic_layout, layout_for, layout_named
 from .model.attach import attached, follow
-from .model.layer_choice import make_plan, quantized_layer
+from .model.layer_choice import choose_layers
 from .model.reconfigure import change_options, changed_config
 from .model.report import Summary, summarize
 from .model.swap import Job, put_in, take_out
@@ -36,7 +35,7 @@ def enable(
     """Quantize a pipeline's transformers, or one transformer, and hook their attention.
 
     A transformer that was loaded quantized takes the given options instead, where they need no
-    other weights; without options its hook gets to know the pipeline, and nothing else changes.
+    other weights; without options only its hook learns of the pipeline.
 
     Args:
         target: a diffusers pipeline, or a video transformer (any `nn.Module` with a layout).
@@ -76,7 +75,7 @@ def enable(
 
 
 def disable(target: Any) -> Any:
-    """Take everything off again: the weights are bit for bit those before.
+    """Restore the 16-bit layers and remove the hooks: the weights are bit for bit those before.
 
     Args:
         target: what was given to :func:`enable`.
@@ -85,8 +84,8 @@ def disable(target: Any) -> Any:
         The target.
 
     Raises:
-        RuntimeError: if the 16-bit weights were not kept, if their files are gone or others, or
-            under offloading that does not let layers be exchanged; nothing is changed then.
+        RuntimeError: if the 16-bit weights were not kept, if their files are gone or have changed,
+            or if the offloading in force does not let layers be exchanged; nothing is changed then.
     """
     modules = _enabled(target)
     if not modules:
@@ -145,17 +144,18 @@ def _prepare(
             f"{name}: the layout of {type(module).__name__} is not known; pass one as layout=, see "
             "diffusers_hook.Layout"
         )
-    config, plan = make_plan(module, config, layout, name)
-    place, sources = choose_place(module, plan.layers, config.keep_original)
-    return Job(name, module, layout, config, plan, place, sources)
+    config, choice = choose_layers(module, config, layout, name)
+    place, sources = choose_place(module, choice.layers, config.keep_original)
+    return Job(name, module, layout, config, choice, place, sources)
 
 
 def _quantize(job: Job, progress: bool) -> dict[str, QuantizedLinear]:
     """The new layers, by name; nothing in the model is touched."""
     from diffusers.utils.logging import tqdm
 
-    bar = tqdm(job.plan.layers, desc=f"{job.name} to 4 bit", unit="layer", disable=not progress)
-    return {path: quantized_layer(job.plan, path, job.config, f"{job.name}.{path}") for path in bar}
+    name, config, choice = job.name, job.config, job.choice
+    bar = tqdm(choice.layers, desc=f"{name} to 4 bit", unit="layer", disable=not progress)
+    return {path: choice.quantized_layer(path, config, f"{name}.{path}") for path in bar}
 
 
 def _transformers(target: Any, layout: Layout | None) -> dict[str, nn.Module]:
@@ -205,6 +205,6 @@ def _modules(target: Any) -> dict[str, nn.Module]:
 
 
 def _uncompiled(module: nn.Module) -> nn.Module:
-    """What `torch.compile(module)` was put around."""
+    """The module inside what `torch.compile(module)` returns."""
     inner: nn.Module = getattr(module, "_orig_mod", module)
     return inner

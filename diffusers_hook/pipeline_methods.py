@@ -19,7 +19,7 @@ def enable_semantic_dialect(
 
 
 def disable_semantic_dialect(self: Any) -> Any:
-    """Take SemanticDialect off again; see :func:`diffusers_hook.disable`."""
+    """Restore the 16-bit layers; see :func:`diffusers_hook.disable`."""
     return disable(self)
 
 

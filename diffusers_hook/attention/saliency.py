@@ -2,10 +2,10 @@
 
 The score of token j is the mean, over heads and over sampled query rows i, of
 ``softmax(q k^T * scale)_ij``; the tokens with the largest scores get a second, residual rounding.
-That attention guides the choice is SemanticDialect's idea; the formulas are ours (docs/format.md,
-section 5).
+That attention guides the choice is SemanticDialect's idea; the formulas are ours
+(docs/reference/format.md, section 5).
 
-What devices, dtypes and masks are taken, and how memory is bounded: see
+Devices, dtypes and masks that are taken, and the bound of memory: see
 :mod:`diffusers_hook.attention.attention`. Queries with every key masked add nothing to a score.
 """
 
@@ -17,95 +17,45 @@ from fractions import Fraction
 
 import torch
 
-from .attention import (
-    attention_with_lse,
-    check_attention,
-    default_scale,
-    expanded_mask,
-    log_sum_exp,
-    probabilities,
-    tile_logits,
-    tiles,
-)
+from .attention import Attention, probabilities
 
-__all__ = [
-    "SELECTIONS",
-    "attention_with_lse",
-    "log_sum_exp",
-    "received_attention",
-    "received_attention_from_lse",
-    "salient_count",
-    "sampled_queries",
-    "select_salient",
-]
+__all__ = ["received_attention", "select_salient"]
 
-SELECTIONS = ("top", "random", "bottom")
+_SELECTIONS = ("top", "random", "bottom")
 
 
-def sampled_queries(count: int, samples: int = 64) -> range:
-    """The query rows whose attention is looked at: every ``max(1, count // samples)``-th, from 0.
+def sampling_step(queries: int, samples: int = 64) -> int:
+    """The distance of the queries whose attention counts: ``max(1, queries // samples)``.
 
-    Returns:
-        Between `samples` and ``2 * samples - 1`` rows, or all if there are fewer.
+    With the first query that makes between `samples` and ``2 * samples - 1`` of them, or all if
+    there are fewer.
     """
-    return range(0, count, max(1, count // samples))
+    return max(1, queries // samples)
 
 
-def received_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    *,
-    mask: torch.Tensor | None = None,
-    scale: float | None = None,
-    samples: int = 64,
-) -> torch.Tensor:
+@torch.no_grad()
+def received_attention(attention: Attention, samples: int = 64) -> torch.Tensor:
     """The attention every key receives from the sampled queries (ours, after SemanticDialect).
 
     Args:
-        query: [B, H, T_q, D].
-        key: [B, H, T_k, D]; fewer heads are allowed where they divide H (grouped queries).
-        mask: see :mod:`diffusers_hook.attention.attention`.
-        scale: factor of the logits, default ``1 / sqrt(D)``.
-        samples: see :func:`sampled_queries`.
+        attention: the attention; a log-sum-exp that it has saves another softmax.
+        samples: how many queries count, see :func:`sampling_step`.
 
     Returns:
         float32 [B, T_k], the mean over heads and sampled queries. A sample's scores add up to the
         share of its sampled queries that attend to anything: 1 without a mask.
-
-    Raises:
-        ValueError: if shapes do not fit.
     """
-    return _received(query, key, None, mask, scale, samples)
-
-
-def received_attention_from_lse(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    lse: torch.Tensor,
-    *,
-    mask: torch.Tensor | None = None,
-    scale: float | None = None,
-    samples: int = 64,
-) -> torch.Tensor:
-    """:func:`received_attention` from the attention's own log-sum-exp, without another softmax.
-
-    Args:
-        query, key, mask, scale, samples: as for :func:`received_attention`.
-        lse: float32 [B, H, T_q], of all queries, as :func:`attention_with_lse` and
-            :func:`log_sum_exp` return it.
-
-    Returns:
-        float32 [B, T_k].
-
-    Raises:
-        ValueError: if shapes do not fit.
-    """
-    if lse.shape != query.shape[:3]:
-        raise ValueError(
-            f"lse: has shape {list(lse.shape)}, but query needs {list(query.shape[:3])}; "
-            "pass one value per query row"
-        )
-    return _received(query, key, lse, mask, scale, samples)
+    sampled = attention.every(sampling_step(attention.query.shape[2], samples))
+    query, key = sampled.query, sampled.key
+    received = torch.zeros(key.shape[0], key.shape[2], dtype=torch.float32, device=key.device)
+    with torch.autocast(query.device.type, enabled=False):
+        for heads, rows, logits in sampled.tiles():
+            if sampled.lse is None:
+                total = logits.logsumexp(-1, keepdim=True)
+            else:
+                total = sampled.lse[:, heads, rows, None]
+            received += probabilities(logits, total).sum((1, 2))
+    return received / max(1, query.shape[1] * query.shape[2])
 
 
 def salient_count(fraction: float | Fraction | Decimal, tokens: int) -> int:
@@ -141,49 +91,22 @@ def select_salient(
             the same tokens everywhere.
 
     Returns:
-        int64 [B, ``salient_count(fraction, T_video)``], ascending in every row.
+        int64 [B, ceil(fraction * T_video)], ascending in every row.
 
     Raises:
         ValueError: if `fraction`, `selection` or the shape of `scores` is not allowed.
     """
     if scores.ndim != 2:
         raise ValueError(f"scores: has shape {list(scores.shape)}; pass [samples, video tokens]")
-    if selection not in SELECTIONS:
+    if selection not in _SELECTIONS:
         raise ValueError(
-            f"selection: {selection!r} is not known; choose one of {', '.join(SELECTIONS)}"
+            f"selection: {selection!r} is not known; choose one of {', '.join(_SELECTIONS)}"
         )
-    count = salient_count(fraction, scores.shape[1])
+    count, home = salient_count(fraction, scores.shape[1]), scores.device
     if selection == "random":
-        device = scores.device if generator is None else generator.device
+        device = home if generator is None else generator.device
         # a float32 draw would tie among many tokens, and ties favour the lower index
         scores = torch.rand(scores.shape, generator=generator, device=device, dtype=torch.float64)
     # topk does not say which of equal scores it returns; a stable sort keeps their order
     order = scores.argsort(dim=1, descending=selection != "bottom", stable=True)
-    chosen: torch.Tensor = order[:, :count].sort(dim=1).values
-    return chosen if selection != "random" else chosen.to(scores.device)
-
-
-@torch.no_grad()
-def _received(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    lse: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    scale: float | None,
-    samples: int,
-) -> torch.Tensor:
-    check_attention(query, key)
-    scale = default_scale(query, scale)
-    mask = expanded_mask(mask, query, key)
-    stride = sampled_queries(query.shape[2], samples).step
-    query = query[:, :, ::stride]
-    lse = None if lse is None else lse[:, :, ::stride, None]
-    mask = None if mask is None else mask[:, :, ::stride]
-    received = torch.zeros(key.shape[0], key.shape[2], dtype=torch.float32, device=key.device)
-    with torch.autocast(query.device.type, enabled=False):
-        for heads, kv_heads, rows in tiles(query, key):
-            part = None if mask is None else mask[:, heads, rows]
-            logits = tile_logits(query[:, heads, rows], key[:, kv_heads], part, scale)
-            total = logits.logsumexp(-1, keepdim=True) if lse is None else lse[:, heads, rows]
-            received += probabilities(logits, total).sum((1, 2))
-    return received / max(1, query.shape[1] * query.shape[2])
+    return order[:, :count].sort(dim=1).values.to(home)

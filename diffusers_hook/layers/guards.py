@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .dialect import QuantizedLinear
+from .quantized import QuantizedLinear
 
 __all__ = ["guard", "unguard"]
 
@@ -43,7 +43,7 @@ def guard(module: nn.Module, files: Collection[Path]) -> None:
     for name, refusal in refusals.items():
         if hasattr(module, name):
             setattr(module, name, refusal)
-    # pipe.unfuse_lora() asks the adapters, and PEFT forgets what was merged before it comes to the
+    # pipe.unfuse_lora() calls the adapters, and PEFT forgets what was merged before it comes to the
     # weight, which refuses; merging comes to the weight first
     for part in module.modules():
         base = getattr(part, "base_layer", None)
@@ -52,14 +52,14 @@ def guard(module: nn.Module, files: Collection[Path]) -> None:
 
 
 def unguard(module: nn.Module) -> None:
-    """Take the refusals off again."""
+    """Remove the refusals."""
     for part in module.modules():
         for name in [name for name, held in vars(part).items() if isinstance(held, _Refusal)]:
             delattr(part, name)
 
 
 class _Refusal:
-    """What stands in the place of a method."""
+    """A callable in the place of a method that raises RuntimeError."""
 
     def __init__(self, sentence: str) -> None:
         self._sentence = sentence

@@ -1,4 +1,4 @@
-"""What diffusers and accelerate keep at single layers while they offload a transformer."""
+"""The hooks that diffusers and accelerate put on single layers to offload a transformer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .dialect import QuantizedLinear
+from .quantized import QuantizedLinear
 
 __all__ = ["check_offloading", "renew_group_offloading"]
 
@@ -22,7 +22,7 @@ def check_offloading(name: str, module: nn.Module) -> None:
         hook.config.offload_to_disk_path is not None for hook in _hooks(module, "group_offloading")
     ):
         raise RuntimeError(
-            f"{name}: group offloading has its weights on disk, where none can be exchanged; load "
+            f"{name}: group offloading keeps the weights on disk, where they cannot be exchanged; "
             "the pipeline again and enable SemanticDialect before offloading"
         )
     for layer in module.modules():
@@ -35,13 +35,13 @@ def check_offloading(name: str, module: nn.Module) -> None:
             )
         if _hooks(layer, "layerwise_casting"):
             raise RuntimeError(
-                f"{name}: layerwise casting is on and diffusers cannot take it off; load the "
+                f"{name}: layerwise casting is on and diffusers cannot switch it off; load the "
                 "pipeline again with from_pretrained"
             )
 
 
 def renew_group_offloading(module: nn.Module) -> None:
-    """Let group offloading, where it is on, see the layers that are there now."""
+    """Apply group offloading, where it is on, to the layers that are there now."""
     if _hooks(module, "group_offloading"):
         from diffusers.hooks import group_offloading
 
@@ -57,5 +57,5 @@ def _hooks(module: nn.Module, name: str) -> list[Any]:
 
 
 def _offloads(hook: Any) -> bool:
-    """Whether a hook of accelerate's, or one of several, takes a layer's tensors away."""
+    """Whether a hook of accelerate's, or one of several, offloads a layer's tensors."""
     return any(getattr(one, "offload", False) for one in getattr(hook, "hooks", (hook,)))

@@ -12,17 +12,17 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..config import ConfigError
-from ..layouts.layouts import without_adapters
-from .dialect import QuantizedLinear
+from ..layouts import without_adapters
+from .quantized import QuantizedLinear
 
-__all__ = ["Originals", "Source", "choose_place", "keep", "source_folders"]
+__all__ = ["Originals", "Source", "choose_place", "keep"]
 
 _WEIGHTS = "diffusion_pytorch_model"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A weight in a file, with its SHA-256, so that another one is not taken for it."""
+    """A weight in a file, with its SHA-256 to recognize it by."""
 
     path: Path
     digest: bytes
@@ -98,7 +98,7 @@ def choose_place(
     """
     if wanted in ("host", "none"):
         return wanted, {}
-    sources = _exact_sources(layers, source_folders(module))
+    sources = _exact_sources(layers, _source_folders(module))
     if sources is not None:
         return "disk", sources
     if wanted == "disk":
@@ -112,7 +112,7 @@ def choose_place(
 def keep(place: str, layers: Mapping[str, nn.Linear], sources: dict[str, Source]) -> Originals:
     """Let go of the weights, or move them to host memory, as :func:`choose_place` found.
 
-    Each layer gets a new parameter: who holds the old ones can put them back.
+    Each layer gets a new parameter: the caller can still put the old ones back.
     """
     if place == "none":
         return Originals(place)
@@ -123,7 +123,7 @@ def keep(place: str, layers: Mapping[str, nn.Linear], sources: dict[str, Source]
     return Originals(place, dict(layers), sources)
 
 
-def source_folders(module: nn.Module) -> list[Path]:
+def _source_folders(module: nn.Module) -> list[Path]:
     """The folders a diffusers model may have been loaded from, hub models from the local cache."""
     config = getattr(module, "config", None)
     path = getattr(config, "_name_or_path", None) if config is not None else None

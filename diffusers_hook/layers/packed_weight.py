@@ -14,8 +14,9 @@ __all__ = ["PackedWeight"]
 class PackedWeight(torch.Tensor):
     """A read-only weight [N, K]: shape, dtype and device cost nothing, all else decodes it.
 
-    PEFT asks every weight some twenty times for these three while it loads an adapter. What PEFT
-    would write into a decoded copy (`fuse_lora`) would be lost with it, so writing is refused.
+    PEFT reads these three of every weight some twenty times while it loads an adapter. What it
+    would write into a decoded copy (`fuse_lora`) would be lost with the copy, so writing is
+    refused.
     """
 
     _decode: Callable[[], torch.Tensor]

@@ -16,9 +16,9 @@ from ..config import SemanticDialectConfig
 from ..layers.dialect import DialectLinear
 from ..layers.guards import guard, unguard
 from ..layers.originals import Originals
-from ..layouts.layouts import Layout
-from ..tokens.block_state import BlockState, ModelState
+from ..layouts import Layout
 from ..tokens.branch import watch_branch
+from ..tokens.model_state import ModelState
 from ..tokens.observe import Observed, observed_processor
 
 __all__ = ["Attached", "attach", "attached", "detach", "follow"]
@@ -37,7 +37,7 @@ class Attached:
         bytes_before: bytes of the parameters before.
         originals: the replaced layers; None for a transformer that was loaded quantized.
         processors: number of a block's state -> its attention's processor before.
-        undo: what takes the hooks off the module again, in the order they were put on.
+        undo: functions that remove the hooks from the module, in the order they were added.
     """
 
     config: SemanticDialectConfig
@@ -65,7 +65,7 @@ def attach(
     bytes_before: int,
     originals: Originals | None = None,
 ) -> None:
-    """Hook a transformer whose linear layers are replaced already.
+    """Hook a transformer whose linear layers have been replaced.
 
     Args:
         module: the transformer.
@@ -81,16 +81,15 @@ def attach(
             layout.remark,
         )
         config = config.replaced(salient_fraction=0.0, seda=False)
-    state = ModelState(config, timestep_rises=layout.timestep_rises)
-    # known from the first step on, so that detach can undo whatever was done
+    blocks = layout.blocks(module)
+    state = ModelState(config, blocks, timestep_rises=layout.timestep_rises)
+    # registered from the first step on, so that detach can undo whatever was done
     hook = _attached[module] = Attached(config, layout, state, bytes_before, originals)
-    for index, block in enumerate(layout.blocks(module)):
-        block_state = BlockState(state, block, index)
-        state.blocks.append(block_state)
+    for block, block_state in zip(blocks, state.blocks, strict=True):
         for layer in block.module.modules():
             if isinstance(layer, DialectLinear):
                 layer.slot = block_state.slot
-        if (config.decomposes or config.groups) and block.kind.attention is not None:
+        if state.reads_attention and block.kind.attention is not None:
             path = f"{block.name}.{block.kind.attention}".rstrip(".")
             attention: Any = module.get_submodule(path)
             hook.processors[int(block_state.slot[0])] = attention.processor
@@ -101,7 +100,7 @@ def attach(
 
 
 def detach(module: nn.Module) -> None:
-    """Take the hook off a transformer, also one half put on; its linear layers stay as they are."""
+    """Remove the hook from a transformer, even one half added; its linear layers stay."""
     hook = _attached[module]
     _give_back_processors(module, hook.processors)
     while hook.undo:
@@ -113,7 +112,7 @@ def detach(module: nn.Module) -> None:
 
 
 def _give_back_processors(module: nn.Module, processors: dict[int, Any]) -> None:
-    """Give attention its own processors back, except where the user has set another one."""
+    """Restore the processors of attention, except where the user has set another one."""
     for attention in module.modules():
         observed = getattr(attention, "processor", None)
         if isinstance(observed, Observed) and int(observed._slot[0]) in processors:
@@ -125,12 +124,12 @@ def _give_back_processors(module: nn.Module, processors: dict[int, Any]) -> None
 
 
 def follow(module: nn.Module, pipeline: object) -> None:
-    """Let a hooked transformer know its pipeline, whose scheduler tells where generations begin."""
-    _attached[module].state.follow(pipeline)
+    """Follow the pipeline of a hooked transformer: its scheduler shows where generations begin."""
+    _attached[module].state.generation.follow(pipeline)
 
 
 def _watch_calls(module: nn.Module, hook: Attached) -> None:
-    """Tell the state when a call of the transformer begins and ends."""
+    """Report the beginning and the end of every call of the transformer to its state."""
     layout, state = hook.layout, hook.state
     own = type(module).forward is nn.Module.forward  # Open-Sora gives every instance its own
     signature = inspect.signature(module.forward if own else type(module).forward)
@@ -139,7 +138,7 @@ def _watch_calls(module: nn.Module, hook: Attached) -> None:
 
     @torch.compiler.disable
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if state.config.decomposes or state.config.groups:
+        if state.reads_attention:
             _refuse_halved_batches(module)
         arguments = signature.bind_partial(*(() if own else (module,)), *args, **kwargs).arguments
         state.begin(layout.grid(module, arguments), arguments.get(layout.timestep), branch())

@@ -1,8 +1,8 @@
 """Saving and loading quantized transformers through diffusers itself.
 
 diffusers finds a quantizer by the ``quant_method`` in a model's config.json. Ours is in its tables
-once :mod:`diffusers_hook` has been imported; without the import, diffusers refuses the model as of
-an unknown type.
+once :mod:`diffusers_hook` has been imported; without the import, diffusers refuses the model
+because it does not know the type.
 """
 
 from __future__ import annotations
@@ -15,22 +15,19 @@ from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
 
+from dialect_kernels.packed import STORED_FIELDS
+
 from ..config import QUANT_METHOD, SemanticDialectConfig
-from ..layers.dialect import QuantizedLinear
-from ..layouts.layouts import Layout, LayoutError, generic_layout, layout_for
+from ..layers.fp8 import Fp8Linear
+from ..layers.quantized import QuantizedLinear
+from ..layouts import Layout, LayoutError, generic_layout, layout_for
 from .attach import attach, attached, detach
-from .layer_choice import Plan, empty_layer, make_plan, put, quantized_layer
+from .layer_choice import LayerChoice, choose_layers, put
 from .saved_mark import mark, unmark
 
 __all__ = ["SemanticDialectQuantizer", "register"]
 
-_STORED = {
-    "weight_packed": torch.uint8,
-    "weight_meta": torch.uint8,
-    "weight_row_exponent": torch.int8,
-    "weight_fp8": torch.uint8,
-    "weight_scale": torch.int32,
-}
+_STORED = {**{part.stored: part.dtype for part in STORED_FIELDS}, **Fp8Linear.STORED}
 """Last part of a packed tensor's name -> its dtype in files; loaders would cast any other."""
 
 
@@ -45,11 +42,11 @@ class SemanticDialectQuantizer(DiffusersQuantizer):
         """A quantizer for one model; diffusers passes ``pre_quantized``."""
         super().__init__(quantization_config, **kwargs)
         self.quantization_config: SemanticDialectConfig = quantization_config
-        self._plan: Plan | None = None
+        self._choice: LayerChoice | None = None
         self.model: weakref.ref[nn.Module] | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuse a `device_map` that takes layers off their device.
+        """Refuse a `device_map` that offloads layers.
 
         Raises:
             ValueError: if it does.
@@ -91,12 +88,12 @@ class SemanticDialectQuantizer(DiffusersQuantizer):
                 )
         layout = _layout(model)
         name = type(model).__name__
-        self.quantization_config, self._plan = make_plan(
+        self.quantization_config, self._choice = choose_layers(
             model, self.quantization_config, layout, name, empty=True
         )
         if self.pre_quantized:
-            for path in self._plan.layers:
-                put(model, path, empty_layer(self._plan, path, self.quantization_config))
+            for path in self._choice.layers:
+                put(model, path, self._choice.empty_layer(path, self.quantization_config))
 
     def check_if_quantized_param(
         self,
@@ -108,8 +105,8 @@ class SemanticDialectQuantizer(DiffusersQuantizer):
     ) -> bool:
         """Whether a tensor of the checkpoint is a 16-bit weight that becomes a quantized layer."""
         path, _, kind = param_name.rpartition(".")
-        assert self._plan is not None
-        return not self.pre_quantized and kind == "weight" and path in self._plan.layers
+        assert self._choice is not None
+        return not self.pre_quantized and kind == "weight" and path in self._choice.layers
 
     def create_quantized_param(
         self,
@@ -122,16 +119,16 @@ class SemanticDialectQuantizer(DiffusersQuantizer):
         **kwargs: Any,
     ) -> None:
         """Quantize one weight of the checkpoint into its place; its bias may be there or not."""
-        assert self._plan is not None
+        assert self._choice is not None
         path = param_name.rpartition(".")[0]
-        layer = self._plan.layers[path]
+        layer = self._choice.layers[path]
         layer.weight = nn.Parameter(param_value.to(target_device), requires_grad=False)
-        new = quantized_layer(self._plan, path, self.quantization_config, path)
+        new = self._choice.quantized_layer(path, self.quantization_config, path)
         put(model, path, new)
         layer.weight = nn.Parameter(torch.empty_like(layer.weight, device="meta"))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        assert self._plan is not None
+        assert self._choice is not None
         _check_loaded(model)
         _own_memory(model)
         mark(model, self.quantization_config, self)
@@ -151,10 +148,10 @@ class SemanticDialectQuantizer(DiffusersQuantizer):
 
     @property
     def is_serializable(self) -> bool:
-        """Whether the model can be saved; asked before anything is written.
+        """Whether the model can be saved; diffusers checks it before it writes anything.
 
         Raises:
-            ValueError: if it carries adapters, whose saved names no loader knows.
+            ValueError: if it carries adapters: no loader would find their tensors again.
         """
         model = None if self.model is None else self.model()
         for name, module in [] if model is None else model.named_modules():

@@ -1,4 +1,4 @@
-"""Which linear layers of a transformer become what, decided and checked before any work is done."""
+"""The choice of the linear layers that are quantized, made and checked before any work is done."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ import torch
 from torch import nn
 
 from dialect_kernels.formatbook import book_by_name
+from dialect_kernels.layer_names import matches, near_misses
 
 from ..config import ConfigError, SemanticDialectConfig
-from ..layers.dialect import DialectLinear, Fp8Linear
-from ..layouts.layouts import Layout, LayoutError, Stream, without_adapters
+from ..layers.dialect import DialectLinear
+from ..layers.fp8 import Fp8Linear
+from ..layouts import Layout, LayoutError, Stream, without_adapters
 from ..tokens.observe import Observed, observed_class
 
-__all__ = ["Plan", "check_mechanisms", "empty_layer", "make_plan", "put", "quantized_layer"]
+__all__ = ["LayerChoice", "check_mechanisms", "choose_layers", "put"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MODULATION_SHARE = 0.05
-"""Share of the parameters from which adaLN modulation is stored in FP8 unless the user says."""
+"""Share of the parameters above which adaLN modulation is stored in FP8 by default."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Which linear layers of a transformer become what; names are from the model's root.
+class LayerChoice:
+    """The linear layers of a transformer that are quantized; names are from the model's root.
 
     Attributes:
         quantized: the layers that become 4 bit, and their streams.
@@ -41,16 +43,40 @@ class Plan:
         """Every layer that is replaced."""
         return {**{path: layer for path, (layer, _) in self.quantized.items()}, **self.modulation}
 
+    def quantized_layer(
+        self, path: str, config: SemanticDialectConfig, name: str
+    ) -> DialectLinear | Fp8Linear:
+        """The layer that takes the place of `path`.
 
-def make_plan(
+        Raises:
+            ValueError: if its weight cannot be quantized (calling it `name`).
+        """
+        if path in self.modulation:
+            return Fp8Linear.quantized(self.modulation[path], name)
+        layer, stream = self.quantized[path]
+        book = book_by_name(config.book)
+        return DialectLinear.quantized(
+            layer, stream, book, config.block_size, config.activation_format, name
+        )
+
+    def empty_layer(self, path: str, config: SemanticDialectConfig) -> DialectLinear | Fp8Linear:
+        """The layer that takes the place of `path`, on the meta device, for a loader to fill."""
+        if path in self.modulation:
+            return Fp8Linear.empty(self.modulation[path])
+        layer, stream = self.quantized[path]
+        book = book_by_name(config.book)
+        return DialectLinear.empty(layer, stream, book, config.block_size, config.activation_format)
+
+
+def choose_layers(
     module: nn.Module,
     config: SemanticDialectConfig,
     layout: Layout,
     name: str,
     *,
     empty: bool = False,
-) -> tuple[SemanticDialectConfig, Plan]:
-    """Which layers become what; checks everything that can be checked before any work is done.
+) -> tuple[SemanticDialectConfig, LayerChoice]:
+    """Choose the layers that become 4 bit and FP8; all that can be checked is checked here.
 
     Args:
         module: the transformer.
@@ -60,7 +86,7 @@ def make_plan(
         empty: whether the weights are yet to be loaded.
 
     Returns:
-        (the configuration with `modulation` resolved, the plan).
+        (the configuration with `modulation` resolved, the choice).
 
     Raises:
         LayoutError, ConfigError, ValueError: if the model does not fit; one sentence.
@@ -76,33 +102,33 @@ def make_plan(
         for block in blocks
         for path, layer, stream in block.linears()
     }
-    quantized = {n: found for n, found in linears.items() if not _skipped(n, config)}
+    quantized = {n: found for n, found in linears.items() if not _ignored(n, config)}
     if not quantized:
         raise ValueError(
-            f"{name}: no linear layer is left to quantize; skip={list(config.skip)} matches all of "
-            f"{len(linears)}"
+            f"{name}: no linear layer is left to quantize, ignore={list(config.ignore)} matches "
+            f"all of {len(linears)}; ignore fewer layers"
         )
     for path, (layer, _) in quantized.items():
         _check_layer(f"{name}.{path}", layer, config.block_size, empty)
     modulation = _modulation(module, layout, config)
-    _check_skip(name, config, [*linears, *_modulation_layers(module, layout)])
+    _check_ignore(name, config, [*linears, *_modulation_layers(module, layout)])
     config = config.replaced(modulation="fp8" if modulation else "16bit")
-    return config, Plan(quantized, modulation)
+    return config, LayerChoice(quantized, modulation)
 
 
 def check_mechanisms(
     module: nn.Module, config: SemanticDialectConfig, layout: Layout, name: str
 ) -> None:
-    """Raise LayoutError if what the configuration reads from attention cannot be had.
+    """Raise LayoutError if the model has no attention that the configuration needs.
 
-    Where there is no such attention, only `strict` asks for it.
+    A layout without any such attention is refused with `strict` only.
     """
     if not (config.decomposes or config.groups):
         return
     if config.strict and not layout.has_saliency:
         raise LayoutError(
-            f"{name}: {type(module).__name__} has no attention that salient tokens could be read "
-            f"from ({layout.remark}); pass strict=False, or salient_fraction=0 and seda=False"
+            f"{name}: {type(module).__name__} has no attention from which salient tokens could be "
+            f"read ({layout.remark}); pass strict=False, or salient_fraction=0 and seda=False"
         )
     for block in layout.blocks(module):
         if block.kind.attention is not None:
@@ -122,36 +148,12 @@ def _check_processor(name: str, processor: object) -> None:
         ) from None
 
 
-def quantized_layer(
-    plan: Plan, path: str, config: SemanticDialectConfig, name: str
-) -> DialectLinear | Fp8Linear:
-    """The layer that takes the place of `path`.
-
-    Raises:
-        ValueError: if its weight cannot be quantized (calling it `name`).
-    """
-    if path in plan.modulation:
-        return Fp8Linear.quantized(plan.modulation[path], name)
-    layer, stream = plan.quantized[path]
-    book = book_by_name(config.book)
-    return DialectLinear.quantized(layer, stream, book, config.block_size, config.activation, name)
-
-
-def empty_layer(plan: Plan, path: str, config: SemanticDialectConfig) -> DialectLinear | Fp8Linear:
-    """The layer that takes the place of `path`, on the meta device, for a loader to fill."""
-    if path in plan.modulation:
-        return Fp8Linear.empty(plan.modulation[path])
-    layer, stream = plan.quantized[path]
-    book = book_by_name(config.book)
-    return DialectLinear.empty(layer, stream, book, config.block_size, config.activation)
-
-
 def _check_layer(name: str, layer: nn.Linear, block_size: int, empty: bool) -> None:
     weight = layer.weight
     if type(layer) is not nn.Linear:
         raise ValueError(
             f"{name}: is a {type(layer).__name__}, not a plain linear layer; unload or fuse its "
-            "adapters, or add it to skip"
+            "adapters, or add it to ignore"
         )
     if weight.device.type == "meta" and not empty:
         raise ValueError(
@@ -164,7 +166,7 @@ def _check_layer(name: str, layer: nn.Linear, block_size: int, empty: bool) -> N
     if layer.in_features % block_size:
         raise ValueError(
             f"{name}.weight: has {layer.in_features} columns, not a multiple of block_size "
-            f"{block_size}; choose a smaller block_size or add the layer to skip"
+            f"{block_size}; choose a smaller block_size or add the layer to ignore"
         )
 
 
@@ -175,7 +177,7 @@ def _modulation(
     layers = {
         name: layer
         for name, layer in _modulation_layers(module, layout).items()
-        if not _skipped(name, config)
+        if not _ignored(name, config)
     }
     if config.modulation is None:
         held = sum(layer.weight.numel() for layer in layers.values())
@@ -193,19 +195,22 @@ def _modulation_layers(module: nn.Module, layout: Layout) -> dict[str, nn.Linear
     }
 
 
-def _check_skip(name: str, config: SemanticDialectConfig, candidates: Sequence[str]) -> None:
-    """Raise ConfigError if a pattern keeps none of the layers that could be quantized."""
+def _check_ignore(name: str, config: SemanticDialectConfig, candidates: Sequence[str]) -> None:
+    """Raise ConfigError if a pattern matches none of the layers that could be quantized."""
     names = [without_adapters(candidate) for candidate in candidates]
-    for pattern in config.skip:
-        if not any(re.fullmatch(pattern, candidate) for candidate in names):
-            raise ConfigError(
-                f"skip: {pattern!r} matches no layer of {name} that would be quantized; it must "
-                f"match a whole name from the model's root, e.g. {names[0]!r}"
-            )
+    for pattern in config.ignore:
+        if any(matches(pattern, candidate) for candidate in names):
+            continue
+        near = ", ".join(near_misses(pattern, names))
+        hint = f"; near it are {near}" if near else ""
+        raise ConfigError(
+            f"ignore: {pattern!r} matches no layer of {name} that would be quantized{hint}; give "
+            "an exact name from the model's root or 're:' and a regular expression"
+        )
 
 
-def _skipped(name: str, config: SemanticDialectConfig) -> bool:
-    return any(re.fullmatch(pattern, without_adapters(name)) for pattern in config.skip)
+def _ignored(name: str, config: SemanticDialectConfig) -> bool:
+    return config.is_ignored(without_adapters(name))
 
 
 def put(module: nn.Module, path: str, child: nn.Module) -> None:

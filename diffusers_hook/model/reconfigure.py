@@ -8,37 +8,37 @@ from torch import nn
 
 from ..config import ConfigError, SemanticDialectConfig
 from ..layers.dialect import DialectLinear
-from ..layouts.layouts import Layout, LayoutError
+from ..layouts import Layout, LayoutError
 from .attach import Attached, attach, attached, detach
 from .layer_choice import check_mechanisms
 from .saved_mark import mark
 
 __all__ = ["change_options", "changed_config"]
 
-_IN_THE_WEIGHTS = ("book", "block_size", "skip", "modulation", "keep_original")
+_IN_THE_WEIGHTS = ("book", "block_size", "ignore", "modulation", "keep_original")
 """Options that decide which weights are stored where."""
 
 _OF_THE_DIALECTS = ("salient_fraction", "seda")
-"""Options that belong to activation="dialect"."""
+"""Options that need activation_format="dialect"."""
 
 
 def changed_config(
     name: str, module: nn.Module, config: SemanticDialectConfig, layout: Layout | None
 ) -> SemanticDialectConfig:
-    """The configuration of an enabled transformer with what `config` says explicitly.
+    """The configuration of an enabled transformer with the options that `config` sets.
 
     Args:
         name: what error messages call the transformer.
         module: the transformer.
-        config: the configuration asked for.
-        layout: the layout asked for.
+        config: the new options.
+        layout: the new layout, or None.
 
     Returns:
-        The present one itself where nothing is asked for.
+        The present configuration itself where `config` sets nothing.
 
     Raises:
         RuntimeError: if it was not loaded quantized.
-        ConfigError, LayoutError: if that needs other weights, or does not fit the model.
+        ConfigError, LayoutError: if the options need other weights or do not fit the model.
     """
     hook = attached(module)
     assert hook is not None
@@ -52,8 +52,8 @@ def changed_config(
         present = getattr(hook.config, option)
         if value not in (None, present):
             raise ConfigError(
-                f"{option}: {value!r} cannot be had of weights that were loaded quantized with "
-                f"{present!r}; load the 16-bit checkpoint to quantize it another way"
+                f"{option}: {value!r} needs other weights than those loaded, which were quantized "
+                f"with {present!r}; load the 16-bit checkpoint to quantize it another way"
             )
     if layout not in (None, hook.layout):
         raise LayoutError(
@@ -62,8 +62,8 @@ def changed_config(
         )
     if not given:
         return hook.config
-    if given.get("activation", "dialect") != "dialect":
-        # what was saved gives way to what is asked for, as if it had been left out
+    if given.get("activation_format", "dialect") != "dialect":
+        # saved options give way to those of this call, as if they had been left out
         for option in _OF_THE_DIALECTS:
             if getattr(hook.config, option):
                 given.setdefault(option, type(config).model_fields[option].default)
@@ -88,7 +88,7 @@ def change_options(module: nn.Module, config: SemanticDialectConfig) -> None:
         raise
     for layer in module.modules():
         if isinstance(layer, DialectLinear):
-            layer.activation = config.activation
+            layer.activation_format = config.activation_format
     quantizer: Any = module.hf_quantizer
     quantizer.quantization_config = config
     mark(module, config, quantizer)
@@ -99,4 +99,4 @@ def _attach_again(module: nn.Module, hook: Attached, config: SemanticDialectConf
     attach(module, config, hook.layout, hook.bytes_before)
     again = attached(module)
     assert again is not None
-    again.state.pipeline = hook.state.pipeline
+    again.state.generation.pipeline = hook.state.generation.pipeline

@@ -1,4 +1,4 @@
-"""What the hook did, as data and as a table."""
+"""The summary of what the hook has done, as data and as a table."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import io
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from ..layers.dialect import DialectLinear, Fp8Linear
+from ..layers.dialect import DialectLinear
+from ..layers.fp8 import Fp8Linear
+from .attach import Attached
 
-if TYPE_CHECKING:
-    from .attach import Attached
-
-__all__ = ["Summary", "TransformerSummary", "summarize"]
+__all__ = ["Summary", "summarize"]
 
 _PLACES = {"disk": "on disk", "host": "in host memory", "none": "nowhere"}
 
@@ -30,10 +29,10 @@ class TransformerSummary:
         layers: linear layers in 4 bit.
         fp8_layers: modulation layers in FP8.
         bits: bits per weight of the 4-bit layers.
-        bytes_before: bytes of all parameters before.
-        bytes_after: bytes of all parameters and packed weights now.
-        bytes_by_device: the same for each device, e.g. ``"cuda:0"``; ``"offloaded"`` are those that
-            accelerate has taken away (sequential offload).
+        bytes_before: bytes of all parameters before quantization.
+        bytes_after: bytes of all parameters and buffers now.
+        bytes_by_device: the same for each device, e.g. ``"cuda:0"``; ``"offloaded"`` are those on
+            no device (accelerate's sequential offload).
         host_bytes: bytes of 16-bit weights kept in host memory for ``disable``.
         originals: where the 16-bit weights are: ``"disk"``, ``"host"``, ``"none"``.
         calls: calls of the transformer so far.
@@ -95,7 +94,7 @@ class Summary:
 def summarize(name: str, module: nn.Module, attached: Attached) -> TransformerSummary:
     """The figures of one transformer."""
     layers = [layer for layer in module.modules() if isinstance(layer, DialectLinear)]
-    counts = attached.state.counts
+    meter = attached.state.meter
     sizes = [size for block in attached.state.blocks for size in block.group_sizes()]
     originals = attached.originals
     bytes_by_device = _bytes_by_device(module)
@@ -110,13 +109,13 @@ def summarize(name: str, module: nn.Module, attached: Attached) -> TransformerSu
         bytes_by_device=bytes_by_device,
         host_bytes=0 if originals is None else originals.host_bytes,
         originals="none" if originals is None else originals.place,
-        calls=counts["calls"],
-        salient_share=counts["decomposed rows"] / max(1, counts["rows"]),
+        calls=meter.counts["calls"],
+        salient_share=meter.counts["decomposed rows"] / max(1, meter.counts["rows"]),
         groups=sum(groups for groups, _ in sizes) / max(1, len(sizes)),
         grouped_share=sum(share for _, share in sizes) / max(1, len(sizes)),
-        salient_refreshes=counts["salient refreshes"],
-        group_refreshes=counts["group refreshes"],
-        seconds=dict(attached.state.seconds),
+        salient_refreshes=meter.counts["salient refreshes"],
+        group_refreshes=meter.counts["group refreshes"],
+        seconds=dict(meter.seconds),
     )
 
 

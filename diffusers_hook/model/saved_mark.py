@@ -1,4 +1,4 @@
-"""Telling diffusers that a model is quantized, so that saving it saves its format too."""
+"""The marks by which diffusers sees that a model is quantized, so that it saves the format too."""
 
 from __future__ import annotations
 

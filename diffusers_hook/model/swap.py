@@ -1,4 +1,4 @@
-"""Putting quantized layers into transformers and taking them out again, all or nothing."""
+"""The exchange of layers of transformers for quantized ones, and back: all or nothing."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from ..config import SemanticDialectConfig
-from ..layers.dialect import QuantizedLinear
 from ..layers.offload import renew_group_offloading
 from ..layers.originals import Originals, Source, keep
-from ..layouts.layouts import Layout
+from ..layers.quantized import QuantizedLinear
+from ..layouts import Layout
 from .attach import attach, attached, detach
 from .diffusers_quantizer import SemanticDialectQuantizer
-from .layer_choice import Plan, put
+from .layer_choice import LayerChoice, put
 from .saved_mark import mark, unmark
 
 __all__ = ["Job", "put_in", "take_out"]
@@ -29,7 +29,7 @@ class Job:
     module: nn.Module
     layout: Layout
     config: SemanticDialectConfig
-    plan: Plan
+    choice: LayerChoice
     place: str
     sources: dict[str, Source]
 
@@ -43,7 +43,7 @@ def put_in(jobs: Sequence[Job], layers: Sequence[Mapping[str, QuantizedLinear]])
         jobs: the transformers.
         layers: of each transformer, its new layers by the name of the layer they replace.
     """
-    weights = [{path: layer.weight for path, layer in job.plan.layers.items()} for job in jobs]
+    weights = [{path: layer.weight for path, layer in job.choice.layers.items()} for job in jobs]
     try:
         for job, new in zip(jobs, layers, strict=True):
             _put_in(job, new)
@@ -59,7 +59,7 @@ def _put_in(job: Job, layers: Mapping[str, QuantizedLinear]) -> None:
     for path, layer in layers.items():
         layer.original_name = path
         put(module, path, layer.train(module.training))
-    originals = keep(job.place, job.plan.layers, job.sources)
+    originals = keep(job.place, job.choice.layers, job.sources)
     attach(module, job.config, job.layout, bytes_before, originals)
     mark(module, job.config, SemanticDialectQuantizer(job.config, pre_quantized=False))
     renew_group_offloading(module)
@@ -67,7 +67,7 @@ def _put_in(job: Job, layers: Mapping[str, QuantizedLinear]) -> None:
 
 def _put_back(job: Job, weights: Mapping[str, torch.Tensor]) -> None:
     """Undo :func:`_put_in`, wherever it stopped; `weights` are those of the replaced layers."""
-    for path, layer in job.plan.layers.items():
+    for path, layer in job.choice.layers.items():
         layer.weight = weights[path]
         put(job.module, path, layer)
     unmark(job.module)
@@ -77,7 +77,7 @@ def _put_back(job: Job, weights: Mapping[str, torch.Tensor]) -> None:
 
 
 def take_out(modules: Sequence[nn.Module]) -> None:
-    """Put the 16-bit layers back where the quantized ones are now, and take the hooks off.
+    """Put the 16-bit layers back where the quantized ones are now, and remove the hooks.
 
     A quantized layer need not be where it was put: adapters that came or went in the meantime
     have moved it. Whatever interrupts the exchange, the transformers are then still quantized.

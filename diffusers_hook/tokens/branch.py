@@ -1,4 +1,4 @@
-"""Which guidance branch a call of the transformer belongs to, where the pipeline says it.
+"""The guidance branch and the step of a call of the transformer, where the pipeline names them.
 
 Most video pipelines wrap their calls in ``transformer.cache_context("cond")`` and ``("uncond")``.
 diffusers hands that name to stateful hooks only, so we register one that does nothing else.
@@ -20,7 +20,7 @@ _NAME = "semantic_dialect"
 
 @dataclass(frozen=True)
 class Context:
-    """What a pipeline says about a call of its transformer; None where it says nothing."""
+    """The guidance branch and the step of a call; None where the pipeline does not name them."""
 
     branch: str | None = None
     step: int | None = None
@@ -35,8 +35,8 @@ def watch_branch(
         module: the transformer.
 
     Returns:
-        (the context in force, what stops watching the module it is given);
-        neither keeps the module alive.
+        (a function that returns the context in force, a function that stops watching the module
+        it is given); neither keeps the module alive.
     """
     if not hasattr(module, "cache_context"):
         return Context, lambda module: None
@@ -81,11 +81,11 @@ def watch_branch(
 
 
 def _unlink(module: nn.Module, registry: Any, ours: Any, inner: Any) -> None:
-    """Let whatever calls our forward call the one inside it.
+    """Let every caller of our forward call the one inside it.
 
     `HookRegistry.remove_hook` would put that one in the place of the module's forward, or of the
-    next hook's: accelerate's offloading, put around ours or taken off since, would be lost or come
-    back, and so would a forward that the next hook has itself.
+    next hook's. Offloading of accelerate that was added around ours would be lost, one that was
+    removed since would come back, and so would a forward that the next hook has itself.
     """
     if ours is None:
         return  # nobody calls it any more

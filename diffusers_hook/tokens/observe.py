@@ -1,4 +1,4 @@
-"""Seeing the queries and keys of a block's attention, where diffusers computes it.
+"""The queries and keys of a block's attention, observed where diffusers computes it.
 
 A processor's ``__call__`` ends in one call of diffusers' ``dispatch_attention_fn`` or of
 ``F.scaled_dot_product_attention``; the queries and keys exist nowhere else, after norms and rotary
@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from ..layouts.layouts import LayoutError
+from ..layouts import LayoutError
 from . import ops
 
 __all__ = ["Observed", "observed_class", "observed_processor"]
@@ -48,7 +48,7 @@ _Function = types.FunctionType
 
 
 class Observed:
-    """What an observed processor has besides its own class."""
+    """The methods that an observed processor has besides those of its own class."""
 
     _slot: torch.Tensor
 
@@ -138,7 +138,7 @@ def _method(name: str) -> str:
 
 
 def _function(function: Callable[..., Any]) -> types.FunctionType:
-    """What decorators were put around."""
+    """The function inside its decorators."""
     inner = inspect.unwrap(function)
     if not isinstance(inner, _Function):
         raise LayoutError(f"{function!r} is no Python function; its attention cannot be observed")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..layouts import register_layout
+from ..registry import register_layout
 from . import (
     allegro,
     anyflow,
@@ -22,7 +22,7 @@ from . import (
     wan,
 )
 
-__all__: list[str] = []
+__all__ = ["register_families"]
 
 _FAMILIES = (
     wan,
@@ -43,6 +43,9 @@ _FAMILIES = (
     open_sora,
 )
 
-for _family in _FAMILIES:
-    for _layout in _family.LAYOUTS:
-        register_layout(_layout)
+
+def register_families() -> None:
+    """Make the layouts of all families known; call it once."""
+    for family in _FAMILIES:
+        for layout in family.LAYOUTS:
+            register_layout(layout)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..layouts import Blocks, Layout, Stream, patched_grid
+from ..grids import patched_grid
+from ..layout import Blocks, Layout, Stream
 
 __all__ = ["LAYOUTS"]
 

@@ -1,12 +1,13 @@
 """EasyAnimate: joint attention over text and video, text first.
 
 Most blocks have layers of their own for text. In the others one feed-forward network runs twice,
-for video and for text: it cannot be told whose tokens it sees, so they are rounded alone there.
+for video and for text: its tokens are rounded alone, because nothing tells the two apart.
 """
 
 from __future__ import annotations
 
-from ..layouts import Blocks, Layout, Stream, patched_grid
+from ..grids import patched_grid
+from ..layout import Blocks, Layout, Stream
 
 __all__ = ["LAYOUTS"]
 

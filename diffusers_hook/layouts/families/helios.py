@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..layouts import Blocks, Layout
-from .history import grid_with_history
+from ..grids import grid_with_history
+from ..layout import Blocks, Layout
 from .wan import BLOCK
 
 __all__ = ["LAYOUTS"]

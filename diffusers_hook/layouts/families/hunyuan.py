@@ -5,8 +5,8 @@ Dual-stream blocks have linear layers of their own for the text, single-stream b
 
 from __future__ import annotations
 
-from ..layouts import Blocks, Layout, Stream, patched_grid
-from .history import grid_with_history
+from ..grids import grid_with_history, patched_grid
+from ..layout import Blocks, Layout, Stream
 
 __all__ = ["DUAL", "DUAL_MODULATION", "LAYOUTS", "SINGLE", "SINGLE_MODULATION"]
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ..layouts import Blocks, Grid, Layout, Stream, no_grid, patched_grid
+from ..grids import Grid, no_grid, patched_grid
+from ..layout import Blocks, Layout, Stream
 
 __all__ = ["LAYOUTS"]
 

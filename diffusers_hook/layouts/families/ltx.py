@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layouts import Blocks, Grid, Layout, Stream, remembered
+from ..grids import Grid, remembered
+from ..layout import Blocks, Layout, Stream
 
 __all__ = ["LAYOUTS"]
 

@@ -6,7 +6,8 @@ is 0 for pure noise, so that it rises during a generation.
 
 from __future__ import annotations
 
-from ..layouts import Blocks, Layout, Stream, patched_grid
+from ..grids import patched_grid
+from ..layout import Blocks, Layout, Stream
 
 __all__ = ["LAYOUTS"]
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ..layouts import Blocks, Layout, Stream, patched_grid
+from ..grids import patched_grid
+from ..layout import Blocks, Layout, Stream
 from .hunyuan import DUAL, DUAL_MODULATION, SINGLE, SINGLE_MODULATION
 
 __all__ = ["LAYOUTS"]

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layouts import Blocks, Grid, Layout, LayoutError, Stream, remembered
+from ..grids import Grid, remembered
+from ..layout import Blocks, Layout, LayoutError, Stream
 
 __all__ = ["LAYOUTS"]
 

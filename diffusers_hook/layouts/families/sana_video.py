@@ -1,8 +1,9 @@
-"""SANA-Video and SANA-WM: linear self-attention, so that no token receives attention to count."""
+"""SANA-Video and SANA-WM: linear self-attention, which has no attention map to score tokens by."""
 
 from __future__ import annotations
 
-from ..layouts import Blocks, Layout, Stream, no_grid, patched_grid
+from ..grids import no_grid, patched_grid
+from ..layout import Blocks, Layout, Stream
 
 __all__ = ["LAYOUTS"]
 

@@ -5,7 +5,8 @@ VACE adds blocks over the tokens of a control video, Animate adds cross-attentio
 
 from __future__ import annotations
 
-from ..layouts import Blocks, Layout, Stream, no_grid, patched_grid
+from ..grids import no_grid, patched_grid
+from ..layout import Blocks, Layout, Stream
 
 __all__ = ["BLOCK", "LAYOUTS"]
 

@@ -20,10 +20,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import diffusers_hook
-from diffusers_hook.layers.dialect import DialectLinear, Fp8Linear
-from diffusers_hook.layouts.layouts import Layout, layout_for
-from diffusers_hook.tokens import block_state as state
-from diffusers_hook.tokens import ops
+from diffusers_hook.layers.dialect import DialectLinear
+from diffusers_hook.layers.fp8 import Fp8Linear
+from diffusers_hook.layouts import Layout, layout_for
+from diffusers_hook.tokens import ops, refresh
 from tests.video.support.full_attention import full_attention, full_logits
 
 VIDEO, JOINT, TEXT, CONTEXT = "video", "joint", "text", "context"
@@ -313,8 +313,8 @@ def check_scores(case):
     with Watch(model, case.attentions) as watch:
         case.run(model)
     last = (case.last or list(case.streams)[-1]).replace(".", r"\.")
-    diffusers_hook.enable(model, **case.options, skip=[f"(?!{last}$).*"])
-    with _spy(state, "select_salient") as chosen, _spy(state, "assign_groups") as grouped:
+    diffusers_hook.enable(model, **case.options, ignore=[f"re:(?!{last}$)"])
+    with _spy(refresh, "select_salient") as chosen, _spy(refresh, "assign_groups") as grouped:
         case.run(model)
     expected = _scores_in_row_order(case, watch)
     assert len(chosen) == len(expected) == len(case.attentions)
@@ -337,11 +337,11 @@ def _by_attention(case, grouped):
 
 def _check_keys(arguments, keys):
     """SeDA was told where each token, in grid order, stands among the keys."""
-    positions, parts = arguments["video_positions"], arguments["rows"]
+    positions, parts = arguments["video_positions"], arguments["parts"]
     if positions is None:
         positions = torch.arange(len(keys.video))
     if parts is not None:
-        positions = positions + parts * arguments["key"].shape[2]
+        positions = positions + parts * arguments["attention"].key.shape[2]
     assert torch.equal(positions, keys.video)
 
 
@@ -405,7 +405,7 @@ def _handed(case, model, batch, context, noise):
             stack.callback(handle.remove)
         stack.enter_context(_replaced(ops, "semantic_op", note))
         stack.enter_context(_replaced(ops, "dialect_op", note))
-        grouped = stack.enter_context(_spy(state, "assign_groups"))
+        grouped = stack.enter_context(_spy(refresh, "assign_groups"))
         watch = stack.enter_context(Watch(model, case.attentions))
         case.run(model, batch=batch, context=context, noise=noise)
     assert set(handed) == set(case.streams)
@@ -520,7 +520,7 @@ def check_branches(case):
     names = ("cond", "uncond") if hasattr(model, "cache_context") else ("call 0", "call 1")
     cond, uncond = names if hasattr(model, "cache_context") else (None, None)
     diffusers_hook.enable(model, **case.options)
-    with _spy(state, "select_salient") as chosen:
+    with _spy(refresh, "select_salient") as chosen:
         case.run(model, context=cond)
         case.run(model, context=uncond)
         case.run(model, context=cond, noise=case.later)

@@ -6,7 +6,7 @@ from torch import nn
 
 import diffusers_hook
 from diffusers_hook.layers.dialect import DialectLinear
-from diffusers_hook.layouts.layouts import Stream, layout_for
+from diffusers_hook.layouts import Stream, layout_for
 from diffusers_hook.model.attach import attached
 from tests.video.support.family_checks import (
     check_names,
@@ -124,5 +124,5 @@ def test_kandinsky5_with_sparse_attention_rounds_alone():
     after = KANDINSKY5.run(model, arguments)
     assert after.isfinite().all()
     assert not torch.equal(after, before)
-    assert attached(model).state.counts["salient refreshes"] == 0
-    assert attached(model).state.counts["decomposed rows"] == 0
+    assert attached(model).state.meter.counts["salient refreshes"] == 0
+    assert attached(model).state.meter.counts["decomposed rows"] == 0

@@ -10,11 +10,17 @@ from diffusers import LatteTransformer3DModel
 from torch import nn
 
 import diffusers_hook
+from diffusers_hook.attention import attention
+from diffusers_hook.attention.attention import Attention
 from diffusers_hook.config import SemanticDialectConfig
-from diffusers_hook.layouts.layouts import Block, Blocks, Grid, Stream, remembered
+from diffusers_hook.layouts import Block, Blocks, Grid, Stream
+from diffusers_hook.layouts.grids import remembered
 from diffusers_hook.model.attach import attached
-from diffusers_hook.tokens import block_state as state
+from diffusers_hook.tokens import refresh
+from diffusers_hook.tokens.block_state import BlockState
 from diffusers_hook.tokens.branch import Context
+from diffusers_hook.tokens.meter import Meter
+from diffusers_hook.tokens.model_state import ModelState
 from tests.video.support import tiny_pipelines
 from tests.video.support.tiny_video import run, wan
 
@@ -63,12 +69,12 @@ def test_batched_guidance_is_one_branch_with_a_set_per_sample(model):
 
 def test_refreshes_happen_when_they_are_due(model, monkeypatch):
     chosen, grouped = [], []
-    select, assign = state.select_salient, state.assign_groups
+    select, assign = refresh.select_salient, refresh.assign_groups
     monkeypatch.setattr(
-        state, "select_salient", lambda *a, **k: chosen.append(step) or select(*a, **k)
+        refresh, "select_salient", lambda *a, **k: chosen.append(step) or select(*a, **k)
     )
     monkeypatch.setattr(
-        state, "assign_groups", lambda *a, **k: grouped.append(step) or assign(*a, **k)
+        refresh, "assign_groups", lambda *a, **k: grouped.append(step) or assign(*a, **k)
     )
     for step in range(7):
         run(model, context="cond", timestep=900 - step)
@@ -79,28 +85,31 @@ def test_refreshes_happen_when_they_are_due(model, monkeypatch):
 def test_scores_come_from_the_log_sum_exp_where_it_is_at_hand(model, monkeypatch):
     """Groups need it anyway; each call computes it once."""
     used = []
-    for name in ("log_sum_exp", "received_attention", "received_attention_from_lse"):
-        monkeypatch.setattr(state, name, spied(getattr(state, name), used))
-    monkeypatch.setattr(diffusers_hook.attention.seda, "log_sum_exp", None)
+    compute, receive = attention._kernel_lse, refresh.received_attention
+    monkeypatch.setattr(attention, "_kernel_lse", lambda a: used.append("lse") or compute(a))
+    monkeypatch.setattr(
+        refresh, "received_attention", lambda a: used.append(a.lse is not None) or receive(a)
+    )
     for step in range(4):
-        used.append(step)
+        used.append(f"step {step}")
         run(model, context="cond", timestep=900 - step)
-    with_lse = ["log_sum_exp", "received_attention_from_lse"] * 2
-    assert used == [0, *with_lse, 1, 2, *["received_attention"] * 2, 3, *with_lse]
+    with_lse = ["lse", True] * 2
+    assert used == ["step 0", *with_lse, "step 1", "step 2", False, False, "step 3", *with_lse]
 
 
-def spied(function, used):
-    def call(*arguments, **options):
-        used.append(function.__name__)
-        return function(*arguments, **options)
-
-    return call
+def test_an_observed_call_is_checked_once(model, monkeypatch):
+    checked, check = [], attention._check_tokens
+    monkeypatch.setattr(
+        attention, "_check_tokens", lambda *tensors: checked.append(1) or check(*tensors)
+    )
+    run(model, context="cond")
+    assert len(checked) == 2  # one self-attention in each of two blocks
 
 
 def test_a_set_serves_its_block_until_the_next_refresh(model, monkeypatch):
     """Queries, keys and values of the first call have no set yet; those of the next one have."""
     seen = []
-    rows = state.BlockState.rows
+    rows = BlockState.rows
 
     def record(self, stream, count, device):
         found = rows(self, stream, count, device)
@@ -108,7 +117,7 @@ def test_a_set_serves_its_block_until_the_next_refresh(model, monkeypatch):
         seen.append((self.index, stream.value, salient))
         return found
 
-    monkeypatch.setattr(state.BlockState, "rows", record)
+    monkeypatch.setattr(BlockState, "rows", record)
     first = (
         [("video", None)] * 3 + [("video", 8)] * 2 + [("context", None)] * 2 + [("video", 8)] * 3
     )
@@ -201,7 +210,7 @@ def test_random_selection_is_drawn_anew_and_the_same_in_every_run():
     assert torch.equal(sets[0][0], sets[0][1])  # refreshed every second call
 
 
-class Counted(state.ModelState):
+class Counted(ModelState):
     """Counts the beginnings of generations."""
 
     resets = 0
@@ -286,12 +295,12 @@ def test_a_generation_of_a_real_pipeline_begins_once(name, whole):
     found = attached(pipe.transformer).state
     found.__class__ = Counted
     first = generate(**options)
-    assert found.counts["calls"] == calls
+    assert found.meter.counts["calls"] == calls
     assert found.resets == generations
     assert torch.equal(generate(**options), first)
     assert found.resets == 2 * generations
     branches = sum(len(block.branches) for block in found.blocks)
-    assert found.counts["salient refreshes"] == 2 * generations * branches
+    assert found.meter.counts["salient refreshes"] == 2 * generations * branches
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -348,12 +357,12 @@ def test_a_pipeline_is_not_kept_alive_and_not_missed():
     diffusers_hook.enable(model, **OPTIONS)
     expected = outputs(model)
     pipe = pipeline(torch.arange(3))
-    attached(model).state.follow(pipe)
+    attached(model).state.generation.follow(pipe)
     assert all(torch.equal(a, b) for a, b in zip(outputs(model), expected, strict=True))
     seen = weakref.ref(pipe)
     del pipe
     assert seen() is None
-    attached(model).state.follow(SimpleNamespace())  # cannot be referred to weakly
+    attached(model).state.generation.follow(SimpleNamespace())  # cannot be referred to weakly
     assert all(torch.equal(a, b) for a, b in zip(outputs(model), expected, strict=True))
 
 
@@ -369,20 +378,20 @@ def test_no_value_is_read_where_the_step_is_known():
     timesteps = torch.arange(3, device="meta")
     found = Counted(SemanticDialectConfig())
     pipe = pipeline(timesteps)
-    found.follow(pipe)
+    found.generation.follow(pipe)
     for timestep in timesteps:
         for branch in ("cond", "uncond", None, None):
             found.begin(GRID, timestep[None].expand(2), Context(branch))
             found.end()
     assert found.resets == 1
-    assert found._last.keys() == {"cond", "uncond", "call 2", "call 3"}
+    assert found.generation._last.keys() == {"cond", "uncond", "call 2", "call 3"}
     pipe.scheduler.timesteps = torch.arange(3, device="meta")
     found.begin(GRID, pipe.scheduler.timesteps[0], Context("cond"))
     assert found.resets == 2
 
     found = Counted(SemanticDialectConfig())
     found.begin(GRID, torch.empty(2, device="meta"), Context("cond", 0))
-    alone = state.ModelState(SemanticDialectConfig(salient_fraction=0.0))
+    alone = ModelState(SemanticDialectConfig(salient_fraction=0.0))
     alone.begin(GRID, torch.empty(2, device="meta"), Context("cond"))
     with pytest.raises((RuntimeError, NotImplementedError)):
         found.begin(GRID, torch.empty(2, device="meta"), Context("cond"))
@@ -393,19 +402,19 @@ def test_no_value_is_read_where_the_step_is_known():
 def test_choosing_and_grouping_read_no_value(monkeypatch, attends, text):
     """Data-dependent sizes and conditions make a GPU wait; without values they are errors."""
     monkeypatch.setattr(torch, "autocast", lambda *a, **k: nullcontext())  # knows no such device
-    found = state.ModelState(SemanticDialectConfig(seda=True))
     block = Block("block", nn.Identity(), Blocks("blocks", (), "", text=text, attends=attends))
-    block = state.BlockState(found, block, 0)
+    found = ModelState(SemanticDialectConfig(seda=True), [block])
+    [block] = found.blocks
     grid = Grid(2, 5, 4, 6)
     rows = {"all": (2, 120 + 7 * (text is not None)), "frame": (10, 24), "time": (48, 5)}[attends]
     query = torch.empty(rows[0], 4, rows[1], 32, device="meta", dtype=torch.bfloat16)
     for step in range(2):
         found.begin(grid, None, Context("cond", step))
-        block.observe(query, query, None, None)
+        block.observe(Attention.checked(query, query))
         for stream, count in ((Stream.VIDEO, 240), (Stream.JOINT, 254), (Stream.TEXT, 14)):
             block.rows(stream, count, query.device)
         found.end()
-    assert found.counts["group refreshes"] == 1
+    assert found.meter.counts["group refreshes"] == 1
 
 
 def test_values_are_read_once_from_each_tensor():
@@ -418,7 +427,7 @@ def test_values_are_read_once_from_each_tensor():
 
 def test_the_clock_waits_where_it_is_told_to():
     events = []
-    found = state.ModelState(SemanticDialectConfig())
+    found = Meter()
     found.wait = lambda: events.append("wait")
     with found.clock("part"):
         events.append("work")

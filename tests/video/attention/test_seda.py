@@ -8,13 +8,26 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_hook.attention import seda
-from diffusers_hook.attention.attention import log_sum_exp
-from diffusers_hook.attention.saliency import received_attention
-from diffusers_hook.attention.seda import FREE, assign_groups, windows
+from diffusers_hook.attention import saliency, seda
+from diffusers_hook.attention.attention import Attention
+from diffusers_hook.attention.seda import FREE
+from diffusers_hook.attention.windows import tilings
 from tests.video.support.full_attention import LargestTensor, full_attention, full_logits, tensors
 
 GRIDS = ((4, 4, 4), (5, 3, 7), (9, 6, 5), (3, 8, 9), (1, 9, 10), (2, 1, 1), (1, 1, 1))
+
+
+def received_attention(query, key, mask=None):
+    return saliency.received_attention(Attention.checked(query, key, mask))
+
+
+def assign_groups(query, key, scores, grid, *, mask=None, lse=None, **options):
+    attention = Attention.checked(query, key, mask, lse=lse)
+    return seda.assign_groups(attention, scores, grid, **options)
+
+
+def windows(grid, window):
+    return tilings(grid, window, torch.device("cpu")).members
 
 
 def softmax_of(query, key, mask=None):
@@ -211,7 +224,7 @@ def test_attention_within_frames_or_over_time(per, grid):
         if rows[i] == rows[j]:
             attention[:, :, i, j] = within[:, rows[i], :, positions[i], positions[j]]
     scores = received_attention(query, key).view(samples, parts, -1)[:, rows, positions]
-    groups = assign_groups(query, key, scores, grid, rows=rows, video_positions=positions)
+    groups = assign_groups(query, key, scores, grid, parts=rows, video_positions=positions)
     check(groups, brute_groups(attention, scores, grid, parts=rows.tolist()))
 
 
@@ -284,7 +297,7 @@ def test_a_given_log_sum_exp_is_used():
     grid = (3, 4, 5)
     query, key = tensors((2, 2, 60, 8), (2, 2, 60, 8), seed=7)
     scores = received_attention(query, key)
-    lse = log_sum_exp(query, key)
+    lse = Attention.checked(query, key).with_lse().lse
     expected = assign_groups(query, key, scores, grid)
     assert torch.equal(assign_groups(query, key, scores, grid, lse=lse), expected)
     lse[:, :, ::3] += 2
@@ -347,7 +360,7 @@ def test_same_groups_on_the_gpu(dtype):
         ({"lse": torch.zeros(2, 2, 59)}, r"lse: has shape \[2, 2, 59\], but query needs"),
         ({"video_positions": 4}, "60 tokens from 4 on do not fit into a sequence of 62"),
         ({"video_positions": torch.arange(59)}, r"video_positions: has shape \[59\]"),
-        ({"rows": torch.arange(59)}, r"rows: has shape \[59\]"),
+        ({"parts": torch.arange(59)}, r"parts: has shape \[59\]"),
         ({"scores": torch.zeros(1, 60)}, "batch of 2 for 1 samples"),
         ({"key": torch.zeros(2, 2, 61, 8)}, "key: has 61 tokens, query 62"),
     ],

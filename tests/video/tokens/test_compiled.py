@@ -6,7 +6,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 import diffusers_hook
-from diffusers_hook.layers.dialect import QuantizedLinear
+from diffusers_hook.layers.quantized import QuantizedLinear
 from diffusers_hook.model.attach import attached
 from tests.video.support.tiny_video import generate, run, wan, wan_pipeline
 

@@ -19,7 +19,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 
 import diffusers_hook
-from diffusers_hook.layers.dialect import DialectLinear, Fp8Linear, QuantizedLinear
+from diffusers_hook.layers.dialect import DialectLinear
+from diffusers_hook.layers.fp8 import Fp8Linear
+from diffusers_hook.layers.quantized import QuantizedLinear
 from diffusers_hook.model.attach import attached
 from tests.video.support.tiny_video import LAYERS, generate, run, wan, wan_inputs, wan_pipeline
 

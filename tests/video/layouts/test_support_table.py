@@ -25,12 +25,12 @@ from torch import nn
 import diffusers_hook
 from diffusers_hook import LayoutError
 from diffusers_hook.layers.dialect import DialectLinear
-from diffusers_hook.layouts.layouts import layout_for
+from diffusers_hook.layouts import layout_for
 from diffusers_hook.model.attach import attached
 from tests.video.support.family_checks import picture
 from tests.video.support.video_transformers import FULL, UNSCORED, tiny_models
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "support-video.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "reference" / "support-video.md"
 LEVELS = {"full": FULL, "no saliency": UNSCORED}
 ROW = re.compile(r"\| `(\w+)` \| (full|no saliency) \| (\S.*\S) \|")
 

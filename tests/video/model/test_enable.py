@@ -17,7 +17,8 @@ from torch import nn
 import dialect_kernels
 import diffusers_hook
 from diffusers_hook import ConfigError, LayoutError, SemanticDialectConfig
-from diffusers_hook.layers.dialect import DialectLinear, Fp8Linear
+from diffusers_hook.layers.dialect import DialectLinear
+from diffusers_hook.layers.fp8 import Fp8Linear
 from diffusers_hook.model import attach, swap
 from diffusers_hook.model.attach import attached
 from tests.video.support.tiny_video import generate, run, wan, wan_pipeline
@@ -97,15 +98,20 @@ def test_only_the_linear_layers_of_blocks_are_quantized():
     assert not any(isinstance(m, Fp8Linear) for m in model.modules())
 
 
-def test_skip_is_anchored_at_the_models_root():
+def test_ignored_layers_are_named_from_the_models_root():
     model = wan()
-    with pytest.raises(
-        ConfigError, match=r"skip: 'to_q' matches no layer of WanTransformer3DModel"
-    ):
-        diffusers_hook.enable(model, progress=False, skip=["to_q"])
-    diffusers_hook.enable(model, progress=False, seda=True, skip=[r"blocks\.0\..*", r".*\.ffn\..*"])
+    with pytest.raises(ConfigError) as caught:
+        diffusers_hook.enable(model, progress=False, ignore=["to_q"])
+    assert str(caught.value) == (
+        "ignore: 'to_q' matches no layer of WanTransformer3DModel that would be quantized; near "
+        "it are blocks.0.attn1.to_q; give an exact name from the model's root or 're:' and a "
+        "regular expression"
+    )
+    ignored = [r"re:blocks\.0\.", r"re:.*\.ffn\.", "blocks.1.attn2.to_q"]
+    diffusers_hook.enable(model, progress=False, seda=True, ignore=ignored)
     quantized = {n for n, m in model.named_modules() if isinstance(m, DialectLinear)}
     assert "blocks.1.attn1.to_q" in quantized
+    assert "blocks.1.attn2.to_q" not in quantized
     assert not any(name.startswith("blocks.0") or "ffn" in name for name in quantized)
 
 
@@ -179,13 +185,13 @@ def spoilt_layer(model):
         (spoilt_source, {}, LayoutError, "WanTransformer3DModel.blocks.1.attn1: spoilt_source"),
         (spoilt_meta, {}, ValueError, "enable SemanticDialect before offloading"),
         (spoilt_layer, {}, ValueError, "is a OtherLinear, not a plain linear layer"),
-        (None, {"skip": [".*"]}, ValueError, "no linear layer is left to quantize"),
+        (None, {"ignore": ["re:"]}, ValueError, "no linear layer is left to quantize"),
         (None, {"keep_original": "disk"}, ConfigError, "needs the files the weights were loaded"),
         (None, {"layout": "wann"}, LayoutError, "layout: 'wann' is not known; known are "),
         (None, {"layout": 3}, LayoutError, "layout: 3 cannot be used: it must be a "),
         (None, {"config": 3}, ConfigError, "config: 3 cannot be used: it must be a "),
         (None, {"salient": 1}, ConfigError, "did you mean"),
-        (None, {"skip": ["proj_out"]}, ConfigError, "skip: 'proj_out' matches no layer of "),
+        (None, {"ignore": ["proj_out"]}, ConfigError, "ignore: 'proj_out' matches no layer of "),
     ],
 )  # fmt: skip
 def test_what_cannot_be_enabled_is_refused_and_left_as_it_was(spoil, options, error, sentence):
@@ -447,20 +453,20 @@ def count_tensors():
 
 
 def test_enabling_and_disabling_a_hundred_times_leaks_nothing():
-    from diffusers_hook.tokens import block_state as state
+    from diffusers_hook.tokens import block_state
 
     model = wan(layers=1)
     before = run(model)
     diffusers_hook.enable(model, progress=False, seda=True)
     diffusers_hook.disable(model)
     gc.collect()
-    states = len(state._states)
+    states = len(block_state._states)
     tensors = count_tensors()
     for _ in range(100):
         diffusers_hook.enable(model, progress=False, seda=True)
         diffusers_hook.disable(model)
     gc.collect()
-    assert len(state._states) == states
+    assert len(block_state._states) == states
     assert count_tensors() <= tensors
     assert torch.equal(run(model), before)
 

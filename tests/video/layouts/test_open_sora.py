@@ -6,7 +6,8 @@ import torch
 import diffusers_hook
 from benchmarks.video.open_sora_stand_in import MMDiTModel
 from diffusers_hook import LayoutError
-from diffusers_hook.layers.dialect import DialectLinear, Fp8Linear
+from diffusers_hook.layers.dialect import DialectLinear
+from diffusers_hook.layers.fp8 import Fp8Linear
 from diffusers_hook.model.attach import attached
 from tests.video.support.family_checks import (
     CHECKS,
@@ -130,7 +131,7 @@ def test_defaults_quantize_everything_that_is_large(layout):
     after = [model(**arguments(2)), model(**later)]
     assert all(output.isfinite().all() for output in after)
     assert not torch.equal(after[0], before)
-    counts = attached(model).state.counts
+    counts = attached(model).state.meter.counts
     assert counts["salient refreshes"] == 4
     assert counts["group refreshes"] == 4
     diffusers_hook.disable(model)
@@ -145,7 +146,7 @@ def test_the_grid_is_read_from_the_ids(grid):
     diffusers_hook.enable(model, progress=False)
     seen = []
     model.double_blocks[0].register_forward_pre_hook(
-        lambda module, args: seen.append(attached(model).state.grid)
+        lambda module, args: seen.append(attached(model).state.generation.grid)
     )
     model(**arguments(2, grid, dtype=torch.bfloat16))
     assert (seen[0].batch, seen[0].shape) == (2, grid)

@@ -172,11 +172,11 @@ def test_enabling_a_loaded_model_without_options_changes_nothing(saved):
         diffusers_hook.enable(loaded, layout="ltx")
 
 
-@pytest.mark.parametrize("activation", ["fp8", "none"])
-def test_an_activation_takes_saved_salient_tokens_and_groups_with_it(saved, activation):
+@pytest.mark.parametrize("format", ["fp8", "none"])
+def test_an_activation_format_switches_saved_salient_tokens_and_groups_off(saved, format):
     loaded, enabled = WanTransformer3DModel.from_pretrained(saved[1]), wan()
-    diffusers_hook.enable(loaded, activation=activation)
-    diffusers_hook.enable(enabled, progress=False, activation=activation)
+    diffusers_hook.enable(loaded, activation_format=format)
+    diffusers_hook.enable(enabled, progress=False, activation_format=format)
     assert torch.equal(run(loaded), run(enabled))
     assert diffusers_hook.summary(loaded).transformers[0].salient_share == 0
 
@@ -188,7 +188,7 @@ def test_a_loaded_model_takes_other_options_for_its_activations(saved, tmp_path)
     codes = loaded.blocks[0].attn1.to_q.weight_packed
     for options in (
         {"selection": "random", "seed": 3, "salient_fraction": 0.5, "seda": False},
-        {"activation": "none", "salient_fraction": 0.0, "seda": False},
+        {"activation_format": "none", "salient_fraction": 0.0, "seda": False},
         {"seda": True, "seda_refresh": 1, "salient_refresh": 1},
     ):
         enabled = wan()
@@ -210,13 +210,17 @@ def test_a_loaded_model_takes_other_options_for_its_activations(saved, tmp_path)
         (
             {"block_size": 16},
             ConfigError,
-            "block_size: 16 cannot be had of weights that were loaded",
+            "block_size: 16 needs other weights than those loaded",
         ),
-        ({"book": "dialect_fp4", "seda": False}, ConfigError, "book: 'dialect_fp4' cannot be had"),
-        ({"modulation": "16bit"}, ConfigError, "modulation: '16bit' cannot be had of weights"),
-        ({"skip": ["blocks.*"]}, ConfigError, "skip: ('blocks.*',) cannot be had of weights"),
-        ({"keep_original": "host"}, ConfigError, "keep_original: 'host' cannot be had of weights"),
-        ({"activation": "none", "seda": True}, ConfigError, "seda: True has no effect with activ"),
+        ({"book": "dialect_fp4", "seda": False}, ConfigError, "book: 'dialect_fp4' needs other"),
+        ({"modulation": "16bit"}, ConfigError, "modulation: '16bit' needs other weights"),
+        ({"ignore": ["re:b"]}, ConfigError, "ignore: ('re:b',) needs other weights"),
+        ({"keep_original": "host"}, ConfigError, "keep_original: 'host' needs other weights"),
+        (
+            {"activation_format": "none", "seda": True},
+            ConfigError,
+            "seda: True has no effect with activ",
+        ),
         ({"salient_fraction": 2}, ConfigError, "salient_fraction: 2 cannot be used"),
         ({"layout": "ltx", "seed": 1}, diffusers_hook.LayoutError, "quantized with layout 'wan'"),
     ],
@@ -253,6 +257,28 @@ def test_a_device_map_that_offloads_is_refused(saved, tmp_path):
         ValueError, match=r"device_map: offloads layers \(cpu, disk\), which cannot"
     ):
         WanTransformer3DModel.from_pretrained(saved[1], device_map=places, **options)
+
+
+def test_a_file_with_the_old_names_of_options_is_loaded_and_means_the_same(tmp_path, recwarn):
+    model = wan()
+    ignored = [r"re:blocks\.0\.attn1\.to_[qk]$", "blocks.1.ffn.net.2"]
+    diffusers_hook.enable(model, progress=False, activation_format="fp8", ignore=ignored)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    saved = config["quantization_config"]
+    assert saved.pop("activation_format") == "fp8"
+    assert saved.pop("ignore") == ignored
+    saved |= {
+        "activation": "fp8",
+        "skip": [r"blocks\.0\.attn1\.to_[qk]", r"blocks\.1\.ffn\.net\.2"],
+    }
+    path.write_text(json.dumps(config))
+    recwarn.clear()
+    loaded = WanTransformer3DModel.from_pretrained(tmp_path)
+    assert not [found for found in recwarn if "diffusers_hook" in found.filename]
+    assert_same(model, loaded)
+    assert torch.equal(run(model), run(loaded))
 
 
 def test_without_our_import_diffusers_refuses_the_model(saved):

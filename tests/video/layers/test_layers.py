@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import diffusers_hook
-from diffusers_hook.layers.dialect import DialectLinear, Fp8Linear
+from diffusers_hook.layers.dialect import DialectLinear
+from diffusers_hook.layers.fp8 import Fp8Linear
 from tests.video.support.tiny_video import wan
 
 HALF_UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -38,7 +39,7 @@ def test_fp8_rounds_its_product_once(dtype, bias):
 def test_fp8_takes_the_weight_in_parts(monkeypatch):
     layer, x = fp8(), torch.randn(3, 96)
     whole = layer(x)
-    monkeypatch.setattr("diffusers_hook.layers.dialect._CHUNK", 96 * 7)
+    monkeypatch.setattr("diffusers_hook.layers.fp8._CHUNK", 96 * 7)
     torch.testing.assert_close(layer(x), whole, rtol=0, atol=1e-6)
 
 

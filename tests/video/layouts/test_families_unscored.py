@@ -31,7 +31,7 @@ def test_one_warning_says_why(case, caplog):
     state = attached(model).state
     assert not state.config.decomposes
     assert not state.config.groups
-    assert state.counts["decomposed rows"] == 0
+    assert state.meter.counts["decomposed rows"] == 0
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)

@@ -85,9 +85,11 @@ def test_linear_layers_of_the_largest_list_of_blocks(caplog):
     assert torch.equal(output(model), before)
 
 
-def test_skip_applies():
+def test_ignore_applies():
     model = unheard()
-    diffusers_hook.enable(model, progress=False, skip=[r".*\.mlp\..*", r"stages\.0\.layers\.0\..*"])
+    diffusers_hook.enable(
+        model, progress=False, ignore=[r"re:.*\.mlp\.", r"re:stages\.0\.layers\.0\."]
+    )
     inside = ("attn.qkv", "attn.add_proj")
     assert quantized(model) == {f"stages.0.layers.{i}.{name}" for i in (1, 2) for name in inside}
 

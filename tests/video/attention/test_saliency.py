@@ -10,15 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusers_hook.attention import attention
-from diffusers_hook.attention.attention import attention_with_lse, log_sum_exp, tiled_log_sum_exp
-from diffusers_hook.attention.saliency import (
-    received_attention,
-    received_attention_from_lse,
-    salient_count,
-    sampled_queries,
-    select_salient,
-)
+from diffusers_hook.attention import attention, saliency
+from diffusers_hook.attention.attention import Attention
+from diffusers_hook.attention.saliency import salient_count, sampling_step, select_salient
 from tests.video.support.full_attention import (
     DTYPES,
     MASKS,
@@ -28,6 +22,15 @@ from tests.video.support.full_attention import (
     some_mask,
     tensors,
 )
+
+
+def received_attention(query, key, mask=None, scale=None, samples=64, lse=None):
+    attention = Attention.checked(query, key, mask, scale, lse)
+    return saliency.received_attention(attention, samples)
+
+
+def tiled_log_sum_exp(query, key, mask=None):
+    return Attention.checked(query, key, mask).tiled_lse()
 
 
 def full_score(logits, samples=64):
@@ -46,7 +49,7 @@ def close(actual, expected, rtol=2e-6, atol=1e-9):
     [(0, 0, None), (1, 1, 0), (64, 64, 63), (127, 127, 126), (128, 64, 126), (191, 96, 190)],
 )
 def test_every_sixty_fourth_part_of_the_queries_from_the_first_on(count, rows, last):
-    sampled = list(sampled_queries(count))
+    sampled = list(range(0, count, sampling_step(count)))
     assert len(sampled) == rows
     assert sampled == list(range(count))[:: max(1, count // 64)]
     assert sampled[-1:] == ([] if last is None else [last])
@@ -62,7 +65,7 @@ def test_score_is_the_mean_of_sampled_softmax_rows(key_heads, dtype, kind):
     score = received_attention(query, key, mask=mask)
     close(score, expected)
     lse = tiled_log_sum_exp(query, key, mask=mask)
-    close(received_attention_from_lse(query, key, lse, mask=mask), expected)
+    close(received_attention(query, key, mask=mask, lse=lse), expected)
 
 
 def test_scores_of_a_sample_add_up_to_one():
@@ -101,7 +104,7 @@ def test_everything_masked_gives_zeros():
     nothing = torch.zeros(5, 7, dtype=torch.bool)
     lse = torch.full((1, 2, 5), -math.inf)
     assert torch.equal(received_attention(query, key, mask=nothing), torch.zeros(1, 7))
-    score = received_attention_from_lse(query, key, lse, mask=nothing)
+    score = received_attention(query, key, mask=nothing, lse=lse)
     assert torch.equal(score, torch.zeros(1, 7))
 
 
@@ -114,14 +117,13 @@ def test_tiles_do_not_change_the_score(monkeypatch, kind, elements):
     monkeypatch.setattr(attention, "_TILE_ELEMENTS", elements)
     close(received_attention(query, key, mask=mask), expected)
     lse = tiled_log_sum_exp(query, key, mask=mask)
-    close(received_attention_from_lse(query, key, lse, mask=mask), expected)
+    close(received_attention(query, key, mask=mask, lse=lse), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_score_through_the_attentions_own_log_sum_exp(dtype):
-    query, key, value = tensors(*[(2, 4, 200, 16)] * 3, dtype=dtype, seed=5)
-    _, lse = attention_with_lse(query, key, value, scale=0.3)
-    score = received_attention_from_lse(query, key, lse, scale=0.3)
+    query, key = tensors(*[(2, 4, 200, 16)] * 2, dtype=dtype, seed=5)
+    score = saliency.received_attention(Attention.checked(query, key, scale=0.3).with_lse())
     expected = full_score(full_logits(query, key, scale=0.3))
     close(score, expected, rtol=5e-6 if dtype == torch.float32 else 2e-4)
 
@@ -151,10 +153,10 @@ def test_no_queries_or_no_keys(queries, keys):
 def test_never_a_full_map(masked):
     query, key = tensors(*[(1, 2, 1024, 16)] * 2)
     mask = torch.arange(1024) < 1000 if masked else None
-    lse = log_sum_exp(query, key, mask=mask)
+    lse = Attention.checked(query, key, mask).with_lse().lse
     with LargestTensor() as largest:
         received_attention(query, key, mask=mask)
-        received_attention_from_lse(query, key, lse, mask=mask)
+        received_attention(query, key, mask=mask, lse=lse)
     assert 64 * 1024 <= largest.elements < 1024 * 1024
 
 
@@ -167,8 +169,8 @@ def test_same_score_on_the_gpu(dtype, kind):
     expected = full_score(full_logits(query, key, mask))
     query, key, mask = (x if x is None else x.cuda() for x in (query, key, mask))
     close(received_attention(query, key, mask=mask).cpu(), expected, rtol=1e-5)
-    lse = log_sum_exp(query, key, mask=mask)
-    score = received_attention_from_lse(query, key, lse, mask=mask)
+    lse = Attention.checked(query, key, mask).with_lse().lse
+    score = received_attention(query, key, mask=mask, lse=lse)
     close(score.cpu(), expected, rtol=2e-3)
 
 
@@ -244,20 +246,6 @@ def test_random_tokens_follow_the_generator_alone():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (
-            lambda q: received_attention(q, q[:, :, :, :4]),
-            r"key: has shape \[1, 4, 6, 4\], query \[1, 4, 6, 8\]",
-        ),
-        (lambda q: received_attention(q, q[:, :3]), "key: has 3 heads, which do not divide"),
-        (lambda q: received_attention(q[0], q), "pass \\[batch, heads, tokens, head size\\]"),
-        (
-            lambda q: received_attention(q, q, mask=torch.ones(5, 6, dtype=torch.bool)),
-            r"mask: has shape \[5, 6\], which does not broadcast to \[1, 4, 6, 6\]",
-        ),
-        (
-            lambda q: received_attention_from_lse(q, q, torch.zeros(1, 4, 5)),
-            r"lse: has shape \[1, 4, 5\], but query needs \[1, 4, 6\]",
-        ),
         (lambda q: select_salient(q, 0.1), r"scores: has shape \[1, 4, 6, 8\]"),
         (
             lambda q: select_salient(q[0, 0], 0.1, selection="best"),

@@ -1,0 +1,128 @@
+"""Where a generation begins, and which guidance branch and grid the call in progress has."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeAlias
+
+import torch
+
+from ..layouts import Grid
+from .branch import Context
+
+__all__ = ["Generation"]
+
+_MOST_BRANCHES = 16
+"""Guidance branches of one generation, at most; more calls of one timestep begin another one."""
+
+_Place: TypeAlias = tuple[float, ...]
+"""How far a generation is, in numbers of which none rises: the step, negated, or all timesteps."""
+
+
+class Generation:
+    """The generation that a transformer's calls belong to.
+
+    Attributes:
+        grid: the grid of the call in progress; None outside a call, and where there is none.
+        branch: the guidance branch of the call in progress.
+        pipeline: a function that returns the followed pipeline, or None.
+    """
+
+    def __init__(self, *, timestep_rises: bool = False) -> None:
+        """No call has been made yet.
+
+        Args:
+            timestep_rises: see :class:`~diffusers_hook.layouts.Layout`.
+        """
+        self.grid: Grid | None = None
+        self.branch = ""
+        self.pipeline: Callable[[], Any] = lambda: None
+        self._timestep_rises = timestep_rises
+        self._schedule: torch.Tensor | None = None
+        self._first: _Place | None = None
+        self._last: dict[str, tuple[_Place, Grid | None]] = {}
+
+    def follow(self, pipeline: object) -> None:
+        """Follow a pipeline: a generation begins wherever its scheduler gets new timesteps."""
+        with suppress(TypeError):  # what cannot be referred to weakly is not followed
+            self.pipeline = weakref.ref(pipeline)
+
+    def begin(self, grid: Grid | None, timestep: object, context: Context) -> bool:
+        """A call of the transformer begins.
+
+        It begins a generation if the call before did not come to its end, if the pipeline we follow
+        has new timesteps, or if its guidance branch
+
+        * goes back, to more noise or to an earlier step;
+        * comes again where the generation began: schedulers of second order repeat a timestep, but
+          never the first;
+        * has another grid than in its last call.
+
+        Args:
+            grid: the call's video tokens; None where they lie on no grid.
+            timestep: the call's noise level, a number or a tensor of any shape; all its values are
+                compared, as a generation may denoise one frame after the other.
+            context: branch and step as the pipeline names them; where it names no branch, the
+                calls of one timestep are numbered.
+
+        Returns:
+            Whether it begins a generation.
+
+        Waits for a GPU only where neither the context nor the followed pipeline tells the step.
+        """
+        aborted, scheduled = self.grid is not None, self._scheduled()
+        place = self._place(timestep, context.step)
+        anew = aborted or scheduled or self._begins_anew(place, grid, self._branch(place, context))
+        if anew:
+            self._last.clear()
+            self._first = place
+        self.grid = grid
+        self.branch = self._branch(place, context)
+        self._last[self.branch] = place, grid
+        return anew
+
+    def end(self) -> None:
+        """The call came to its end."""
+        self.grid = None
+
+    def _scheduled(self) -> bool:
+        """Whether the pipeline has set timesteps since the last call."""
+        before = self._schedule
+        scheduler = getattr(self.pipeline(), "scheduler", None)
+        # an attribute and no property: a property could make a new tensor in every call
+        self._schedule = getattr(scheduler, "__dict__", {}).get("timesteps")
+        return self._schedule is not before
+
+    def _place(self, timestep: object, step: int | None) -> _Place:
+        if step is None:
+            step = _index_in(self._schedule, timestep)
+        if step is not None:
+            return (-step,)
+        if timestep is None:
+            return ()
+        values = torch.as_tensor(timestep).flatten().tolist()
+        return tuple(-value for value in values) if self._timestep_rises else tuple(values)
+
+    def _branch(self, place: _Place, context: Context) -> str:
+        here = sum(last == place for last, _ in self._last.values())
+        return context.branch or f"call {here}"
+
+    def _begins_anew(self, place: _Place, grid: Grid | None, branch: str) -> bool:
+        """Whether a call of this branch cannot go on with the generation so far."""
+        if branch not in self._last:
+            return len(self._last) in (0, _MOST_BRANCHES)
+        last, last_grid = self._last[branch]
+        if place == self._first or len(place) != len(last) or grid != last_grid:
+            return True
+        return any(now > before for now, before in zip(place, last, strict=True))
+
+
+def _index_in(schedule: torch.Tensor | None, timestep: object) -> int | None:
+    """Which of the schedule's timesteps this is, if it is a view of one; reads no values."""
+    if not (isinstance(schedule, torch.Tensor) and isinstance(timestep, torch.Tensor)):
+        return None
+    if timestep.untyped_storage().data_ptr() != schedule.untyped_storage().data_ptr():
+        return None
+    return int(timestep.storage_offset() - schedule.storage_offset())

@@ -1,0 +1,145 @@
+"""Options of SemanticDialect: closed, typed, one clear sentence for each fault."""
+
+import json
+import re
+
+import pytest
+
+from diffusers_hook import ConfigError, SemanticDialectConfig
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"salient_fractoin": 0.1}, "salient_fractoin: is not an option of SemanticDialectConfig; "
+         "did you mean 'salient_fraction'?"),
+        ({"zzz": 1}, "zzz: is not an option of SemanticDialectConfig; known options: "
+         "activation_format, block_size, "),
+        ({"salient_fraction": 1.5}, "salient_fraction: 1.5 cannot be used: "),
+        ({"salient_fraction": -0.1}, "salient_fraction: -0.1 cannot be used: "),
+        ({"salient_refresh": 0}, "salient_refresh: 0 cannot be used: "),
+        ({"block_size": 48}, "block_size: 48 cannot be used: input should be 16, 32 or 64"),
+        ({"book": "fp4"}, "book: 'fp4' cannot be used: input should be 'semantic_32' or "
+         "'dialect_fp4'"),
+        ({"activation_format": "int8"}, "activation_format: 'int8' cannot be used: "),
+        ({"selection": "best"}, "selection: 'best' cannot be used: "),
+        ({"seda_window": (4, 0, 4)}, "seda_window: (4, 0, 4) cannot be used: it must be three "
+         "whole numbers from 1 on: frames, rows and columns"),
+        ({"seda_window": (4, 4)}, "seda_window: (4, 4) cannot be used: it must be three whole "),
+        ({"seda_window": 4}, "seda_window: 4 cannot be used: it must be three whole numbers "),
+        ({"seda_window": (4, "a", 4)}, "seda_window: (4, 'a', 4) cannot be used: "),
+        ({"seda": True, "book": "dialect_fp4"}, "seda: True has no effect with "
+         "book='dialect_fp4'; use book='semantic_32' or leave seda out"),
+        ({"seda": True, "activation_format": "fp8"}, "seda: True has no effect with "
+         "activation_format='fp8'; use activation_format='dialect' or leave seda out"),
+        ({"seda": True, "activation_format": "none"}, "seda: True has no effect with "
+         "activation_format='none'; "),
+        ({"salient_fraction": 0.2, "activation_format": "fp8"}, "salient_fraction: 0.2 has no "
+         "effect with activation_format='fp8'; use activation_format='dialect' or leave "
+         "salient_fraction out"),
+        ({"seda_threshold": 2.0}, "seda_threshold: 2.0 cannot be used: "),
+        ({"ignore": ["re:("]}, "ignore: ['re:('] cannot be used: 're:(' is not a regular "
+         "expression ("),
+        ({"ignore": "blocks"}, "ignore: 'blocks' cannot be used: it must be a list of patterns, "
+         "not one string"),
+        ({"ignore": [3]}, "ignore.0: 3 cannot be used: input should be a valid string"),
+        ({"activation": "fp8"}, "activation: is not an option of SemanticDialectConfig; did you "
+         "mean 'activation_format'?"),
+        ({"skip": ["blocks"]}, "skip: is not an option of SemanticDialectConfig; did you mean "
+         "'ignore'?"),
+        ({"seda": "yes"}, "seda: 'yes' cannot be used: "),
+        ({"keep_original": "tape"}, "keep_original: 'tape' cannot be used: "),
+        ({"format_version": 2}, "format_version: 2 cannot be used: this release reads version 1; "
+         "upgrade blockdialect to read it"),
+        ({"format_version": 0}, "format_version: 0 cannot be used: versions begin at 1; "),
+    ],
+)  # fmt: skip
+def test_a_bad_option_gets_one_sentence(options, sentence):
+    with pytest.raises(ConfigError) as caught:
+        SemanticDialectConfig(**options)
+    assert str(caught.value).startswith(sentence)
+    assert "\n" not in str(caught.value)
+
+
+def test_it_survives_json():
+    config = SemanticDialectConfig(
+        block_size=64, ignore=[r"re:blocks\.0\."], seda_window=(2, 2, 2), selection="bottom"
+    )
+    read = SemanticDialectConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert read == config
+    assert SemanticDialectConfig.from_dict(SemanticDialectConfig(activation_format="fp8").to_dict())
+    assert json.loads(config.to_json_string()) == {
+        "quant_method": "semantic_dialect",
+        "format_version": 1,
+        "block_size": 64,
+        "ignore": [r"re:blocks\.0\."],
+        "seda_window": [2, 2, 2],
+        "selection": "bottom",
+    }
+
+
+OLD_NAMES = {"activation": "fp8", "skip": [r"blocks\.0\..*", "proj"], "salient_fraction": 0.0}
+
+
+def test_files_with_the_old_names_of_options_are_read(recwarn):
+    config = SemanticDialectConfig.from_dict(OLD_NAMES)
+    assert config.activation_format == "fp8"
+    assert config.model_fields_set == {"activation_format", "ignore", "salient_fraction"}
+    assert SemanticDialectConfig.from_dict({"activation": "none", "skip": []}).ignore == ()
+    assert not recwarn
+    for name, ignored in (
+        ("blocks.0.attn1.to_q", True),
+        ("blocks.01.attn1.to_q", False),
+        ("proj", True),
+        ("proj_out", False),
+        ("a.proj", False),
+    ):
+        assert config.is_ignored(name) == ignored
+    saved = json.loads(json.dumps(config.to_dict()))
+    assert not {"activation", "skip"} & saved.keys()
+    assert saved["format_version"] == 1
+    assert SemanticDialectConfig.from_dict(saved) == config
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["a", "a|ab", "(?i)A.*", "(?i)(?s)A.", "(?x) a  b # a comment", "a$", "(a)\\1|b", "(?m)a$", ""],
+)
+def test_old_expressions_match_whole_names_as_before(expression):
+    config = SemanticDialectConfig.from_dict({"skip": [expression]})
+    for name in ("", "a", "ab", "aa", "b", "abc", "A", "A\n", "a\n", "a\nb"):
+        assert config.is_ignored(name) == (re.fullmatch(expression, name) is not None)
+
+
+@pytest.mark.parametrize(
+    ("old", "value", "new", "other"),
+    [("activation", "fp8", "activation_format", "none"), ("skip", ["a"], "ignore", ["b"])],
+)
+def test_an_option_under_both_names_is_refused(old, value, new, other):
+    with pytest.raises(ConfigError, match=f"^{old}: is the old name of {new}, which is given too"):
+        SemanticDialectConfig.from_dict({old: value, new: other})
+
+
+def test_options_replace_single_fields_and_are_checked():
+    config = SemanticDialectConfig(block_size=16)
+    assert config.replaced(seda=False).block_size == 16
+    assert config.replaced(seda=True).model_fields_set == {"block_size", "seda"}
+    with pytest.raises(ConfigError, match="salient_fraction: 7"):
+        config.replaced(salient_fraction=7)
+
+
+@pytest.mark.parametrize(
+    ("options", "decomposes", "groups"),
+    [
+        ({"seda": True}, True, True),
+        ({"salient_fraction": 0.0, "seda": True}, False, True),
+        ({"seda": False}, True, False),
+        ({"book": "dialect_fp4"}, True, False),
+        ({"activation_format": "fp8"}, False, False),
+        ({"activation_format": "none"}, False, False),
+        ({"activation_format": "none", "salient_fraction": 0.0}, False, False),
+    ],
+)
+def test_which_mechanisms_an_activation_format_has(options, decomposes, groups):
+    config = SemanticDialectConfig(**options)
+    assert (config.decomposes, config.groups) == (decomposes, groups)
