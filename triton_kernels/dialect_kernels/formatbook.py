@@ -2,7 +2,7 @@
 
 A *dialect* is a tiny number format: eight ascending magnitudes in half-units (value = h/2). A
 *formatbook* is an ordered list of dialects; a block of a quantized tensor stores the id of one of
-them. Only :data:`DIALECT_FP4_HALF_UNITS` and :data:`SEMANTIC_32_HALF_UNITS` are written by hand;
+them. Only :data:`_DIALECT_FP4_HALF_UNITS` and :data:`_SEMANTIC_32_HALF_UNITS` are written by hand;
 thresholds, beneficial cells, error and index tables and E4M3 bytes are computed from them.
 
 Vocabulary: ``h`` is a half-unit (0..15), ``m`` a magnitude scaled by the block's power of two
@@ -28,7 +28,6 @@ __all__ = [
     "BOOKS",
     "CELLS",
     "DIALECT_FP4",
-    "DIALECT_FP4_HALF_UNITS",
     "E4M3_MAX",
     "E4M3_WINDOW",
     "HIGHEST_EXPONENT",
@@ -36,7 +35,6 @@ __all__ = [
     "LOWEST_EXPONENT",
     "NAN_ROW",
     "SEMANTIC_32",
-    "SEMANTIC_32_HALF_UNITS",
     "SMALLEST_RANGE",
     "Formatbook",
     "book_by_name",
@@ -63,7 +61,7 @@ HalfUnits = tuple[int, int, int, int, int, int, int, int]
 Table = tuple[tuple[int, ...], ...]
 """A table with one row per dialect (or as its docstring says)."""
 
-DIALECT_FP4_HALF_UNITS: Final[tuple[HalfUnits, ...]] = (
+_DIALECT_FP4_HALF_UNITS: Final[tuple[HalfUnits, ...]] = (
     (0, 1, 2, 3, 4, 6, 11, 15),
     (0, 1, 2, 3, 4, 6, 9, 15),
     (0, 1, 2, 3, 4, 6, 11, 14),
@@ -82,7 +80,7 @@ DIALECT_FP4_HALF_UNITS: Final[tuple[HalfUnits, ...]] = (
     (0, 1, 2, 3, 4, 5, 6, 8),
 )
 
-SEMANTIC_32_HALF_UNITS: Final[tuple[HalfUnits, ...]] = (
+_SEMANTIC_32_HALF_UNITS: Final[tuple[HalfUnits, ...]] = (
     # M = 15
     (0, 1, 2, 3, 4, 6, 11, 15),
     (0, 1, 2, 3, 4, 6, 9, 15),
@@ -285,7 +283,7 @@ def _e4m3_byte(half_unit: int, exponent: int) -> int:
 DIALECT_FP4: Final = Formatbook(
     name="dialect_fp4",
     version=1,
-    half_units=DIALECT_FP4_HALF_UNITS,
+    half_units=_DIALECT_FP4_HALF_UNITS,
     id_bits=4,
     online_rule="two_stage",
     rules=("mse", "two_stage"),
@@ -295,7 +293,7 @@ DIALECT_FP4: Final = Formatbook(
 SEMANTIC_32: Final = Formatbook(
     name="semantic_32",
     version=1,
-    half_units=SEMANTIC_32_HALF_UNITS,
+    half_units=_SEMANTIC_32_HALF_UNITS,
     id_bits=5,
     online_rule="lut",
     rules=("mse", "lut"),

@@ -17,15 +17,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from dialect_kernels import DIALECT_FP4, SEMANTIC_32, quantize
-from dialect_kernels.gpu import linear as gpu
+from dialect_kernels.gpu import linear
 
 TOKENS = (1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 127, 128, 129, 256, 257, 511, 512, 513, 1000, 4097,
           16384)  # fmt: skip
 DEVICES = {
-    "Ampere": gpu._Device("A100", 108, (8, 0)),
-    "Ada": gpu._Device("L40", 142, (8, 9)),
-    "Hopper": gpu._Device("H200", 132, (9, 0)),
-    "Blackwell": gpu._Device("B200", 148, (10, 0)),
+    "Ampere": linear._Device("A100", 108, (8, 0)),
+    "Ada": linear._Device("L40", 142, (8, 9)),
+    "Hopper": linear._Device("H200", 132, (9, 0)),
+    "Blackwell": linear._Device("B200", 148, (10, 0)),
 }
 FORMATS = ("dialect", "fp8", "none")
 
@@ -39,31 +39,31 @@ def launches(monkeypatch):
         seen.append((fn.name, key))
         return True  # that is enough
 
-    major, minor = gpu._device.__wrapped__(torch.device("cpu")).capability
+    major, minor = linear._device.__wrapped__(torch.device("cpu")).capability
     driver = SimpleNamespace(
         get_current_device=lambda: 0,
         get_current_stream=lambda device: 0,
         get_current_target=lambda: GPUTarget("cuda", 10 * major + minor, 32),
     )
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", before_compiling)
-    monkeypatch.setattr(gpu, "runs_on", lambda device: True)
+    monkeypatch.setattr(linear, "runs_on", lambda device: True)
     monkeypatch.setattr(
-        gpu,
+        linear,
         "scaled_product",
         lambda x, scale, weight, *_: torch.empty(len(x), len(weight), dtype=torch.bfloat16),
     )
     monkeypatch.setattr(
         torch.nn.functional, "linear", lambda x, w, bias=None: x.new_empty(len(x), len(w))
     )
-    gpu._warm.clear()
+    linear._warm.clear()
     triton.runtime.driver.set_active(driver)
     yield seen
     triton.runtime.driver._active = None
-    gpu._warm.clear()
+    linear._warm.clear()
 
 
 def on(monkeypatch, name):
-    monkeypatch.setattr(gpu, "_device", lambda device: DEVICES[name])
+    monkeypatch.setattr(linear, "_device", lambda device: DEVICES[name])
 
 
 def weight(features=640, columns=1024, book=DIALECT_FP4, block_size=32):
@@ -82,24 +82,24 @@ def test_nothing_is_compiled_after_the_warm_up(activation_format, name, launches
                 continue
             for bias in (None, torch.zeros(p.shape[0], dtype=dtype)):
                 launches.clear()
-                gpu.warm_up(p, activation_format, dtype, None if bias is None else bias.dtype)
+                linear.warm_up(p, activation_format, dtype, None if bias is None else bias.dtype)
                 compiled = set(launches)
                 assert compiled
                 launches.clear()
                 for tokens in TOKENS:
                     x = torch.empty(tokens, p.shape[1], dtype=dtype)
-                    gpu.linear(x, p, bias, activation_format, "default")
+                    linear.dialect_linear(x, p, bias, activation_format, "default")
                 assert set(launches) <= compiled
 
 
 def test_a_second_weight_of_a_shape_is_warm_already(launches, monkeypatch):
     on(monkeypatch, "Hopper")
-    gpu.warm_up(weight(), "dialect", torch.bfloat16)
+    linear.warm_up(weight(), "dialect", torch.bfloat16)
     assert launches
     launches.clear()
-    gpu.warm_up(weight(), "dialect", torch.bfloat16)
+    linear.warm_up(weight(), "dialect", torch.bfloat16)
     assert not launches
-    gpu.warm_up(weight(), "fp8", torch.bfloat16)
+    linear.warm_up(weight(), "fp8", torch.bfloat16)
     assert launches
 
 
@@ -121,7 +121,7 @@ def test_two_launches_for_few_tokens(activation_format, name, launches, monkeypa
         for tokens in (1, 2, 8, 16):
             x = torch.empty(tokens, columns, dtype=torch.bfloat16)
             launches.clear()
-            gpu.linear(x, p, None, activation_format, "default")
+            linear.dialect_linear(x, p, None, activation_format, "default")
             names = [name.rpartition(".")[2] for name, _ in launches]
             quantizer = {
                 "dialect": ["quantize_activation_kernel"],
@@ -130,5 +130,5 @@ def test_two_launches_for_few_tokens(activation_format, name, launches, monkeypa
             }[activation_format]
             assert names[:-1] == quantizer
             assert names[-1] in ("eight_bit_kernel", "sixteen_bit_kernel")
-            split = gpu.route(tokens, p.shape, activation_format, x.dtype, x.device).plan.splits > 1
-            assert split == (features < 28672)
+            how = linear.route(tokens, p.shape, activation_format, x.dtype, x.device)
+            assert (how.plan.splits > 1) == (features < 28672)

@@ -10,9 +10,9 @@ from dialect_kernels import (
     DIALECT_FP4,
     SEMANTIC_32,
     PackedTensor,
+    baselines,
     dialect_linear,
     quantize,
-    baselines,
     reference,
     semantic_linear,
 )

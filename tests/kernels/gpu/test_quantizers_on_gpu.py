@@ -7,7 +7,7 @@ has the reference's bytes and is fast enough.
 import pytest
 import torch
 
-from dialect_kernels import DIALECT_FP4, SEMANTIC_32, cpu, quantize, reference, baselines
+from dialect_kernels import DIALECT_FP4, SEMANTIC_32, baselines, cpu, quantize, reference
 from dialect_kernels.formatbook import BLOCK_SIZES
 from tests.support.quantizer_cases import (
     adversarial,
@@ -110,8 +110,9 @@ def test_a_large_weight(book):
 def test_many_tokens(book):
     x = large(torch.bfloat16, seed=2)
     q, scale = activation(x, book, 32)
-    values = q.view(torch.float8_e4m3fn).float() * scale[:, None]
-    assert torch.equal(values, cpu.round_activation(x, book, 32))
+    some = torch.arange(LARGE - 1, -1, -61)  # the last row among them
+    values = q.view(torch.float8_e4m3fn)[some].float() * scale[some, None]
+    assert torch.equal(values, reference.round_activation(x[some], book, 32))
 
 
 def test_the_fp8_accumulator_holds_a_block():

@@ -33,7 +33,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..formatbook import E4M3_WINDOW, NAN_ROW, Formatbook
+from ..formatbook import E4M3_WINDOW, LOWEST_EXPONENT, NAN_ROW, Formatbook
 from ..packed import PackedTensor
 from .layout import interpreted
 from .rounding import power_of_two
@@ -48,6 +48,7 @@ __all__ = [
     "sixteen_table",
 ]
 
+_LOWEST_EXPONENT = tl.constexpr(LOWEST_EXPONENT)
 _NAN_ROW = tl.constexpr(NAN_ROW)
 _ROWS = 32
 _COLUMNS = 256
@@ -304,9 +305,8 @@ def decode_kernel(
     first = tl.program_id(1) * BK
     p_out = p_w + o_row[:, None] * padded
     exponent = tl.load(p_row_exponent + o_source).to(tl.int32)
-    scale = tl.where(
-        exponent == _NAN_ROW, float("nan"), power_of_two(tl.maximum(exponent, -120) - 5)
-    )
+    scale = power_of_two(tl.maximum(exponent, _LOWEST_EXPONENT) - 5)
+    scale = tl.where(exponent == _NAN_ROW, float("nan"), scale)
     if E4M3:
         part0, part1 = e4m3_parts(
             p_codes, p_meta, p_table, o_source, first, padded, B, BN, BK, False, ASM

@@ -16,10 +16,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..formatbook import NAN_ROW
+from ..formatbook import LOWEST_EXPONENT, NAN_ROW
 
 __all__ = ["store_tile"]
 
+_LOWEST_EXPONENT = tl.constexpr(LOWEST_EXPONENT)
 _NAN_ROW = tl.constexpr(NAN_ROW)
 
 
@@ -54,7 +55,8 @@ def _write(
     m_token = (o_token < tokens)[None, :]
     m_feature = o_feature < features
     exponent = tl.load(p_row_exponent + o_feature, mask=m_feature, other=0).to(tl.int64)
-    power = ((tl.maximum(exponent, -120) + (1023 - 5)) << 52).to(tl.float64, bitcast=True)
+    power_bits = (tl.maximum(exponent, _LOWEST_EXPONENT) + (1023 - 5)) << 52
+    power = power_bits.to(tl.float64, bitcast=True)
     power = tl.where(exponent == _NAN_ROW, float("nan"), power)
     y = total.to(tl.float64) * power[:, None]
     if SCALED:

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from ..arguments import check_matrix
 from ..arithmetic import padded_columns
+from ..formatbook import E4M3_MAX
 from ..packed import check_block_size
 from .layout import (
     RowConfig,
@@ -34,7 +35,7 @@ from .rounding import INFINITY_BITS, block_largest, e4m3_values
 
 __all__ = ["quantize_activation_fp8"]
 
-_E4M3_MAX = tl.constexpr(448.0)
+_E4M3_MAX = tl.constexpr(E4M3_MAX)
 _B = tl.constexpr(32)
 
 

@@ -26,38 +26,41 @@ import torch
 import triton
 import triton.language as tl
 
-from ..formatbook import CELLS, E4M3_WINDOW, LARGEST_HALF_UNIT, SMALLEST_RANGE, Formatbook
+from ..formatbook import (
+    CELLS,
+    E4M3_WINDOW,
+    LARGEST_HALF_UNIT,
+    LOWEST_EXPONENT,
+    SMALLEST_RANGE,
+    Formatbook,
+)
 
 __all__ = [
-    "block_exponent",
+    "DELTAS",
+    "INFINITY_BITS",
+    "WINDOW",
     "block_largest",
     "block_range",
     "book_table",
-    "cells",
     "e4m3_bytes",
     "e4m3_values",
     "index_bytes",
     "power_of_two",
-    "result_bytes",
     "row_exponent",
     "row_scale",
     "scale_blocks",
     "select_by_variant",
-    "select_in_pairs",
     "select_online",
     "variant_errors",
 ]
 
-_RANGES = LARGEST_HALF_UNIT - SMALLEST_RANGE + 1
-_DELTAS = E4M3_WINDOW + 1
-
 INFINITY_BITS = tl.constexpr(0x7F800000)
-LOWEST_EXPONENT = tl.constexpr(-120)
 WINDOW = tl.constexpr(E4M3_WINDOW)
-RANGE_CELLS = tl.constexpr(CELLS)
-DELTAS = tl.constexpr(_DELTAS)
+_CELLS = tl.constexpr(CELLS)
+DELTAS = tl.constexpr(E4M3_WINDOW + 1)
 _LARGEST = tl.constexpr(LARGEST_HALF_UNIT)
 _SMALLEST = tl.constexpr(SMALLEST_RANGE)
+_LOWEST_EXPONENT = tl.constexpr(LOWEST_EXPONENT)
 _CELL_BASE = tl.constexpr(0x4B000000)  # bits of float32 2**23
 
 # fma.rz: a floor for the magnitude, exact for every input precision
@@ -143,13 +146,13 @@ def block_largest(x):
 
 
 @triton.jit
-def block_exponent(largest):
+def _block_exponent(largest):
     """The block's own exponent e from the bits of its largest magnitude, int32."""
-    return tl.maximum((largest >> 23) - 129, LOWEST_EXPONENT)
+    return tl.maximum((largest >> 23) - 129, _LOWEST_EXPONENT)
 
 
 @triton.jit
-def cells(x, scale, ASM: tl.constexpr):
+def _cells(x, scale, ASM: tl.constexpr):
     """``2**23 + floor(|x| * scale)`` as int32 float bits; the product must be below 32."""
     if ASM:
         bits = tl.inline_asm_elementwise(
@@ -169,7 +172,7 @@ def row_exponent(largest):
     The mask is -1, or 0 for a row with NaN or Inf, whose R is that of a row of zeros.
     """
     finite = largest < INFINITY_BITS
-    return block_exponent(tl.where(finite, largest, 0)), tl.where(finite, -1, 0)
+    return _block_exponent(tl.where(finite, largest, 0)), tl.where(finite, -1, 0)
 
 
 @triton.jit
@@ -188,10 +191,10 @@ def scale_blocks(x, exponent, window, ASM: tl.constexpr):
         window: the largest delta.
     """
     largest = block_largest(x)
-    delta = tl.maximum(tl.minimum(exponent - block_exponent(largest), window), 0)
+    delta = tl.maximum(tl.minimum(exponent - _block_exponent(largest), window), 0)
     scale = power_of_two(2 - exponent + delta)
-    cell = cells(x, scale[:, None], ASM)
-    largest_cell = cells(largest.to(tl.float32, bitcast=True), scale, ASM) & (RANGE_CELLS - 1)
+    cell = _cells(x, scale[:, None], ASM)
+    largest_cell = _cells(largest.to(tl.float32, bitcast=True), scale, ASM) & (_CELLS - 1)
     return cell, delta, largest_cell
 
 
@@ -202,7 +205,7 @@ def block_range(largest_cell):
 
 
 @triton.jit
-def select_in_pairs(cell, m, p_selection):
+def _select_in_pairs(cell, m, p_selection):
     """Rule ``two_stage`` (BlockDialect): the better of the pair of M; ties take the even id."""
     row = (_LARGEST - m) * 2
     low = tl.load(p_selection + row).to(tl.uint32, bitcast=True).to(tl.int64)
@@ -220,8 +223,8 @@ def variant_errors(cell, m, p_selection):
 
     The table word of a cell holds four bytes; even and odd variants are added as two 16-bit lanes.
     """
-    row = (_LARGEST - m) * RANGE_CELLS
-    word = tl.load(p_selection + (row[:, None] + (cell & (RANGE_CELLS - 1))))
+    row = (_LARGEST - m) * _CELLS
+    word = tl.load(p_selection + (row[:, None] + (cell & (_CELLS - 1))))
     even = tl.sum(word & 0x00FF00FF, axis=1)
     odd = tl.sum((word >> 8) & 0x00FF00FF, axis=1)
     return even & 0xFFFF, odd & 0xFFFF, even >> 16, odd >> 16
@@ -243,16 +246,16 @@ def select_online(cell, m, p_book, DIALECTS: tl.constexpr):
     """The dialects of the blocks by the book's online rule, int32 [G]."""
     p_selection = p_book + DIALECTS * (1 + 2 * DELTAS)
     if DIALECTS == 16:
-        return select_in_pairs(cell, m, p_selection)
+        return _select_in_pairs(cell, m, p_selection)
     else:
         e0, e1, e2, e3 = variant_errors(cell, m, p_selection)
         return select_by_variant(e0, e1, e2, e3, m)
 
 
 @triton.jit
-def thresholds_above(thresholds, cell):
+def _thresholds_above(thresholds, cell):
     """Number of thresholds beyond the cell; the interpreter's way."""
-    rest = thresholds >> (cell & (RANGE_CELLS - 1))
+    rest = thresholds >> (cell & (_CELLS - 1))
     rest = rest - ((rest >> 1) & 0x55555555)
     rest = (rest & 0x33333333) + ((rest >> 2) & 0x33333333)
     rest = (rest + (rest >> 4)) & 0x0F0F0F0F
@@ -260,12 +263,12 @@ def thresholds_above(thresholds, cell):
 
 
 @triton.jit
-def result_bytes(x, cell, thresholds, low, high, ASM: tl.constexpr):
+def _result_bytes(x, cell, thresholds, low, high, ASM: tl.constexpr):
     """The result byte of every element with x's sign in bit 7, uint8 [G, B].
 
     Args (all broadcast to x's shape):
         x: float32, for its sign; a result of 0 has none.
-        cell: from :func:`cells`.
+        cell: from :func:`_cells`.
         thresholds: bits of the seven thresholds.
         low, high: eight result bytes below 0x80, that of the largest magnitude first.
     """
@@ -280,7 +283,7 @@ def result_bytes(x, cell, thresholds, low, high, ASM: tl.constexpr):
             pack=4,
         )
     else:
-        above = thresholds_above(thresholds, cell)
+        above = _thresholds_above(thresholds, cell)
         word = tl.where(above < 4, low, high)
         byte = (word >> (8 * (above & 3))) & 0xFF
         sign = tl.where((bits < 0) & (byte != 0), 0x80, 0)
@@ -294,7 +297,7 @@ def e4m3_bytes(x, cell, delta, dialect, finite, p_book, DIALECTS: tl.constexpr, 
     p_words = p_book + DIALECTS + (delta * DIALECTS + dialect) * 2
     low = tl.load(p_words) & finite
     high = tl.load(p_words + 1) & finite
-    return result_bytes(x, cell, thresholds[:, None], low[:, None], high[:, None], ASM)
+    return _result_bytes(x, cell, thresholds[:, None], low[:, None], high[:, None], ASM)
 
 
 @triton.jit
@@ -303,7 +306,7 @@ def index_bytes(x, cell, dialect, finite, p_book, ASM: tl.constexpr):
     thresholds = tl.load(p_book + dialect)
     low = 0x04050607 & finite  # indices 7, 6, 5, 4, then 3, 2, 1, 0
     high = 0x00010203 & finite
-    return result_bytes(x, cell, thresholds[:, None], low, high, ASM)
+    return _result_bytes(x, cell, thresholds[:, None], low, high, ASM)
 
 
 @triton.jit

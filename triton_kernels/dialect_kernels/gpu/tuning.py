@@ -21,13 +21,12 @@ from importlib.resources.abc import Traversable
 from typing import Any
 
 __all__ = [
+    "FUSED_FOR_MANY",
     "TABLES",
     "GemmPlan",
     "choose",
     "config_name",
-    "default_plan",
     "parse_plans",
-    "tuned_plans",
 ]
 
 _log = logging.getLogger(__name__)

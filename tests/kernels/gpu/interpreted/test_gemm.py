@@ -13,10 +13,10 @@ from dialect_kernels import (
     DIALECT_FP4,
     SEMANTIC_32,
     PackedTensor,
+    baselines,
     cpu,
     dialect_linear,
     quantize,
-    baselines,
     reference,
     semantic_linear,
 )
@@ -25,7 +25,7 @@ from dialect_kernels.formatbook import BLOCK_SIZES
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 in a process of its own", allow_module_level=True)
 
-from dialect_kernels.gpu import linear as gpu
+from dialect_kernels.gpu import linear
 from dialect_kernels.gpu.gemm import arrivals
 from dialect_kernels.gpu.linear import Route
 from dialect_kernels.gpu.quantize_activations import quantize_activation
@@ -77,8 +77,8 @@ def assert_within(y, x, p, activation_format, bias=None, bound=2.0**-18):
 
 
 def product(x, p, activation_format, accumulation="default", bias=None):
-    assert gpu.covers(x, p, activation_format, accumulation)
-    return gpu.linear(x, p, bias, activation_format, accumulation)
+    assert linear.covers(x, p, activation_format, accumulation)
+    return linear.dialect_linear(x, p, bias, activation_format, accumulation)
 
 
 @all_blocks
@@ -112,8 +112,8 @@ def test_any_number_of_tokens(activation_format):
         x, scale = quantize_activation_fp8(tokens, operand_order=True)
     for count in TOKENS[1:]:
         few = None if scale is None else scale[:count]
-        how = gpu.route(count, p.shape, activation_format, tokens.dtype, tokens.device)
-        y = gpu.multiply(x[:count], few, p, None, torch.bfloat16, how)
+        how = linear.route(count, p.shape, activation_format, tokens.dtype, tokens.device)
+        y = linear.multiply(x[:count], few, p, None, torch.bfloat16, how)
         assert y.shape == (count, 40)
         assert y.dtype == torch.bfloat16
         assert_within(y, tokens[:count], p, activation_format)
@@ -124,8 +124,8 @@ def test_a_token_has_the_same_bits_in_every_batch():
     want = reference.dialect_linear(x, p, None, "dialect", "exact")
     q, scale = quantize_activation(x, dtype=torch.bfloat16)
     for count in TOKENS[1:]:
-        how = gpu.route(count, p.shape, "dialect", x.dtype, x.device, "exact")
-        y = gpu.multiply(q[:count], scale[:count], p, None, torch.float32, how)
+        how = linear.route(count, p.shape, "dialect", x.dtype, x.device, "exact")
+        y = linear.multiply(q[:count], scale[:count], p, None, torch.float32, how)
         assert torch.equal(y, want[:count])
 
 
@@ -165,18 +165,18 @@ def test_split_columns(splits):
             if activation_format == "none":
                 zeros.zero_()
             else:
-                tokens, scale = gpu.quantize_tokens(x, p, activation_format, how, zeros=zeros)
-            y = gpu.multiply(tokens, scale, p, bias, torch.float32, how, zeros)
+                tokens, scale = linear.quantize_tokens(x, p, activation_format, how, zeros=zeros)
+            y = linear.multiply(tokens, scale, p, bias, torch.float32, how, zeros)
             given = tokens if scale is None else x
             assert_within(y, given, p, activation_format, bias)
             assert zeros.tolist() == [splits] * 4
-            again = gpu.multiply(tokens, scale, p, bias, torch.float32, how)
+            again = linear.multiply(tokens, scale, p, bias, torch.float32, how)
             assert torch.equal(again, y), "counters are made where none are given"
 
 
 @pytest.mark.parametrize("activation_format", ["dialect", "fp8", "none"])
 def test_decoding_to_memory_for_the_library(activation_format, monkeypatch):
-    monkeypatch.setattr(gpu, "choose", lambda *facts: GemmPlan("scratch"))
+    monkeypatch.setattr(linear, "choose", lambda *facts: GemmPlan("scratch"))
     for features, columns in ((40, 200), (64, 96)):
         p = weight(features, columns)
         bias = tensor(1, features, seed=3)[0]
@@ -191,12 +191,12 @@ def test_decoding_to_memory_for_the_library(activation_format, monkeypatch):
 
 @pytest.mark.parametrize("accumulation", ["default", "exact"])
 def test_devices_without_fp8(accumulation, monkeypatch):
-    monkeypatch.setattr(gpu, "_device", lambda device: gpu._Device("ampere", 4, (8, 0)))
+    monkeypatch.setattr(linear, "_device", lambda device: linear._Device("ampere", 4, (8, 0)))
     x, p = tensor(3, 136), weight(40, 136)
     for activation_format in ("dialect", "fp8") if accumulation == "default" else ("dialect",):
         y = product(x, p, activation_format, accumulation)
         assert_within(y, x, p, activation_format)
-    monkeypatch.setattr(gpu, "choose", lambda *facts: GemmPlan("scratch"))
+    monkeypatch.setattr(linear, "choose", lambda *facts: GemmPlan("scratch"))
     assert_within(product(x, p, "dialect"), x, p, "dialect", bound=2.0**-7)
 
 
@@ -235,22 +235,22 @@ def test_tokens_of_any_stride():
 def test_every_tile_of_the_tables():
     x, p = tensor(3, 544), weight(40, 544)
     eight_bits = TABLES["fp8"] + TABLES["fp8_in_warps"][-1:]
-    sixteen_bits = TABLES["sixteen_bits"] + gpu.EXACT_PLANS
+    sixteen_bits = TABLES["sixteen_bits"] + linear.EXACT_PLANS
     for plans, how in ((eight_bits, True), (sixteen_bits, False)):
         for _, plan in plans:
-            given = gpu.quantize_tokens(x, p, "dialect", Route(plan, how))
-            y = gpu.multiply(*given, p, None, torch.float32, Route(plan, how))
+            given = linear.quantize_tokens(x, p, "dialect", Route(plan, how))
+            y = linear.multiply(*given, p, None, torch.float32, Route(plan, how))
             assert_within(y, x, p, "dialect")
 
 
 def test_what_is_left_to_torch():
     x, p = tensor(2, 64), weight(40, 64)
-    assert not gpu.covers(x, p, "none", "default"), "float32 has more bits than the MMA"
-    assert not gpu.covers(x, p, "fp8", "exact")
-    assert not gpu.covers(x.to(torch.bfloat16), p, "none", "exact")
-    assert gpu.covers(x.to(torch.bfloat16), p, "none", "default")
+    assert not linear.covers(x, p, "none", "default"), "float32 has more bits than the MMA"
+    assert not linear.covers(x, p, "fp8", "exact")
+    assert not linear.covers(x.to(torch.bfloat16), p, "none", "exact")
+    assert linear.covers(x.to(torch.bfloat16), p, "none", "default")
     empty = PackedTensor(p.codes[:, :0], p.meta[:, :0], p.row_exponent, (40, 0), p.book, 32)
-    assert not gpu.covers(x[:, :0], empty, "dialect", "default")
+    assert not linear.covers(x[:, :0], empty, "dialect", "default")
 
 
 def test_nothing_to_compute():
@@ -278,7 +278,7 @@ def test_the_op_quantizes_weights_with_the_kernel(monkeypatch):
     monkeypatch.setattr(cpu, "available", lambda: False)
     w = tensor(5, 72)
     want = reference.quantize(w, SEMANTIC_32, 16)
-    monkeypatch.setattr(reference, "quantize", None)
+    monkeypatch.setattr(reference, "pack_rounded", None)
     got = quantize(w, SEMANTIC_32, 16)
     assert torch.equal(got.codes, want.codes)
     assert torch.equal(got.meta, want.meta)

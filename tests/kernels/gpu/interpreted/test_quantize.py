@@ -1,6 +1,6 @@
 """The activation quantizer in Triton's interpreter, every byte against the reference.
 
-The interpreter runs the arithmetic twins of the inline PTX; tests/kernels/compiled compares the
+The interpreter runs the arithmetic twins of the inline PTX; tests/kernels/gpu/compiled compares the
 two.
 """
 
@@ -9,7 +9,15 @@ import os
 import pytest
 import torch
 
-from dialect_kernels import DIALECT_FP4, SEMANTIC_32, PackedTensor, reference, baselines
+from dialect_kernels import (
+    DIALECT_FP4,
+    SEMANTIC_32,
+    PackedTensor,
+    baselines,
+    cpu,
+    quantize,
+    reference,
+)
 from dialect_kernels.formatbook import BLOCK_SIZES
 from tests.support.quantizer_cases import (
     NAN,
@@ -245,7 +253,7 @@ def assert_packed(got: PackedTensor, want: PackedTensor):
 def test_weights_by_exact_error(dtype, block_size, book):
     x = torch.cat([tensor(2, 4 * block_size), adversarial(block_size)[:11]]).to(dtype)
     x = x[x.isfinite().all(dim=1)]
-    got = quantize_weight(x, book, block_size)
+    got = quantize_weight(x, book, block_size, "mse", book.largest_stored_delta)
     assert_packed(got, reference.quantize(x, book, block_size))
 
 
@@ -256,7 +264,7 @@ def test_exact_ties_take_the_lowest_id(book):
     x = torch.randint(-16, 17, (2, 512), generator=generator) / 4.0
     x[:, ::16] = torch.randint(16, 32, (2, 32), generator=generator) / 4.0
     for dtype in (torch.float32, torch.bfloat16):
-        got = quantize_weight(x.to(dtype), book, 16)
+        got = quantize_weight(x.to(dtype), book, 16, "mse", book.largest_stored_delta)
         assert_packed(got, reference.quantize(x.to(dtype), book, 16))
 
 
@@ -269,16 +277,18 @@ def test_every_rule_and_smaller_windows(window, book, rule):
 
 
 @all_books
-def test_weights_that_are_refused(book):
+def test_weights_that_are_refused(book, monkeypatch):
+    monkeypatch.setattr(cpu, "available", lambda: False)
     x = torch.zeros(2, 32)
     x[1, 2] = NAN
     with pytest.raises(ValueError, match=r"w: nan at \[1, 2\]"):
-        quantize_weight(x, book, 32, name="w")
+        quantize(x, book, 32, name="w")
 
 
 def test_empty_weights():
     for shape in ((0, 64), (3, 0)):
-        assert_packed(quantize_weight(torch.zeros(shape)), reference.quantize(torch.zeros(shape)))
+        got = quantize_weight(torch.zeros(shape), DIALECT_FP4, 32, "mse", 13)
+        assert_packed(got, reference.quantize(torch.zeros(shape)))
 
 
 @all_books

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from dialect_kernels.gpu import tuning as dispatch
+from dialect_kernels.gpu import tuning
 from dialect_kernels.gpu.tuning import GemmPlan, choose, default_plan, parse_plans, tuned_plans
 
 H200 = {"processors": 132, "table": "fp8"}
@@ -16,7 +16,7 @@ def plan_of(tokens, features=4096, columns=4096, **facts):
     return default_plan(tokens, features, columns, **(H200 | facts))
 
 
-@pytest.mark.parametrize("table", dispatch.TABLES)
+@pytest.mark.parametrize("table", tuning.TABLES)
 def test_a_plan_for_every_number_of_tokens(table):
     kinds = [plan_of(tokens, table=table).kind for tokens in range(1, 2049)]
     assert kinds[0] == "fused"
@@ -56,7 +56,7 @@ def test_measured_plans_are_chosen_by_the_nearest_number(folder, monkeypatch):
     data = {"dialect": {"1": fields, "100": {"kind": "scratch"}}}
     name = "gemm,N=4096,K=14336,device=NVIDIA_H200.json"
     (folder / "configs" / name).write_text(json.dumps(data))
-    monkeypatch.setattr(dispatch, "files", lambda package: folder)
+    monkeypatch.setattr(tuning, "files", lambda package: folder)
     tuned_plans.cache_clear()
 
     def kind(tokens, activation_format="dialect", features=4096):
@@ -72,7 +72,7 @@ def test_measured_plans_are_chosen_by_the_nearest_number(folder, monkeypatch):
 
 
 def test_one_warning_without_a_measurement(caplog):
-    dispatch._say_once.cache_clear()
+    tuning._say_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         for tokens in (1, 2, 300):
             choose(tokens, 64, 64, "dialect", "Some GPU", **H200)
@@ -82,7 +82,7 @@ def test_one_warning_without_a_measurement(caplog):
 
 
 def test_files_that_hold_something_else(folder, monkeypatch):
-    monkeypatch.setattr(dispatch, "files", lambda package: folder)
+    monkeypatch.setattr(tuning, "files", lambda package: folder)
     file = folder / "configs" / "gemm,N=1,K=2,device=x.json"
     for text, sentence in (
         ("{", r"gemm,N=1,K=2,device=x.json: .*measure again or remove the file"),
