@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from dialect_kernels.arguments import ActivationFormat
 from dialect_kernels.layer_names import check_expressions, matches
 
 __all__ = ["QUANT_METHOD", "ConfigError", "SemanticDialectConfig"]
@@ -89,7 +90,7 @@ class SemanticDialectConfig(BaseModel):
     format_version: int = _FORMAT_VERSION
     book: Literal["semantic_32", "dialect_fp4"] = "semantic_32"
     block_size: Literal[16, 32, 64] = 32
-    activation_format: Literal["dialect", "fp8", "none"] = "dialect"
+    activation_format: ActivationFormat = "dialect"
     ignore: tuple[str, ...] = Field(default=(), strict=False)
     modulation: Literal["16bit", "fp8"] | None = None
     salient_fraction: float = Field(default=_SALIENT_FRACTION, ge=0.0, le=1.0)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from dialect_kernels import PackedTensor, quantize
+from dialect_kernels.arguments import ActivationFormat
 from dialect_kernels.formatbook import Formatbook, book_by_name
 from dialect_kernels.ops import dequantize
 
@@ -40,7 +41,7 @@ class DialectLinear(QuantizedLinear):
         packed: PackedTensor,
         bias: nn.Parameter | None,
         stream: Stream,
-        activation_format: str,
+        activation_format: ActivationFormat,
         dtype: torch.dtype,
     ) -> None:
         """A layer around a packed weight [N, K]; `dtype` is what `weight` is decoded to."""
@@ -67,7 +68,7 @@ class DialectLinear(QuantizedLinear):
         stream: Stream,
         book: Formatbook,
         block_size: int,
-        activation_format: str,
+        activation_format: ActivationFormat,
         name: str,
     ) -> DialectLinear:
         """Quantize a layer by exact error; its bias is shared.
@@ -94,7 +95,7 @@ class DialectLinear(QuantizedLinear):
         stream: Stream,
         book: Formatbook,
         block_size: int,
-        activation_format: str,
+        activation_format: ActivationFormat,
     ) -> DialectLinear:
         """A layer of the same shape without contents, on the meta device."""
         shape = (layer.out_features, layer.in_features)

@@ -8,6 +8,7 @@ from torch._inductor.utils import fresh_cache
 import diffusers_hook
 from diffusers_hook.layers.quantized import QuantizedLinear
 from diffusers_hook.model.attach import attached
+from diffusers_hook.tokens import ops
 from tests.video.support.tiny_video import generate, run, wan, wan_pipeline
 
 # random: the choice does not hang on the last bit of a score, which compilers change
@@ -82,9 +83,20 @@ def test_a_compiled_transformer_is_enabled_and_disabled(first):
     assert torch.equal(generate(pipe), before)
 
 
-def test_the_ops_pass_opcheck():
-    from diffusers_hook.tokens import ops
+def test_the_ops_have_the_schemas_that_compiled_models_rely_on():
+    """Names, order and types of the arguments, and which one is written."""
+    assert str(ops.linear.default._schema) == (
+        "semantic_dialect::linear(Tensor x, Tensor codes, Tensor meta, Tensor row_exponent, "
+        "Tensor? bias, Tensor(a5!) slot, SymInt in_features, str book, SymInt block_size, "
+        "str activation_format, str stream) -> Tensor"
+    )
+    assert str(ops.observe.default._schema) == (
+        "semantic_dialect::observe(Tensor query, Tensor key, Tensor? mask, Tensor(a3!) slot, "
+        "float? scale) -> ()"
+    )
 
+
+def test_the_ops_pass_opcheck():
     model = wan(layers=1)
     diffusers_hook.enable(model, **OPTIONS)
     layer = model.blocks[0].attn1.to_q
