@@ -1,9 +1,9 @@
 """Exporting a packed checkpoint for engines that do not know its format.
 
 A dialect weight *is* an FP8 weight: every value is an E4M3 number times its row's power of two
-(docs/format.md, section 2). ``fp8`` writes exactly that, as a compressed-tensors checkpoint with
-one scale per output channel and FP8 activations scaled per token while serving. No weight changes
-by a bit; only the size does, to 8 bits per weight.
+(docs/reference/format.md, section 2). ``fp8`` writes exactly that, as a compressed-tensors
+checkpoint with one scale per output channel and FP8 activations scaled per token while serving. No
+weight changes by a bit; only the size does, to 8 bits per weight.
 """
 
 from __future__ import annotations

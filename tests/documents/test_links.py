@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tests.documents.markdown import ROOT, anchors, documents, links
 
 DOCUMENTS = documents()
+CODE = (".py", ".cpp", ".h", ".sh")
 
 
 def name_of(path):
@@ -51,6 +54,18 @@ def test_lines_have_at_most_a_hundred_characters(path):
         if len(line) > 100 and not fenced and not line.startswith(("|", "![", "<sub>")):
             long.append(number)
     assert long == []
+
+
+def test_documents_that_code_names_exist():
+    rooms = ("triton_kernels", "dialect_plugin", "diffusers_hook", "benchmarks", "demo", "tests")
+    sources = [path for room in rooms for path in (ROOT / room).rglob("*") if path.suffix in CODE]
+    named = {
+        name
+        for path in sources
+        for name in re.findall(r"\bdocs/[\w/-]+\.md\b", path.read_text(encoding="utf-8"))
+    }
+    assert "docs/reference/format.md" in named
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,9 @@
     python -m tests.golden.make_golden
 
 Nothing of the package is used: bytes come from tests/support/brute_force.py, which follows
-docs/format.md alone. Format version 1 is frozen, so a rerun must change nothing (a test looks).
-The inputs do not depend on a random generator's version: they come from the SHA-256 of their names.
+docs/reference/format.md alone. Format version 1 is frozen, so a rerun must change nothing (a test
+looks). The inputs do not depend on a random generator's version: they come from the SHA-256 of
+their names.
 """
 
 from __future__ import annotations

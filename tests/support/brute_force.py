@@ -1,4 +1,4 @@
-"""The format by brute force, written from docs/format.md alone and from nothing else.
+"""The format by brute force, written from docs/reference/format.md alone and from nothing else.
 
 Everything that decides a byte is a Python integer: a float32 is `n * 2**-149`, a grid magnitude is
 `h * 2**(E - 1)`, so both are whole numbers of 2**-149 and every distance and every squared error is

@@ -1,4 +1,4 @@
-"""Sections 5 and 6 of docs/format.md by brute force: residuals of salient tokens, shared variants.
+"""Sections 5 and 6 of docs/reference/format.md by brute force: residuals and shared variants.
 
 As in `brute_force`, whatever decides a bit is a Python integer or one float32 operation of the
 page.

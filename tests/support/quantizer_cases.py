@@ -1,6 +1,6 @@
 """What the tests of the Triton quantizers share: hard inputs, and sections 5 and 6 by brute force.
 
-The brute force is written from docs/format.md with the half-units as its only table.
+The brute force is written from docs/reference/format.md with the half-units as its only table.
 """
 
 import numpy as np

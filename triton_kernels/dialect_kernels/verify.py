@@ -1,8 +1,8 @@
 """Golden vectors: does an implementation of the format return the expected bytes?
 
 ``golden/vectors_v1.json`` holds named inputs and, for format version 1, what they must become. It
-was computed from docs/format.md by a program of its own, not by this package, and it is plain JSON,
-so that other implementations can use it too::
+was computed from docs/reference/format.md by a program of its own, not by this package, and it is
+plain JSON, so that other implementations can use it too::
 
     {"format_version": 1,
      "inputs":   {name: array},

@@ -1,4 +1,4 @@
-"""Everything the formatbooks derive, against the tables of docs/format.md typed a second time."""
+"""Everything the formatbooks derive, against docs/reference/format.md typed a second time."""
 
 import dataclasses
 

@@ -46,7 +46,8 @@ def test_two_ranks_compute_what_one_does(tmp_path):
     """W4A16: the ranks' parts add up to the same sums, so the comparison can be tight.
 
     With rounded activations each rank rounds its own share of a row-parallel layer's inputs with a
-    row exponent of its own (docs/format.md, shards), which may differ from rounding the whole row.
+    row exponent of its own (docs/reference/format.md, shards), which may differ from rounding the
+    whole row.
     """
     source = build("LlamaForCausalLM", tmp_path / "source")
     convert(source, tmp_path / "packed")
