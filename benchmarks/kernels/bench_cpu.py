@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from dialect_kernels import DIALECT_FP4, SEMANTIC_32, PackedTensor, cpu, reference
 from dialect_kernels.cpu import calls
 from dialect_kernels.formatbook import Formatbook
+from dialect_plugin.scheme import METHODS
 
 from ..lib.gate import golden_faults
 from ..lib.harness import Table, in_new_process, main, ratio, time_calls
@@ -34,7 +35,7 @@ GATE_TOKENS = (1, 3, 40)
 """So that every way of the kernel is compared with the reference."""
 
 PEERS = ("float32", "bfloat16")
-FORMATS = {"dialect": "W4A4", "fp8": "W4A8", "none": "W4A16"}
+FORMATS = {name: method.bits for name, method in METHODS.items()}
 _AVX2_ALONE = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",

@@ -32,6 +32,7 @@ from dialect_kernels import (
     reference,
 )
 from dialect_kernels.ops import linear
+from dialect_plugin.scheme import METHODS
 
 from ..lib.gate import golden_faults
 from ..lib.gpu_timing import (
@@ -51,7 +52,7 @@ from .random_data import random_tokens, random_weight
 PACKAGES = ("torch", "triton")
 MODELS = {"8B": LLAMA_8B, "70B": LLAMA_70B}
 TOKENS = tuple(2**power for power in range(15))
-OURS = {"W4A4": "dialect", "W4A8": "fp8", "W4A16": "none"}
+OURS = {method.bits: name for name, method in METHODS.items()}
 MXFP4_HERE = "MXFP4 here, W4A8"
 BASELINE = "bfloat16"
 FP8 = "FP8"

@@ -25,6 +25,7 @@ from dialect_kernels import PackedTensor, quantize
 from dialect_kernels.gpu.gemm import arrivals
 from dialect_kernels.gpu.linear import Route, multiply, quantize_tokens, route
 from dialect_kernels.gpu.tuning import GemmPlan, config_name, parse_plans
+from dialect_plugin.scheme import METHODS
 
 from ..lib.gpu_timing import copies_for, need_gpu, time_graphs
 from ..lib.harness import ROOT
@@ -108,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.tune", description=__doc__)
     shapes = [f"{features}x{columns}" for features, columns in LLAMA_8B.fused_projections.values()]
     parser.add_argument("--shapes", nargs="+", default=shapes, help="NxK, e.g. 6144x4096")
-    parser.add_argument("--formats", nargs="+", default=["dialect", "fp8", "none"])
+    parser.add_argument("--formats", nargs="+", default=list(METHODS))
     parser.add_argument("--out", type=Path, default=CONFIGS)
     given = parser.parse_args()
     need_gpu()

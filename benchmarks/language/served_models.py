@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
+
+from dialect_plugin.scheme import METHODS
 
 from ..lib.harness import ROOT
 from ..lib.shapes import LLAMA_1B, LLAMA_8B, Llama
@@ -118,18 +120,20 @@ SHAPES = {
 }
 
 _BLOCK_BITS = 4 + 8 / _BLOCK_SIZE
+_OURS = {
+    method.bits.lower(): Format(
+        f"BlockDialect {method.bits}", method.quantization, _BLOCK_BITS, row_bytes=1
+    )
+    for method in METHODS.values()
+}
 FORMATS = {
     "bf16": Format("bf16", None, 16),
-    "w4a4": Format("BlockDialect W4A4", "blockdialect", _BLOCK_BITS, row_bytes=1),
-    "w4a8": Format("BlockDialect W4A8", "blockdialect_w4a8", _BLOCK_BITS, row_bytes=1),
-    "w4a16": Format("BlockDialect W4A16", "blockdialect_w4a16", _BLOCK_BITS, row_bytes=1),
+    **_OURS,
     "mxfp4": Format("MXFP4", "mxfp4", _BLOCK_BITS),
     "fp8": Format("FP8", "fp8", 8),
-    "w4a4-torch": Format(
-        "BlockDialect W4A4, torch path",
-        "blockdialect",
-        _BLOCK_BITS,
-        row_bytes=1,
+    "w4a4-torch": replace(
+        _OURS["w4a4"],
+        name=f"{_OURS['w4a4'].name}, torch path",
         environment={"BLOCKDIALECT_CPU_KERNEL": "0"},
         slow=True,
     ),

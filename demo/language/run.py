@@ -29,6 +29,7 @@ from transformers import AutoTokenizer
 import dialect_kernels
 import dialect_plugin
 from dialect_plugin.checkpoint.reader import Checkpoint, open_checkpoint, open_packed
+from dialect_plugin.scheme import METHODS, QUANT_METHOD
 
 from ..terminal import interrupt_on_signals, shown
 from . import emulation
@@ -41,11 +42,9 @@ __all__ = ["CACHE", "FORMATS", "DemoError", "check_agreement", "demonstrate", "m
 DEMO = Path(__file__).resolve().parents[1]
 CACHE = DEMO.parent / ".cache" / "demo"
 PROMPTS = ["def read_", "import os\n\nclass ", "    for name in sorted("]
-FORMATS = {
-    "bf16": ("bf16", None),
-    "w4a4": ("BlockDialect W4A4", "blockdialect"),
-    "w4a8": ("BlockDialect W4A8", "blockdialect_w4a8"),
-    "w4a16": ("BlockDialect W4A16", "blockdialect_w4a16"),
+FORMATS: dict[str, tuple[str, str | None]] = {"bf16": ("bf16", None)} | {
+    method.bits.lower(): (f"BlockDialect {method.bits}", method.quantization)
+    for method in METHODS.values()
 }
 """Key -> name in the tables, vLLM's quantization method."""
 
@@ -227,7 +226,7 @@ def _serve(key: str, task: _Task) -> Figures:
     # --dtype: one for all; --enforce-eager: compiling takes longer than all that is asked here
     arguments = ["--dtype", "bfloat16", "--max-model-len", str(task.context), "--enforce-eager"]
     # a packed checkpoint is recognized without this, as a user would serve it
-    if method not in {None, "blockdialect"}:
+    if method not in {None, QUANT_METHOD}:
         arguments += ["--quantization", str(method)]
     _say_command(["vllm", "serve", shown(directory), *arguments], task.console)
     began = time.monotonic()
