@@ -23,7 +23,7 @@ def check_offloading(name: str, module: nn.Module) -> None:
     ):
         raise RuntimeError(
             f"{name}: group offloading keeps the weights on disk, where they cannot be exchanged; "
-            "the pipeline again and enable SemanticDialect before offloading"
+            "load the pipeline again and enable SemanticDialect before offloading"
         )
     for layer in module.modules():
         if not isinstance(layer, QuantizedLinear):

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
+from dialect_kernels.arguments import check_dtype
 from dialect_kernels.formatbook import book_by_name
 from dialect_kernels.layer_names import matches, near_misses
 
@@ -21,7 +21,6 @@ from ..tokens.observe import Observed, observed_class
 
 __all__ = ["LayerChoice", "check_mechanisms", "choose_layers", "put"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MODULATION_SHARE = 0.05
 """Share of the parameters above which adaLN modulation is stored in FP8 by default."""
 
@@ -159,10 +158,7 @@ def _check_layer(name: str, layer: nn.Linear, block_size: int, empty: bool) -> N
         raise ValueError(
             f"{name}.weight: is not in memory (offloaded); enable SemanticDialect before offloading"
         )
-    if weight.dtype not in _DTYPES:
-        raise ValueError(
-            f"{name}.weight: has dtype {weight.dtype}; allowed are float32, bfloat16 and float16"
-        )
+    check_dtype(weight, f"{name}.weight")
     if layer.in_features % block_size:
         raise ValueError(
             f"{name}.weight: has {layer.in_features} columns, not a multiple of block_size "

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from dialect_kernels.packed import bits_per_weight
+
 from ..layers.dialect import DialectLinear
 from ..layers.fp8 import Fp8Linear
 from .attach import Attached
@@ -122,7 +124,7 @@ def summarize(name: str, module: nn.Module, attached: Attached) -> TransformerSu
 def _bits(layers: list[DialectLinear]) -> float:
     stored = sum(tensor.nbytes for layer in layers for tensor in layer.packed_tensors.values())
     weights = sum(layer.in_features * layer.out_features for layer in layers)
-    return 8 * stored / weights
+    return bits_per_weight(stored, weights)
 
 
 def _bytes_by_device(module: nn.Module) -> dict[str, int]:

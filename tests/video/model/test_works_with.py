@@ -256,13 +256,13 @@ def test_group_offload_to_disk_refuses_an_exchange_of_layers(tmp_path):
     options = {"offload_type": "leaf_level", "offload_to_disk_path": str(tmp_path)}
     model = wan()
     model.enable_group_offload(CPU, CPU, **options)
-    with pytest.raises(RuntimeError, match="group offloading has its weights on disk"):
+    with pytest.raises(RuntimeError, match="on disk, where they cannot be exchanged; load the"):
         diffusers_hook.enable(model, progress=False)
     model = wan()
     diffusers_hook.enable(model, progress=False)
     before = run(model)
     model.enable_group_offload(CPU, CPU, **options | {"offload_to_disk_path": str(tmp_path / "b")})
-    with pytest.raises(RuntimeError, match="group offloading has its weights on disk"):
+    with pytest.raises(RuntimeError, match="on disk, where they cannot be exchanged; load the"):
         diffusers_hook.disable(model)
     assert torch.equal(run(model), before)
 
@@ -379,7 +379,9 @@ def test_layerwise_casting():
     model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
     assert torch.equal(model.blocks[0].attn1.to_q.weight_packed, codes)
     assert ((run(model) - before).norm() / before.norm()) < 0.02
-    with pytest.raises(RuntimeError, match="layerwise casting is on and diffusers cannot take it"):
+    with pytest.raises(
+        RuntimeError, match="layerwise casting is on and diffusers cannot switch it"
+    ):
         diffusers_hook.disable(model)
 
 
