@@ -14,7 +14,6 @@ from .formatbook import Formatbook
 from .packed import PackedTensor, check_block_size
 
 __all__ = [
-    "Accumulation",
     "ActivationFormat",
     "as_tokens",
     "check_dtype",
@@ -30,10 +29,10 @@ __all__ = [
 ]
 
 ActivationFormat = Literal["dialect", "fp8", "none"]
-Accumulation = Literal["default", "exact"]
+_Accumulation = Literal["default", "exact"]
 
 _ACTIVATION_FORMATS: Final[tuple[str, ...]] = get_args(ActivationFormat)
-_ACCUMULATIONS: Final[tuple[str, ...]] = get_args(Accumulation)
+_ACCUMULATIONS: Final[tuple[str, ...]] = get_args(_Accumulation)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _LARGEST_GROUP = 2**31 - 1

@@ -35,7 +35,6 @@ from .formatbook import (
 __all__ = [
     "STORED_FIELDS",
     "PackedTensor",
-    "StoredField",
     "bits_per_weight",
     "check_block_size",
     "pack_codes",
@@ -43,7 +42,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class StoredField:
+class _StoredField:
     """One of the three tensors of a packed weight.
 
     Attributes:
@@ -63,9 +62,9 @@ class StoredField:
 
 
 STORED_FIELDS: Final = (
-    StoredField("codes", "weight_packed", torch.uint8, lambda padded, block: (padded // 2,)),
-    StoredField("meta", "weight_meta", torch.uint8, lambda padded, block: (padded // block,)),
-    StoredField("row_exponent", "weight_row_exponent", torch.int8, lambda padded, block: ()),
+    _StoredField("codes", "weight_packed", torch.uint8, lambda padded, block: (padded // 2,)),
+    _StoredField("meta", "weight_meta", torch.uint8, lambda padded, block: (padded // block,)),
+    _StoredField("row_exponent", "weight_row_exponent", torch.int8, lambda padded, block: ()),
 )
 """Name, stored name, dtype and shape of codes, meta and row exponents: the only such table."""
 

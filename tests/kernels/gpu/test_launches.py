@@ -49,7 +49,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(linear, "runs_on", lambda device: True)
     monkeypatch.setattr(
         linear,
-        "scaled_product",
+        "_scaled_product",
         lambda x, scale, weight, *_: torch.empty(len(x), len(weight), dtype=torch.bfloat16),
     )
     monkeypatch.setattr(
@@ -124,8 +124,8 @@ def test_two_launches_for_few_tokens(activation_format, name, launches, monkeypa
             linear.dialect_linear(x, p, None, activation_format, "default")
             names = [name.rpartition(".")[2] for name, _ in launches]
             quantizer = {
-                "dialect": ["quantize_activation_kernel"],
-                "fp8": ["quantize_activation_fp8_kernel"],
+                "dialect": ["_quantize_activation_kernel"],
+                "fp8": ["_quantize_activation_fp8_kernel"],
                 "none": [],
             }[activation_format]
             assert names[:-1] == quantizer

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from dialect_kernels.gpu.linear import scaled_product
+from dialect_kernels.gpu.linear import _scaled_product
 
 FP8 = torch.float8_e4m3fn
 
@@ -19,7 +19,7 @@ def fake(mode, dtype, *shape):
 
 def fake_product(tokens, features, columns, bias):
     with FakeTensorMode() as mode:
-        return scaled_product(
+        return _scaled_product(
             fake(mode, FP8, tokens, columns),
             fake(mode, torch.float32, tokens),
             fake(mode, FP8, features, columns),
@@ -55,4 +55,4 @@ def test_scales_and_bias(bias):
     added = torch.ones(32, dtype=torch.bfloat16) if bias else None
     want = (x.double() * scale[:, None]) @ (weight.double() * weight_scale[:, None]).T
     want = (want + (1 if bias else 0)).to(torch.bfloat16)
-    assert torch.equal(scaled_product(x, scale, weight, weight_scale, added), want)
+    assert torch.equal(_scaled_product(x, scale, weight, weight_scale, added), want)

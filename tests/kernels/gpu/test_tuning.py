@@ -7,13 +7,13 @@ from itertools import pairwise
 import pytest
 
 from dialect_kernels.gpu import tuning
-from dialect_kernels.gpu.tuning import GemmPlan, choose, default_plan, parse_plans, tuned_plans
+from dialect_kernels.gpu.tuning import GemmPlan, _default_plan, _tuned_plans, choose, parse_plans
 
 H200 = {"processors": 132, "table": "fp8"}
 
 
 def plan_of(tokens, features=4096, columns=4096, **facts):
-    return default_plan(tokens, features, columns, **(H200 | facts))
+    return _default_plan(tokens, features, columns, **(H200 | facts))
 
 
 @pytest.mark.parametrize("table", tuning.TABLES)
@@ -48,7 +48,7 @@ def folder(tmp_path):
     configs = tmp_path / "configs"
     configs.mkdir()
     yield tmp_path
-    tuned_plans.cache_clear()
+    _tuned_plans.cache_clear()
 
 
 def test_measured_plans_are_chosen_by_the_nearest_number(folder, monkeypatch):
@@ -57,7 +57,7 @@ def test_measured_plans_are_chosen_by_the_nearest_number(folder, monkeypatch):
     name = "gemm,N=4096,K=14336,device=NVIDIA_H200.json"
     (folder / "configs" / name).write_text(json.dumps(data))
     monkeypatch.setattr(tuning, "files", lambda package: folder)
-    tuned_plans.cache_clear()
+    _tuned_plans.cache_clear()
 
     def kind(tokens, activation_format="dialect", features=4096):
         plan = choose(tokens, features, 14336, activation_format, "NVIDIA H200", **H200)
@@ -92,10 +92,10 @@ def test_files_that_hold_something_else(folder, monkeypatch):
         ('{"dialect": {"1": {"kind": "fused", "columns": 1024}}}', "columns: 1024; allowed"),
         ('{"dialect": {"many": {"kind": "fused"}}}', "invalid literal for int"),
     ):
-        tuned_plans.cache_clear()
+        _tuned_plans.cache_clear()
         file.write_text(text)
         with pytest.raises(ValueError, match=sentence):
-            tuned_plans(1, 2, "x")
+            _tuned_plans(1, 2, "x")
 
 
 def test_plans_from_json():

@@ -279,7 +279,7 @@ def joined_sixteen(part0, part1, part2, part3, BN: tl.constexpr, BK: tl.constexp
 
 
 @triton.jit(do_not_specialize=["rows", "padded"])
-def decode_kernel(
+def _decode_kernel(
     p_codes,
     p_meta,
     p_row_exponent,
@@ -335,7 +335,7 @@ def _launch(
     if p.shape[0] == 0:
         return
     grid = (w.shape[0] // _ROWS, max(1, triton.cdiv(w.shape[1], _COLUMNS)))
-    decode_kernel[grid](
+    _decode_kernel[grid](
         p.codes,
         p.meta,
         p.row_exponent,

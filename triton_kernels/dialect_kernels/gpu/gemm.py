@@ -32,7 +32,13 @@ from .epilogue import store_tile
 from .layout import aligned, interpreted
 from .tuning import GemmPlan
 
-__all__ = ["arrivals", "launch_eight_bits", "launch_sixteen_bits"]
+__all__ = [
+    "arrivals",
+    "eight_bit_kernel",
+    "launch_eight_bits",
+    "launch_sixteen_bits",
+    "sixteen_bit_kernel",
+]
 
 
 @triton.jit
@@ -131,6 +137,7 @@ def _sixteen_bit_dot(part, x, total, FLOAT16: tl.constexpr, ASM: tl.constexpr):
         return tl.dot(w.to(tl.float32), tl.trans(x.to(tl.float32)), total, input_precision="ieee")
 
 
+# Longer than other functions by its 27 arguments, one a line.
 @triton.jit(do_not_specialize=["tokens", "features", "columns", "padded", "stride"])
 def sixteen_bit_kernel(
     p_x,

@@ -294,7 +294,7 @@ def _library_product(
         assert scale is not None, "8-bit tokens have scales"
         fused = bias is not None and bias.dtype == dtype == torch.bfloat16
         fused = fused and len(weight.values) == p.shape[0]
-        y = scaled_product(x, scale, weight.values, weight.scale, bias if fused else None)
+        y = _scaled_product(x, scale, weight.values, weight.scale, bias if fused else None)
         y = y[:, : p.shape[0]]
         bias = None if fused else bias
     elif scale is not None:
@@ -306,7 +306,7 @@ def _library_product(
     return y.to(dtype).contiguous()
 
 
-def scaled_product(
+def _scaled_product(
     x: torch.Tensor,
     scale: torch.Tensor,
     weight: torch.Tensor,
@@ -360,7 +360,7 @@ def warm_up(
     bias = None
     if bias_dtype is not None:
         bias = torch.zeros(p.shape[0], dtype=bias_dtype, device=p.device)
-    for tokens in first_of_each_route(p.shape, activation_format, dtype, p.device):
+    for tokens in _first_of_each_route(p.shape, activation_format, dtype, p.device):
         x = torch.zeros(tokens, p.shape[1], dtype=dtype, device=p.device)
         if covers(x, p, activation_format, "default"):
             dialect_linear(x, p, bias, activation_format, "default")
@@ -370,7 +370,7 @@ def warm_up(
 _warm: set[tuple[object, ...]] = set()
 
 
-def first_of_each_route(
+def _first_of_each_route(
     shape: tuple[int, int], activation_format: str, dtype: torch.dtype, device: torch.device
 ) -> list[int]:
     """The smallest numbers of tokens that together need every kernel that any number needs."""

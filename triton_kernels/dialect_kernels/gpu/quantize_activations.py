@@ -136,8 +136,10 @@ def _source(
     return b_x
 
 
+# Longer than other functions by its 22 arguments, one a line, and by two chains of passes over the
+# row that share a decomposed token: a helper would have to return its registers.
 @triton.jit(do_not_specialize=["tokens", "columns", "padded", "stride", "zeros"])
-def quantize_activation_kernel(
+def _quantize_activation_kernel(
     p_x,
     p_q,
     p_scale,
@@ -221,7 +223,7 @@ def quantize_activation_kernel(
 
 
 @triton.jit(do_not_specialize=["tokens", "columns", "stride"])
-def group_errors_kernel(
+def _group_errors_kernel(
     p_x,
     p_group,
     p_totals,
@@ -265,7 +267,7 @@ def group_errors_kernel(
             tl.atomic_add(p_total + 3, e3 & finite, mask=m_block, sem="relaxed")
 
 
-def launch_quantize_activation(
+def _launch_quantize_activation(
     x: torch.Tensor,
     book: Formatbook,
     block_size: int,
@@ -294,10 +296,10 @@ def launch_quantize_activation(
     if group is not None:
         blocks = q.shape[1] // block_size
         totals = torch.zeros(tokens, blocks, 4, dtype=torch.int32, device=x.device)
-        group_errors_kernel[(tokens,)](
+        _group_errors_kernel[(tokens,)](
             x, group, totals, table, tokens, columns, x.stride(0), **shape
         )
-    quantize_activation_kernel[(rows,)](
+    _quantize_activation_kernel[(rows,)](
         x,
         q,
         scale,
@@ -366,7 +368,7 @@ def quantize_activation(
     rows = x.shape[0] + (0 if salient is None else salient.shape[0])
     q = torch.empty(rows, padded, dtype=written_dtype(dtype), device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    launch_quantize_activation(
+    _launch_quantize_activation(
         x,
         book,
         block_size,

@@ -53,7 +53,7 @@ def _rounded_bytes(x):
 
 
 @triton.jit(do_not_specialize=["columns", "padded", "stride", "zeros"])
-def quantize_activation_fp8_kernel(
+def _quantize_activation_fp8_kernel(
     p_x,
     p_q,
     p_scale,
@@ -133,7 +133,7 @@ def quantize_activation_fp8(
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     config = config or row_config(padded)
     if rows:
-        quantize_activation_fp8_kernel[(rows,)](
+        _quantize_activation_fp8_kernel[(rows,)](
             x,
             q,
             scale,

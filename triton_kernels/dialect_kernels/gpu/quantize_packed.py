@@ -89,7 +89,7 @@ def _select_by_exact_error(b_quarters, p_steps, DIALECTS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["columns", "stride", "window"])
-def quantize_packed_kernel(
+def _quantize_packed_kernel(
     p_x,
     p_codes,
     p_meta,
@@ -145,7 +145,7 @@ def quantize_packed_kernel(
         tl.store(p_pair, low | (high << 4), mask=o_block[:, None] < blocks)
 
 
-def launch_quantize_packed(
+def _launch_quantize_packed(
     x: torch.Tensor,
     book: Formatbook,
     block_size: int,
@@ -164,7 +164,7 @@ def launch_quantize_packed(
         torch.empty(rows, dtype=torch.int8, device=x.device),
     )
     if rows:
-        quantize_packed_kernel[(rows,)](
+        _quantize_packed_kernel[(rows,)](
             x,
             *out,
             book_table(book, x.device),
@@ -204,7 +204,7 @@ def quantize_weight(
         config: how a program works on a row; any gives the same bytes.
     """
     config = config or row_config(min(x.shape[1], 2048))
-    codes, meta, exponent = launch_quantize_packed(
+    codes, meta, exponent = _launch_quantize_packed(
         x, book, block_size, rule, window, torch.uint8, config
     )
     return PackedTensor(codes, meta, exponent, (x.shape[0], x.shape[1]), book, block_size)
@@ -234,6 +234,6 @@ def quantize_activation_packed(
     check_block_size(block_size)
     meta_dtype = torch.uint8 if book.id_bits + E4M3_WINDOW.bit_length() <= 8 else torch.int16
     config = config or row_config(x.shape[1])
-    return launch_quantize_packed(
+    return _launch_quantize_packed(
         x, book, block_size, book.online_rule, E4M3_WINDOW, meta_dtype, config
     )

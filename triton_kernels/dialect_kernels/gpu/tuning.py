@@ -127,15 +127,17 @@ def choose(
         processors: multiprocessors of the device.
         table: which of `TABLES` is for the operands on this device.
     """
-    plans = tuned_plans(features, columns, device_name).get(activation_format)
+    plans = _tuned_plans(features, columns, device_name).get(activation_format)
     if plans:
         position = math.log(max(1, tokens))
         return plans[min(plans, key=lambda measured: abs(math.log(measured) - position))]
     _say_once(f"no measured GEMM configuration for {device_name}: using derived ones")
-    return default_plan(tokens, features, columns, processors, table)
+    return _default_plan(tokens, features, columns, processors, table)
 
 
-def default_plan(tokens: int, features: int, columns: int, processors: int, table: str) -> GemmPlan:
+def _default_plan(
+    tokens: int, features: int, columns: int, processors: int, table: str
+) -> GemmPlan:
     """The derived plan; splits K where the tiles are too few for the device."""
     plan = next((plan for most, plan in TABLES[table] if tokens <= most), None)
     if plan is None:
@@ -156,7 +158,7 @@ def default_plan(tokens: int, features: int, columns: int, processors: int, tabl
 
 
 @lru_cache(maxsize=256)
-def tuned_plans(
+def _tuned_plans(
     features: int, columns: int, device_name: str, folder: Traversable | None = None
 ) -> dict[str, dict[int, GemmPlan]]:
     """The measured plans of one weight shape by activation format and T; empty if there are none.

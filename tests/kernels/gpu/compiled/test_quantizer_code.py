@@ -45,7 +45,7 @@ def test_activations(capability, kind):
         constants |= {"p_zeros": None}
     else:
         constants |= {"p_salient": None, "p_group": None, "p_totals": None}
-    kernel = quantize_activations.quantize_activation_kernel
+    kernel = quantize_activations._quantize_activation_kernel
     code = checked(kernel, capability, constants, {}, num_warps=8)
     loads = [text for text in code.instructions if text.startswith("LDG.E.128")]
     row = 2 * 4096 // 16 // (32 * 8)  # loads of a thread
@@ -56,7 +56,7 @@ def test_activations(capability, kind):
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.get)
 def test_fp8_activations(capability, dtype):
     constants = {"CHUNK": 4096, "ONE_CHUNK": True, "OPERANDS": True, "ALIGNED": True}
-    kernel = quantize_fp8.quantize_activation_fp8_kernel
+    kernel = quantize_fp8._quantize_activation_fp8_kernel
     checked(kernel, capability, constants, {"p_x": dtype}, num_warps=8)
 
 
@@ -64,7 +64,7 @@ def test_fp8_activations(capability, dtype):
 @both_books
 @pytest.mark.parametrize("exact_error", [False, True], ids=["online rule", "exact error"])
 def test_packed(capability, dialects, exact_error):
-    kernel = quantize_packed.quantize_packed_kernel
+    kernel = quantize_packed._quantize_packed_kernel
     constants = {
         "DIALECTS": dialects, "ID_BITS": {16: 4, 32: 5}[dialects], "B": 32, "CHUNK": 2048,
         "EXACT_ERROR": exact_error, "WIDE": False, "ALIGNED": True, "ASM": True,
