@@ -38,7 +38,7 @@ def test_one_warning_says_why(case, caplog):
 def test_refused_where_that_is_asked_for(case):
     model = case.build()
     before = case.run(model)
-    with pytest.raises(LayoutError, match="has no attention that salient tokens could be read"):
+    with pytest.raises(LayoutError, match="has no attention from which salient tokens could be"):
         diffusers_hook.enable(model, strict=True, progress=False)
     assert attached(model) is None
     assert case.run(model).equal(before)

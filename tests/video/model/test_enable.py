@@ -104,8 +104,8 @@ def test_ignored_layers_are_named_from_the_models_root():
         diffusers_hook.enable(model, progress=False, ignore=["to_q"])
     assert str(caught.value) == (
         "ignore: 'to_q' matches no layer of WanTransformer3DModel that would be quantized; near "
-        "it are blocks.0.attn1.to_q; give an exact name from the model's root or 're:' and a "
-        "regular expression"
+        "it are blocks.0.attn1.to_q, blocks.0.attn1.to_v, blocks.0.attn1.to_k; give an exact name "
+        "from the model's root or 're:' and a regular expression"
     )
     ignored = [r"re:blocks\.0\.", r"re:.*\.ffn\.", "blocks.1.attn2.to_q"]
     diffusers_hook.enable(model, progress=False, seda=True, ignore=ignored)
