@@ -1,5 +1,7 @@
 """Importing diffusers_hook adds three methods and two table entries, and replaces nothing."""
 
+import importlib
+import pkgutil
 import subprocess
 import sys
 
@@ -52,6 +54,20 @@ def test_the_hook_does_not_load_vllm():
         "import sys\nimport diffusers_hook\nprint(*{n.split('.')[0] for n in sys.modules})"
     )
     assert not {"vllm", "dialect_plugin"} & set(names.split())
+
+
+def test_no_function_hides_a_module():
+    """`diffusers_hook.summary` is a function, and there is no module of that name; and so on."""
+    import diffusers_hook
+
+    found = [
+        part.name for part in pkgutil.walk_packages(diffusers_hook.__path__, "diffusers_hook.")
+    ]
+    assert "diffusers_hook.layouts.families.wan" in found
+    for name in found:
+        importlib.import_module(name)
+        package, _, leaf = name.rpartition(".")
+        assert getattr(sys.modules[package], leaf) is sys.modules[name]
 
 
 @pytest.mark.parametrize("name", ["Layout", "SemanticDialectConfig", "enable", "summary"])
