@@ -60,9 +60,8 @@ def test_no_function_hides_a_module():
     """`diffusers_hook.summary` is a function, and there is no module of that name; and so on."""
     import diffusers_hook
 
-    found = [
-        part.name for part in pkgutil.walk_packages(diffusers_hook.__path__, "diffusers_hook.")
-    ]
+    parts = pkgutil.walk_packages(diffusers_hook.__path__, "diffusers_hook.")
+    found = [part.name for part in parts]
     assert "diffusers_hook.layouts.families.wan" in found
     for name in found:
         importlib.import_module(name)
