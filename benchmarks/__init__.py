@@ -1,1 +1,1 @@
-"""Every script that prints a number which the documentation shows; see README.md."""
+"""The scripts behind every number in the documentation; see README.md."""

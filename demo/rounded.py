@@ -19,7 +19,7 @@ class RoundedLinear(torch.nn.Module):
     Args:
         weight: the weight's rounded values, float32 [N, K].
         bias: [N] or None.
-        rounding: what is done to the activations.
+        rounding: applied to the activations.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rounding: Rounding) -> None:

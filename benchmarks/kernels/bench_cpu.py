@@ -32,7 +32,7 @@ SIZE = 4096
 BLOCK_SIZE = 32
 TOKENS = (1, 8, 32, 128, 512)
 GATE_TOKENS = (1, 3, 40)
-"""So that every way of the kernel is compared with the reference."""
+"""Few, several and many tokens: the kernel treats each differently."""
 
 PEERS = ("float32", "bfloat16")
 FORMATS = {name: method.bits for name, method in METHODS.items()}
@@ -197,7 +197,7 @@ def _rotating(copies: Sequence[Copy], call: Callable[[Copy], object]) -> Callabl
 
 
 def _instructions() -> str:
-    """The kernel's best, or AVX2 where torch was told to keep to it."""
+    """The kernel's best instructions, or AVX2 where torch is limited to it."""
     restricted = torch.backends.cpu.get_cpu_capability() == "AVX2"
     return "avx2" if restricted and cpu.features() != "scalar" else cpu.features()
 

@@ -60,7 +60,7 @@ EIGHT_BITS = {"W4A4", "W4A8", FP8, MXFP4_HERE}
 
 
 def gate() -> list[str]:
-    """What is wrong with the kernels on this GPU.
+    """Faults of the kernels on this GPU.
 
     Raises:
         SystemExit: if there is none.
@@ -176,7 +176,7 @@ def _prepare(
         try:
             calls = [peer(weight) for _ in range(copies)]
             calls[0](_tokens(1, shape[1]))
-        except Exception as error:  # whatever another project raises on this device
+        except Exception as error:  # other projects raise anything
             missing[name] = reason(error)
         else:
             methods[name] = (lambda x, i, c=calls: c[i](x), copies)
@@ -252,7 +252,7 @@ def _floor_s(method: str, shape: tuple[int, int], tokens: int, ceilings: Ceiling
 
 
 def _methods(layers: dict[str, Any]) -> list[str]:
-    """What was measured for every layer and number of tokens, without the baseline."""
+    """The methods that were measured for every layer and number of tokens, without the baseline."""
     found = [measured for layer in layers.values() for measured in layer["tokens"].values()]
     return [m for m in found[0] if m != BASELINE and all(m in measured for measured in found)]
 

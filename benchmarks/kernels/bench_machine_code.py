@@ -1,4 +1,4 @@
-"""What compilers make of the GPU kernels, read from the machine code; no GPU is needed.
+"""The machine code that compilers make of the GPU kernels; no GPU is needed.
 
 For every tile that the dispatch can choose: the matrix instruction, registers, shared memory and
 the instructions of the main loop per weight, by the Triton that is installed and by the one beside

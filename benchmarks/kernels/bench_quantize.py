@@ -1,8 +1,8 @@
 """The quantizers on a GPU: tokens in flight, and weights while a model loads.
 
 Tokens are compared with a plain per-token FP8 quantization of the same tensor, once by this
-project's kernel and once written in PyTorch operations. A layer's share is what quantizing takes of
-the time of quantizing and multiplying, summed over the four layers of LLaMA-3-8B.
+project's kernel and once written in PyTorch operations. The share of quantizing is its part of the
+time of quantizing and multiplying, summed over the four layers of LLaMA-3-8B.
 
     python -m benchmarks.kernels.bench_quantize                    # needs a GPU
 """
@@ -35,12 +35,12 @@ KINDS = {
     "decomposed": "32 dialects, 10 % decomposed",
     "grouped": "32 dialects, decomposed and grouped",
 }
-"""Kind -> how it is shown; the first is what the others are compared with."""
+"""Kind -> its name in the tables; the others are compared with the first."""
 SHARE_TOKENS = (2048, 4096, 16384)
 
 
 def gate() -> list[str]:
-    """What is wrong with the kernels on this GPU.
+    """Faults of the kernels on this GPU.
 
     Raises:
         SystemExit: if there is none.
@@ -140,7 +140,7 @@ def _rotate(call: Callable[[torch.Tensor], object], copies: list[torch.Tensor], 
 
 
 def _measure_share(tokens: int) -> dict[str, float]:
-    """What quantizing takes of the layers' time, weights decoded in each call."""
+    """The share of quantizing in the layers' time; weights are decoded in each call."""
     from dialect_kernels.gpu.linear import multiply, quantize_tokens, route
 
     quantize_s = multiply_s = 0.0

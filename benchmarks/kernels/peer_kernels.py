@@ -1,8 +1,9 @@
 """Other projects' kernels for 4-bit weights, where they are installed: peers of a comparison.
 
 A peer is a function that takes a weight [N, K] (bfloat16, on the GPU) and returns a call that
-multiplies tokens [T, K] with it, in whatever way its own documentation recommends. None of them is
-a dependency; one that is missing, or that does not run on this device, is named with its reason.
+multiplies tokens [T, K] with it, in the way that its own documentation recommends. None of these
+projects is a dependency; the result names each one that is missing or does not run on this device,
+with the reason.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TypeAlias
 
 import torch
 
-__all__ = ["PEERS", "Peer", "Product"]
+__all__ = ["PEERS"]
 
 Product: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 Peer: TypeAlias = Callable[[torch.Tensor], Product]

@@ -1,4 +1,4 @@
-"""Measure the tiles of the fused kernel on this GPU and write what is best into ``configs/``.
+"""Measure the tiles of the fused kernel on this GPU and write the fastest into ``configs/``.
 
 For each weight shape, activation format and number of tokens, every candidate is checked against a
 plan from the derived table, timed in a CUDA graph on cold weights
@@ -34,7 +34,7 @@ from .bench_gemm import copy_packed
 from .random_data import random_tokens, random_weight
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
-"""Beyond the last the library multiplies: the GEMM hides what decoding costs."""
+"""With more tokens the library multiplies: its GEMM hides the cost of decoding."""
 CONFIGS = ROOT / "triton_kernels" / "dialect_kernels" / "gpu" / "configs"
 _TILES = {
     # tokens of a tile -> (features, columns, warps) that compile without spilled registers
@@ -81,7 +81,7 @@ def tune(
 
 
 def fields(plan: GemmPlan) -> dict[str, Any]:
-    """What a configuration file says of a plan; a scratch plan has no tile of its own."""
+    """A plan as a configuration file states it; a scratch plan has no tile of its own."""
     return {"kind": "scratch"} if plan.kind == "scratch" else dataclasses.asdict(plan)
 
 

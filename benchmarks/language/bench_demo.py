@@ -1,8 +1,8 @@
 """The demonstration's figures: size and held-out perplexity of the model that ships, as served.
 
-bf16 and BlockDialect come from running servers over HTTP, MXFP4 from the emulation;
-docs/results/language.md says how. All of the held-out text is scored. Deterministic on one machine:
-there is no spread.
+The figures of bf16 and BlockDialect come from running servers over HTTP, that of MXFP4 from an
+emulation in transformers. All of the held-out text is scored. On one machine the figures are
+deterministic: there is no spread.
 
     python -m benchmarks.language.bench_demo
 """

@@ -6,12 +6,12 @@ started anew, so that a change of the machine's pace meets all of them; all get 
 Formats that vLLM does not serve on a platform stand in the tables with its reason. ``--offline``
 adds ``vllm bench latency`` and ``throughput``, which start engines of their own.
 
-On a CPU these are LLaMA-3.2-1B's shape and the shipped LLaMA, and the plugin's torch path answers
-one short request; models run eagerly there, because compiling takes longer than all that is asked
-of a server (``--no-eager`` compiles them). On a GPU it is LLaMA-3-8B's shape, compiled; starting
-takes long there, so that a server is started once and measured several times. No server is started
-that would not be done ``--minutes`` after the command's beginning: rounds, and formats if need be,
-are left out then.
+On a CPU the models are LLaMA-3.2-1B's shape and the shipped LLaMA, and the plugin's torch path
+answers one short request; models run eagerly there, because compiling takes longer than all
+requests together (``--no-eager`` compiles them). On a GPU the model is LLaMA-3-8B's shape,
+compiled; starting takes long there, so that a server is started once and measured several times. A
+server that would not be done ``--minutes`` after the command's beginning is not started: rounds are
+left out then, and formats if need be.
 
     python -m benchmarks.language.bench_serve [--shape demo] [--formats bf16 w4a4] [--minutes 60]
 """
@@ -62,10 +62,10 @@ _REFUSED = "not served"
 
 
 def gate() -> list[str]:
-    """Faults of the golden vectors, of the count of bytes, and of what servers answer.
+    """Faults of the golden vectors, of the count of bytes, and of the servers' answers.
 
-    A packed checkpoint and a 16-bit one that is quantized while it loads must be answered for token
-    by token alike; on a CPU the torch path too, and the tokens' log-probabilities must be equal.
+    A packed checkpoint and a 16-bit one that is quantized while it loads must give the same answer,
+    token by token; on a CPU so must the torch path, and the log-probabilities must be equal.
     """
     faults = golden_faults(_device())
     if faults:
@@ -84,7 +84,7 @@ def gate() -> list[str]:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """What to serve, how often, and for how long at most."""
+    """Models, formats, numbers of rounds, and a limit of time."""
     gpu = torch.cuda.is_available()
     shapes = ["llama-3-8b"] if gpu else [GOAL_SHAPE, "demo"]
     formats = [name for name, form in FORMATS.items() if not (gpu and form.slow)]
@@ -99,7 +99,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--minutes",
         type=float,
         default=_MINUTES[_device()],
-        help="start no server that would not be done so long after the command's beginning",
+        help="start no server that would not be done so many minutes after the command began",
     )
 
 
@@ -112,7 +112,7 @@ def measure(
     offline: bool,
     minutes: float,
 ) -> Figures:
-    """Per shape and format: what every run took, peak memory, what vLLM says; the commands."""
+    """Per shape and format: times of every run, peak memory, figures of the log; the commands."""
     # the client's connections stay on this machine, whatever proxy the environment names
     os.environ.update(NO_PROXY="127.0.0.1", HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
     environment = serve_environment()
@@ -131,7 +131,7 @@ def measure(
 
 
 def commands(shape: str, formats: Sequence[str], eager: bool, offline: bool) -> list[str]:
-    """What is run for a shape, with words in capitals for what differs from run to run."""
+    """The command lines for a shape; words in capitals stand for parts that differ by run."""
     model = SHAPES[shape]
     lines = []
     for form in (FORMATS[key] for key in formats):
@@ -181,7 +181,7 @@ def tables(figures: Figures) -> dict[str, Table]:
 
 
 def _whole_rounds(shape: Figures) -> Figures:
-    """Without the runs of a round that was not every format's turn, because time was over."""
+    """`shape` without the last round, if the limit of time cut it short for some formats."""
     formats = {key: dict(form) for key, form in shape["formats"].items()}
     for load in ("single", "many"):
         taken = [form for key, form in formats.items() if load in form and not FORMATS[key].slow]
@@ -236,9 +236,9 @@ def _rates(taken: Figures, peer: Figures | None) -> list[str]:
 
 
 def is_streamed(taken: Figures) -> bool:
-    """Whether tokens were sent as they were computed: a message's time is its token's.
+    """Whether each token was sent when it was computed, so that a message's time is its token's.
 
-    Where computing keeps all cores busy, a server sends what has piled up when it gets its turn.
+    Where computing keeps all cores busy, tokens pile up and a server sends several in one burst.
     """
     return max(taken["burst_share"]) < _LARGEST_BURST_SHARE
 

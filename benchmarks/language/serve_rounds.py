@@ -21,7 +21,7 @@ from .vllm_bench import run_client, run_offline, warmup
 __all__ = ["OFFLINE", "Session", "loads_of"]
 
 Figures = dict[str, Any]
-"""Lists of what was found in each round, or in each run, and dicts of such."""
+"""Lists of figures, one for each round or each run, and dicts of such lists."""
 
 OFFLINE = ("latency", "throughput")
 """Subcommands of ``vllm bench`` that start an engine of their own."""
@@ -42,8 +42,8 @@ class Session:
         rounds: starts of every server.
         repeats: runs of every load in a round.
         eager: whether models run uncompiled.
-        offline: whether `OFFLINE` are run too.
-        minutes: start no server that would not be done so long after this process began.
+        offline: whether the subcommands in `OFFLINE` run too.
+        minutes: start no server that would not be done so many minutes after this process began.
         refused: format -> why it is not served on this platform; it is not tried again.
         longest_s: the most seconds that a server of this model has taken, from start to stop.
     """
@@ -62,7 +62,7 @@ class Session:
 
         Args:
             shape: the model.
-            directory: where its checkpoint may be made; it must not exist.
+            directory: for its checkpoint, if one is made; it must not exist.
         """
         model = prepare(shape, directory)
         self.longest_s = 0.0
@@ -114,7 +114,7 @@ class Session:
 
 
 def loads_of(shape: Shape, form: Format) -> Mapping[str, Load]:
-    """What is sent to a format's server, by name."""
+    """The loads for a format's server, by name."""
     return {"single": _SLOW_LOAD} if form.slow else shape.loads
 
 
@@ -130,7 +130,7 @@ def _add(total: Figures, once: Figures) -> None:
 def _measure_server(
     shape: Shape, model: Path, form: Format, eager: bool, seeds: Sequence[int], folder: Path
 ) -> Figures:
-    """Times of the runs of one server, its peak memory, and what it says of itself."""
+    """Times of the runs of one server, its peak memory, and the figures of its log."""
     loads = loads_of(shape, form)
     arguments = server_arguments(shape, form, eager)
     before, began = device_bytes(), time.monotonic()
@@ -162,7 +162,7 @@ def _measure_server(
 
 
 def _check_quantized(form: Format, once: Figures, bf16: Figures | None) -> None:
-    """Some versions of vLLM take a method that leaves a model's linear layers as they are.
+    """Refuse a method that this version of vLLM accepts but does not apply to linear layers.
 
     Raises:
         RuntimeError: if loading took as much memory as it does in bf16, where vLLM says so.

@@ -25,8 +25,6 @@ from .served_models import Format, Load, Shape
 __all__ = [
     "client_arguments",
     "offline_arguments",
-    "read_client",
-    "read_offline",
     "run_client",
     "run_offline",
     "shown_command",

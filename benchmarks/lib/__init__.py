@@ -1,1 +1,1 @@
-"""What all benchmarks share."""
+"""What benchmarks share: harness, gate, model shapes, instruments, the renderer."""

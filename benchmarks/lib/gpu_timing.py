@@ -36,7 +36,7 @@ _MOST_COPIES = 64
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device did in this run, for the share of it that a kernel reaches.
+    """The device's own rates in this run; a kernel's share of them is shown beside its time.
 
     Attributes:
         bytes_per_s: a large copy, bytes read and written.
@@ -66,7 +66,7 @@ def need_gpu() -> None:
 
 
 def on_gpu(gate: Callable[[], list[str]]) -> Callable[[], list[str]]:
-    """`gate` of a benchmark that is to measure a GPU: it asks for one first."""
+    """`gate`, preceded by a check that there is a GPU."""
 
     def with_gpu() -> list[str]:
         need_gpu()
@@ -93,10 +93,9 @@ def time_graphs(
 
     Args:
         calls: name -> (call, copies); the call takes the number of a copy.
-        rounds: timed rounds; each replays every graph for about `seconds`.
-        seconds: see above.
-        may_fail: names of calls that may raise; they are left out of the result.
-        failed: takes the reasons of those that did.
+        rounds, seconds: each of the timed rounds replays every graph for about `seconds`.
+        may_fail: names of calls that may raise; the result leaves out those that do.
+        failed: receives their reasons.
 
     Returns:
         Seconds per call.
@@ -121,7 +120,7 @@ def time_graphs(
 
 
 def _captured(call: Callable[[int], object], copies: int) -> torch.cuda.CUDAGraph:
-    """A graph of one call for each copy; the first calls, outside of it, compile what is needed."""
+    """A graph of one call for each copy; two calls before it compile the kernels."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -1,4 +1,4 @@
-"""What all benchmarks share: gate, timing, and the one JSON file that a run leaves behind.
+"""The frame of a benchmark: gate, timing, and the one JSON file that a run leaves behind.
 
 A benchmark is a module ``benchmarks/ROOM/bench_NAME.py`` with
 
@@ -41,10 +41,8 @@ __all__ = [
     "Result",
     "Table",
     "Timing",
-    "commit",
     "in_new_process",
     "main",
-    "measure_result",
     "module_of",
     "ratio",
     "read_result",
@@ -68,7 +66,7 @@ _VERSIONS = ("blockdialect", "torch", "triton", "vllm", "diffusers", "safetensor
 
 
 class Machine(BaseModel):
-    """What figures depend on; nothing that names or locates the machine.
+    """Properties that figures depend on; nothing that names or locates the machine.
 
     Attributes:
         cpu: model name.
@@ -109,12 +107,12 @@ class Result(BaseModel):
 
     Attributes:
         name: NAME of ``bench_NAME.py``.
-        command: repeats the run.
+        command: the command that repeats the run.
         commit: of the measured code; ends in ``-dirty`` if that code was changed since.
         date: UTC, ISO 8601.
         machine: where it ran.
         versions: of Python and of the packages that can matter, as far as they are installed.
-        figures: what was measured; units and spreads are in the names of its fields.
+        figures: the measurements; their fields' names tell units and spreads.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -204,12 +202,12 @@ def measure_result(
     """Run the gate, then the measurement.
 
     Raises:
-        SystemExit: with the faults, if the gate finds any; nothing was measured then.
+        SystemExit: with the faults, if the gate finds any; nothing is measured then.
     """
     faults = gate()
     if faults:
         listed = "\n".join(f"  {fault}" for fault in faults)
-        raise SystemExit(f"{name}: not measured, the results are wrong:\n{listed}")
+        raise SystemExit(f"{name}: not measured, because its gate found faults:\n{listed}")
     before = commit()
     figures = measure()
     return Result(
@@ -231,8 +229,8 @@ def main(
     """Measure and write ``NAME.json``, NAME being that of the started module.
 
     Args:
-        gate: see above.
-        measure: see above; it gets the values of `options` as keyword arguments.
+        gate: returns faults, see the top of this module.
+        measure: returns the figures; it receives the values of `options` as keyword arguments.
         options: adds options to the command.
     """
     name = Path(sys.argv[0]).stem.removeprefix("bench_")
@@ -249,7 +247,8 @@ def main(
     temporary.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
     temporary.replace(target)
     print(
-        f"wrote {target.name}; python -m benchmarks.lib.render shows what is in benchmarks/results"
+        f"wrote {target.name}; python -m benchmarks.lib.render shows the results in "
+        "benchmarks/results"
     )
 
 
@@ -293,7 +292,7 @@ def read_result(path: Path) -> Result:
     """Read a committed result.
 
     Raises:
-        ValueError: if the file does not hold one, or another one's.
+        ValueError: if the file holds no result, or the result of another benchmark.
     """
     result = Result.model_validate_json(path.read_text(encoding="utf-8"))
     if result.name != path.stem:
@@ -318,7 +317,7 @@ def _shown(arguments: Sequence[str]) -> list[str]:
 
 
 def commit() -> str:
-    """The short commit id, with ``-dirty`` if code that is measured differs from it.
+    """The short commit id, with ``-dirty`` if the code under measurement differs from it.
 
     In a copy of the tree without its history ``BENCHMARK_COMMIT`` states the id.
     """

@@ -1,4 +1,4 @@
-"""Kernels compiled for a GPU that is not there, and what can be read from the machine code.
+"""Compile kernels for a GPU without having one, and read properties from their machine code.
 
 Triton brings NVIDIA's assembler and disassemblers. `TRITON_INTERPRET` must not be set: kernels that
 were made under it cannot be compiled.
@@ -23,15 +23,7 @@ from triton.compiler import ASTSource
 from dialect_kernels.gpu import gemm
 from dialect_kernels.gpu.tuning import GemmPlan
 
-__all__ = [
-    "MMA",
-    "SHARED_LIMIT",
-    "MachineCode",
-    "compile_gemm",
-    "compile_kernel",
-    "faults",
-    "per_weight",
-]
+__all__ = ["MMA", "MachineCode", "compile_gemm", "compile_kernel", "faults", "per_weight"]
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -64,7 +56,7 @@ MMA = {
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What came out.
+    """A compiled kernel.
 
     Attributes:
         registers, stack: per thread; stack is in bytes.
@@ -199,11 +191,11 @@ def per_weight(code: MachineCode, plan: GemmPlan, exact: bool = False) -> float:
 
 
 def faults(code: MachineCode, capability: int, mma: str | None = None) -> list[str]:
-    """What is wrong with machine code: spilled registers, too much shared memory, another MMA.
+    """Faults of machine code: spilled registers, too much shared memory, another MMA.
 
     Args:
-        code: what was compiled.
-        capability: for which compute capability.
+        code: the compiled kernel.
+        capability: the compute capability that it was compiled for.
         mma: pattern of the matrix instruction that the main loop must hold, beside byte permutes,
             which say that weights are decoded in registers.
     """

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-__all__ = ["DeviceMemory", "PeakMemory", "device_bytes", "watch"]
+__all__ = ["PeakMemory", "device_bytes", "watch"]
 
 
 @dataclass

@@ -1,6 +1,6 @@
-"""Questions about a GPU's arithmetic that its manuals leave open, each asked of the device itself.
+"""Properties of a GPU's arithmetic that its manuals do not state, each measured on the device.
 
-python -m benchmarks.lib.probes      # prints the answers as JSON
+python -m benchmarks.lib.probes      # prints them as JSON
 """
 
 # Kernel arguments are Triton's: pointers and tensors have no Python types.
@@ -11,8 +11,6 @@ import json
 import torch
 import triton
 import triton.language as tl
-
-__all__ = ["fp8_accumulator_bits", "main"]
 
 _LARGEST = 2.0**14
 """The first product of a sum; E4M3 operands reach from here down to 2**-18."""
@@ -63,7 +61,7 @@ def _survives(device: torch.device | str, across: bool) -> int:
 
 
 def main() -> None:
-    """Ask and print."""
+    """Measure and print."""
     name = torch.cuda.get_device_name()
     print(json.dumps({"gpu": name, "fp8_accumulator_bits": fp8_accumulator_bits()}, indent=1))
 

@@ -22,8 +22,6 @@ from types import ModuleType
 
 from .harness import RESULTS, ROOT, Result, Table, module_of, read_result
 
-__all__ = ["documents", "markdown", "names", "plot_digest", "render_plots", "render_text"]
-
 PLOTS = ROOT / "docs" / "plots"
 _MARKED = re.compile(
     r"(?P<open><!-- benchmark: (?P<name>\w+)\.(?P<table>\w+) -->\n)"
@@ -72,7 +70,7 @@ def markdown(table: Table) -> str:
 
 
 def plot_digest(name: str) -> str:
-    """What identifies the result that a plot shows."""
+    """SHA-256 of the result that a plot shows."""
     return hashlib.sha256((RESULTS / f"{name}.json").read_bytes()).hexdigest()
 
 

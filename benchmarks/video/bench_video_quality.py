@@ -1,14 +1,15 @@
-"""What each format and each mechanism costs in quality, on the small video model that ships.
+"""The loss in quality of each format and each mechanism, on the small video model that ships.
 
-Sixteen prompts and three seeds; every video is compared with the one that the 16-bit model makes of
-the same noise. All formats change the same linear layers; FP8, MXFP4 and NVFP4 are emulated there.
+Sixteen prompts and three seeds; every video is compared with the one that the 16-bit model makes
+from the same noise. All formats change the same linear layers; FP8, MXFP4 and NVFP4 are emulated
+there.
 
 * ``sqnr``: one step. The velocity that the transformer predicts for a noisy drawn video, against
   the 16-bit model's, in dB; for each prompt the mean over three noise levels and all seeds.
 * ``psnr``, ``ssim``: the final video, 16 steps with guidance.
 * ``change``: temporal consistency, see `demo.video.metrics.frame_change_error`.
 * ``vmaf``: mean over all videos, by ffmpeg's filter on the videos enlarged eight times.
-* ``asked``: videos whose colour is right and whose direction is within 20 degrees.
+* ``asked``: videos that follow their prompt: the right colour, the direction within 20 degrees.
 
 Each mechanism is compared with its control on the same 48 videos: the mean difference in PSNR and
 its 95 % interval (Student's t). A mechanism belongs into the default if that interval lies above 0.
@@ -94,10 +95,10 @@ def formats() -> dict[str, Any]:
 
 
 def measure() -> dict[str, Any]:
-    """Per format the figures video by video; per mechanism its gain; what the default follows."""
+    """Per format the figures video by video; per mechanism its gain and whether it helps."""
     from rich.progress import track
 
-    from demo.video.metrics import asked_for, frame_change_error, psnr, sqnr, ssim, vmaf
+    from demo.video.metrics import follow_prompts, frame_change_error, psnr, sqnr, ssim, vmaf
 
     scenes = _scenes()
     wanted: list[torch.Tensor] = []
@@ -110,7 +111,7 @@ def measure() -> dict[str, Any]:
             wanted, wanted_steps = frames, steps
         pairs = list(zip(frames, wanted, strict=True))
         row: dict[str, Any] = {
-            "asked": sum(sum(asked_for(part, scenes)) for part in frames),
+            "asked": sum(sum(follow_prompts(part, scenes)) for part in frames),
             "videos": len(scenes) * len(SEEDS),
         }
         if format.options is not None:
@@ -180,7 +181,7 @@ def _generate(format: Any, scenes: list[Any]) -> tuple[list[torch.Tensor], list[
 def tables(figures: dict[str, Any]) -> dict[str, Table]:
     """``formats``: all of them; ``short``: those of the README; ``gains``: mechanisms."""
     rows = {name: _row(name, row) for name, row in figures["formats"].items()}
-    head = ["format", "one step, SQNR", "PSNR", "SSIM", "change error", "VMAF", "as asked"]
+    head = ["format", "one step, SQNR", "PSNR", "SSIM", "change error", "VMAF", "follow the prompt"]
     short = ["16 bit", "FP8", "MXFP4-32", "NVFP4-16", "BlockDialect-32, two_stage", _LUT,
              _DECOMPOSED, _SEDA]  # fmt: skip
     gains = [["mechanism", "with", "control", "PSNR gained", "95 % interval", "in the default"]]

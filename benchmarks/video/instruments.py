@@ -13,7 +13,7 @@ from torch import nn
 
 from dialect_kernels import PackedTensor
 
-__all__ = ["ROWS", "clocked", "peak_memory", "refreshed_in_time", "rounding_apart", "wait"]
+__all__ = ["clocked", "peak_memory", "refreshed_in_time", "rounding_apart", "wait"]
 
 ROWS = 16
 """Outputs of the layers that are timed for their rounding: few, and what every kernel takes."""

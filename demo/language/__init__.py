@@ -1,1 +1,1 @@
-"""The language demonstration."""
+"""The language demonstration: `make demo` and `make serve`."""

@@ -73,7 +73,7 @@ def server_logprobs(
 def model_logprobs(
     model: torch.nn.Module, parts: Windows, done: Callable[[], object] = lambda: None
 ) -> torch.Tensor:
-    """The same from a transformers model in this process."""
+    """The same log-probabilities, from a transformers model in this process."""
     found: list[torch.Tensor] = []
     for part in parts:
         tokens = torch.tensor([part])

@@ -1,4 +1,4 @@
-"""What a demonstration finds, and how it is shown."""
+"""The figures of a demonstration, and their tables."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Figures:
         name: the format.
         bytes: of the tensors on disk; computed for MXFP4, which is not stored.
         perplexity: on the held-out text.
-        source: ``"server"`` or ``"emulation"``: where `perplexity` comes from.
+        source: ``"server"`` or ``"emulation"``, which measured `perplexity`.
         completions: greedy continuations of the prompts, by the server.
-        emulated_perplexity: the emulation's, where it was compared with the server's.
+        emulated_perplexity: of the emulation, where it was compared with the server's.
     """
 
     name: str
@@ -41,8 +41,8 @@ class Demonstration:
         text: name of the held-out text.
         tokens: how many tokens were predicted.
         window: most tokens in a window.
-        prompts: what was completed.
-        rows: one a format.
+        prompts: the beginnings that the servers completed.
+        rows: one for each format.
     """
 
     model: str

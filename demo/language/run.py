@@ -2,9 +2,9 @@
 
     python -m demo.language.run [--model DIR] [--tokens N] [--formats bf16,w4a4,...] [--text FILE]
 
-The bf16 and BlockDialect figures come from running servers, MXFP4 from the emulation, as no engine
-serves it on a CPU. On bf16 and W4A4 the emulation is compared with the server: if they differ by
-more than 0.5 %, the demonstration fails.
+The figures of bf16 and BlockDialect come from running servers, that of MXFP4 from an emulation,
+because no engine serves it on a CPU. For bf16 and W4A4 the emulation is compared with the server:
+if they differ by more than 0.5 %, the demonstration fails.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .perplexity import model_logprobs, perplexity, predicted, server_logprobs, 
 from .results import Demonstration, Figures, completions_table, figures_table
 from .server import Server, ServerError
 
-__all__ = ["CACHE", "FORMATS", "DemoError", "check_agreement", "demonstrate", "main"]
+__all__ = ["FORMATS", "DemoError", "demonstrate"]
 
 DEMO = Path(__file__).resolve().parents[1]
 CACHE = DEMO.parent / ".cache" / "demo"
@@ -62,14 +62,14 @@ class DemoError(RuntimeError):
 
 @dataclass(frozen=True)
 class _Task:
-    """What every step needs.
+    """The inputs of every step.
 
     Attributes:
         model: directory of the 16-bit checkpoint.
         packed: directory of the packed one.
         context: for ``--max-model-len``.
         parts: windows of held-out tokens.
-        console: where to say what is happening.
+        console: for progress messages.
     """
 
     model: Path
@@ -99,7 +99,7 @@ def demonstrate(
         formats: keys of `FORMATS` to serve, in this order.
         token_limit: how many tokens of the text to use; None: 32,768, or 4,096 for a model above
             100 MB.
-        console: where to say what is happening.
+        console: for progress messages.
 
     Raises:
         DemoError: if a step fails, or a server and its emulation disagree.
@@ -188,12 +188,12 @@ def _tokenize(model: Path, text: str) -> tuple[list[int], int | None]:
 
 
 def _quantize(model: Path, console: Console) -> Path:
-    """The packed checkpoint of `model`, made by the command that a user would give."""
+    """The packed checkpoint of `model`, made by the command that a user would type."""
     destination = CACHE / f"{model.resolve().name}-blockdialect"
     stamp = destination.with_name(f"{destination.name}.stamp")
     wanted = _fingerprint(model)
     if (destination / "config.json").exists() and stamp.exists() and stamp.read_text() == wanted:
-        console.print(f"  {shown(destination)} is there already, from this model and this code")
+        console.print(f"  {shown(destination)} was made from this model by this code before")
         return destination
     stamp.unlink(missing_ok=True)
     command = ["blockdialect", "quantize", str(model), str(destination), "--overwrite"]
@@ -207,7 +207,7 @@ def _quantize(model: Path, console: Console) -> Path:
 
 
 def _fingerprint(model: Path) -> str:
-    """What decides the packed bytes: the model's files as the file system sees them, our code."""
+    """A hash over what decides the packed bytes: size and date of the model's files, our code."""
     digest = hashlib.sha256(str(model.resolve()).encode())
     for file in sorted(model.iterdir()):
         status = file.stat()
@@ -220,18 +220,18 @@ def _fingerprint(model: Path) -> str:
 
 
 def _serve(key: str, task: _Task) -> Figures:
-    """Start a server, ask it for completions and log-probabilities, stop it, check its figure."""
+    """Start a server, get completions and log-probabilities, stop it, check its perplexity."""
     name, method = FORMATS[key]
     directory = task.model if method is None else task.packed
-    # --dtype: one for all; --enforce-eager: compiling takes longer than all that is asked here
+    # --dtype: the same for all; --enforce-eager: compiling takes longer than all requests together
     arguments = ["--dtype", "bfloat16", "--max-model-len", str(task.context), "--enforce-eager"]
-    # a packed checkpoint is recognized without this, as a user would serve it
+    # vLLM recognizes a packed checkpoint by itself, and a user would rely on that
     if method not in {None, QUANT_METHOD}:
         arguments += ["--quantization", str(method)]
     _say_command(["vllm", "serve", shown(directory), *arguments], task.console)
     began = time.monotonic()
     with Server(directory, CACHE / "logs" / f"{key}.log", *arguments) as server:
-        with task.console.status(f"  waiting for it; its log is {shown(server.log)}"):
+        with task.console.status(f"  waiting for the server; its log is {shown(server.log)}"):
             server.wait_until_ready()
         task.console.print(f"  ready after {time.monotonic() - began:.0f} s")
         completions = [
@@ -253,7 +253,7 @@ def _emulated(key: str, task: _Task) -> float:
         model = emulation.load_bf16(task.model)
     else:
         model = emulation.emulate_blockdialect(task.model, task.packed)
-    return task.measure("the same by emulation", model_logprobs, model)
+    return task.measure("perplexity by emulation", model_logprobs, model)
 
 
 def _mxfp4_bytes(checkpoint: Checkpoint, packed: Path) -> int:
@@ -287,7 +287,7 @@ def main(
         int | None,
         typer.Option(min=2, help="Tokens of the text; 32768, or 4096 for models above 100 MB."),
     ] = None,
-    formats: Annotated[str, typer.Option(help="What to serve, separated by commas.")] = ",".join(
+    formats: Annotated[str, typer.Option(help="Formats to serve, separated by commas.")] = ",".join(
         FORMATS
     ),
     text: Annotated[Path, typer.Option(help="Held-out text.")] = DEMO / "heldout.txt",
@@ -308,7 +308,7 @@ def main(
     console.print(figures_table(result))
     file = CACHE / "result.json"
     file.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
-    console.print(f"written to {shown(file)}")
+    console.print(f"the figures are in {shown(file)}")
 
 
 if __name__ == "__main__":

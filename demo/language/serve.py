@@ -20,13 +20,11 @@ from dialect_plugin.scheme import QUANT_METHOD
 
 from .server import serve_command, serve_environment
 
-__all__ = ["arguments_for", "main"]
-
 _OPTIONS = ("-q", "--quantization")
 
 
 def arguments_for(model: Path, further: list[str]) -> list[str]:
-    """The arguments of `vllm serve`: `further`, and the quantization where it must be asked for.
+    """The arguments of `vllm serve`: `further`, and `--quantization` for a 16-bit model.
 
     Raises:
         CheckpointError: if `model` is no directory of a model, or is quantized by another method.
@@ -51,7 +49,9 @@ def arguments_for(model: Path, further: list[str]) -> list[str]:
 
 def main(
     model: Annotated[Path, typer.Option(help="Directory of a checkpoint, 16-bit or packed.")],
-    arguments: Annotated[list[str] | None, typer.Argument(help="For vllm serve.")] = None,
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="Further arguments of vllm serve.")
+    ] = None,
 ) -> None:
     """Serve a model with BlockDialect until it is interrupted."""
     try:

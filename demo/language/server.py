@@ -1,4 +1,4 @@
-"""A `vllm serve` process: started, waited for, asked over HTTP, and always stopped."""
+"""A `vllm serve` process: started, waited for, queried over HTTP, and always stopped."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ _START_SECONDS = 900
 _STOP_SECONDS = 60
 _KILL_SECONDS = 10
 _SHOWN_LINES = 12
-# an exception, or the line behind it where pydantic tells its reason
+# an exception, or the line behind it in which pydantic gives the reason
 _FAULT = re.compile(r"\b(?:[A-Z]\w*(?:Error|Exception): |Value error, ).*")
-_CONSEQUENCE = "Engine core initialization failed"  # what vLLM's API server says of any such fault
+_CONSEQUENCE = (
+    "Engine core initialization failed"  # vLLM's API server logs this after any such fault
+)
 
 
 class ServerError(RuntimeError):
@@ -90,7 +92,7 @@ class Server:
         self.stop()
 
     def stop(self) -> None:
-        """Stop the server and its workers; kill what does not go by itself, or if interrupted.
+        """Stop the server and its workers; kill those that do not end in time, or if interrupted.
 
         Raises:
             ServerError: if something still listens on its port.
@@ -105,8 +107,8 @@ class Server:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", self.port)) == 0:
                 raise ServerError(
-                    f"the server was stopped, but something still listens on port {self.port}; "
-                    "see which process does"
+                    f"the server was stopped, but a process still listens on port {self.port}; "
+                    "find and end that process"
                 )
 
     def complete(self, prompt: str | list[int], **options: Any) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Moving shapes: a small trained video model, and what `make video` does with it."""
+"""The video demonstration: a small trained model of moving shapes, and `make video`."""

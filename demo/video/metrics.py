@@ -1,4 +1,4 @@
-"""How far videos are from those of the 16-bit model, and whether they show what was asked for."""
+"""How far videos are from those of the 16-bit model, and whether they follow their prompts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from .pictures import SCALE, enlarged
 from .scenes import Scene, read
 
-__all__ = ["asked_for", "frame_change_error", "psnr", "sqnr", "ssim", "vmaf"]
+__all__ = ["follow_prompts", "frame_change_error", "psnr", "sqnr", "ssim", "vmaf"]
 
 _WINDOW = 7
 
@@ -57,11 +57,11 @@ def sqnr(output: torch.Tensor, reference: torch.Tensor) -> list[float]:
     return (10 * torch.log10(reference.flatten(1).double().square().sum(1) / error)).tolist()
 
 
-def asked_for(frames: torch.Tensor, scenes: Sequence[Scene], degrees: float = 20.0) -> list[bool]:
-    """Whether each video shows a shape of the right colour that moves in the right direction."""
+def follow_prompts(frames: torch.Tensor, scenes: Sequence[Scene]) -> list[bool]:
+    """Whether each video [F, 3, H, W] shows the colour and the direction of its scene."""
     seen = read(frames.transpose(1, 2) * 2 - 1)
     return [
-        found.colour == scene.colour and found.angle_error(scene) <= degrees
+        found.is_colour_of(scene) and found.is_direction_of(scene)
         for found, scene in zip(seen, scenes, strict=True)
     ]
 

@@ -62,7 +62,7 @@ def contact_sheet(
 
     Args:
         videos: name of the format -> frames [B, F, 3, H, W] in 0..1.
-        prompts: what was asked for, B of them.
+        prompts: of the videos, B of them.
         path: of the PNG.
         shown: how many frames, evenly over the video.
     """

@@ -1,7 +1,7 @@
 """The pipeline around the small video model: four words in, a video out, in pixels.
 
-It is an ordinary diffusers pipeline with a Wan transformer; what is missing is a VAE, because
-24 x 24 pixels need none.
+It is an ordinary diffusers pipeline with a Wan transformer, but without a VAE: 24 x 24 pixels need
+none.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class MovingShapesPipeline(DiffusionPipeline):  # type: ignore[misc]
             num_inference_steps: steps of the sampler.
             guidance_scale: of classifier-free guidance; 1 switches it off.
             generator: source of the noise; a list holds one for each prompt.
-            callback_on_step_end: called as in diffusers' own pipelines; what it returns is ignored.
+            callback_on_step_end: called as in diffusers' own pipelines; its result is ignored.
 
         Raises:
             ValueError: if a prompt lacks one of the four words, or names two.

@@ -2,8 +2,8 @@
 
     python -m demo.video.run [--prompt "a red circle moves up, fast" ...] [--out DIR]
 
-The model is the small video transformer that ships with the project. MXFP4 is emulated, in the same
-layers; its time is therefore not shown.
+The model is the small video transformer that ships with the project. MXFP4 is emulated in the same
+layers; an emulation's time would say nothing, so none is shown.
 """
 
 from __future__ import annotations
@@ -24,12 +24,10 @@ from rich.table import Table
 from ..terminal import shown
 from .check import PROMPTS
 from .formats import MXFP4, PLAIN, Format, load, transformer_bytes
-from .metrics import asked_for, psnr, ssim
+from .metrics import follow_prompts, psnr, ssim
 from .pictures import contact_sheet, save_gif, save_mp4
 from .pipeline import MODEL
 from .scenes import parse
-
-__all__ = ["FORMATS", "OUT", "Row", "figures_table", "main", "run"]
 
 OUT = Path(__file__).resolve().parents[2] / "outputs" / "video"
 FORMATS = {
@@ -45,11 +43,11 @@ class Row:
 
     Attributes:
         name: the format.
-        frames: what was generated, [B, F, 3, H, W] in 0..1.
+        frames: the videos, [B, F, 3, H, W] in 0..1.
         bytes: of the transformer's weights.
         seconds: a denoising step of all prompts together, the median; None for an emulation.
         psnr, ssim: mean against the 16-bit model's videos; None for itself.
-        good: videos that show the colour and the direction that was asked for.
+        good: videos that show the colour and the direction of their prompt.
     """
 
     name: str
@@ -64,14 +62,14 @@ class Row:
 def run(
     prompts: list[str], seed: int, steps: int, out: Path, console: Console, model: Path = MODEL
 ) -> list[Row]:
-    """Generate the prompts in every format, with progress bars, and write what came out.
+    """Generate the prompts in every format, with progress bars, and write videos and pictures.
 
     Args:
         prompts: each names a colour, a shape, a direction and a speed.
         seed: of the noise, the same in every format.
         steps: denoising steps.
         out: folder for ``FORMAT/PROMPT.mp4``, ``comparison.png`` and ``comparison.gif``.
-        console: where to say what is happening.
+        console: for progress messages.
         model: folder of the model.
 
     Raises:
@@ -101,7 +99,7 @@ def run(
                 _median_difference(ends) if format.emulated is None else None,
                 None if wanted is None else _mean(psnr(frames, wanted)),
                 None if wanted is None else _mean(ssim(frames, wanted)),
-                sum(asked_for(frames, scenes)),
+                sum(follow_prompts(frames, scenes)),
             )
         )
         folder = re.sub(r"\W+", "-", name.lower())
@@ -118,7 +116,7 @@ def figures_table(rows: list[Row], prompts: int) -> Table:
     """Quality, memory and time of every format."""
     table = Table(title=f"{prompts} videos", title_justify="left")
     table.add_column("format")
-    for head in ("MB", "of 16 bit", "PSNR", "SSIM", "as asked", "s/step"):
+    for head in ("MB", "of 16 bit", "PSNR", "SSIM", "follow the prompt", "s/step"):
         table.add_column(head, justify="right")
     for row in rows:
         table.add_row(
@@ -147,9 +145,9 @@ def _slug(prompt: str) -> str:
 
 def main(
     prompt: Annotated[
-        list[str] | None, typer.Option(help="what to show; may be given several times")
+        list[str] | None, typer.Option(help="prompt of a video; may be given several times")
     ] = None,
-    seed: Annotated[int, typer.Option(help="of the noise")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
     steps: Annotated[int, typer.Option(help="denoising steps", min=1)] = 16,
     out: Annotated[Path, typer.Option(help="folder for videos and the picture")] = OUT,
 ) -> None:
@@ -163,8 +161,9 @@ def main(
         raise typer.Exit(2) from None
     console.print(figures_table(rows, len(prompts)))
     console.print(
-        "PSNR and SSIM: against the 16-bit videos from the same noise. As asked: colour, and "
-        "direction within 20 degrees.\nA small model on a CPU says nothing about speed on a GPU."
+        "PSNR and SSIM: against the 16-bit videos from the same noise. A video follows its prompt "
+        "if its colour is right and its direction is within 20 degrees.\nA small model on a CPU "
+        "says nothing about speed on a GPU."
     )
     console.print(f"videos and comparison.png are in {shown(out)}")
 

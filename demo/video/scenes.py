@@ -1,4 +1,4 @@
-"""Moving shapes: what a prompt can say, how it is drawn, and how a video is read back.
+"""Moving shapes: the words of a prompt, how they are drawn, and how a video is read back.
 
 A scene is one shape in one colour that crosses the frame along a straight line. Four words of a
 prompt decide it; everything else (where the line lies, how large the shape is) is chance.
@@ -16,8 +16,12 @@ import torch
 __all__ = [
     "ASPECTS",
     "COLOURS",
+    "DEGREES",
+    "DIRECTIONS",
     "FRAMES",
+    "SHAPES",
     "SIZE",
+    "SPEEDS",
     "WORDS",
     "Reading",
     "Scene",
@@ -56,13 +60,16 @@ ASPECTS = {
 WORDS = ("", *(word for words in ASPECTS.values() for word in words))
 """The model's vocabulary; word 0 stands for "anything"."""
 
+DEGREES = 20.0
+"""A motion follows a direction if it is at most this far from it."""
+
 _BACKGROUND, _SHADING = -0.6, -0.15
 _FOUND = 0.35  # how far from the background a pixel of the shape lies at least
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a prompt asks for; one word of each aspect."""
+    """The content of a prompt: one word of each aspect."""
 
     colour: str
     shape: str
@@ -148,7 +155,7 @@ def draw(scenes: Sequence[Scene], generator: torch.Generator) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Reading:
-    """What is seen in one video.
+    """Colour and motion in one video.
 
     Attributes:
         colour: the nearest of `COLOURS`.
@@ -161,8 +168,16 @@ class Reading:
     speed: float
 
     def angle_error(self, scene: Scene) -> float:
-        """Degrees between the motion and what the scene asks for, 0..180."""
+        """Degrees between the motion and the direction of `scene`, 0..180."""
         return abs((self.angle - scene.angle + 180) % 360 - 180)
+
+    def is_colour_of(self, scene: Scene) -> bool:
+        """Whether the shape has the colour of `scene`."""
+        return self.colour == scene.colour
+
+    def is_direction_of(self, scene: Scene) -> bool:
+        """Whether the motion is within `DEGREES` of the direction of `scene`."""
+        return self.angle_error(scene) <= DEGREES
 
 
 def read(videos: torch.Tensor) -> list[Reading]:

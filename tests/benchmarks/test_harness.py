@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from benchmarks.lib import gate, harness
+from benchmarks.lib import gate, harness, memory
 from benchmarks.lib.harness import Machine, Result, Timing, measure_result, ratio, time_calls
 from benchmarks.lib.memory import PeakMemory
 
@@ -172,3 +172,14 @@ def test_peak_memory_of_a_process_that_has_ended_is_zero():
     peak = PeakMemory(process.pid)
     peak.sample()
     assert (peak.pss, peak.anonymous, peak.samples) == (0, 0, 1)
+
+
+def test_the_memory_of_a_gpu_counts_from_before_the_server(monkeypatch):
+    """An imagined GPU of 100 bytes: 30 are in use before, at most 80 while it is watched."""
+    free = iter([70, 60, 20, 50])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (next(free), 100))
+    watch = memory.watch(os.getpid(), memory.device_bytes())
+    for _ in range(3):
+        watch.sample()
+    assert (watch.peak, watch.samples) == (50, 3)

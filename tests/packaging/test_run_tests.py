@@ -30,3 +30,11 @@ def test_outcomes_of_a_report(run_tests, tmp_path):
                       "</testsuites>")  # fmt: skip
     assert run_tests.outcomes(report) == Counter(failed=3, skipped=3, passed=3)
     assert run_tests.outcomes(tmp_path / "none.xml") == Counter()
+
+
+def test_every_folder_of_a_stage_is_there(run_tests):
+    arguments = [argument for _, _, given in run_tests.STAGES for argument in given]
+    folders = [argument for argument in arguments if argument.startswith("tests")]
+    folders.append(run_tests.INTERPRETED.removeprefix("--ignore="))
+    assert len(folders) == 3
+    assert all(list((run_tests.ROOT / folder).glob("test_*.py")) for folder in folders)

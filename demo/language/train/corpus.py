@@ -21,11 +21,9 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
-    "HELD_OUT_BYTES",
     "SEED",
     "SourceFile",
     "Split",
-    "choose_held_out",
     "manifest",
     "module_of",
     "read_sources",

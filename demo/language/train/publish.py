@@ -22,8 +22,6 @@ from .corpus import manifest, module_of, read_sources, split_by_module
 from .tokenizer import BEGIN, CONTEXT, VOCABULARY
 from .train import CACHE, MEASURED_TOKENS, Recipe, held_out_loss, new_model, prepare
 
-__all__ = ["card"]
-
 HERE = Path(__file__).resolve().parent
 DEMO = HERE.parents[1]
 # A server adds at least one token to a prompt: BEGIN, the window and that one fill the context.

@@ -26,18 +26,7 @@ from ...training import Checkpoint, Optimizers, update, versions
 from .corpus import SEED, read_sources, split_by_module
 from .tokenizer import BEGIN, CONTEXT, END, VOCABULARY, train_tokenizer
 
-__all__ = [
-    "CACHE",
-    "MEASURED_TOKENS",
-    "Data",
-    "Recipe",
-    "batch_at",
-    "held_out_loss",
-    "learning_rate_at",
-    "new_model",
-    "prepare",
-    "train",
-]
+__all__ = ["CACHE", "MEASURED_TOKENS", "Data", "Recipe", "held_out_loss", "new_model", "prepare"]
 
 CACHE = Path(__file__).resolve().parents[3] / ".cache" / "demo"
 LOG_STEPS = 20

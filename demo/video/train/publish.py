@@ -17,13 +17,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging
 
 from ...training import render_card, write_record
-from ..check import DEGREES, SEED, check
+from ..check import SEED, check
 from ..pictures import contact_sheet
 from ..pipeline import MODEL, MovingShapesPipeline
-from ..scenes import ASPECTS, FRAMES, SIZE, draw
+from ..scenes import ASPECTS, DEGREES, FRAMES, SIZE, draw
 from .train import CACHE, SHAPE, Recipe, averaged_model
-
-__all__ = ["card", "export"]
 
 HERE = Path(__file__).resolve().parent
 SHEET = "videos.png"

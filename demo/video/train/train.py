@@ -22,7 +22,7 @@ from ...training import Checkpoint, Optimizers, update, versions
 from ..pipeline import WordEmbedder
 from ..scenes import draw, random_scenes
 
-__all__ = ["CACHE", "Recipe", "VideoModel", "averaged_model", "batch_at", "share_at", "train"]
+__all__ = ["CACHE", "Recipe", "VideoModel", "averaged_model"]
 
 CACHE = Path(__file__).resolve().parents[3] / ".cache" / "video"
 TEXT_WIDTH = 64
