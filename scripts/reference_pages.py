@@ -27,8 +27,8 @@ REFERENCE = Path(__file__).resolve().parents[1] / "docs" / "reference"
 HEAD = "<!-- Written by scripts/reference_pages.py; change the code, then run it again. -->\n\n"
 
 FAULTS = (
-    "A fault is one sentence on stderr and exit status 1 ([errors](errors.md)); an option that "
-    "does not exist, or a value that an option does not take, has exit status 2."
+    "A fault is one sentence on stderr and exit status 1 ([errors](errors.md)); an unknown option "
+    "or a missing argument has exit status 2."
 )
 API = {
     "dialect_kernels": (
@@ -109,7 +109,8 @@ def _option(name: str, kind: Any, info: OptionInfo, default: Any) -> str:
         shown = "required"
     else:
         shown = "" if default is None else "off" if default is False else f"`{default}`"
-    return f"| `{'`, `'.join(flags)}` | {_values(kind, info)} | {shown} | {info.help} |\n"
+    text = (info.help or "").replace("; repeatable", "")  # stands in the values
+    return f"| `{'`, `'.join(flags)}` | {_values(kind, info)} | {shown} | {text} |\n"
 
 
 def _values(kind: Any, info: OptionInfo) -> str:
