@@ -37,9 +37,9 @@ API = {
         ("quantize", "dialect_linear", "semantic_linear", "PackedTensor"),
     ),
     "dialect_kernels.reference": (
-        "The same functions with the same signatures in plain torch (`quantize`, "
-        "`dialect_linear`, `semantic_linear`), and:",
-        ("round_activation",),
+        "The same functions with the same signatures in plain torch, described in full, and "
+        "`round_activation`, which shows how activations are rounded in flight.",
+        ("quantize", "semantic_linear", "round_activation"),
     ),
     "dialect_kernels.baselines": (
         "The formats that BlockDialect is compared with.",
@@ -139,11 +139,13 @@ def _documented(thing: Any, name: str) -> Iterator[str]:
     if not inspect.isclass(thing):
         return
     for part, member in vars(thing).items():
+        made = isinstance(member, classmethod)
+        member = member.__func__ if made else member
         if part.startswith("_") or not (inspect.isfunction(member) or isinstance(member, property)):
             continue
-        shown = f".{part}"
+        shown = f"{name if made else ''}.{part}"
         if inspect.isfunction(member):
-            shown += str(inspect.signature(member)).replace("(self, ", "(").replace("(self)", "()")
+            shown += re.sub(r"^\((?:self|cls)(?:, )?", "(", str(inspect.signature(member)))
         yield f"\n`{_plain(shown)}`\n\n{_prose(member)}"
 
 
