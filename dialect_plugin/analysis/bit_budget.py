@@ -25,7 +25,7 @@ from ..checkpoint.loss import sqnr
 from ..scheme import SchemeError, fitting_block_size
 from .report import LayerReport, dialect_name
 
-__all__ = ["Allocation", "Objective", "allocate_bits", "choose_block_sizes", "render"]
+__all__ = ["Allocation", "Objective", "allocate_bits", "render"]
 
 Objective = Literal["error", "relative"]
 _UNIFORM = 32
@@ -101,12 +101,12 @@ def allocate_bits(
             f"--bits: {bits_per_weight:g}; the largest blocks need {least / weights:.4f} bits per "
             "weight: give at least that"
         )
-    chosen = choose_block_sizes(points, bits_per_weight * weights)
+    chosen = _choose_block_sizes(points, bits_per_weight * weights)
     sizes = {layer.name: chosen[_first_part(layer.name)] for layer in layers}
     return Allocation(tuple(layers), sizes, objective)
 
 
-def choose_block_sizes(
+def _choose_block_sizes(
     points: Mapping[str, Mapping[int, tuple[int, float]]], budget: float
 ) -> dict[str, int]:
     """Take the best step per bit until the budget is spent.

@@ -24,7 +24,7 @@ __all__ = ["received_attention", "select_salient"]
 _SELECTIONS = ("top", "random", "bottom")
 
 
-def sampling_step(queries: int, samples: int = 64) -> int:
+def _sampling_step(queries: int, samples: int = 64) -> int:
     """The distance of the queries whose attention counts: ``max(1, queries // samples)``.
 
     With the first query that makes between `samples` and ``2 * samples - 1`` of them, or all if
@@ -39,13 +39,13 @@ def received_attention(attention: Attention, samples: int = 64) -> torch.Tensor:
 
     Args:
         attention: the attention; a log-sum-exp that it has saves another softmax.
-        samples: how many queries count, see :func:`sampling_step`.
+        samples: how many queries count, see :func:`_sampling_step`.
 
     Returns:
         float32 [B, T_k], the mean over heads and sampled queries. A sample's scores add up to the
         share of its sampled queries that attend to anything: 1 without a mask.
     """
-    sampled = attention.every(sampling_step(attention.query.shape[2], samples))
+    sampled = attention.every(_sampling_step(attention.query.shape[2], samples))
     query, key = sampled.query, sampled.key
     received = torch.zeros(key.shape[0], key.shape[2], dtype=torch.float32, device=key.device)
     with torch.autocast(query.device.type, enabled=False):
@@ -58,7 +58,7 @@ def received_attention(attention: Attention, samples: int = 64) -> torch.Tensor:
     return received / max(1, query.shape[1] * query.shape[2])
 
 
-def salient_count(fraction: float | Fraction | Decimal, tokens: int) -> int:
+def _salient_count(fraction: float | Fraction | Decimal, tokens: int) -> int:
     """``ceil(fraction * tokens)``, the fraction read as it is written.
 
     0.1 of 30 tokens are 3: the float 0.1 is slightly more than a tenth, and float arithmetic
@@ -84,7 +84,7 @@ def select_salient(
 
     Args:
         scores: [B, T_video], of the video tokens alone.
-        fraction: share of the tokens, in 0..1; rounded up to whole tokens (:func:`salient_count`).
+        fraction: share of the tokens, in 0..1; rounded up to whole tokens (:func:`_salient_count`).
         selection: ``"top"`` (the method: largest scores), or the controls ``"random"`` and
             ``"bottom"`` (smallest scores). Ties go to the lower index.
         generator: for ``"random"``; its device decides the draw, so that a CPU generator picks
@@ -102,7 +102,7 @@ def select_salient(
         raise ValueError(
             f"selection: {selection!r} is not known; choose one of {', '.join(_SELECTIONS)}"
         )
-    count, home = salient_count(fraction, scores.shape[1]), scores.device
+    count, home = _salient_count(fraction, scores.shape[1]), scores.device
     if selection == "random":
         device = home if generator is None else generator.device
         # a float32 draw would tie among many tokens, and ties favour the lower index

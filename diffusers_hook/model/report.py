@@ -16,7 +16,7 @@ from ..layers.dialect import DialectLinear
 from ..layers.fp8 import Fp8Linear
 from .attach import Attached
 
-__all__ = ["Summary", "summarize"]
+__all__ = ["Summary", "TransformerSummary", "summarize"]
 
 _PLACES = {"disk": "on disk", "host": "in host memory", "none": "nowhere"}
 

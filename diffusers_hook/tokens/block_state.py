@@ -25,7 +25,7 @@ from .generation import Generation
 from .meter import Meter
 from .token_rows import Rows, TokenRows
 
-__all__ = ["NO_BLOCK", "BlockState", "state_of"]
+__all__ = ["NO_BLOCK", "BlockState", "BranchState", "state_of"]
 
 _numbers = itertools.count()
 _states: weakref.WeakValueDictionary[int, BlockState] = weakref.WeakValueDictionary()

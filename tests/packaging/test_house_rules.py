@@ -47,6 +47,7 @@ PUBLIC_API = {
 """Modules whose `__all__` is for users -> what they offer."""
 HANDED_OVER = {
     "dialect_kernels.gpu.quantize_packed": "quantize_activation_packed, for caches to come",
+    "dialect_kernels.cpu.build": "the compiler, which setup.py loads by its path",
     "dialect_plugin.cli": "commands, which Typer calls",
     "dialect_plugin.vllm.config": "configurations, which vLLM takes from its registry",
     "diffusers_hook.pipeline_methods": "methods that are added to DiffusionPipeline",
@@ -176,10 +177,12 @@ class Module:
         self.name = name
         self.package = name if path.endswith("__init__.py") else name.rpartition(".")[0]
         self.source = source
-        self.exported, self.defined = [], {}
+        self.exported, self.defined, self.annotated = [], {}, {}
         for node in source.body:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 self.defined[node.name] = node
+            elif isinstance(node, ast.AnnAssign):
+                self.annotated[ast.unparse(node.target)] = node
             elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
                 self.exported = ast.literal_eval(node.value)
 
@@ -209,8 +212,9 @@ class Module:
         return ".".join([*parts, *([node.module] if node.module else [])])
 
     def seen_with(self, name):
-        """Names in the annotations of a function or class: its caller handles such objects."""
-        for node in ast.walk(self.defined.get(name, ast.Pass())):
+        """Names in the annotations of a name: whoever uses it handles such objects."""
+        known_as = self.defined | self.annotated
+        for node in ast.walk(known_as.get(name, ast.Pass())):
             for part in ("annotation", "returns"):
                 for inner in ast.walk(getattr(node, part, None) or ast.Pass()):
                     if isinstance(inner, ast.Name):

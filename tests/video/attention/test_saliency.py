@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from diffusers_hook.attention import attention, saliency
 from diffusers_hook.attention.attention import Attention
-from diffusers_hook.attention.saliency import salient_count, sampling_step, select_salient
+from diffusers_hook.attention.saliency import _salient_count, _sampling_step, select_salient
 from tests.video.support.full_attention import (
     DTYPES,
     MASKS,
@@ -49,7 +49,7 @@ def close(actual, expected, rtol=2e-6, atol=1e-9):
     [(0, 0, None), (1, 1, 0), (64, 64, 63), (127, 127, 126), (128, 64, 126), (191, 96, 190)],
 )
 def test_every_sixty_fourth_part_of_the_queries_from_the_first_on(count, rows, last):
-    sampled = list(range(0, count, sampling_step(count)))
+    sampled = list(range(0, count, _sampling_step(count)))
     assert len(sampled) == rows
     assert sampled == list(range(count))[:: max(1, count // 64)]
     assert sampled[-1:] == ([] if last is None else [last])
@@ -177,16 +177,16 @@ def test_same_score_on_the_gpu(dtype, kind):
 @pytest.mark.parametrize("tokens", [1, 7, 30, 100, 75600])
 def test_count_is_the_ceiling_of_the_written_fraction(tokens):
     for percent in range(101):
-        assert salient_count(percent / 100, tokens) == -(-percent * tokens // 100)
+        assert _salient_count(percent / 100, tokens) == -(-percent * tokens // 100)
 
 
 def test_count_of_other_numbers():
-    assert salient_count(0.1, 30) == 3  # 0.1 * 30 is 3.0000000000000004 in exact arithmetic
-    assert salient_count(Fraction(1, 3), 9) == 3
-    assert salient_count(Decimal("0.3"), 10) == 3
-    assert salient_count(1e-05, 100_000) == 1
-    assert salient_count(1, 12) == 12
-    assert salient_count(0.5, 0) == 0
+    assert _salient_count(0.1, 30) == 3  # 0.1 * 30 is 3.0000000000000004 in exact arithmetic
+    assert _salient_count(Fraction(1, 3), 9) == 3
+    assert _salient_count(Decimal("0.3"), 10) == 3
+    assert _salient_count(1e-05, 100_000) == 1
+    assert _salient_count(1, 12) == 12
+    assert _salient_count(0.5, 0) == 0
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.5, math.nan, math.inf])
