@@ -38,8 +38,9 @@ __all__ = [
     "sqnr_cells",
 ]
 
-_Rounded = tuple[Callable[[], torch.Tensor], float, tuple[int, ...] | None]
-"""The rounded weight (fresh, float32), stored bits per weight, and blocks per dialect if any."""
+_Rounded = tuple[Callable[[int, int], torch.Tensor], float, tuple[int, ...] | None]
+"""Rows start..stop-1 of the rounded weight (fresh, float32), stored bits per weight, and blocks per
+dialect if any."""
 
 
 @dataclass(frozen=True)
@@ -157,18 +158,23 @@ def dialect_format(block_size: int, book: Formatbook = DIALECT_FP4) -> Format:
     def round_(weight: torch.Tensor, name: str) -> _Rounded:
         packed = quantize(weight, book, block_size, name=f"{name}.weight")
         counts = torch.bincount(packed.ids().flatten().int(), minlength=len(book))
-        bits = packed.bits_per_element
-        return lambda: dequantize(packed), bits, tuple(counts.tolist())
+
+        def rows(start: int, stop: int) -> torch.Tensor:
+            return dequantize(packed.slice_rows(start, stop))
+
+        return rows, packed.bits_per_element, tuple(counts.tolist())
 
     return Format(dialect_name(block_size), block_size, round_)
 
 
 def _mxfp4_32(weight: torch.Tensor, name: str) -> _Rounded:
-    return lambda: quantize_mxfp4(weight, 32), 4 + 8 / 32, None
+    rounded = quantize_mxfp4(weight, 32)
+    return lambda start, stop: rounded[start:stop], 4 + 8 / 32, None
 
 
 def _nvfp4_16(weight: torch.Tensor, name: str) -> _Rounded:
-    return lambda: quantize_nvfp4(weight), 4 + 8 / 16, None
+    rounded = quantize_nvfp4(weight)  # whole, because its scale is that of the tensor
+    return lambda start, stop: rounded[start:stop], 4 + 8 / 16, None
 
 
 FORMATS = (

@@ -46,7 +46,7 @@ __all__ = ["ConversionResult", "convert", "render"]
 
 _STORED_DTYPES = {torch.uint8: "U8", torch.int8: "I8"}
 _CHUNK_ELEMENTS = 1 << 18  # fits in the cache; memory is some 16 bytes per element and worker
-_COPY_BYTES = 1 << 24
+_COPY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,9 @@ class _Conversion:
                     f"{shard}: {name} changed while it was converted and holds NaN or Inf now; "
                     "leave the source alone during a conversion, and convert it again"
                 )
-            signal, noise = signal_and_noise(weight, lambda: dequantize(packed))
+            signal, noise = signal_and_noise(
+                weight, lambda start, stop: dequantize(packed.slice_rows(start, stop))
+            )
             return _Rows(packed, signal, noise, int((below > 0).sum()))
 
         return self.workers.map(quantize_rows, self.checkpoint.read_rows(name, _CHUNK_ELEMENTS))
