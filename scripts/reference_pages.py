@@ -135,7 +135,7 @@ def _documented(thing: Any, name: str) -> Iterator[str]:
         members = ", ".join(f"`{name}.{member}`" for member in thing.__members__)
         yield f"\n### `{name}`\n\n{_prose(thing)}\nMembers: {members}.\n"
         return
-    yield f"\n### `{name}`\n\n```python\n{_signature(thing, name)}\n```\n\n{_prose(thing)}"
+    yield f"\n### `{name}`\n\n{_called(inspect.signature(thing), name)}\n\n{_prose(thing)}"
     if not inspect.isclass(thing):
         return
     for part, member in vars(thing).items():
@@ -145,13 +145,19 @@ def _documented(thing: Any, name: str) -> Iterator[str]:
             continue
         shown = f"{name if made else ''}.{part}"
         if inspect.isfunction(member):
-            shown += re.sub(r"^\((?:self|cls)(?:, )?", "(", str(inspect.signature(member)))
-        yield f"\n`{_plain(shown)}`\n\n{_prose(member)}"
+            bound = inspect.signature(member)
+            bound = bound.replace(parameters=list(bound.parameters.values())[1:])
+            yield f"\n{_called(bound, shown)}\n\n{_prose(member)}"
+        else:
+            yield f"\n`{shown}`\n\n{_prose(member)}"
 
 
-def _signature(thing: Any, name: str) -> str:
+def _called(signature: inspect.Signature, name: str) -> str:
+    return f"```python\n{_signature(signature, name)}\n```"
+
+
+def _signature(signature: inspect.Signature, name: str) -> str:
     """The signature, one parameter a line where it is long."""
-    signature = inspect.signature(thing)
     text = _plain(f"{name}{signature}")
     if len(text) <= 100:
         return text
