@@ -240,7 +240,8 @@ def test_columns_that_the_block_size_does_not_divide(tmp_path):
     assert "model.layers.0.mlp.gate_up_proj.weight_packed" in found
 
 
-def test_gemma3_with_its_vision_tower_keeps_it_in_16_bit(tmp_path):
+def save_gemma3(source):
+    """A tiny Gemma 3 with a vision tower, under the names that released checkpoints have."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
     torch.manual_seed(0)
@@ -268,7 +269,6 @@ def test_gemma3_with_its_vision_tower_keeps_it_in_16_bit(tmp_path):
         boi_token_index=501,
         eoi_token_index=502,
     )
-    source = tmp_path / "source"
     Gemma3ForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(source)
     # the released checkpoints, and vLLM, have a `vision_model` that transformers 5 leaves out
     tensors = {
@@ -276,6 +276,11 @@ def test_gemma3_with_its_vision_tower_keeps_it_in_16_bit(tmp_path):
         for name, value in checkpoint_tensors(source).items()
     }
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_gemma3_with_its_vision_tower_keeps_it_in_16_bit(tmp_path):
+    source = tmp_path / "source"
+    save_gemma3(source)
     convert(source, tmp_path / "packed")
     stored = checkpoint_tensors(tmp_path / "packed")
     layers = [name for name in stored if name.endswith(".weight_packed")]
