@@ -44,6 +44,10 @@ struct Bytes {
             }
         return sum;
     }
+    // Two codes a byte, the first in the low nibble.
+    static INLINE void pack(const uint8_t* codes, uint8_t* to) {
+        for (int i = 0; i < B / 2; i++) to[i] = uint8_t(codes[2 * i] | codes[2 * i + 1] << 4);
+    }
 };
 
 #if DIALECT_X86
@@ -107,6 +111,14 @@ struct Bytes<B, true> {
             }
         }
         return sum(halves) - 128 * B;
+    }
+    static INLINE void pack(const uint8_t* codes, uint8_t* to) {
+        for (int i = 0; i < B; i += 16) {
+            const __m128i pairs = load(codes + i);  // 16 bits: the second code lies 8 bits higher
+            const __m128i joined = _mm_or_si128(pairs, _mm_srli_epi16(pairs, 4));
+            const __m128i bytes = _mm_and_si128(joined, _mm_set1_epi16(255));
+            _mm_storel_epi64((__m128i*)(to + i / 2), _mm_packus_epi16(bytes, bytes));
+        }
     }
 };
 #endif

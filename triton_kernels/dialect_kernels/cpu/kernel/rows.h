@@ -213,9 +213,7 @@ INLINE void quantize_row_in(const void* x, int dtype, int64_t row, int64_t colum
             below_window += exponent - own > window && largest[b] > 0;
         }
         out.meta[row * blocks + b] = uint8_t(rounded.delta << book.id_bits | rounded.id);
-        uint8_t* codes = out.codes + (row * padded + b * B) / 2;
-        for (int j = 0; j < B / 2; j++)
-            codes[j] = uint8_t(unpacked[2 * j] | unpacked[2 * j + 1] << 4);
+        Bytes<B, Shuffles>::pack(unpacked, out.codes + (row * padded + b * B) / 2);
     }
     out.row_exponent[row] = int8_t(exponent);
     out.below_window[row] = below_window;

@@ -55,8 +55,11 @@ INLINE void dequantize_row(const Reader& r, int64_t row, float* out) {
         const uint8_t* codes = r.codes(row) + b * (block / 2);
         const int64_t stop = std::min<int64_t>(block, r.w.columns - b * block);
         float* to = out + b * block;
-        for (int64_t i = 0; i < stop; i++)
-            to[i] = table[i & 1 ? codes[i / 2] >> 4 : codes[i / 2] & 15];
+        for (int64_t i = 0; i + 1 < stop; i += 2, codes++) {
+            to[i] = table[*codes & 15];
+            to[i + 1] = table[*codes >> 4];
+        }
+        if (stop & 1) to[stop - 1] = table[*codes & 15];
     }
 }
 
