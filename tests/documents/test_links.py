@@ -56,6 +56,17 @@ def test_lines_have_at_most_a_hundred_characters(path):
     assert long == []
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_named_files_of_the_tree_exist(path):
+    """Such as `demo/heldout.txt`: names in code that begin with a folder of the repository."""
+    folders = "|".join(sorted(child.name for child in ROOT.iterdir() if child.is_dir()))
+    text = path.read_text(encoding="utf-8")
+    named = re.findall(rf"`((?:{folders})/[\w./-]+)`", text)
+    made = ("outputs/", ".cache/")  # by commands
+    missing = [n for n in named if not n.startswith(made) and not (ROOT / n).exists()]
+    assert missing == []
+
+
 def test_documents_that_code_names_exist():
     rooms = ("triton_kernels", "dialect_plugin", "diffusers_hook", "benchmarks", "demo", "tests")
     sources = [path for room in rooms for path in (ROOT / room).rglob("*") if path.suffix in CODE]

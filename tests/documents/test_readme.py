@@ -34,4 +34,4 @@ def test_the_language_claim():
 def test_the_video_claim():
     psnr = {name: row.get("psnr") for name, row in figures("video_quality")["formats"].items()}
     gained = round(mean(psnr["+ 10% top"]) - mean(psnr["MXFP4-32"]), 1)
-    assert told(r"videos come ([\d.]+) dB closer") == [gained]
+    assert told(r"videos come ([\d.]+) dB of PSNR closer") == [gained]
