@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def last_line(total: Counter[str], seconds: float) -> str:
-    """All stages in the form of pytest's own last line, which programs read."""
+    """The sum of all stages in the form of pytest's own last line, which programs read."""
     shown = ", ".join(
         f"{total[kind]} {kind}"
         for kind in ("failed", "passed", "skipped")

