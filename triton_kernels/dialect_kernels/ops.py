@@ -57,7 +57,10 @@ def _covering(
     x: torch.Tensor, p: PackedTensor, activation_format: str, accumulation: str
 ) -> Backend:
     """The back end that computes a product."""
-    return next(b for b in _BACKENDS if b.covers(x, p, activation_format, accumulation))
+    for backend in _BACKENDS:
+        if backend.covers(x, p, activation_format, accumulation):
+            return backend
+    raise AssertionError("torch covers every product")
 
 
 def quantize(

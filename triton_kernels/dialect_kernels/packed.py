@@ -49,16 +49,17 @@ class _StoredField:
         name: the attribute of :class:`PackedTensor`, e.g. ``"codes"``.
         stored: the name in checkpoints and modules, behind the layer's: ``"weight_packed"``.
         dtype: of the tensor.
+        row_shape: (Kp, B) -> the shape of one row's part.
     """
 
     name: str
     stored: str
     dtype: torch.dtype
-    _row: Callable[[int, int], tuple[int, ...]] = field(repr=False)
+    row_shape: Callable[[int, int], tuple[int, ...]] = field(repr=False)
 
     def shape(self, rows: int, columns: int, block_size: int) -> tuple[int, ...]:
         """Shape of the tensor for a weight of `rows` x `columns` in blocks of `block_size`."""
-        return (rows, *self._row(padded_columns(columns, block_size), block_size))
+        return (rows, *self.row_shape(padded_columns(columns, block_size), block_size))
 
 
 STORED_FIELDS: Final = (
@@ -95,18 +96,19 @@ class PackedTensor:
     def __post_init__(self) -> None:
         rows, columns = self.shape
         check_block_size(self.block_size)
+        padded, device = padded_columns(columns, self.block_size), self.codes.device
         for part, tensor in zip(STORED_FIELDS, self.tensors, strict=True):
-            shape = part.shape(rows, columns, self.block_size)
+            shape = (rows, *part.row_shape(padded, self.block_size))
             if tensor.dtype != part.dtype or tensor.shape != shape:
                 raise ValueError(
                     f"{part.name}: {tensor.dtype} {list(tensor.shape)} does not fit a "
                     f"{rows} x {columns} tensor in blocks of {self.block_size}; "
                     f"it must be {part.dtype} {list(shape)}"
                 )
-            if tensor.device != self.codes.device:
+            if tensor.device != device:
                 raise ValueError(
-                    f"{part.name}: is on {tensor.device}, codes on {self.codes.device}; move them "
-                    "to one device"
+                    f"{part.name}: is on {tensor.device}, codes on {device}; move them to one "
+                    "device"
                 )
 
     @classmethod

@@ -273,9 +273,10 @@ def _weight(p: PackedTensor) -> tuple[_Weight, tuple[torch.Tensor, ...]]:
     """
     if p.device.type != "cpu":
         raise ValueError(f"weight: is on {p.device}; it must be on cpu: move it there")
-    kept = tuple(tensor.contiguous() for tensor in p.tensors)
-    pointers = (tensor.data_ptr() for tensor in kept)
-    return _Weight(*pointers, *p.shape, p.block_size), kept
+    codes, meta = p.codes.contiguous(), p.meta.contiguous()
+    row_exponent = p.row_exponent.contiguous()
+    pointers = (codes.data_ptr(), meta.data_ptr(), row_exponent.data_ptr())
+    return _Weight(*pointers, *p.shape, p.block_size), (codes, meta, row_exponent)
 
 
 def _tokens(
