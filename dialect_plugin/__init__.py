@@ -14,8 +14,8 @@ def register() -> None:
     """Register the quantization methods with vLLM, and never raise.
 
     vLLM calls plugins without a guard, so that an exception here would stop every model in the
-    environment. On a vLLM that this release does not know, one sentence is logged instead. The one
-    thing that other models notice is :func:`.compat.permit_amx`, without which some of them die.
+    environment. On a vLLM that this release does not know, one sentence is logged instead. The
+    only effect on other models is :func:`.vllm.compat.permit_amx`, without which some of them die.
     """
     try:
         from .vllm import compat

@@ -46,10 +46,10 @@ def tied_embeddings() -> bool:
 
 
 def loads_through_loaders() -> bool:
-    """Whether the load format gives every tensor of the checkpoint to a parameter's loader.
+    """Whether the load format passes every tensor of the checkpoint to a parameter's loader.
 
-    ``dummy`` and ``sharded_state`` write into the parameters instead, so that nothing is known
-    about what was missing.
+    ``dummy`` and ``sharded_state`` write into the parameters instead, so that a missing tensor
+    cannot be noticed.
     """
     config = _vllm_config()
     return config is not None and str(config.load_config.load_format) in _LOAD_FORMATS
@@ -57,13 +57,13 @@ def loads_through_loaders() -> bool:
 
 @cache
 def permit_amx() -> None:
-    """Ask Linux for the AMX tiles of the CPU, for the whole process.
+    """Request Linux's permission to use the CPU's AMX tiles, for the whole process.
 
     Symptom: the worker dies of SIGILL in its first attention with bfloat16 on a CPU with AMX.
-    Cause: vLLM's attention uses tiles without asking for them. Most 16-bit models do not show it,
-    because oneDNN's linear layers ask if they are large enough to use tiles themselves; a small
-    model's do not, and a quantized model runs none of them before its attention.
-    Ends with the first vLLM that asks itself (0.32 does not).
+    Cause: vLLM's attention uses tiles without requesting the permission. Most 16-bit models do not
+    show it, because oneDNN requests it for linear layers that are large enough for tiles; those of
+    a small model are not, and a quantized model runs none of them before its attention.
+    Ends with the first vLLM that requests the permission itself (0.32 does not).
     """
     if torch.cpu._is_amx_tile_supported():
         torch.cpu._init_amx()

@@ -101,13 +101,13 @@ class BlockDialectConfig(QuantizationConfig):
         """From the ``quantization_config`` of config.json or of ``--hf-overrides``.
 
         Raises:
-            SchemeError: one sentence, if it is not a valid scheme, or does not say whether the
-                checkpoint is packed (a packed one always does).
+            SchemeError: one sentence, if it is not a valid scheme, or has no ``serialized`` (a
+                packed checkpoint always has it).
         """
         if "serialized" not in config:
             raise SchemeError(
-                "quantization_config: serialized is missing; say false to quantize a 16-bit "
-                "checkpoint while it loads, true if its weights are packed"
+                "quantization_config: serialized is missing; set it to false to quantize a 16-bit "
+                "checkpoint while it loads, or to true if its weights are packed"
             )
         return cls(Scheme.parse(config))
 

@@ -1,7 +1,7 @@
 """Giving freed memory back to the system.
 
-The C library keeps what is freed between blocks in use. Quantizing a model layer by layer leaves
-such gaps behind every float32 weight, in all a fifth of the process.
+The C library keeps freed memory that lies between blocks in use. Quantizing a model layer by layer
+leaves such a gap behind every float32 weight, in all a fifth of the memory of the process.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from vllm.platforms import current_platform
 from dialect_kernels import PackedTensor, cpu, quantize
 from dialect_kernels.formatbook import book_by_name
 from dialect_kernels.ops import linear, warm_up
+from dialect_kernels.packed import STORED_FIELDS
 
 from . import heap
 
@@ -37,7 +38,12 @@ __all__ = ["BlockDialectLinearMethod", "LinearSpec"]
 logger = init_logger("vllm.blockdialect")
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_STORED = ("weight_packed", "weight_meta", "weight_row_exponent")
+_PARAMETERS: tuple[tuple[Any, dict[str, int]], ...] = (
+    (PackedvLLMParameter, {"input_dim": 1, "packed_dim": 1, "packed_factor": 2}),
+    (GroupQuantScaleParameter, {"input_dim": 1}),
+    (ChannelQuantScaleParameter, {}),
+)
+"""How vLLM splits codes, meta and row exponents over fused layers and ranks."""
 _LOADED = "_blockdialect_loaded"
 """Attribute of a parameter: which of its shards have been loaded, a set of shard ids."""
 
@@ -53,7 +59,7 @@ class LinearSpec:
         block_size: 16, 32 or 64.
         activation_format: ``"dialect"``, ``"fp8"`` or ``"none"``.
         complete: whether every tensor must come from the checkpoint; False for load formats that
-            fill parameters by other ways than their loaders, such as ``dummy``.
+            fill parameters without their loaders, such as ``dummy``.
     """
 
     name: str
@@ -115,31 +121,19 @@ class BlockDialectLinearMethod(LinearMethodBase):
             initialize_online_processing(layer)
             return
 
-        def checked(name: str, width: int | None, dtype: torch.dtype) -> Callable[..., Any]:
-            return _checked(loader, f"{self.spec.name}.{name}", width, (dtype,))
-
-        block_size = self.spec.block_size
-        codes = PackedvLLMParameter(
-            data=torch.zeros(rows, columns // 2, dtype=torch.uint8),
-            input_dim=1,
-            output_dim=0,
-            packed_dim=1,
-            packed_factor=2,
-            weight_loader=checked("weight_packed", input_size // 2, torch.uint8),
-        )
-        meta = GroupQuantScaleParameter(
-            data=torch.zeros(rows, columns // block_size, dtype=torch.uint8),
-            input_dim=1,
-            output_dim=0,
-            weight_loader=checked("weight_meta", input_size // block_size, torch.uint8),
-        )
-        row_exponent = ChannelQuantScaleParameter(
-            data=torch.zeros(rows, dtype=torch.int8),
-            output_dim=0,
-            weight_loader=checked("weight_row_exponent", None, torch.int8),
-        )
-        for name, parameter in zip(_STORED, (codes, meta, row_exponent), strict=True):
-            layer.register_parameter(name, parameter)
+        sizes = (rows, columns, self.spec.block_size)
+        for field, (parameter, dimensions) in zip(STORED_FIELDS, _PARAMETERS, strict=True):
+            # a checkpoint's tensor is as wide as the whole layer, whatever this rank's share is
+            whole = field.shape(rows, input_size, self.spec.block_size)
+            width = whole[1] if len(whole) > 1 else None
+            name = f"{self.spec.name}.{field.stored}"
+            stored = parameter(
+                data=torch.zeros(field.shape(*sizes), dtype=field.dtype),
+                output_dim=0,
+                weight_loader=_checked(loader, name, width, (field.dtype,)),
+                **dimensions,
+            )
+            layer.register_parameter(field.stored, stored)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Quantize a 16-bit weight, or check a packed one; a second call does nothing.
@@ -150,12 +144,12 @@ class BlockDialectLinearMethod(LinearMethodBase):
         """
         if getattr(layer, "_already_called_process_weights_after_loading", False):
             return
-        _tell_kernel()
+        _log_kernel()
         if self.spec.complete:
             self._check_loaded(layer)
         if self.spec.serialized:
-            for name in _STORED:
-                replace_parameter(layer, name, getattr(layer, name).data)
+            for field in STORED_FIELDS:
+                replace_parameter(layer, field.stored, getattr(layer, field.stored).data)
             self._packed(layer).validate(self.spec.name, prefix="weight_")
         else:
             weight = layer.weight.data
@@ -168,8 +162,7 @@ class BlockDialectLinearMethod(LinearMethodBase):
             del layer.weight, weight
             if packed.device.type == "cpu":
                 heap.trim()
-            tensors = (packed.codes, packed.meta, packed.row_exponent)
-            for name, tensor in zip(_STORED, tensors, strict=True):
+            for name, tensor in packed.stored.items():
                 layer.register_parameter(name, Parameter(tensor, requires_grad=False))
         self._warm_up(layer)
         layer._already_called_process_weights_after_loading = True
@@ -199,8 +192,9 @@ class BlockDialectLinearMethod(LinearMethodBase):
             warm_up(self._packed(layer), self.spec.activation_format, self.dtype, bias_dtype)
 
     def _check_loaded(self, layer: Any) -> None:
-        """Raise ValueError if a tensor was not in the checkpoint: vLLM does not look after that."""
-        for name in _STORED if self.spec.serialized else ("weight",):
+        """Raise ValueError if a tensor was not in the checkpoint: vLLM does not check this."""
+        stored = [field.stored for field in STORED_FIELDS]
+        for name in stored if self.spec.serialized else ("weight",):
             loaded = getattr(layer, name).__dict__.get(_LOADED, set())
             if None not in loaded and len(loaded) < len(layer.logical_widths):
                 remedy = (
@@ -215,12 +209,9 @@ class BlockDialectLinearMethod(LinearMethodBase):
             loaded.clear()  # a reload marks the same set
 
     def _packed(self, layer: Any) -> PackedTensor:
-        codes = layer.weight_packed.data
-        return PackedTensor(
-            codes,
-            layer.weight_meta.data,
-            layer.weight_row_exponent.data,
-            (codes.shape[0], codes.shape[1] * 2),
+        return PackedTensor.from_stored(
+            {field.stored: getattr(layer, field.stored).data for field in STORED_FIELDS},
+            layer.weight_packed.shape[1] * 2,
             book_by_name(self.spec.book),
             self.spec.block_size,
         )
@@ -246,7 +237,7 @@ class BlockDialectLinearMethod(LinearMethodBase):
 
 
 @cache
-def _tell_kernel() -> None:
+def _log_kernel() -> None:
     if current_platform.is_cpu() and cpu.available():
         logger.info("blockdialect runs on the CPU with %s", cpu.describe())
 
@@ -254,11 +245,11 @@ def _tell_kernel() -> None:
 def _checked(
     loader: Callable[..., Any], name: str, width: int | None, dtypes: tuple[torch.dtype, ...]
 ) -> Callable[..., Any]:
-    """`loader` with checks of what it is given; it marks the parameter's shards as loaded.
+    """`loader` with checks of the loaded tensor; it marks the parameter's shards as loaded.
 
-    vLLM's loaders cut what they need out of a tensor that is too wide, and cast any dtype, so that
-    a mislabelled checkpoint would give wrong weights silently. The loader is held weakly, because
-    vLLM keeps loaders for a later reload and expects them not to keep the layer alive.
+    vLLM's loaders cut the part they need out of a tensor that is too wide, and cast any dtype, so
+    that a mislabelled checkpoint would give wrong weights silently. The loader is held weakly,
+    because vLLM keeps loaders for a later reload and expects them not to keep the layer alive.
     """
     held: Callable[[], Any] = WeakMethod(loader) if inspect.ismethod(loader) else lambda: loader
 

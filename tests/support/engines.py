@@ -1,4 +1,4 @@
-"""vLLM's engine in this process, and what the tests ask of it."""
+"""vLLM's engine in this process, and the figures that tests compare."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ FUSED = {
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
 STORED = ("weight_packed", "weight_meta", "weight_row_exponent")
+"""Written out a second time, so that an error in the table of stored names shows."""
 
 
 @contextmanager

@@ -534,7 +534,7 @@ def test_a_file_of_options_that_cannot_be_read(source, tmp_path):
 
 def test_a_config_that_does_not_say_whether_weights_are_packed(source):
     overrides = {"quantization_config": {"quant_method": "blockdialect"}}
-    with pytest.raises(ValueError, match="serialized is missing; say false to quantize a 16-bit"):
+    with pytest.raises(ValueError, match="serialized is missing; set it to false to quantize a"):
         load_model(source, hf_overrides=overrides)
 
 
