@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from dialect_kernels import DIALECT_FP4, quantize
 from dialect_plugin.checkpoint.convert import convert
+from dialect_plugin.checkpoint.progress import Silent
 from dialect_plugin.checkpoint.reader import JOURNAL, CheckpointError, open_packed
 from dialect_plugin.scheme import Scheme
 from tests.support.conversions import edit_config, hashes, options_of, refused
@@ -120,6 +121,34 @@ def test_weights_that_are_not_finite_are_named(source, tmp_path, value):
     refused(source, tmp_path / "packed", r"model.layers.1.mlp.down_proj.weight.*at \[3, 17\]")
     ignored = Scheme(ignore=["model.layers.1.mlp.down_proj"])
     assert convert(source, tmp_path / "packed", ignored).layers
+
+
+def test_weights_that_change_while_they_are_converted(source, tmp_path):
+    """NaN that appears after the check is not packed: the conversion stops, unfinished."""
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][3, 17] = float("nan")
+    changed = tmp_path / "changed.safetensors"
+    save_file(weights, changed, {"format": "pt"})
+
+    class ChangeAfterTheCheck(Silent):
+        def begin(self, what, tensors, nbytes):
+            if what == "quantizing":
+                changed.replace(source / "model.safetensors")
+
+    destination = tmp_path / "packed"
+    with pytest.raises(CheckpointError, match=r"down_proj.weight changed while it was converted"):
+        convert(source, destination, progress=ChangeAfterTheCheck())
+    assert not (destination / "config.json").exists()
+    with pytest.raises(CheckpointError, match="unfinished conversion"):
+        open_packed(destination)
+
+
+def test_a_scheme_is_short_for_options_with_it(tiny_model, tmp_path):
+    scheme = Scheme(block_size=16, activation_format="none")
+    convert(tiny_model(), tmp_path / "short", scheme)
+    convert(tiny_model(), tmp_path / "long", options_of(block_size=16, activation_format="none"))
+    assert hashes(tmp_path / "short") == hashes(tmp_path / "long")
+    assert open_packed(tmp_path / "short").scheme.block_size == 16
 
 
 def test_pickled_weights_are_refused_with_the_remedy(source, tmp_path):
