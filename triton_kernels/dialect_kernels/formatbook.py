@@ -264,7 +264,7 @@ class Formatbook:
 
 
 def _needed_range(cell: int) -> int:
-    """The range M that an element in this cell asks for, before clipping it up to 8."""
+    """The range M that an element in this cell needs, before it is raised to at least 8."""
     return min(LARGEST_HALF_UNIT, (cell + 1) >> 1)
 
 

@@ -369,7 +369,7 @@ def dialect_linear(
     activation_format: str = "dialect",
     accumulation: str = "default",
 ) -> torch.Tensor:
-    """``x @ p.T + bias`` in the accumulation mode ``exact``, whichever mode is asked for.
+    """``x @ p.T + bias`` in the accumulation mode ``exact``, whatever `accumulation` says.
 
     Block sums are formed exactly, scaled and added in float32, blocks ascending; the row and token
     scales are applied with one rounding to float32, the bias is added in float32 and the result is

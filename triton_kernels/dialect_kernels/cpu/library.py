@@ -53,7 +53,7 @@ def features() -> str:
 
 
 def describe() -> str:
-    """How the kernel runs when this thread calls it: instructions, threads, whose pool, CPUs."""
+    """Instruction set, number and owner of the threads, and CPUs of a call from this thread."""
     threads = torch.get_num_threads()
     whose = "PyTorch's OpenMP" if _handle().dialect_uses_openmp(threads) else "its own"
     cpus = _handle().dialect_cpus(threads)

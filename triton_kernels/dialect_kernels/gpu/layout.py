@@ -47,7 +47,7 @@ class RowConfig:
 
 
 def row_config(columns: int) -> RowConfig:
-    """A configuration that is never bad: the whole row at once up to 8192 columns."""
+    """A safe default: the whole row at once, up to 8192 columns."""
     chunk = min(8192, max(128, int(triton.next_power_of_2(columns))))
     return RowConfig(chunk, num_warps=max(1, min(8, chunk // 512)))
 
@@ -68,7 +68,7 @@ def aligned(x: torch.Tensor) -> bool:
 
 
 def written_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What kernels write for quantized tokens of `dtype`; E4M3 numbers are written as their bytes.
+    """The dtype in which kernels write quantized tokens of `dtype`: bytes for E4M3 numbers.
 
     Raises:
         ValueError: if it is neither float8_e4m3fn nor bfloat16.

@@ -41,8 +41,8 @@ EXACT_PLANS = (
 )
 """(largest T, tile) of the mode `exact`; any gives the same bits."""
 
-MOST_TOKENS = 1 << 17
-"""Products of more tokens are not looked for when kernels are compiled ahead."""
+_MOST_TOKENS = 1 << 17
+"""Kernels for products of more tokens are not compiled ahead."""
 
 
 class _Device(NamedTuple):
@@ -376,7 +376,7 @@ def _first_of_each_route(
     """The smallest numbers of tokens that together need every kernel that any number needs."""
     first: dict[tuple[object, ...], int] = {}
     tokens = 1
-    while tokens <= MOST_TOKENS:
+    while tokens <= _MOST_TOKENS:
         how = route(tokens, shape, activation_format, dtype, device)
         plan = how.plan
         tile = (plan.tokens, plan.features, plan.columns, plan.num_warps, plan.num_stages)

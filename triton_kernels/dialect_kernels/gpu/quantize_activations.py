@@ -114,7 +114,7 @@ def _source(
     GROUPED: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """What a row's program has to round: a chunk of the token, or of what its rounding left."""
+    """The numbers that a row's program rounds: a chunk of the token or of its residual."""
     b_x = load_blocks(p_row, first, columns, B, CHUNK)
     if SALIENT:  # noqa: SIM102 (decided while compiling)
         if residual:

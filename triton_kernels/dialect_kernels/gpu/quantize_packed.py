@@ -216,7 +216,10 @@ def quantize_activation_packed(
     block_size: int = 32,
     config: RowConfig | None = None,
 ) -> PackedTokens:
-    """Quantize tokens with the book's online rule and window 13, to be kept (caches).
+    """Quantize tokens with the book's online rule and window 13, for a cache of keys and values.
+
+    Unlike the tokens of a product they are kept, so they leave packed, in 4 bits; nothing in this
+    package reads them yet.
 
     Args:
         x: float32, bfloat16 or float16 [T, K].

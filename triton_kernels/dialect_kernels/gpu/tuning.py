@@ -1,8 +1,8 @@
 """Which kernel multiplies T tokens with a weight, and with which tiles: tuning is data.
 
 A plan is looked up in ``configs/gemm,N=…,K=…,device=….json`` (written by measurements), else it
-comes from the table below, which is derived from instruction counts and never bad. A file holds one
-plan per number of tokens it was measured at, for each activation format::
+comes from the table below, which is derived from instruction counts and a safe default. A file
+holds one plan per number of tokens it was measured at, for each activation format::
 
     {"dialect": {"1": {"kind": "fused", "tokens": 16, ...}, "4096": {"kind": "scratch"}}, ...}
 
