@@ -86,7 +86,7 @@ def test_an_unknown_back_end_is_refused():
         verify(["abacus"])
 
 
-def broken(change) -> Backend:
+def broken(change) -> Implementation:
     """The public functions with a fault in the packed tensors they make."""
 
     def quantize(*arguments, **options) -> PackedTensor:
