@@ -15,6 +15,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from dialect_kernels.arguments import ActivationFormat
 from dialect_kernels.formatbook import BLOCK_SIZES, Formatbook, book_by_name
 from dialect_kernels.layer_names import check_expressions, matches, near_misses
 
@@ -39,7 +40,6 @@ FORMAT_VERSION: Final = 1
 
 BookName = Literal["dialect_fp4", "semantic_32"]
 BlockSize = Literal[16, 32, 64]
-ActivationFormat = Literal["dialect", "fp8", "none"]
 
 
 class Method(NamedTuple):
