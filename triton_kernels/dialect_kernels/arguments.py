@@ -56,10 +56,9 @@ def check_dtype(x: torch.Tensor, name: str) -> None:
 
 def check_finite(x: torch.Tensor, name: str) -> None:
     """Raise ValueError naming the first position if `x` holds NaN or Inf."""
-    finite = x.isfinite()
-    if bool(finite.all()):
-        return
-    position = (~finite).nonzero()[0].tolist()
+    if not x.numel() or all(bool(end.isfinite()) for end in torch.aminmax(x)):
+        return  # minimum and maximum are NaN if any element is
+    position = (~x.isfinite()).nonzero()[0].tolist()
     value = float(x[tuple(position)])
     raise ValueError(
         f"{name}: {value} at {position}; only finite values can be quantized: repair the tensor or "

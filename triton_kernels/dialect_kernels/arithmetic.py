@@ -41,9 +41,9 @@ def blocks_of(x: torch.Tensor, block_size: int) -> torch.Tensor:
     return values.view(rows, padded // block_size, block_size)
 
 
-def row_chunks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of rows of about `_CHUNK_ELEMENTS` elements each."""
-    step = max(1, _CHUNK_ELEMENTS // max(1, columns))
+def row_chunks(rows: int, columns: int, elements: int = _CHUNK_ELEMENTS) -> Iterator[slice]:
+    """Slices of rows of about `elements` elements each."""
+    step = max(1, elements // max(1, columns))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 
 from .arguments import check_finite, check_matrix
-from .arithmetic import blocks_of, divisor, double_power_of_two, row_chunks
+from .arithmetic import blocks_of, divisor, power_of_two, row_chunks
 from .formatbook import E4M3_MAX
 
 __all__ = ["quantize_fp8", "quantize_mxfp4", "quantize_nvfp4"]
+
+_CHUNK_ELEMENTS = 1 << 16  # float32 copies of a chunk stay in the cache of a core
+_EXPONENT_BITS = 0x7F800000
 
 
 def quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,23 +55,29 @@ def quantize_mxfp4(x: torch.Tensor, block_size: int = 32) -> torch.Tensor:
     check_matrix(x, "x")
     check_finite(x, "x")
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    for part in row_chunks(*x.shape):
+    for part in row_chunks(*x.shape, _CHUNK_ELEMENTS):
         blocks = blocks_of(x[part], block_size)
-        largest = blocks.abs().amax(dim=-1, keepdim=True)
         # frexp is exact for subnormals too: largest = mantissa * 2**power, mantissa in [0.5, 1)
-        exponent = (torch.frexp(largest).exponent - 1 - 2).clamp(min=-127)
-        scale = double_power_of_two(exponent.to(torch.int64))
-        rounded = _round_to_e2m1(blocks.to(torch.float64) / scale) * scale
-        out[part] = rounded.to(torch.float32).flatten(1)[:, : x.shape[1]]
+        exponent = torch.frexp(_largest(blocks)).exponent - 1 - 2
+        exponent = exponent.to(torch.int32).clamp_(min=-127)
+        # exact: a quotient that float32 cannot hold lies far below the smallest element
+        rounded = _round_to_e2m1(blocks * power_of_two(-exponent))
+        rounded *= power_of_two(exponent.clamp(min=-126))
+        rounded *= torch.where(exponent < -126, 0.5, 1.0)
+        out[part] = rounded.flatten(1)[:, : x.shape[1]]
     return out
 
 
-def quantize_nvfp4(x: torch.Tensor, block_size: int = 16) -> torch.Tensor:
+def quantize_nvfp4(
+    x: torch.Tensor, block_size: int = 16, largest: torch.Tensor | None = None
+) -> torch.Tensor:
     """NVFP4: one float32 scale per tensor, an E4M3 scale per block, E2M1 elements, nearest even.
 
     Args:
         x: finite float32, bfloat16 or float16 [N, K].
         block_size: 16 (the standard's).
+        largest: the largest magnitude of the tensor that `x` is some rows of, float32 []; default:
+            that of `x`.
 
     Returns:
         float32 [N, K], the rounded values.
@@ -78,25 +87,40 @@ def quantize_nvfp4(x: torch.Tensor, block_size: int = 16) -> torch.Tensor:
     """
     check_matrix(x, "x")
     check_finite(x, "x")
-    largest = x.abs().amax().to(torch.float32) if x.numel() else torch.zeros((), device=x.device)
+    if largest is None:
+        empty = torch.zeros((), device=x.device)
+        largest = x.abs().amax().to(torch.float32) if x.numel() else empty
     tensor_scale = largest / divisor(E4M3_MAX * 6, x)
     if tensor_scale == 0:
         tensor_scale = torch.ones_like(tensor_scale)
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    for part in row_chunks(*x.shape):
+    for part in row_chunks(*x.shape, _CHUNK_ELEMENTS):
         blocks = blocks_of(x[part], block_size)
-        wanted = blocks.abs().amax(dim=-1, keepdim=True) / divisor(6.0, x) / tensor_scale
+        wanted = _largest(blocks) / divisor(6.0, x) / tensor_scale
         block_scale = wanted.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
         scale = block_scale * tensor_scale
-        quotient = torch.where(scale == 0, 0.0, blocks / scale)
-        rounded = _round_to_e2m1(quotient) * scale
+        quotient = blocks / scale
+        if bool((scale == 0).any()):
+            quotient = torch.where(scale == 0, 0.0, quotient)
+        rounded = _round_to_e2m1(quotient)
+        rounded *= scale
         out[part] = rounded.flatten(1)[:, : x.shape[1]]
     return out
 
 
+def _largest(blocks: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude of each block, [N, Kp/B, 1]."""
+    ends = blocks.amax(dim=-1, keepdim=True), blocks.amin(dim=-1, keepdim=True).neg_()
+    return torch.maximum(*ends).abs_()  # abs: of two zeros, maximum may return the negative one
+
+
 def _round_to_e2m1(x: torch.Tensor) -> torch.Tensor:
-    """Nearest E2M1 value, ties to even, saturating at 6; dtype kept."""
-    magnitude = x.abs()
-    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
-    # torch.round rounds halves to even, and E2M1's mantissa bit is the parity of x / step
-    return torch.copysign((magnitude / step).round() * step, x).clamp(-6.0, 6.0)
+    """Nearest E2M1 value of float32 numbers, ties to even, saturating at 6.
+
+    Adding ``2**22 * b`` to a magnitude of the binade b..2b rounds it to multiples of b/2, which is
+    E2M1's grid there (below 1, that of b = 1), because float32 holds 23 bits behind the leading one.
+    """
+    magnitude = x.abs().clamp_(max=6.0)
+    binade = (magnitude.view(torch.int32) & _EXPONENT_BITS).view(torch.float32).clamp_(1.0, 4.0)
+    shift = binade.mul_(2.0**22)
+    return magnitude.add_(shift).sub_(shift).copysign_(x)

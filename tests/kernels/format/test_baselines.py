@@ -93,3 +93,31 @@ def test_zeros_empties_and_refusals(function):
         function(torch.ones(2, 32, dtype=torch.float64))
     with pytest.raises(ValueError, match="2-D"):
         function(torch.ones(32))
+
+
+def test_rows_of_a_tensor_with_the_scale_of_the_whole():
+    x = data("lognormal_channels", 9, 64, seed=2)
+    x[8] *= 64
+    whole = quantize_nvfp4(x)
+    part = quantize_nvfp4(x[2:5], largest=x.abs().amax())
+    assert torch.equal(part, whole[2:5])
+    assert not torch.equal(part, quantize_nvfp4(x[2:5]))
+
+
+@pytest.mark.parametrize("function", [quantize_mxfp4, quantize_nvfp4])
+def test_many_rows_are_rounded_as_each_alone(function):
+    """More than one chunk; the first row holds the largest magnitude, so that all share a scale."""
+    x = data("student_t2", 300, 512, seed=3)
+    x[0, 0] = 2 * x.abs().amax()
+    whole = function(x)
+    for row in (0, 127, 128, 299):
+        pair = torch.stack([x[0], x[row]])
+        assert torch.equal(function(pair)[1], whole[row])
+
+
+def test_zeros_keep_their_sign():
+    x = torch.full((1, 32), -0.0)
+    x[0, :16] = torch.tensor([6.0, -0.1] * 8)
+    for function in (quantize_mxfp4, quantize_nvfp4):
+        assert function(x)[0, 1].signbit()
+        assert function(x)[0, 16:].eq(0).all()
