@@ -106,7 +106,7 @@ def quantize_activation_fp8(
     zeros: torch.Tensor | None = None,
     config: RowConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize tokens as ``reference.quantize_fp8`` does, padded to a weight's columns.
+    """Quantize tokens as ``baselines.quantize_fp8`` does, padded to a weight's columns.
 
     Args:
         x: float32, bfloat16 or float16 [T, K].
