@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
 
 from .scheme import ActivationFormat, BlockSize, BookName, Scheme, first_fault
 
 if TYPE_CHECKING:
     from dialect_kernels.verify import CheckResult
 
-    from .analysis.report import Format, LayerReport
     from .checkpoint.layer_choice import ConvertOptions
+    from .checkpoint.reader import Checkpoint
 
 __all__ = ["app", "main"]
 
@@ -30,6 +29,26 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from dialect_kernels import __version__
+
+        print(f"blockdialect {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options_of_the_command(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 @contextmanager
@@ -102,9 +121,10 @@ _Workers = Annotated[int | None, typer.Option(min=1, help="CPU threads; default:
 _MaxRows = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Measure at most this many rows of a layer, evenly spread; default: all."
+        min=1, help="Measure at most this many rows of a layer, evenly spread; default: 256."
     ),
 ]
+_AllRows = Annotated[bool, typer.Option(help="Measure every row of every layer.")]
 _Html = Annotated[Path | None, typer.Option(help="Write table and plots as one HTML page.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")]
 _Bits = Annotated[float, typer.Option(help="Bits per weight on average, scales included.")]
@@ -147,7 +167,7 @@ def quantize(
             lm_head=lm_head,
         )
         result = convert(src, dst, options, overwrite=overwrite, workers=workers, progress=progress)
-    Console().print(render(result), soft_wrap=True, markup=False)
+    print(render(result))
 
 
 @app.command()
@@ -158,7 +178,7 @@ def inspect(dst: _Packed) -> None:
 
     with _one_sentence_errors(), ProgressBar() as progress:
         found = inspect_checkpoint(dst, progress)
-    Console().print(render(found))
+    print(render(found))
 
 
 @app.command()
@@ -170,24 +190,31 @@ def report(
     targets: _Targets = None,
     lm_head: _LmHead = False,
     max_rows: _MaxRows = None,
+    all_rows: _AllRows = False,
 ) -> None:
     """Compare 4-bit formats on a checkpoint's weights, layer by layer."""
-    from .analysis.report import FORMATS, Report, render
-    from .analysis.report_page import report_page
-    from .checkpoint.reader import find_checkpoint
+    from .analysis.report import FORMATS, Report, measure_layers, render
+    from .analysis.report_page import check_plots, report_page
+    from .checkpoint.progress import ProgressBar
     from .checkpoint.writer import write_text
 
     with _one_sentence_errors():
+        rows = _measured_rows(max_rows, all_rows)
+        if html is not None:
+            check_plots()
+            _check_file("--html", html)
         options = _options(targets, ignore=ignore or [], lm_head=lm_head)
-        layers = _measured(src, FORMATS, options, max_rows)
-        name = find_checkpoint(src).resolve().name
-        found = Report(name, tuple(entry.name for entry in FORMATS), layers)
+        checkpoint, layers = _chosen(src, options)
+        with ProgressBar() as progress:
+            measured = measure_layers(checkpoint, layers, FORMATS, progress, rows)
+        name = checkpoint.path.resolve().name
+        found = Report(name, tuple(entry.name for entry in FORMATS), measured)
         if html is not None:
             write_text(html, report_page(found))
     if as_json:
         print(json.dumps(found.to_json(), indent=1, allow_nan=False))
     else:
-        Console().print(render(found))
+        print(render(found))
 
 
 @app.command()
@@ -207,25 +234,32 @@ def plan(
     targets: _Targets = None,
     lm_head: _LmHead = False,
     max_rows: _MaxRows = None,
+    all_rows: _AllRows = False,
 ) -> None:
     """Choose blocks of 16, 32 or 64 for every layer under a bit budget."""
     from dialect_kernels.formatbook import BLOCK_SIZES
 
-    from .analysis.bit_budget import allocate_bits, render
-    from .analysis.report import dialect_format
+    from .analysis.bit_budget import allocate_bits, check_budget, render
+    from .analysis.report import dialect_format, measure_layers
+    from .checkpoint.progress import ProgressBar
     from .checkpoint.writer import write_text
 
     with _one_sentence_errors():
-        formats = [dialect_format(block_size) for block_size in BLOCK_SIZES]
+        rows = _measured_rows(max_rows, all_rows)
+        if output is not None:
+            _check_file("--output", output)
         options = _options(targets, ignore=ignore or [], lm_head=lm_head)
-        layers = _measured(src, formats, options, max_rows)
-        found = allocate_bits(layers, bits, objective)
+        checkpoint, layers = _chosen(src, options)
+        check_budget({name: checkpoint.tensors[f"{name}.weight"].shape for name in layers}, bits)
+        formats = [dialect_format(block_size) for block_size in BLOCK_SIZES]
+        with ProgressBar() as progress:
+            measured = measure_layers(checkpoint, layers, formats, progress, rows)
+        found = allocate_bits(measured, bits, objective)
         if output is not None:
             write_text(output, json.dumps(found.overrides(), indent=1) + "\n")
-    console = Console()
-    console.print(render(found))
+    print(render(found))
     if output is not None:
-        console.print(f"use it with: blockdialect quantize {src} DST --overrides {output}")
+        print(f"use it with: blockdialect quantize {src} DST --overrides {output}")
 
 
 @app.command()
@@ -243,7 +277,7 @@ def export(
 
     with _one_sentence_errors(), ProgressBar() as progress:
         result = export_fp8(open_packed(src), dst, progress)
-    Console().print(render(result))
+    print(render(result))
 
 
 @app.command()
@@ -273,19 +307,36 @@ def _options(targets: list[str] | None, strict: bool = False, **scheme: Any) -> 
     )
 
 
-def _measured(
-    src: str, formats: Sequence[Format], options: ConvertOptions, max_rows: int | None
-) -> tuple[LayerReport, ...]:
-    """The losses of the layers that a conversion with these options would quantize."""
-    from .analysis.report import measure_layers
+def _chosen(src: str, options: ConvertOptions) -> tuple[Checkpoint, list[str]]:
+    """A checkpoint and the layers that a conversion with these options would quantize."""
     from .checkpoint.layer_choice import choose_layers
-    from .checkpoint.progress import ProgressBar
     from .checkpoint.reader import find_checkpoint, open_checkpoint
+    from .checkpoint.tables import natural_order
 
     checkpoint = open_checkpoint(find_checkpoint(src))
-    layers = list(choose_layers(checkpoint, options).block_sizes)
-    with ProgressBar() as progress:
-        return measure_layers(checkpoint, layers, formats, progress, max_rows)
+    layers = choose_layers(checkpoint, options).block_sizes
+    return checkpoint, sorted(layers, key=natural_order)
+
+
+def _measured_rows(max_rows: int | None, all_rows: bool) -> int | None:
+    """How many rows of a layer to measure; None for all."""
+    from .analysis.report import SAMPLED_ROWS
+
+    if all_rows and max_rows is not None:
+        raise ValueError(
+            f"--max-rows: {max_rows} has no effect with --all-rows; give one of the two"
+        )
+    return None if all_rows else max_rows or SAMPLED_ROWS
+
+
+def _check_file(option: str, path: Path) -> None:
+    """Refuse, before anything is measured, a path at which no file can be written."""
+    if path.is_dir():
+        raise ValueError(f"{option}: {path} is a directory; give the name of a file")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(
+            f"{option}: {path} lies in a directory that is not there; make it or give another path"
+        )
 
 
 def _read_overrides(options: list[str], file: Path | None) -> dict[str, Any]:
@@ -304,7 +355,7 @@ def _read_overrides(options: list[str], file: Path | None) -> dict[str, Any]:
         merged[pattern] = {"block_size": sizes[size]}
     if file is not None:
         for pattern, override in Scheme.parse(
-            {"overrides": read_json(file)}, str(file)
+            {"overrides": read_json(file, unique=True)}, str(file)
         ).overrides.items():
             merged.setdefault(pattern, override)
     return merged

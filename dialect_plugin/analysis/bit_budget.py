@@ -10,22 +10,21 @@ up) count as one layer, because a fused layer has one block size.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-from rich.console import Group
-from rich.table import Table
-
 from dialect_kernels.formatbook import BLOCK_SIZES
 
 from ..architectures import fused_with
 from ..checkpoint.loss import sqnr
+from ..checkpoint.tables import layer_table, only_or_blank, shape_cell
 from ..scheme import SchemeError, fitting_block_size
-from .report import LayerReport, dialect_name
+from .report import LayerReport, dialect_bits, dialect_name, sample_note
 
-__all__ = ["Allocation", "Objective", "allocate_bits", "render"]
+__all__ = ["Allocation", "Objective", "allocate_bits", "check_budget", "render"]
 
 Objective = Literal["error", "relative"]
 _UNIFORM = 32
@@ -77,6 +76,33 @@ class Allocation:
         }
 
 
+def check_budget(shapes: Mapping[str, Sequence[int]], bits_per_weight: float) -> None:
+    """Refuse a budget without choice, by the shapes of the layers alone.
+
+    Args:
+        shapes: layer -> (rows, columns) of its weight.
+        bits_per_weight: the budget, on average over all weights.
+
+    Raises:
+        SchemeError: if the largest blocks need more, or if the smallest need less.
+    """
+    groups: dict[str, list[Sequence[int]]] = {}
+    for name, shape in shapes.items():
+        groups.setdefault(_first_part(name), []).append(shape)
+    least = most = 0.0
+    for group in groups.values():
+        sizes = [b for b in BLOCK_SIZES if all(columns % b == 0 for _, columns in group)]
+        bits = [sum(m * k * dialect_bits(m, k, size) for m, k in group) for size in sizes]
+        least, most = least + min(bits), most + max(bits)
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    _refuse_below(least / weights, bits_per_weight)
+    if bits_per_weight > most / weights:
+        raise SchemeError(
+            f"--bits: {bits_per_weight:g}; the smallest blocks need only {most / weights:.4f} bits "
+            "per weight: give at most that, or convert with --block-size 16"
+        )
+
+
 def allocate_bits(
     layers: Sequence[LayerReport], bits_per_weight: float, objective: Objective = "error"
 ) -> Allocation:
@@ -96,14 +122,18 @@ def allocate_bits(
     points = {name: _points(parts, objective) for name, parts in members.items()}
     weights = sum(layer.weights for layer in layers)
     least = sum(min(bits for bits, _ in sizes.values()) for sizes in points.values())
-    if least > bits_per_weight * weights:
-        raise SchemeError(
-            f"--bits: {bits_per_weight:g}; the largest blocks need {least / weights:.4f} bits per "
-            "weight: give at least that"
-        )
+    _refuse_below(least / weights, bits_per_weight)
     chosen = _choose_block_sizes(points, bits_per_weight * weights)
     sizes = {layer.name: chosen[_first_part(layer.name)] for layer in layers}
     return Allocation(tuple(layers), sizes, objective)
+
+
+def _refuse_below(least: float, bits_per_weight: float) -> None:
+    if not bits_per_weight >= least:  # NaN too
+        raise SchemeError(
+            f"--bits: {bits_per_weight:g}; the largest blocks need {least:.4f} bits per weight: "
+            "give at least that"
+        )
 
 
 def _choose_block_sizes(
@@ -183,24 +213,32 @@ def _sqnr(layers: Sequence[LayerReport], sizes: Mapping[str, int]) -> float:
     return sqnr(sum(layer.signal for layer in layers), noise)
 
 
-def render(allocation: Allocation) -> Group:
-    """The layers that differ from uniform blocks, and the SQNR gained."""
+def render(allocation: Allocation) -> str:
+    """The SQNR gained, how many layers take which blocks, and those that differ from uniform."""
     uniform = allocation.uniform_block_sizes
-    table = Table("layer", "shape", "block size", "instead of", "SQNR, dB", "instead of")
-    by_name = {layer.name: layer for layer in allocation.layers}
-    for name in allocation.overrides():
-        layer, size = by_name[name], allocation.block_sizes[name]
-        sqnrs = [layer.losses[dialect_name(s)].sqnr_db for s in (size, uniform[name])]
-        table.add_row(
-            name,
-            f"{layer.rows} x {layer.columns}",
-            str(size),
-            str(uniform[name]),
-            *(f"{value:.2f}" for value in sqnrs),
-        )
-    summary = (
-        f"{allocation.bits_per_weight:.4f} bits per weight, SQNR {allocation.sqnr_db:.3f} dB; "
-        f"uniform blocks of {_UNIFORM}: {_bits(allocation.layers, uniform):.4f} bits, "
-        f"{_sqnr(allocation.layers, uniform):.3f} dB; gain {allocation.gain_db:+.3f} dB"
+
+    def cells(layers: Sequence[LayerReport]) -> list[str]:
+        names = [layer.name for layer in layers]
+        own = only_or_blank(str(allocation.block_sizes[name]) for name in names)
+        counts = [""] * len(BLOCK_SIZES)
+        if len(layers) > 1:
+            taken = Counter(allocation.block_sizes[name] for name in names)
+            counts = [str(taken[size] or "–") for size in BLOCK_SIZES]
+        gained, before = (_sqnr(layers, s) for s in (allocation.block_sizes, uniform))
+        return [shape_cell(layers), own, *counts, f"{gained:.2f}", f"{before:.2f}"]
+
+    different = allocation.overrides()
+    heads = [f"layers\nof {size}" for size in BLOCK_SIZES]
+    table = layer_table(
+        ["shape", "block", *heads, "SQNR\ndB", f"with\n{_UNIFORM}"],
+        allocation.layers,
+        cells,
+        [layer for layer in allocation.layers if layer.name in different],
+        "layers that differ from uniform blocks",
     )
-    return Group(table, summary)
+    return (
+        f"{allocation.bits_per_weight:.4f} bits per weight, SQNR {allocation.sqnr_db:.3f} dB\n"
+        f"uniform blocks of {_UNIFORM}: {_bits(allocation.layers, uniform):.4f} bits, "
+        f"{_sqnr(allocation.layers, uniform):.3f} dB; gain {allocation.gain_db:+.3f} dB\n"
+        f"{sample_note(allocation.layers)}\n\n{table}"
+    )

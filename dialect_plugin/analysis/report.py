@@ -1,9 +1,10 @@
 """Comparing 4-bit formats layer by layer, before anything is converted.
 
 Each weight is rounded to BlockDialect with blocks of 16, 32 and 64 (dialects by exact error), to
-MXFP4 with blocks of 32 and to NVFP4 with blocks of 16. The report measures the error of the
-weights, not of the model: formats that take different numbers of bits, or have similar errors, can
-be compared by perplexity only.
+MXFP4 with blocks of 32 and to NVFP4 with blocks of 16. Sums over some rows of a layer, evenly
+spread, stand for all its rows. The report measures the error of the weights, not of the model:
+formats that take different numbers of bits, or have similar errors, can be compared by perplexity
+only.
 """
 
 from __future__ import annotations
@@ -11,45 +12,66 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
 
-from dialect_kernels import quantize
+from dialect_kernels import PackedTensor
 from dialect_kernels.baselines import quantize_mxfp4, quantize_nvfp4
 from dialect_kernels.formatbook import BLOCK_SIZES, DIALECT_FP4, Formatbook
-from dialect_kernels.ops import dequantize
+from dialect_kernels.ops import dequantize, quantize_counted
 
 from ..checkpoint.loss import signal_and_noise, sqnr
 from ..checkpoint.progress import Progress
 from ..checkpoint.reader import Checkpoint
+from ..checkpoint.tables import layer_table, shape_cell
+from ..checkpoint.workers import Workers
 
 __all__ = [
     "FORMATS",
+    "SAMPLED_ROWS",
     "Format",
     "FormatLoss",
     "LayerReport",
     "Report",
+    "dialect_bits",
     "dialect_format",
     "dialect_name",
     "measure_layers",
     "render",
+    "sample_note",
     "sqnr_cells",
 ]
 
-_Rounded = tuple[Callable[[int, int], torch.Tensor], float, tuple[int, ...] | None]
-"""Rows start..stop-1 of the rounded weight (fresh, float32), stored bits per weight, and blocks per
-dialect if any."""
+SAMPLED_ROWS = 256
+"""Rows of a layer that are measured by default."""
+
+
+class _Rounded(NamedTuple):
+    """Some rows of a weight after rounding."""
+
+    values: torch.Tensor
+    """Fresh, float32."""
+    dialects: torch.Tensor | None
+    """Blocks per dialect id, if the format has dialects."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """A format to compare: its name, the multiple of columns it needs, and how it rounds."""
+    """A format to compare.
+
+    Attributes:
+        name: what tables call it.
+        columns: the multiple of columns that it needs.
+        bits: (rows, columns) -> stored bits per weight, scales included.
+        round: (some rows, the largest magnitude of the weight) -> the rounded rows.
+    """
 
     name: str
     columns: int
-    round: Callable[[torch.Tensor, str], _Rounded]
+    bits: Callable[[int, int], float]
+    round: Callable[[torch.Tensor, torch.Tensor], _Rounded]
 
 
 @dataclass(frozen=True)
@@ -152,35 +174,39 @@ def dialect_name(block_size: int) -> str:
     return f"BlockDialect-{block_size}"
 
 
+def dialect_bits(rows: int, columns: int, block_size: int) -> float:
+    """Stored bits per weight of a layer in blocks of `block_size`."""
+    packed = PackedTensor.empty((rows, columns), DIALECT_FP4, block_size, "meta")
+    return packed.bits_per_element
+
+
 def dialect_format(block_size: int, book: Formatbook = DIALECT_FP4) -> Format:
     """Dialects chosen by exact error, in blocks of `block_size`."""
 
-    def round_(weight: torch.Tensor, name: str) -> _Rounded:
-        packed = quantize(weight, book, block_size, name=f"{name}.weight")
+    def round_(rows: torch.Tensor, largest: torch.Tensor) -> _Rounded:
+        packed = quantize_counted(rows, book, block_size, finite=True).packed
         counts = torch.bincount(packed.ids().flatten().int(), minlength=len(book))
+        return _Rounded(dequantize(packed), counts)
 
-        def rows(start: int, stop: int) -> torch.Tensor:
-            return dequantize(packed.slice_rows(start, stop))
-
-        return rows, packed.bits_per_element, tuple(counts.tolist())
-
-    return Format(dialect_name(block_size), block_size, round_)
-
-
-def _mxfp4_32(weight: torch.Tensor, name: str) -> _Rounded:
-    rounded = quantize_mxfp4(weight, 32)
-    return lambda start, stop: rounded[start:stop], 4 + 8 / 32, None
-
-
-def _nvfp4_16(weight: torch.Tensor, name: str) -> _Rounded:
-    rounded = quantize_nvfp4(weight)  # whole, because its scale is that of the tensor
-    return lambda start, stop: rounded[start:stop], 4 + 8 / 16, None
+    return Format(
+        dialect_name(block_size), block_size, partial(dialect_bits, block_size=block_size), round_
+    )
 
 
 FORMATS = (
     *(dialect_format(block_size) for block_size in BLOCK_SIZES),
-    Format("MXFP4-32", 32, _mxfp4_32),
-    Format("NVFP4-16", 16, _nvfp4_16),
+    Format(
+        "MXFP4-32",
+        32,
+        lambda rows, columns: 4 + 8 / 32,
+        lambda rows, largest: _Rounded(quantize_mxfp4(rows), None),
+    ),
+    Format(
+        "NVFP4-16",
+        16,
+        lambda rows, columns: 4 + 8 / 16,
+        lambda rows, largest: _Rounded(quantize_nvfp4(rows, largest=largest), None),
+    ),
 )
 """The formats of ``blockdialect report``."""
 
@@ -192,7 +218,7 @@ def measure_layers(
     progress: Progress,
     max_rows: int | None = None,
 ) -> tuple[LayerReport, ...]:
-    """Round each layer's weight to each format whose blocks divide its columns.
+    """Round each layer's weight to each format whose blocks divide its columns, on all cores.
 
     Args:
         checkpoint: the 16-bit source.
@@ -203,17 +229,22 @@ def measure_layers(
             (NVFP4's scale of the tensor is then that of the sample); None for all.
 
     Raises:
-        ValueError: naming tensor and position, if a weight holds NaN or Inf.
+        ValueError: naming tensor and position, if a measured row holds NaN or Inf.
         CheckpointError: if a file is damaged.
     """
     infos = [checkpoint.tensors[f"{name}.weight"] for name in layers]
     progress.begin("measuring", len(layers), sum(info.nbytes for info in infos))
+
+    def measure(name: str) -> LayerReport:
+        with checkpoint.open_shard(checkpoint.tensors[f"{name}.weight"].shard) as file:
+            weight = file.get_tensor(f"{name}.weight")  # a map of the file: rows are read when used
+        return _measure_layer(name, weight, formats, max_rows)
+
     reports = []
-    for name, info in zip(layers, infos, strict=True):
-        with checkpoint.open_shard(info.shard) as file:
-            weight = file.get_tensor(f"{name}.weight")
-        reports.append(_measure_layer(name, weight, formats, max_rows))
-        progress.advance(info.nbytes)
+    with Workers() as workers:
+        for info, report in zip(infos, workers.map(measure, layers), strict=True):
+            reports.append(report)
+            progress.advance(info.nbytes)
     return tuple(reports)
 
 
@@ -221,33 +252,75 @@ def _measure_layer(
     name: str, weight: torch.Tensor, formats: Sequence[Format], max_rows: int | None
 ) -> LayerReport:
     rows, columns = weight.shape
-    if max_rows is not None and rows > max_rows:
-        weight = weight[torch.arange(max_rows) * rows // max_rows]
-    scale = rows / max(1, weight.shape[0])
+    count = rows if max_rows is None else min(rows, max_rows)
+    chosen = torch.arange(count) * rows // max(1, count)
+    if count < rows:
+        weight = weight[chosen]
+    largest = _largest(f"{name}.weight", weight, chosen)
+    scale = rows / max(1, count)
     signal, losses = 0.0, {}
     for entry in formats:
         if columns % entry.columns:
             continue
-        rounded, bits, dialects = entry.round(weight, name)
+        counts: list[torch.Tensor] = []
+
+        def rounded(
+            start: int, stop: int, entry: Format = entry, counts: list[torch.Tensor] = counts
+        ) -> torch.Tensor:
+            values, dialects = entry.round(weight[start:stop], largest)
+            if dialects is not None:
+                counts.append(dialects)
+            return values
+
         signal, noise = signal_and_noise(weight, rounded)
+        dialects = tuple(torch.stack(counts).sum(dim=0).tolist()) if counts else None
+        bits = entry.bits(rows, columns)
         losses[entry.name] = FormatLoss(bits, noise * scale, sqnr(signal, noise), dialects)
-    return LayerReport(name, rows, columns, weight.shape[0], signal * scale, losses)
+    return LayerReport(name, rows, columns, count, signal * scale, losses)
 
 
-def render(report: Report) -> Table:
-    """SQNR per layer and format, and over all layers."""
-    totals = report.totals()
-    heads = [f"{name}\n{loss.bits_per_weight:.3f} bits" for name, loss in totals.items()]
-    table = Table(title="SQNR of the weights, dB", show_footer=True)
-    table.add_column("layer", footer="all layers", overflow="fold")
-    table.add_column("shape", footer=f"{sum(layer.weights for layer in report.layers):,}")
-    for head, loss in zip(heads, totals.values(), strict=True):
-        table.add_column(head, footer=f"{loss.sqnr_db:.2f}", justify="right")
-    for layer in report.layers:
-        table.add_row(
-            layer.name, f"{layer.rows} x {layer.columns}", *sqnr_cells(layer.losses, report.formats)
-        )
-    return table
+def _largest(name: str, rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of the `chosen` rows of a weight, float32 [].
+
+    Raises:
+        ValueError: naming the position in the whole tensor, if they hold NaN or Inf.
+    """
+    if not rows.numel():
+        return torch.zeros(())
+    ends = [end.abs() for end in torch.aminmax(rows)]  # NaN if any element is
+    if all(bool(end.isfinite()) for end in ends):
+        return torch.maximum(*ends).to(torch.float32)
+    row, column = (~rows.isfinite()).nonzero()[0].tolist()
+    raise ValueError(
+        f"{name}: {float(rows[row, column])} at [{int(chosen[row])}, {column}]; only finite values "
+        "can be quantized: repair the tensor or leave it in 16 bit"
+    )
+
+
+def render(report: Report) -> str:
+    """SQNR over all layers, per projection, per decoder layer and per layer."""
+    heads = [
+        name.replace("BlockDialect", "Block\nDialect").replace("-", "\n") for name in report.formats
+    ]
+
+    def cells(layers: Sequence[LayerReport]) -> list[str]:
+        having = {name for layer in layers for name in layer.losses}
+        totals = Report(report.source, report.formats, tuple(layers)).totals()
+        losses = {name: loss for name, loss in totals.items() if name in having}
+        return [shape_cell(layers), *sqnr_cells(losses, report.formats)]
+
+    bits = [f"{loss.bits_per_weight:.3f}" for loss in report.totals().values()]
+    first = [("bits per weight", "", *bits)]
+    table = layer_table(["shape", *heads], report.layers, cells, first=first)
+    return f"SQNR of the weights in dB\n{sample_note(report.layers)}\n\n{table}"
+
+
+def sample_note(layers: Sequence[LayerReport]) -> str:
+    """Which rows of the layers were measured, in a line."""
+    sampled = [layer.measured_rows for layer in layers if layer.measured_rows < layer.rows]
+    if not sampled:
+        return "measured on all rows of every layer"
+    return f"measured on {max(sampled)} rows of each layer, evenly spread (--all-rows: on all)"
 
 
 def sqnr_cells(losses: Mapping[str, FormatLoss], formats: Sequence[str]) -> list[str]:

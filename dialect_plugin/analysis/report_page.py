@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from io import StringIO
 from typing import Any
 
@@ -12,7 +13,7 @@ from dialect_kernels import __version__
 
 from .report import Report, dialect_name, sqnr_cells
 
-__all__ = ["report_page"]
+__all__ = ["check_plots", "report_page"]
 
 _SHOWN_BLOCK_SIZE = 32
 
@@ -43,15 +44,20 @@ def report_page(report: Report) -> str:
     )
 
 
-def _svg(draw: Any, report: Report) -> Markup:
-    """A plot as SVG; it holds no text of the checkpoint, only the names of formats and numbers."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
+def check_plots() -> None:
+    """Raise ValueError if matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
         raise ValueError(
             "--html: the plots need matplotlib; install it with pip install 'blockdialect[report]'"
-        ) from None
+        )
+
+
+def _svg(draw: Any, report: Report) -> Markup:
+    """A plot as SVG; it holds no text of the checkpoint, only the names of formats and numbers."""
+    check_plots()
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     draw(figure.add_subplot(), report)
     out = StringIO()

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Group
-from rich.table import Table
 
 from dialect_kernels.packed import bits_per_weight
 
 from ..scheme import METHODS
 from .progress import Progress
 from .reader import PACKED_SUFFIXES, PackedCheckpoint, open_packed
+from .tables import layer_table, only_or_blank, shape_cell
 
 __all__ = ["Inspection", "LayerInspection", "inspect_checkpoint", "render"]
 
@@ -89,30 +89,27 @@ def inspect_checkpoint(path: Path, progress: Progress) -> Inspection:
     return Inspection(packed, tuple(layers))
 
 
-def render(found: Inspection) -> Group:
-    """A table of the layers and one of the dialects."""
+def render(found: Inspection) -> str:
+    """What was found, and the bytes and dialects of all layers, projections, depths and layers."""
     scheme = found.packed.scheme
-    layers = Table(
-        "layer", "shape", "block", "bytes", "largest delta", "commonest dialects", title="Layers"
-    )
-    for layer in found.layers:
-        common = Counter(dict(enumerate(layer.dialects))).most_common(3)
-        layers.add_row(
-            layer.name,
-            f"{layer.rows} x {layer.columns}",
-            str(layer.block_size),
-            f"{layer.nbytes:,}",
-            str(layer.largest_delta),
-            ", ".join(f"{identity} ({_share(n, layer.dialects)})" for identity, n in common),
-        )
     summary = (
-        f"valid: format version {scheme.format_version}, book {scheme.book}, "
-        f"{len(found.layers)} packed layers, {found.bits_per_weight:.3f} bits per weight, "
-        f"activations {scheme.activation_format} ({METHODS[scheme.activation_format].bits}), "
+        f"valid: format version {scheme.format_version}, book {scheme.book}, activations "
+        f"{scheme.activation_format} ({METHODS[scheme.activation_format].bits})\n"
+        f"{len(found.layers)} packed layers, {found.bits_per_weight:.3f} bits per weight; "
         f"{len(scheme.ignore)} names or patterns in 16 bit"
     )
-    return Group(layers, summary)
+    heads = ["shape", "block", "bytes", "max\ndelta", "commonest\ndialects"]
+    return f"{summary}\n\n{layer_table(heads, found.layers, _cells)}"
 
 
-def _share(count: int, counts: tuple[int, ...]) -> str:
-    return f"{100 * count / max(1, sum(counts)):.0f} %"
+def _cells(layers: Sequence[LayerInspection]) -> list[str]:
+    counts = [sum(column) for column in zip(*(layer.dialects for layer in layers), strict=True)]
+    total = max(1, sum(counts))
+    common = Counter(dict(enumerate(counts))).most_common(3)
+    return [
+        shape_cell(layers),
+        only_or_blank(str(layer.block_size) for layer in layers),
+        f"{sum(layer.nbytes for layer in layers):,}",
+        str(max((layer.largest_delta for layer in layers), default=0)),
+        " ".join(f"{identity}:{100 * count / total:.0f}%" for identity, count in common),
+    ]
