@@ -28,7 +28,7 @@ HEAD = "<!-- Written by scripts/reference_pages.py; change the code, then run it
 
 FAULTS = (
     "A fault is one sentence on stderr and exit status 1 ([errors](errors.md)); an unknown option "
-    "or a missing argument has exit status 2. `blockdialect --version` prints the version."
+    "or a missing argument has exit status 2. `--version` in place of a command prints the version."
 )
 API = {
     "dialect_kernels": (

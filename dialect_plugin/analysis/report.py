@@ -320,7 +320,7 @@ def sample_note(layers: Sequence[LayerReport]) -> str:
     sampled = [layer.measured_rows for layer in layers if layer.measured_rows < layer.rows]
     if not sampled:
         return "measured on all rows of every layer"
-    return f"measured on {max(sampled)} rows of each layer, evenly spread (--all-rows: on all)"
+    return f"measured on at most {max(sampled)} rows of a layer, evenly spread (--all-rows: on all)"
 
 
 def sqnr_cells(losses: Mapping[str, FormatLoss], formats: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 import pytest
 from typer.testing import CliRunner
 
+from dialect_kernels import __version__
 from dialect_plugin.checkpoint.reader import open_packed
 from dialect_plugin.cli import app
 
@@ -104,3 +105,31 @@ def test_verify():
     done = run("verify")
     assert done.exit_code == 0, done.output
     assert "agree with the golden vectors" in done.output
+
+
+def test_the_version():
+    shown = run("--version")
+    assert shown.exit_code == 0
+    assert shown.stdout == f"blockdialect {__version__}\n"
+
+
+@pytest.mark.parametrize("columns", ["80", "20"])
+def test_tables_are_plain_and_whole_whatever_the_width(tiny_model, tmp_path, columns):
+    source, packed = tiny_model(), tmp_path / "packed"
+    assert run("quantize", source, packed).exit_code == 0
+    for arguments in (
+        ["inspect", packed],
+        ["report", source, "--max-rows", 8],
+        ["plan", source, "--bits", "4.35", "--max-rows", 8],
+    ):
+        shown = CliRunner(env={"COLUMNS": columns}).invoke(app, [str(a) for a in arguments])
+        assert shown.exit_code == 0, shown.stderr
+        lines = shown.stdout.splitlines()
+        assert max(map(len, lines)) <= 80
+        assert "…" not in shown.stdout
+        total = next(i for i, line in enumerate(lines) if line.startswith("all 14 layers"))
+        assert total < lines.index("by projection, below model.layers")
+        assert lines.index("by projection, below model.layers") < lines.index(
+            "by depth, below model.layers"
+        )
+        assert any(line.startswith("mlp.down_proj ") for line in lines)

@@ -2,14 +2,17 @@
 
 import itertools
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from dialect_kernels.formatbook import BLOCK_SIZES
-from dialect_plugin.analysis.bit_budget import _choose_block_sizes, allocate_bits
+from dialect_plugin.analysis.bit_budget import _choose_block_sizes, allocate_bits, check_budget
 from dialect_plugin.analysis.report import FormatLoss, LayerReport
 from dialect_plugin.checkpoint.reader import open_packed
 from dialect_plugin.cli import app
@@ -151,9 +154,40 @@ def test_the_command_refuses_what_cannot_be_done(tiny_model, tmp_path):
     file = tmp_path / "overrides.json"
     for arguments, sentence in (
         (["--bits", "4.0"], "the largest blocks need 4.1806"),
+        (["--bits", "nan"], "--bits: nan; the largest blocks need 4.1806"),
+        (["--bits", "99"], "--bits: 99; the smallest blocks need only 4.5556 bits per weight"),
         (["--bits", "4.3", "--targets", "nothing"], "matches no layer"),
+        (["--bits", "4.3", "--max-rows", "4", "--all-rows"], "no effect with --all-rows"),
+        (["--bits", "4.3", "-o", str(tmp_path)], "is a directory; give the name of a file"),
+        (["--bits", "4.3", "-o", str(tmp_path / "no" / "f")], "lies in a directory that is not"),
     ):
         refused = CliRunner().invoke(app, ["plan", str(tiny_model()), "-o", str(file), *arguments])
         assert refused.exit_code == 1
         assert sentence in refused.stderr
     assert not file.exists()
+
+
+def test_a_budget_without_choice_is_refused_before_a_weight_is_read(tiny_model, tmp_path):
+    """The weights hold NaN, which measuring would find."""
+    source = Path(shutil.copytree(tiny_model(), tmp_path / "source"))
+    tensors = load_file(source / "model.safetensors")
+    for name in tensors:
+        tensors[name].fill_(float("nan"))
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    for bits, sentence in (("4", "largest blocks"), ("99", "smallest blocks"), ("4.4", "nan at")):
+        refused = CliRunner().invoke(app, ["plan", str(source), "--bits", bits])
+        assert refused.exit_code == 1
+        assert sentence in refused.stderr
+
+
+def test_the_bounds_of_a_budget_follow_from_shapes():
+    shapes = {"layers.0.mlp.gate_proj": (8, 64), "layers.0.mlp.up_proj": (8, 48), "o": (8, 128)}
+    # gate and up take one block size, which only 16 is; o takes 16, 32 or 64
+    least = ((64 + 48) * 4.5 + 2 * 8 + 128 * 4.125 + 8) / 240
+    most = ((64 + 48 + 128) * 4.5 + 3 * 8) / 240
+    for good in (least, (least + most) / 2, most):
+        check_budget(shapes, good)
+    with pytest.raises(SchemeError, match=rf"the largest blocks need {least:.4f} bits"):
+        check_budget(shapes, least - 1e-6)
+    with pytest.raises(SchemeError, match=rf"the smallest blocks need only {most:.4f} bits"):
+        check_budget(shapes, most + 1e-6)

@@ -1,6 +1,7 @@
 """The comparison of formats: figures against float64, escaping, sampling, and the command."""
 
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from dialect_kernels import DIALECT_FP4, quantize
 from dialect_kernels.baselines import quantize_mxfp4, quantize_nvfp4
-from dialect_plugin.analysis.report import FORMATS, FormatLoss, LayerReport, Report
+from dialect_plugin.analysis.report import FORMATS, SAMPLED_ROWS, FormatLoss, LayerReport, Report
 from dialect_plugin.analysis.report_page import report_page
 from dialect_plugin.cli import app
 
@@ -134,6 +135,51 @@ def test_nan_is_refused_with_its_place(tiny_model, tmp_path):
     assert refused.exit_code == 1
     assert f"{LAYER}.weight: nan at [3, 5]" in refused.stderr
     assert not (tmp_path / "page.html").exists()
+
+
+def test_nan_among_sampled_rows_is_refused_with_its_place_in_the_whole(tiny_model, tmp_path):
+    source = Path(shutil.copytree(tiny_model(), tmp_path / "source"))
+    tensors = load_file(source / "model.safetensors")
+    tensors[f"{LAYER}.weight"][25 * 128 // 50, 5] = float("inf")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    refused = run(source, "--targets", LAYER, "--max-rows", 50)
+    assert refused.exit_code == 1
+    assert f"{LAYER}.weight: inf at [64, 5]" in refused.stderr
+
+
+def test_rows_are_sampled_by_default_and_the_output_says_so(tiny_model):
+    source = tiny_model(intermediate_size=512)
+    targets = ("--targets", r"re:.*mlp\.(gate|up)_proj")
+    name = "model.layers.0.mlp.up_proj"
+    by_default = measured(source, *targets)
+    assert by_default == measured(source, *targets, "--max-rows", SAMPLED_ROWS)
+    assert by_default["layers"][name]["measured_rows"] == SAMPLED_ROWS == 256
+    whole = measured(source, *targets, "--all-rows")["layers"][name]
+    assert whole["measured_rows"] == whole["rows"] == 512
+    for entry, loss in by_default["layers"][name]["losses"].items():
+        assert loss["sqnr_db"] == pytest.approx(whole["losses"][entry]["sqnr_db"], abs=0.2)
+    assert "measured on at most 256 rows of a layer" in run(source, *targets).stdout
+    assert "measured on all rows" in run(source, *targets, "--all-rows").stdout
+
+
+def test_the_figures_do_not_depend_on_the_number_of_threads(tiny_model, monkeypatch):
+    whole = measured(tiny_model())
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert measured(tiny_model()) == whole
+
+
+@pytest.mark.parametrize(
+    ("where", "sentence"),
+    [(".", "is a directory; give the name of a file"), ("no/page.html", "lies in a directory")],
+)
+def test_a_page_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tiny_model, tmp_path, where, sentence
+):
+    refused = run(tiny_model(), "--html", tmp_path / where)
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith("blockdialect: --html: ")
+    assert sentence in refused.stderr
+    assert "measuring" not in refused.stderr
 
 
 class Page(HTMLParser):
