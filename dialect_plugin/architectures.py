@@ -14,82 +14,175 @@ from dialect_kernels.layer_names import matches
 
 __all__ = [
     "ARCHITECTURES",
+    "block_of",
     "candidate_layers",
     "collapse_experts",
     "decoder_layer_pattern",
     "default_layers",
     "fused_with",
     "is_candidate",
-    "is_default_layer",
     "is_expert",
     "is_never_packed",
 ]
 
-_LLAMA = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
+_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_LLAMA = (*_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_UNGATED = (*_ATTENTION, "mlp.up_proj", "mlp.down_proj")
+_GLM = (*_ATTENTION, "mlp.gate_up_proj", "mlp.down_proj")
 _PHI3 = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
-_OPT = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
+_OPT = (*_ATTENTION[:3], "self_attn.out_proj", "fc1", "fc2")
+_MLP_4H = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+_FALCON = ("self_attention.query_key_value", "self_attention.dense", *_MLP_4H)
+_NEOX = ("attention.query_key_value", "attention.dense", *_MLP_4H)
+_GPTJ = (
+    "attn.q_proj",
+    "attn.k_proj",
+    "attn.v_proj",
+    "attn.out_proj",
+    "mlp.fc_in",
+    "mlp.fc_out",
+)
+_FALCON_H1 = (
+    *_ATTENTION,
+    "mamba.in_proj",
+    "mamba.out_proj",
+    "feed_forward.gate_proj",
+    "feed_forward.up_proj",
+    "feed_forward.down_proj",
+)
+_NEMOTRON_H = (
+    "mixer.in_proj",
+    "mixer.out_proj",
+    "mixer.q_proj",
+    "mixer.k_proj",
+    "mixer.v_proj",
+    "mixer.o_proj",
+    "mixer.up_proj",
+    "mixer.down_proj",
+)
+_LFM2 = (
+    "conv.in_proj",
+    "conv.out_proj",
+    *_ATTENTION[:3],
     "self_attn.out_proj",
-    "fc1",
-    "fc2",
+    "feed_forward.w1",
+    "feed_forward.w2",
+    "feed_forward.w3",
+)
+_QWEN3_5 = (
+    *_LLAMA,
+    "linear_attn.in_proj_qkv",
+    "linear_attn.in_proj_z",
+    "linear_attn.in_proj_b",
+    "linear_attn.in_proj_a",
+    "linear_attn.out_proj",
 )
 
 ARCHITECTURES: dict[str, tuple[str, ...]] = {
-    "LlamaForCausalLM": _LLAMA,
-    "MistralForCausalLM": _LLAMA,
-    "Qwen2ForCausalLM": _LLAMA,
-    "Qwen3ForCausalLM": _LLAMA,
-    "Gemma2ForCausalLM": _LLAMA,
-    "Gemma3ForCausalLM": _LLAMA,
-    "Gemma3ForConditionalGeneration": _LLAMA,
+    **dict.fromkeys(
+        (
+            "LlamaForCausalLM",
+            "MistralForCausalLM",
+            "Ministral3ForCausalLM",
+            "Qwen2ForCausalLM",
+            "Qwen3ForCausalLM",
+            "GemmaForCausalLM",
+            "Gemma2ForCausalLM",
+            "Gemma3ForCausalLM",
+            "Gemma3ForConditionalGeneration",
+            "CohereForCausalLM",
+            "Cohere2ForCausalLM",
+            "Ernie4_5ForCausalLM",
+            "Exaone4ForCausalLM",
+            "GraniteForCausalLM",
+            "HunYuanDenseV1ForCausalLM",
+            "OlmoForCausalLM",
+            "Olmo2ForCausalLM",
+            "Olmo3ForCausalLM",
+            "SeedOssForCausalLM",
+            "SmolLM3ForCausalLM",
+            "StableLmForCausalLM",
+        ),
+        _LLAMA,
+    ),
+    **dict.fromkeys(("ApertusForCausalLM", "ArceeForCausalLM", "NemotronForCausalLM"), _UNGATED),
+    **dict.fromkeys(("GlmForCausalLM", "Glm4ForCausalLM"), _GLM),
     "Phi3ForCausalLM": _PHI3,
+    "PhiForCausalLM": (*_ATTENTION[:3], "self_attn.dense", "mlp.fc1", "mlp.fc2"),
     "OPTForCausalLM": _OPT,
-    "MixtralForCausalLM": _LLAMA[:4],
+    "Starcoder2ForCausalLM": (*_ATTENTION, "mlp.c_fc", "mlp.c_proj"),
+    "FalconForCausalLM": _FALCON,
+    "BloomForCausalLM": _FALCON,
+    "GPTNeoXForCausalLM": _NEOX,
+    "GPTJForCausalLM": _GPTJ,
+    "FalconH1ForCausalLM": _FALCON_H1,
+    "NemotronHForCausalLM": _NEMOTRON_H,
+    "Lfm2ForCausalLM": _LFM2,
+    "Qwen3_5ForCausalLM": _QWEN3_5,
+    "Qwen3_5ForConditionalGeneration": _QWEN3_5,
+    "Gemma4ForCausalLM": (*_LLAMA, "per_layer_projection"),
+    "GPTBigCodeForCausalLM": ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    "MixtralForCausalLM": _ATTENTION,
 }
 """Architecture (config.json) -> names inside a decoder layer that are quantized."""
 
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("wq", "wk", "wv"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("c_fc_0", "c_fc_1"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+)
 """Layers that engines run as one matrix: their parts need one block size, or 16 bit, together."""
 
 _ROUTED_EXPERTS = "re:.*\\.experts\\..*"
 """One pattern for the experts of a model: their names alone would make config.json megabytes."""
 
 _REPEATED_BLOCK = re.compile(r"(?:^|\.)\d+\.")
-_DECODER_LAYER = re.compile(r"(?:^|.*\.)layers\.\d+\.(?P<inner>.+)$")
-_NOT_TEXT = re.compile(r"(?:^|\.)(?:vision\w*|visual\w*|audio\w*|\w*projector\w*)(?:\.|$)")
+_DECODER_LAYER = re.compile(r"(?:^|.*\.)(?:layers|h)\.(?P<block>\d+)\.(?P<inner>.+)$")
+_NOT_TEXT = re.compile(
+    r"(?:^|\.)(?:"
+    r"vision\w*|visual\w*|vit|\w*_vit|vit_\w*|image\w*|img\w*|video\w*|vpm|siglip\w*|clip\w*"
+    r"|sam_model|qwen2_model|\w*vision_(?:model|tower|encoder)"
+    r"|audio\w*|apm|speech\w*|sound\w*|whisper\w*|conformer\w*|talker|code2wav|token2wav|tts\w*"
+    r"|\w*_tower|(?!text_)\w+_encoder"
+    r"|\w*projector\w*|\w*resampler\w*|\w*connector\w*|\w*merger\w*|\w*qformer\w*|perceiver\w*"
+    r")(?:\.|$)"
+)
+"""Towers of other modalities and what joins them to the text model."""
+_DRAFT = re.compile(r"(?:^|\.)(?:mtp\w*|nextn\w*|eh_proj|eagle\w*|medusa\w*)(?:\.|$)")
+"""Multi-token prediction: a draft model, whose joining projections engines build in 16 bit."""
 _EXPERT = re.compile(r"(?:^|\.)(?:experts?|\w*_experts?)(?:\.|$)")
 _NEVER_PACKED = re.compile(
-    r"(?:^|\.)(?:router\w*|gate|\w*embed\w*|wte|wpe|\w*norm\w*|ln_\w+|lm_head)(?:\.|$)"
+    r"(?:^|\.)(?:\w*router\w*|gate|\w+_gate|gating|\w*indexer\w*|\w*embed\w*|wte|wpe|\w*norm\w*"
+    r"|ln_\w+|lm_head)(?:\.|$)"
+    r"|(?:^|\.)(?:conv\w*|\w+_conv\w*|x_proj|dt_proj|classifier|score)$"
 )
-
-
-def is_default_layer(architecture: str, name: str) -> bool:
-    """Whether the layer `name` is quantized by default.
-
-    Works for the checkpoint's names and for vLLM's, which differ in front of ``layers``.
-
-    Raises:
-        KeyError: if the architecture is not in :data:`ARCHITECTURES`.
-    """
-    inside = _DECODER_LAYER.match(name)
-    if inside is None or _NOT_TEXT.search(name):
-        return False
-    return inside["inner"] in ARCHITECTURES[architecture]
+"""The second line holds the last words of names only: LFM2's ``conv.in_proj`` is a linear layer."""
+_ENCODER = re.compile(r"(?:^|\.)encoder\.layers?\.\d+\.")
+_SSM = ("x_proj", "in_proj", "out_proj", "dt_proj")
+"""The linear layers of a Mamba-1 mixer, which vLLM builds in 16 bit; Mamba-2 has no ``x_proj``."""
 
 
 def default_layers(architecture: str, names: Iterable[str]) -> list[str]:
-    """Those of `names` that are quantized by default, in their order."""
-    return [name for name in names if is_default_layer(architecture, name)]
+    """Those of `names` that are quantized by default, in their order.
+
+    Args:
+        architecture: a key of :data:`ARCHITECTURES`.
+        names: the checkpoint's names.
+    """
+    inside = set(ARCHITECTURES[architecture])
+    return [
+        name
+        for name in names
+        if (found := _DECODER_LAYER.match(name)) is not None
+        and found["inner"] in inside
+        and is_candidate(name)
+    ]
 
 
 def is_expert(name: str) -> bool:
@@ -112,12 +205,19 @@ def collapse_experts(names: Iterable[str]) -> list[str]:
 
 
 def is_never_packed(name: str) -> bool:
-    """Whether engines read the layer in 16 bit only: embedding, norm, router, expert, lm_head."""
-    return is_expert(name) or _NEVER_PACKED.search(name) is not None
+    """Whether engines read the layer in 16 bit only.
+
+    These are embeddings, norms, routers and other gates, experts, convolutions, indexers, the
+    draft layers of multi-token prediction and the output projection.
+    """
+    return any(pattern.search(name) for pattern in (_EXPERT, _NEVER_PACKED, _DRAFT))
 
 
 def is_candidate(name: str) -> bool:
-    """Whether a linear layer of an unknown architecture looks like a decoder layer's."""
+    """Whether a linear layer lies in a numbered block of the text model and may be packed.
+
+    Works for the checkpoint's names and for vLLM's; engines quantize these while loading.
+    """
     return (
         _REPEATED_BLOCK.search(name) is not None
         and _NOT_TEXT.search(name) is None
@@ -126,8 +226,30 @@ def is_candidate(name: str) -> bool:
 
 
 def candidate_layers(names: Iterable[str]) -> list[str]:
-    """Those of `names` that look like linear layers of numbered decoder layers."""
-    return [name for name in names if is_candidate(name)]
+    """Those of `names` that engines pack, as far as names tell.
+
+    Left out are, beside what :func:`is_candidate` leaves out, encoders beside a decoder and
+    Mamba-1 mixers.
+    """
+    known = set(names)
+    has_decoder = any(
+        _REPEATED_BLOCK.search(name) and is_candidate(name) and not _ENCODER.search(name)
+        for name in known
+    )
+    found = []
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        in_mamba_1 = leaf in _SSM and f"{parent}.x_proj" in known
+        is_encoder = has_decoder and _ENCODER.search(name) is not None
+        if is_candidate(name) and not in_mamba_1 and not is_encoder:
+            found.append(name)
+    return found
+
+
+def block_of(name: str) -> int:
+    """The number of the decoder layer that the layer `name` lies in; -1 if it lies in none."""
+    found = _DECODER_LAYER.match(name)
+    return int(found["block"]) if found is not None else -1
 
 
 def fused_with(name: str) -> tuple[str, ...]:

@@ -10,14 +10,15 @@ Layer names are the checkpoint's own (unfused) module names. Patterns:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from dialect_kernels.arguments import ActivationFormat
 from dialect_kernels.formatbook import BLOCK_SIZES, Formatbook, book_by_name
-from dialect_kernels.layer_names import check_expressions, matches, near_misses
+from dialect_kernels.layer_names import check_expressions, is_expression, matches, near_misses
 
 __all__ = [
     "FORMAT_VERSION",
@@ -168,6 +169,12 @@ def check_patterns(field: str, patterns: Iterable[str], names: Iterable[str]) ->
     for pattern in patterns:
         if any(matches(pattern, name) for name in known):
             continue
+        expression = _expression_for(pattern, known)
+        if expression is not None:
+            raise SchemeError(
+                f"{field}: {pattern!r} matches no layer, because a name must be whole; did you "
+                f"mean {expression!r}?"
+            )
         near = near_misses(pattern, known)
         hint = f"; similar names are {', '.join(near)}" if near else ""
         raise SchemeError(
@@ -176,10 +183,38 @@ def check_patterns(field: str, patterns: Iterable[str], names: Iterable[str]) ->
         )
 
 
+def _expression_for(pattern: str, names: Sequence[str]) -> str | None:
+    """The ``re:`` pattern that was meant by a part of a name, a wildcard or an expression."""
+    if is_expression(pattern):
+        return None
+    part = ".*".join(map(re.escape, pattern.strip("*.").split("*")))
+    whole = re.compile(rf"(?:^|.*\.){part}(?:\.|$)")
+    meant = {name for name in names if part and whole.match(name)}
+    spellings = (
+        f".*{part}",
+        f".*{part}$",
+        f".*\\.{part}$",
+        f".*{part}\\.",
+        f".*\\.{part}\\.",
+        pattern,
+    )
+    for spelling in spellings:
+        try:
+            found = {name for name in names if re.match(spelling, name)}
+        except re.error:
+            continue
+        if found and (found == meant or not meant):
+            return f"re:{spelling}"
+    return None
+
+
 def fitting_block_size(columns: int, wanted: int) -> int | None:
-    """`wanted` if it divides `columns`, else the largest of 64, 32, 16 that does, else None."""
+    """`wanted` if it divides `columns`, else the largest of 64, 32, 16 that does, else None.
+
+    None also for zero columns: such a weight has nothing to pack.
+    """
     for block_size in (wanted, *sorted(BLOCK_SIZES, reverse=True)):
-        if columns % block_size == 0:
+        if columns % block_size == 0 and columns:
             return block_size
     return None
 

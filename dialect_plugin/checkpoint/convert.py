@@ -9,6 +9,7 @@ same bytes.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,13 +24,22 @@ from dialect_kernels.ops import dequantize, quantize_counted
 from dialect_kernels.packed import STORED_FIELDS, bits_per_weight
 
 from ..scheme import Scheme
+from .companions import Companions, find_companions
 from .finish import finish_checkpoint
 from .journal import FinishedShard, Journal, LayerRecord, fingerprint, open_journal
 from .layer_choice import ConvertOptions, LayerChoice, choose_layers
 from .loss import signal_and_noise
 from .model_card import model_card
 from .progress import Progress, Silent
-from .reader import CONFIG, JOURNAL, Checkpoint, CheckpointError, find_checkpoint, open_checkpoint
+from .reader import (
+    CONFIG,
+    JOURNAL,
+    Checkpoint,
+    CheckpointError,
+    find_checkpoint,
+    open_checkpoint,
+    open_packed,
+)
 from .workers import Workers
 from .writer import (
     ShardWriter,
@@ -54,19 +64,26 @@ class ConversionResult:
     """A finished conversion.
 
     Attributes:
-        destination: the packed checkpoint.
-        layers: one record per quantized layer.
+        source, destination: directories of the 16-bit and of the packed checkpoint.
+        layers: one record per quantized layer; empty if the conversion was finished before.
         choice: which layers were quantized, adapted or left in 16 bit.
+        companions: files beside the weights that were copied or left out.
+        unheld: tensors that the source's index lists and no file holds.
         source_bytes, packed_bytes: bytes of all tensors before and after.
         resumed: shards that an earlier, unfinished run had written.
+        finished_before: whether an earlier run had finished, so that nothing was written.
     """
 
+    source: Path
     destination: Path
     layers: tuple[LayerRecord, ...]
     choice: LayerChoice
+    companions: Companions
+    unheld: tuple[str, ...]
     source_bytes: int
     packed_bytes: int
     resumed: int
+    finished_before: bool = False
 
 
 def convert(
@@ -82,8 +99,8 @@ def convert(
 
     Args:
         source: directory or hub id of a 16-bit safetensors checkpoint.
-        destination: directory to write; must not exist, be empty, or hold this same conversion
-            unfinished.
+        destination: directory to write; must not exist, be empty, or hold this same conversion,
+            finished or not.
         options: which layers to quantize and how; a scheme is short for options with this scheme.
         overwrite: replace what is in `destination`.
         workers: CPU threads, default all; the bytes do not depend on it.
@@ -99,15 +116,19 @@ def convert(
     destination = Path(destination)
     checkpoint = open_checkpoint(find_checkpoint(source))
     choice = choose_layers(checkpoint, options)
+    companions = find_companions(checkpoint)
     check_destination(checkpoint.path, destination)
-    journal = open_journal(destination, fingerprint(checkpoint, options), overwrite)
+    if not overwrite and _is_finished(checkpoint, choice, companions, destination):
+        return _nothing_to_do(checkpoint, choice, companions, destination)
+    own = fingerprint(checkpoint, options, companions.copied)
+    journal = open_journal(destination, own, overwrite, companions.copied)
     resumed = len(journal.shards)
     missing = [shard for shard in checkpoint.shards if shard not in journal.shards]
     contents = [_contents(checkpoint, shard, choice) for shard in missing]
     check_disk_space(destination, sum(t.nbytes for shard in contents for t in shard.values()))
     with Workers(workers) as pool:
         conversion = _Conversion(
-            checkpoint, choice, destination, journal, progress or Silent(), pool
+            checkpoint, choice, companions, destination, journal, progress or Silent(), pool
         )
         conversion.check_weights()
         destination.mkdir(parents=True, exist_ok=True)
@@ -135,6 +156,7 @@ class _Conversion:
 
     checkpoint: Checkpoint
     choice: LayerChoice
+    companions: Companions
     destination: Path
     journal: Journal
     progress: Progress
@@ -243,14 +265,18 @@ class _Conversion:
                 for name, nbytes in shard.tensors.items()
             },
             model_card(self.checkpoint, layers, self.choice),
+            self.companions,
             self.choice.scheme.to_config(),
         )
         (self.destination / JOURNAL).unlink()
         sync_directory(self.destination)
         return ConversionResult(
+            source=self.checkpoint.path,
             destination=self.destination,
             layers=layers,
             choice=self.choice,
+            companions=self.companions,
+            unheld=self.checkpoint.unheld,
             source_bytes=sum(info.nbytes for info in self.checkpoint.tensors.values()),
             packed_bytes=packed_bytes,
             resumed=resumed,
@@ -260,6 +286,11 @@ class _Conversion:
 def render(result: ConversionResult) -> str:
     """What a conversion did, and how to serve its result; one fact a line."""
     choice, layers = result.choice, result.layers
+    serve = f"serve it with: vllm serve {result.destination}"
+    if result.finished_before:
+        return (
+            f"{result.destination}: holds this conversion already, finished; nothing to do\n{serve}"
+        )
     bits = bits_per_weight(
         sum(layer.packed_bytes for layer in layers),
         sum(layer.rows * layer.columns for layer in layers),
@@ -282,6 +313,11 @@ def render(result: ConversionResult) -> str:
             "no block size divides the columns of these layers, which stay in 16 bit: "
             + ", ".join(choice.indivisible)
         )
+    if choice.incomplete:
+        lines.append(
+            "the checkpoint lacks parts of the fused layers of these, which stay in 16 bit: "
+            + ", ".join(choice.incomplete)
+        )
     if choice.has_experts:
         lines.append("the experts stay in 16 bit: vLLM's plugin does not serve packed experts")
     lines += [
@@ -289,7 +325,25 @@ def render(result: ConversionResult) -> str:
         for layer in layers
         if layer.rows_below_window
     ]
-    return "\n".join([*lines, f"serve it with: vllm serve {result.destination}"])
+    return "\n".join([*lines, *_beside_the_weights(result), serve])
+
+
+def _beside_the_weights(result: ConversionResult) -> Iterator[str]:
+    """What the copy lacks that the source, or its index, has."""
+    if result.unheld:
+        yield "the index lists these tensors, which no file holds: " + ", ".join(result.unheld)
+    if result.companions.left_out:
+        yield "not copied: " + ", ".join(result.companions.left_out)
+    if result.companions.code:
+        entries = ", ".join(
+            f"{name} ({', '.join(keys)})" for name, keys in result.companions.code.items()
+        )
+        yield (
+            "auto_map entries that point to the model's own Python files were left out, because "
+            f"code is never copied: {entries}; vLLM serves the copy with its own classes where it "
+            f"has them, else copy the .py files and these entries from {result.source} and add "
+            "--trust-remote-code"
+        )
 
 
 def _packed_layer(tensor: str, choice: LayerChoice) -> str | None:
@@ -329,5 +383,80 @@ def _first_not_finite(weight: torch.Tensor) -> tuple[int, tuple[int, int, float]
 def _empty(destination: Path) -> None:
     """Delete the files `overwrite` replaces, config.json first: what is left is no checkpoint."""
     (destination / CONFIG).unlink(missing_ok=True)
-    for file in destination.iterdir():
-        file.unlink()
+    for path in destination.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)  # open_journal has seen that it holds nothing of others
+        else:
+            path.unlink()
+
+
+def _is_finished(
+    checkpoint: Checkpoint, choice: LayerChoice, companions: Companions, destination: Path
+) -> bool:
+    """Whether `destination` holds this conversion whole.
+
+    The headers and config.json are compared, and of each tensor the first rows; no file of the
+    source may be younger than config.json, which is written last.
+    """
+    try:
+        packed = open_packed(destination)
+    except ValueError:
+        return False
+    written = (destination / CONFIG).stat().st_mtime_ns
+    names = [CONFIG, *checkpoint.shards, *map(str, companions.copied)]
+    sources = [checkpoint.path / name for name in names]
+    if (
+        packed.scheme != choice.scheme
+        or not all((destination / name).is_file() for name in companions.copied)
+        or packed.checkpoint.shards != checkpoint.shards
+        or any(file.stat().st_mtime_ns > written for file in sources)
+    ):
+        return False
+    held = packed.checkpoint.tensors
+    for shard in checkpoint.shards:
+        stored = {
+            name: StoredTensor(info.dtype, info.shape, info.nbytes)
+            for name, info in held.items()
+            if info.shard == shard
+        }
+        if stored != _contents(checkpoint, shard, choice):
+            return False
+    return all(
+        _begins_alike(checkpoint, packed.checkpoint, name, choice) for name in checkpoint.tensors
+    )
+
+
+def _begins_alike(source: Checkpoint, packed: Checkpoint, name: str, choice: LayerChoice) -> bool:
+    """Whether the first rows of a tensor are stored as this conversion stores them."""
+    layer = _packed_layer(name, choice)
+    if layer is None:
+        chunks = (file.read_bytes(name, _COPY_BYTES) for file in (source, packed))
+        first, second = (next(chunk, b"") for chunk in chunks)
+        return first == second
+    rows = next(source.read_rows(name, _CHUNK_ELEMENTS))
+    expected = quantize_counted(
+        rows, choice.scheme.formatbook, choice.block_sizes[layer], name=name, finite=True
+    )[0]
+    for field, tensor in zip(STORED_FIELDS, expected.tensors, strict=True):
+        data = tensor.flatten().view(torch.uint8).numpy().tobytes()
+        if data and next(packed.read_bytes(f"{layer}.{field.stored}", len(data))) != data:
+            return False
+    return True
+
+
+def _nothing_to_do(
+    checkpoint: Checkpoint, choice: LayerChoice, companions: Companions, destination: Path
+) -> ConversionResult:
+    stored = [_contents(checkpoint, shard, choice) for shard in checkpoint.shards]
+    return ConversionResult(
+        source=checkpoint.path,
+        destination=destination,
+        layers=(),
+        choice=choice,
+        companions=companions,
+        unheld=checkpoint.unheld,
+        source_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
+        packed_bytes=sum(tensor.nbytes for shard in stored for tensor in shard.values()),
+        resumed=0,
+        finished_before=True,
+    )

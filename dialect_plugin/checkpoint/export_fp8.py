@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from dialect_kernels import __version__
 
 from ..architectures import collapse_experts
+from .companions import find_companions
 from .finish import finish_checkpoint
 from .progress import Progress
 from .reader import PACKED_SUFFIXES, CheckpointError, PackedCheckpoint
@@ -83,7 +84,12 @@ def export_fp8(packed: PackedCheckpoint, destination: Path, progress: Progress) 
         write_file(staging / shard, partial(save_file, tensors, metadata={"format": "pt"}))
         del tensors
     exported_bytes = finish_checkpoint(
-        source, staging, stored, _card(packed), _compressed_tensors_config(packed)
+        source,
+        staging,
+        stored,
+        _card(packed),
+        find_companions(source),
+        _compressed_tensors_config(packed),
     )
     staging.replace(destination)
     return ExportResult(destination, len(packed.layers), sum(sizes), exported_bytes)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -82,23 +83,38 @@ class Journal(BaseModel):
         write_text(destination / JOURNAL, json.dumps(self.model_dump()))
 
 
-def fingerprint(checkpoint: Checkpoint, options: ConvertOptions) -> str:
-    """A hash of the source's files, the options and the release that writes the bytes."""
-    files = [
-        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
-        for file in sorted(checkpoint.path.iterdir())
-        if file.is_file()
-    ]
+def fingerprint(
+    checkpoint: Checkpoint, options: ConvertOptions, companions: Iterable[PurePath] = ()
+) -> str:
+    """A hash of the source's files, the options and the release that writes the bytes.
+
+    Args:
+        checkpoint: the source.
+        options: of the conversion.
+        companions: paths inside the source of files in folders that are copied.
+    """
+    names = {file.name for file in checkpoint.path.iterdir() if file.is_file()}
+    names |= {str(name) for name in companions}
+    status = {name: (checkpoint.path / name).stat() for name in sorted(names)}
+    files = [(name, found.st_size, found.st_mtime_ns) for name, found in status.items()]
     parts = [str(checkpoint.path.resolve()), files, options.model_dump(mode="json"), __version__]
     return hashlib.sha256(json.dumps([*parts, FORMAT_VERSION]).encode()).hexdigest()
 
 
-def open_journal(destination: Path, own: str, overwrite: bool) -> Journal:
+def open_journal(
+    destination: Path, own: str, overwrite: bool, companions: Collection[PurePath] = ()
+) -> Journal:
     """The journal of the conversion with the fingerprint `own`, or a new one.
+
+    Args:
+        destination: directory to write.
+        own: fingerprint of this conversion.
+        overwrite: whether other files in `destination` are replaced.
+        companions: paths inside `destination` of files in folders that this conversion writes.
 
     Raises:
         CheckpointError: if the destination holds anything else and `overwrite` is False, or holds
-            directories, which `overwrite` never deletes.
+            directories with other files than `companions`, which `overwrite` never deletes.
     """
     fresh = Journal(fingerprint=own)
     if not destination.exists() or all(is_temporary(path) for path in destination.iterdir()):
@@ -122,12 +138,19 @@ def open_journal(destination: Path, own: str, overwrite: bool) -> Journal:
             f"{destination}: is not empty; choose another directory, or use --overwrite"
         )
     for path in sorted(destination.iterdir()):
-        if path.is_dir():
+        if path.is_dir() and not _is_own_folder(path, destination, companions):
             raise CheckpointError(
                 f"{destination}: holds the directory {path.name}, and --overwrite deletes files "
                 "only; choose another directory"
             )
     return fresh
+
+
+def _is_own_folder(folder: Path, destination: Path, companions: Collection[PurePath]) -> bool:
+    """Whether a folder holds nothing but what this conversion writes there."""
+    files = [path.relative_to(destination) for path in folder.rglob("*") if not path.is_dir()]
+    own = {str(name) for name in companions}
+    return bool(files) and all(is_temporary(file) or str(file) in own for file in files)
 
 
 def _read(destination: Path) -> Journal | None:

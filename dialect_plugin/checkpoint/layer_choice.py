@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -24,9 +26,13 @@ _FOREIGN_SUFFIXES = (
     ".weight_scale",
     ".weight_scale_inv",
     ".weight.absmax",
-    "_blocks",
-    "_scales",
 )
+_FOREIGN_BYTES = ("_blocks", "_scales")
+"""Ends of names that mean packed weights if the tensor holds bytes."""
+_BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+"""Names of config.json for the number of decoder layers."""
+_TEXT = re.compile(r"text|llm|language|thinker|decoder")
+"""What keys of config.json are called that hold the text model's config."""
 
 
 class ConvertOptions(BaseModel):
@@ -61,6 +67,8 @@ class LayerChoice:
         block_sizes: layer -> block size of every layer that is quantized.
         adapted: layers whose columns their block size does not divide, and that take another one.
         indivisible: layers that stay in 16 bit because no block size divides their columns.
+        incomplete: layers that stay in 16 bit because the checkpoint lacks another part of the
+            matrix that engines fuse them into.
         scheme: the resolved scheme, for config.json.
         has_experts: whether the model has experts; they stay in 16 bit.
     """
@@ -68,6 +76,7 @@ class LayerChoice:
     block_sizes: dict[str, int]
     adapted: tuple[str, ...]
     indivisible: tuple[str, ...]
+    incomplete: tuple[str, ...]
     scheme: Scheme
     has_experts: bool
 
@@ -77,7 +86,8 @@ def choose_layers(checkpoint: Checkpoint, options: ConvertOptions) -> LayerChoic
 
     Raises:
         CheckpointError: if the checkpoint is quantized already, its architecture is not known and
-            no targets are given, or a chosen layer has a dtype that is not supported.
+            no targets are given, or a chosen layer has a dtype that is not supported or is stored
+            transposed.
         SchemeError: if a pattern matches nothing, the parts of a fused layer disagree, or `strict`
             finds a layer that does not fit.
     """
@@ -86,18 +96,23 @@ def choose_layers(checkpoint: Checkpoint, options: ConvertOptions) -> LayerChoic
     linear = checkpoint.linear_layers()
     scheme = options.scheme
     candidates = _choose(checkpoint, linear, options)
-    check_patterns("ignore", scheme.ignore, linear)
+    check_patterns("ignore", scheme.ignore, _modules(checkpoint))
     check_patterns("override", scheme.overrides, candidates)
     chosen = [name for name in candidates if not scheme.is_ignored(name)]
     if not chosen:
         raise SchemeError("ignore: no layer is left to quantize; ignore fewer layers")
+    _refuse_transposed(checkpoint, chosen)
+    absent = _absent_parts(checkpoint, chosen)
+    chosen = [name for name in chosen if name not in absent]
     block_sizes, adapted, indivisible = _fit(checkpoint, chosen, options)
     _check_fused_layers(linear, block_sizes)
+    missing = sorted({part for parts in absent.values() for part in parts})
     return LayerChoice(
         block_sizes,
         tuple(adapted),
         tuple(indivisible),
-        _resolved(scheme, linear, block_sizes),
+        tuple(absent),
+        _resolved(scheme, linear, block_sizes, missing),
         has_experts=any(architectures.is_expert(name) for name in checkpoint.tensors),
     )
 
@@ -137,11 +152,8 @@ def _fit(
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError, naming the method, if the checkpoint is quantized already."""
-    config = checkpoint.config
-    text = config.get("text_config")
-    holders = (config, text) if isinstance(text, Mapping) else (config,)
     method = None
-    for holder in holders:
+    for holder in _nested(checkpoint.config):
         found = holder.get("quantization_config") or holder.get("compression_config")
         if isinstance(found, Mapping):
             method = found.get("quant_method") or found.get("quant_type") or "unknown method"
@@ -150,14 +162,81 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
     for name in _FOREIGN_CONFIGS:
         if method is None and (checkpoint.path / name).exists():
             method = f"it has a {name}"
-    for name in checkpoint.tensors:
-        if method is None and name.endswith(_FOREIGN_SUFFIXES):
+    for name, info in checkpoint.tensors.items():
+        packed = name.endswith(_FOREIGN_BYTES) and info.dtype not in _QUANTIZABLE
+        if method is None and (packed or name.endswith(_FOREIGN_SUFFIXES)):
             method = f"it has a tensor {name}"
     if method is not None:
         raise CheckpointError(
             f"{checkpoint.path}: is quantized already ({method}); give the 16-bit checkpoint it "
             "was made from"
         )
+
+
+def _nested(value: Any) -> Iterator[Mapping[str, Any]]:
+    """An object of a JSON file and all objects inside it."""
+    if isinstance(value, Mapping):
+        yield value
+        for entry in value.values():
+            yield from _nested(entry)
+
+
+def _modules(checkpoint: Checkpoint) -> list[str]:
+    """Names of the modules with tensors, and of the output projection, which may be tied."""
+    modules = {name.rpartition(".")[0]: None for name in checkpoint.tensors}
+    return [*checkpoint.linear_layers(), *modules, *checkpoint.tensors, "lm_head"]
+
+
+def _refuse_transposed(checkpoint: Checkpoint, chosen: Collection[str]) -> None:
+    """Raise CheckpointError if a weight is stored as [in, out], as transformers' Conv1D does.
+
+    A bias has one element for each output. Where it fits the columns only, the layer is transposed,
+    and then every square layer with a bias may be, because a model has one kind of layer.
+    """
+    tensors = checkpoint.tensors
+    square: list[str] = []
+    transposed: list[str] = []
+    for name in checkpoint.linear_layers():
+        rows, columns = tensors[f"{name}.weight"].shape
+        bias = tensors.get(f"{name}.bias")
+        if bias is None or bias.shape != (columns,):
+            continue
+        (square if rows == columns else transposed).append(name)
+    if not transposed:
+        return
+    for name in chosen:
+        if name in transposed or name in square:
+            rows, columns = tensors[f"{name}.weight"].shape
+            raise CheckpointError(
+                f"{name}.weight: [{rows}, {columns}] is stored as [inputs, outputs] (Conv1D), but "
+                "packed weights are [outputs, inputs]; serve the 16-bit checkpoint with "
+                "--quantization blockdialect, which packs it while loading"
+            )
+
+
+def _absent_parts(checkpoint: Checkpoint, chosen: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Chosen layer -> parts of its fused matrix that this block lacks and other blocks have.
+
+    Models that share keys and values between layers, or use keys as values, are made so.
+    """
+    shares = any(
+        holder.get("attention_k_eq_v") or holder.get("num_kv_shared_layers")
+        for holder in _nested(checkpoint.config)
+    )
+    linear = checkpoint.linear_layers()
+    present = set(linear)
+    kinds = {architectures.decoder_layer_pattern(name) for name in linear}
+    absent = {}
+    for name in chosen:
+        parts = architectures.fused_with(name)
+        missing = tuple(
+            part
+            for part in parts
+            if part not in present and architectures.decoder_layer_pattern(part) in kinds
+        )
+        if missing and not shares:
+            absent[name] = missing
+    return absent
 
 
 def _choose(checkpoint: Checkpoint, linear: list[str], options: ConvertOptions) -> list[str]:
@@ -172,14 +251,15 @@ def _choose(checkpoint: Checkpoint, linear: list[str], options: ConvertOptions) 
             and not architectures.is_never_packed(name)
         }
     elif checkpoint.architecture in architectures.ARCHITECTURES:
-        chosen = set(architectures.default_layers(checkpoint.architecture, linear))
+        served = _in_served_blocks(checkpoint, linear)
+        chosen = set(architectures.default_layers(checkpoint.architecture, served))
     else:
-        candidates = architectures.candidate_layers(linear)
+        candidates = architectures.candidate_layers(_in_served_blocks(checkpoint, linear))
+        _refuse_transposed(checkpoint, candidates)
         patterns = sorted({f"'{architectures.decoder_layer_pattern(n)}'" for n in candidates})
-        known = ", ".join(architectures.ARCHITECTURES)
         raise CheckpointError(
-            f"architectures: {checkpoint.architecture!r} is not known (known are {known}); choose "
-            f"the layers with --targets, candidates are: {' '.join(patterns) or 'none'}"
+            f"architectures: {checkpoint.architecture!r} is not known; choose the layers with "
+            f"--targets, candidates are: {' '.join(patterns) or 'none'}"
         )
     if options.scheme.lm_head:
         if checkpoint.tied_embeddings:
@@ -196,14 +276,25 @@ def _choose(checkpoint: Checkpoint, linear: list[str], options: ConvertOptions) 
     return [name for name in linear if name in chosen]
 
 
+def _in_served_blocks(checkpoint: Checkpoint, names: list[str]) -> list[str]:
+    """`names` without the blocks behind the model's last one, which belong to draft models."""
+    config = checkpoint.config
+    texts = [entry for key, entry in config.items() if _TEXT.search(key)]
+    for holder in (config, *(found for text in texts for found in _nested(text))):
+        for key in _BLOCK_COUNTS:
+            if isinstance(count := holder.get(key), int):
+                return [name for name in names if architectures.block_of(name) < count]
+    return names
+
+
 def _check_targets(targets: Collection[str], linear: list[str]) -> None:
     """Patterns pass over layers that engines read in 16 bit only; their exact names are errors."""
     for name in targets:
         if name in linear and architectures.is_never_packed(name):
             remedy = "use --lm-head" if name == "lm_head" else "leave it out"
             raise SchemeError(
-                f"targets: {name} is an embedding, norm, router, expert or output projection, "
-                f"which engines read in 16 bit; {remedy}"
+                f"targets: {name} is an embedding, norm, router or gate, expert, convolution, "
+                f"draft layer or output projection, which engines read in 16 bit; {remedy}"
             )
 
 
@@ -225,9 +316,11 @@ def _check_fused_layers(linear: Collection[str], block_sizes: Mapping[str, int])
             )
 
 
-def _resolved(scheme: Scheme, linear: list[str], block_sizes: dict[str, int]) -> Scheme:
+def _resolved(
+    scheme: Scheme, linear: list[str], block_sizes: dict[str, int], absent: list[str]
+) -> Scheme:
     """The scheme with exact names: what stays in 16 bit, and every block size that differs."""
-    untouched = [name for name in linear if name not in block_sizes]
+    untouched = [*(name for name in linear if name not in block_sizes), *absent]
     overrides = {
         name: {"block_size": size}
         for name, size in block_sizes.items()

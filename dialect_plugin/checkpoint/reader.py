@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dialect_kernels import PackedTensor
-from dialect_kernels.layer_names import is_expression
+from dialect_kernels.layer_names import is_expression, near_misses
 from dialect_kernels.packed import STORED_FIELDS
 
 from ..architectures import is_candidate
@@ -46,6 +46,11 @@ PACKED_SUFFIXES = tuple(f".{field.stored}" for field in STORED_FIELDS)
 """What the names of a packed layer's tensors end in."""
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_OTHER_FORMAT = "consolidated*.safetensors"
+"""Mistral's own format, beside which repositories hold the same weights under transformers' names.
+
+vLLM prefers these files wherever they lie, so that a packed checkpoint must not hold them.
+"""
 _HUB_FILES = (
     "*.safetensors",
     "*.json",
@@ -57,6 +62,8 @@ _HUB_FILES = (
     "NOTICE*",
     "USE_POLICY*",
 )
+_HUB_LEFT_OUT = ("*.py", _OTHER_FORMAT, "[!0-9]*/*.safetensors")
+"""Of the folders only those with a number hold weights of the model (sentence-transformers)."""
 
 
 class CheckpointError(ValueError):
@@ -91,12 +98,14 @@ class Checkpoint:
         config: contents of config.json.
         shards: file names, sorted.
         tensors: every tensor by name, in the order of the shards and of the bytes in them.
+        unheld: tensors that the index lists and no shard holds, sorted.
     """
 
     path: Path
     config: dict[str, Any]
     shards: tuple[str, ...]
     tensors: dict[str, TensorInfo]
+    unheld: tuple[str, ...] = ()
 
     @property
     def architecture(self) -> str:
@@ -194,8 +203,11 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class PackedCheckpoint:
-    """A checkpoint that was packed by ``blockdialect quantize``.
+class PackedCheckpoint(Mapping[str, PackedTensor]):
+    """A checkpoint that was packed by ``blockdialect quantize``: a mapping of its packed layers.
+
+    ``packed["model.layers.0.mlp.down_proj"]`` reads that layer's weight from disk and checks it;
+    nothing is kept in memory.
 
     Attributes:
         checkpoint: its files.
@@ -206,6 +218,25 @@ class PackedCheckpoint:
     checkpoint: Checkpoint
     scheme: Scheme
     layers: tuple[str, ...]
+
+    def __getitem__(self, name: str) -> PackedTensor:
+        if name not in self.layers:
+            near = near_misses(name, self.layers) if isinstance(name, str) else []
+            hint = f"; similar names are {', '.join(near)}" if near else ""
+            raise KeyError(f"{name!r} is not a packed layer of {self.checkpoint.path}{hint}")
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.layers  # without reading it
+
+    def __repr__(self) -> str:
+        return f"PackedCheckpoint({str(self.checkpoint.path)!r}, {len(self.layers)} packed layers)"
 
     def read(self, name: str) -> PackedTensor:
         """Read and check the packed weight of the layer `name`.
@@ -259,7 +290,9 @@ def find_checkpoint(source: str | Path) -> Path:
 
         return Path(
             snapshot_download(
-                str(source), allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*", "*.py"]
+                str(source),
+                allow_patterns=list(_HUB_FILES),
+                ignore_patterns=list(_HUB_LEFT_OUT),
             )
         )
     except Exception as error:  # the hub's client raises some twenty classes
@@ -272,6 +305,8 @@ def find_checkpoint(source: str | Path) -> Path:
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read config.json, the index and all headers, and check them against each other.
+
+    The headers decide which tensors there are; engines do not read the index for that either.
 
     Raises:
         CheckpointError: one sentence on the first fault.
@@ -287,18 +322,22 @@ def open_checkpoint(path: Path) -> Checkpoint:
                     "remove the file that does not belong to the model"
                 )
             tensors[name] = info
-    if (path / INDEX).exists():
-        _check_index(path, tensors)
-    return Checkpoint(path, config, shards, tensors)
+    listed = _weight_map(path) if (path / INDEX).exists() else {}
+    unheld = tuple(sorted(listed.keys() - tensors.keys()))
+    return Checkpoint(path, config, shards, tensors, unheld)
 
 
-def open_packed(path: Path) -> PackedCheckpoint:
+def open_packed(path: str | Path) -> PackedCheckpoint:
     """Open a checkpoint that ``blockdialect quantize`` has written.
+
+    Args:
+        path: its directory.
 
     Raises:
         CheckpointError: if it is not one, or its layers and its scheme do not fit together.
         SchemeError: if its quantization_config is not valid.
     """
+    path = Path(path)
     if (path / JOURNAL).exists():
         raise CheckpointError(
             f"{path}: is an unfinished conversion; run the same blockdialect quantize again"
@@ -315,6 +354,11 @@ def open_packed(path: Path) -> PackedCheckpoint:
         raise SchemeError(
             f"{path / CONFIG}: quantization_config: serialized is false; it must be true in a "
             "packed checkpoint: convert the model again"
+        )
+    if checkpoint.unheld:
+        raise CheckpointError(
+            f"{path / INDEX}: lists {checkpoint.unheld[0]}, which no file holds; copy the packed "
+            "checkpoint again"
         )
     found = Counter(
         name.removesuffix(suffix)
@@ -348,14 +392,19 @@ def open_packed(path: Path) -> PackedCheckpoint:
     return PackedCheckpoint(checkpoint, scheme, tuple(found))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; a key given twice is a fault.
+def read_json(path: Path, unique: bool = False) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: the file.
+        unique: refuse a key that is given twice; else the last one counts, as in every engine.
 
     Raises:
         CheckpointError: if the file is missing or not a JSON object.
     """
+    hook = _unique_keys if unique else None
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=hook)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: is missing; a checkpoint directory needs it") from None
     except (ValueError, RecursionError) as error:
@@ -372,23 +421,34 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+def _weight_map(path: Path) -> dict[str, str]:
+    """The index: tensor -> file name."""
+    weight_map = read_json(path / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path / INDEX}: has no weight_map; it must map tensors to files")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or _is_path(name) or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{path / INDEX}: gives {name!r} as the file of {tensor}; it must be the name of "
+                "a file in the same directory that ends in .safetensors"
+            )
+    return weight_map
+
+
 def _shard_names(path: Path) -> tuple[str, ...]:
     """The names of the safetensors files that hold the model."""
     if (path / INDEX).exists():
-        weight_map = read_json(path / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(
-                f"{path / INDEX}: has no weight_map; it must map tensors to files"
-            )
-        for tensor, name in weight_map.items():
-            if not isinstance(name, str) or _is_path(name) or not name.endswith(".safetensors"):
-                raise CheckpointError(
-                    f"{path / INDEX}: gives {name!r} as the file of {tensor}; it must be the name "
-                    "of a file in the same directory that ends in .safetensors"
-                )
-        names = sorted(set(weight_map.values()))
+        names = sorted(set(_weight_map(path).values()))
     else:
         names = sorted(file.name for file in path.glob("*.safetensors"))
+        own_format = {file.name for file in path.glob(_OTHER_FORMAT)}
+        if names and not own_format.issuperset(names):
+            names = [name for name in names if name not in own_format]
+        elif names:
+            raise CheckpointError(
+                f"{path}: holds {names[0]}, Mistral's own format, and no weights under "
+                "transformers' names; give a repository that holds model.safetensors"
+            )
     if not names:
         others = sorted(p.name for s in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in path.glob(s))
         if others:
@@ -432,22 +492,6 @@ def _read_header(path: Path, shard: str) -> dict[str, TensorInfo]:
         shape = tuple(entry["shape"])
         tensors[name] = TensorInfo(shard, entry["dtype"], shape, end - begin, 8 + length + begin)
     return tensors
-
-
-def _check_index(path: Path, tensors: dict[str, TensorInfo]) -> None:
-    weight_map = read_json(path / INDEX)["weight_map"]
-    for name, shard in weight_map.items():
-        if name not in tensors or tensors[name].shard != shard:
-            raise CheckpointError(
-                f"{path / INDEX}: says that {name} is in {shard}, which does not hold it; download "
-                "the model again"
-            )
-    for name, info in tensors.items():
-        if name not in weight_map:
-            raise CheckpointError(
-                f"{path / INDEX}: does not list {name}, which {info.shard} holds; download the "
-                "model again"
-            )
 
 
 @contextmanager

@@ -10,14 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from .reader import CONFIG, CheckpointError
+from .reader import CheckpointError
 
 __all__ = [
     "ShardWriter",
     "StoredTensor",
     "check_destination",
     "check_disk_space",
-    "copied_files",
     "exclusive",
     "is_temporary",
     "remove_temporary",
@@ -27,8 +26,6 @@ __all__ = [
 ]
 
 _TEMPORARY = ".blockdialect-tmp"
-_COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
-_COPIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 _HEADER_ALIGNMENT = 8
 
 
@@ -154,17 +151,9 @@ def is_temporary(path: Path) -> bool:
 
 def remove_temporary(directory: Path) -> None:
     """Delete the unfinished files of killed runs in `directory`."""
-    for path in directory.iterdir():
+    for path in list(directory.rglob("*")):
         if is_temporary(path):
             path.unlink()
-
-
-def copied_files(source: Path) -> list[Path]:
-    """Files beside the weights that a converted checkpoint keeps: tokenizer, generation, licence.
-
-    Never Python files, config.json or the index.
-    """
-    return [file for file in sorted(source.iterdir()) if file.is_file() and _is_copied(file.name)]
 
 
 def check_destination(source: Path, destination: Path) -> None:
@@ -187,13 +176,6 @@ def check_disk_space(destination: Path, needed: int) -> None:
             f"{destination}: {free / 2**30:.1f} GiB are free, but the new checkpoint takes "
             f"{needed / 2**30:.1f} GiB; free some space or choose another disk"
         )
-
-
-def _is_copied(name: str) -> bool:
-    suffix = Path(name).suffix
-    if name == CONFIG or name.startswith(".") or name.endswith(".index.json") or suffix == ".py":
-        return False
-    return suffix in _COPIED_SUFFIXES or name.startswith(_COPIED_NAMES)
 
 
 def _by_width(item: tuple[str, StoredTensor]) -> tuple[int, str]:

@@ -238,13 +238,11 @@ def register_configs() -> None:
 
 
 def _quantized_online(name: str) -> bool:
-    known = [a for a in compat.current_architectures() if a in architectures.ARCHITECTURES]
-    if known:
-        return architectures.is_default_layer(known[0], name)
-    _log_once(
-        "this architecture is not in blockdialect's table: every linear layer of its decoder "
-        "layers is quantized, except routers and experts"
-    )
+    if architectures.ARCHITECTURES.keys().isdisjoint(compat.current_architectures()):
+        _log_once(
+            "this architecture is not in blockdialect's table: every linear layer of its decoder "
+            "layers is quantized, except routers and experts"
+        )
     return architectures.is_candidate(name)
 
 

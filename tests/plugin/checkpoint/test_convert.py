@@ -1,13 +1,14 @@
 """Conversion: what is written, what is refused, and that nothing is written when it is."""
 
 import json
+import os
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from dialect_kernels import DIALECT_FP4, quantize
-from dialect_plugin.checkpoint.convert import convert
+from dialect_plugin.checkpoint.convert import convert, render
 from dialect_plugin.checkpoint.progress import Silent
 from dialect_plugin.checkpoint.reader import JOURNAL, CheckpointError, open_packed
 from dialect_plugin.scheme import Scheme
@@ -196,3 +197,36 @@ def test_another_unfinished_conversion_is_not_continued(tiny_model, tmp_path):
         convert(source, destination)
     (destination / JOURNAL).unlink()
     assert hashes(destination) == before
+
+
+def test_a_finished_conversion_run_again_is_well(source, tmp_path):
+    """It says so and writes nothing; with other options or another source it is refused."""
+    destination = tmp_path / "packed"
+    convert(source, destination, options_of(block_size=16))
+    before = {path: path.stat().st_mtime_ns for path in destination.iterdir()}
+    again = convert(source, destination, options_of(block_size=16))
+    assert again.finished_before
+    assert "finished; nothing to do" in render(again)
+    assert {path: path.stat().st_mtime_ns for path in destination.iterdir()} == before
+    for options in ({"block_size": 32}, {"block_size": 16, "ignore": ["re:.*layers.0.mlp"]}):
+        with pytest.raises(CheckpointError, match="not empty"):
+            convert(source, destination, options_of(**options))
+    weights = load_file(source / "model.safetensors")
+    times = (source / "model.safetensors").stat()
+    for name in ("model.layers.1.mlp.down_proj.weight", "model.norm.weight"):
+        changed = {**weights, name: -weights[name]}
+        save_file(changed, source / "model.safetensors", {"format": "pt"})
+        os.utime(source / "model.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
+        with pytest.raises(CheckpointError, match="not empty"):
+            convert(source, destination, options_of(block_size=16))
+
+
+def test_a_weight_without_columns_stays(source, tmp_path):
+    weights = load_file(source / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj"
+    weights[f"{name}.weight"] = torch.zeros(128, 0, dtype=torch.bfloat16)
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    result = convert(source, tmp_path / "packed")
+    assert result.choice.indivisible == (name,)
+    stored = open_packed(tmp_path / "packed").checkpoint.tensors
+    assert stored[f"{name}.weight"].shape == (128, 0)

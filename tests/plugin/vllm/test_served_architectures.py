@@ -11,6 +11,7 @@ import torch
 
 from dialect_plugin.architectures import ARCHITECTURES
 from dialect_plugin.checkpoint.convert import convert
+from tests.support import dense_models
 from tests.support.engines import (
     STORED,
     engine,
@@ -31,8 +32,12 @@ pytestmark = pytest.mark.slow
 
 
 def test_every_architecture_is_tried():
-    untried = set(ARCHITECTURES) - set(CONFIGS)
-    assert untried == {"Gemma3ForConditionalGeneration"}  # test_weight_loading has it
+    untried = set(ARCHITECTURES) - set(CONFIGS) - set(dense_models.CONFIGS)
+    assert untried == {
+        "Gemma3ForConditionalGeneration",  # test_weight_loading has it
+        "Qwen3_5ForCausalLM",  # vLLM's module needs torchvision, of which there is no CPU build
+        "Qwen3_5ForConditionalGeneration",
+    }
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
