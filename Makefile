@@ -1,4 +1,4 @@
-# make demo [MODEL=DIR]               quantize a model, serve it, compare it with bf16 and MXFP4
+# make demo [MODEL=DIR|smollm2]       quantize a model, serve it, compare it with bf16 and MXFP4
 # make video [ARGS="..."]             the same videos in 16 bit, MXFP4 and SemanticDialect
 # make serve MODEL=DIR [ARGS="..."]   serve a model with BlockDialect and leave the server running
 # make test                           all tests, in four stages

@@ -38,6 +38,8 @@ def measure() -> dict[str, Any]:
         )
     except DemoError as error:
         sys.exit(f"demo: not measured: {error}")
+    if found.doubts:
+        sys.exit(f"demo: not measured: {'; '.join(found.doubts)}")
     return asdict(found)
 
 

@@ -1,26 +1,30 @@
 """Emulation in transformers: the layers a packed checkpoint names, in another number format.
 
 The server's numbers are checked against it, and MXFP4, which no CPU engine serves, is measured by
-it. It is made of the reference's rounding and torch's float32 products only, so that it shares no
-kernel with the server. Activations between the layers are bfloat16, as in the server.
+it. It shares no model code with the server. Its BlockDialect layers run the product that the server
+runs, so that a real model does not take hours; `LayerCheck` therefore compares a sample of their
+outputs with the reference. Activations between the layers are bfloat16, as in the server.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from dialect_kernels import baselines, reference
+from dialect_kernels import PackedTensor, baselines, ops, reference
 from dialect_plugin.checkpoint.reader import PackedCheckpoint, open_packed
 
 from ..rounded import RoundedLinear
 
-__all__ = ["emulate_blockdialect", "emulate_mxfp4", "load_bf16"]
+__all__ = ["LayerCheck", "emulate_blockdialect", "emulate_mxfp4", "load_bf16"]
+
+_SAMPLED_TOKENS = 4
 
 
 def load_bf16(model: Path) -> PreTrainedModel:
@@ -31,21 +35,22 @@ def load_bf16(model: Path) -> PreTrainedModel:
     ).eval()
 
 
-def emulate_blockdialect(model: Path, packed: Path) -> PreTrainedModel:
-    """The model in W4A4: the packed checkpoint's weights, activations rounded per token.
+def emulate_blockdialect(
+    model: Path, packed: Path, activation_format: str = "dialect"
+) -> PreTrainedModel:
+    """The model with the packed checkpoint's weights in the product that a server uses.
 
     Args:
         model: directory of the 16-bit checkpoint.
         packed: directory that ``blockdialect quantize`` made of it.
+        activation_format: ``"dialect"`` (W4A4), ``"fp8"`` (W4A8) or ``"none"`` (W4A16).
     """
     checkpoint = open_packed(packed)
 
-    def rounded(layer: torch.nn.Linear, name: str) -> RoundedLinear:
-        p = checkpoint.read(name)
-        rounding = partial(reference.round_activation, book=p.book, block_size=p.block_size)
-        return RoundedLinear(p.dequantize(torch.float32), layer.bias, rounding)
+    def packed_layer(layer: torch.nn.Linear, name: str) -> _PackedLinear:
+        return _PackedLinear(checkpoint.read(name), layer.bias, activation_format)
 
-    return _replace(load_bf16(model), checkpoint, rounded)
+    return _replace(load_bf16(model), checkpoint, packed_layer)
 
 
 def emulate_mxfp4(model: Path, packed: Path) -> PreTrainedModel:
@@ -58,10 +63,76 @@ def emulate_mxfp4(model: Path, packed: Path) -> PreTrainedModel:
     return _replace(load_bf16(model), open_packed(packed), rounded)
 
 
+class LayerCheck:
+    """Compares the BlockDialect layers of an emulation with the reference, on real activations.
+
+    When a layer runs for the first time after `watching` began, its outputs for four tokens are
+    computed again by :func:`dialect_kernels.reference.dialect_linear`. The bits must be equal.
+
+    Attributes:
+        compared: how many layers were compared.
+        unequal: names of the layers whose outputs differ.
+    """
+
+    def __init__(self) -> None:
+        self.compared = 0
+        self.unequal: list[str] = []
+
+    @contextmanager
+    def watching(self, model: torch.nn.Module) -> Iterator[None]:
+        """Compare the layers of `model` that run inside the ``with`` block, each once."""
+        hooks = []
+        for name, layer in model.named_modules():
+            if isinstance(layer, _PackedLinear):
+                hooks.append(layer.register_forward_hook(self._comparison(name)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _comparison(self, name: str) -> Callable[..., None]:
+        seen = False
+
+        def compare(layer: _PackedLinear, inputs: tuple[Any, ...], y: torch.Tensor) -> None:
+            nonlocal seen
+            if seen:
+                return
+            seen = True
+            x = inputs[0].flatten(0, -2)
+            # the first token is among them: real models give it activations like no other's
+            sample = torch.linspace(0, len(x) - 1, min(_SAMPLED_TOKENS, len(x))).long()
+            expected = reference.dialect_linear(
+                x[sample], layer.weight, layer.bias, layer.activation_format
+            )
+            self.compared += 1
+            if not torch.equal(y.flatten(0, -2)[sample], expected):
+                self.unequal.append(name)
+
+        return compare
+
+
+class _PackedLinear(torch.nn.Module):
+    """A linear layer with a packed weight, computed by the op that the server uses."""
+
+    def __init__(
+        self, weight: PackedTensor, bias: torch.Tensor | None, activation_format: str
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = None if bias is None else bias.detach()
+        self.activation_format = activation_format
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., K] -> [..., N] in x's dtype."""
+        # the CPU kernel, which the server runs, knows this mode only; without it torch runs here
+        return ops.dialect_linear(x, self.weight, self.bias, self.activation_format, "exact")
+
+
 def _replace(
     model: PreTrainedModel,
     checkpoint: PackedCheckpoint,
-    rounded: Callable[[torch.nn.Linear, str], RoundedLinear],
+    replacement: Callable[[torch.nn.Linear, str], torch.nn.Module],
 ) -> PreTrainedModel:
     modules = dict(model.named_modules())
     for name in checkpoint.layers:
@@ -72,5 +143,5 @@ def _replace(
                 "architecture, so it cannot be emulated; serve the model with make serve"
             )
         parent, _, leaf = name.rpartition(".")
-        setattr(modules[parent], leaf, rounded(layer, name))
+        setattr(modules[parent], leaf, replacement(layer, name))
     return model

@@ -14,7 +14,14 @@ import torch
 
 from .server import Server
 
-__all__ = ["model_logprobs", "perplexity", "predicted", "server_logprobs", "windows"]
+__all__ = [
+    "model_logprobs",
+    "paired_standard_error",
+    "perplexity",
+    "predicted",
+    "server_logprobs",
+    "windows",
+]
 
 Windows = Sequence[list[int]]
 
@@ -45,6 +52,30 @@ def predicted(parts: Windows) -> int:
 def perplexity(logprobs: torch.Tensor) -> float:
     """``exp`` of the mean of ``-logprobs``."""
     return math.exp(-float(logprobs.double().mean()))
+
+
+def paired_standard_error(first: torch.Tensor, second: torch.Tensor, parts: Windows) -> float:
+    """Standard error of the mean difference of two models' log-probabilities of the same tokens.
+
+    The differences inside a window are not independent (a token's error stays in the attention of
+    all later ones), so the windows are the sample: the error is that of a ratio of sums over them.
+
+    Args:
+        first: [number of predicted tokens].
+        second: the same shape.
+        parts: the windows of these tokens.
+
+    Returns:
+        In nats per token; 0 for a single window, which has no spread.
+    """
+    if len(parts) == 1:
+        return 0.0
+    lengths = [len(part) - 1 for part in parts]
+    difference = first.double() - second.double()
+    excess = difference - difference.mean()
+    sums = torch.stack([window.sum() for window in excess.split(lengths)])
+    scale = len(parts) / (len(parts) - 1)
+    return math.sqrt(scale * float(sums.square().sum())) / len(difference)
 
 
 def server_logprobs(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich.markup import escape
 from rich.table import Table
@@ -43,6 +43,9 @@ class Demonstration:
         window: most tokens in a window.
         prompts: the beginnings that the servers completed.
         rows: one for each format.
+        origin: where the model comes from, if its directory says so.
+        doubts: sentences about figures that the checks do not bear out.
+        layers_differ: whether a layer's outputs differ from the reference.
     """
 
     model: str
@@ -51,6 +54,9 @@ class Demonstration:
     window: int
     prompts: list[str]
     rows: list[Figures]
+    origin: str | None = None
+    doubts: list[str] = field(default_factory=list)
+    layers_differ: bool = False
 
 
 def completions_table(result: Demonstration, prompt: int) -> Table:
@@ -70,6 +76,8 @@ def figures_table(result: Demonstration) -> Table:
     table = Table(
         title=f"{escape(result.model)}, {result.tokens:,} tokens of {escape(result.text)}",
         title_justify="left",
+        caption=None if result.origin is None else escape(result.origin),
+        caption_justify="left",
     )
     for column in ("format", "MB", "perplexity", "to bf16", "measured by", "emulated"):
         text = column in {"format", "measured by"}

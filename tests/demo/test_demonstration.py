@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,9 +24,15 @@ from typer.testing import CliRunner
 import demo.language.run
 import demo.language.serve
 from demo.language import emulation
-from demo.language.perplexity import model_logprobs, perplexity, predicted, windows
+from demo.language.perplexity import (
+    model_logprobs,
+    paired_standard_error,
+    perplexity,
+    predicted,
+    windows,
+)
 from demo.language.results import Demonstration, Figures, completions_table, figures_table
-from demo.language.run import DemoError, check_agreement
+from demo.language.run import DemoError, check_agreement, report
 from demo.language.serve import arguments_for
 from demo.language.server import Server, ServerError
 from dialect_kernels import baselines, reference
@@ -91,8 +98,7 @@ def test_emulations_replace_the_packed_layers_and_no_others(tiny_model, tmp_path
         x = torch.randn(2, 3, layer.in_features).to(torch.bfloat16)
         bias = 0 if layer.bias is None else layer.bias.double()
         stored = checkpoint.read(name)
-        expected = reference.dialect_linear(x, stored, layer.bias, accumulation="exact")
-        close_to(emulated[0](x), expected)
+        assert torch.equal(emulated[0](x), reference.dialect_linear(x, stored, layer.bias))
         rounded, weight = (
             baselines.quantize_mxfp4(values).double() for values in (x.view(6, -1), layer.weight)
         )
@@ -116,10 +122,62 @@ def test_emulations_are_different_models(tiny_model, tmp_path):
         for model in (
             emulation.load_bf16(source),
             emulation.emulate_blockdialect(source, packed),
+            emulation.emulate_blockdialect(source, packed, "fp8"),
+            emulation.emulate_blockdialect(source, packed, "none"),
             emulation.emulate_mxfp4(source, packed),
         )
     ]
-    assert len(set(figures)) == 3
+    assert len(set(figures)) == 5
+
+
+@pytest.mark.parametrize("activations", ["dialect", "fp8", "none"])
+def test_every_layer_is_compared_once_with_the_reference(tiny_model, tmp_path, activations):
+    """A layer whose outputs differ in one bit of one sampled token is named."""
+    source, packed = tiny_model("Qwen2ForCausalLM"), tmp_path / "packed"
+    convert(source, packed)
+    model = emulation.emulate_blockdialect(source, packed, activations)
+    parts = [list(range(10, 60)), list(range(60, 90))]
+    check = emulation.LayerCheck()
+    with check.watching(model):
+        model_logprobs(model, parts)
+    assert (check.compared, check.unequal) == (14, [])
+    with check.watching(emulation.load_bf16(source)):
+        pass
+    model_logprobs(model, parts)  # nobody is watching
+    assert check.compared == 14
+
+    name = "model.layers.1.mlp.down_proj"
+    layer = model.get_submodule(name)
+    right = layer.forward
+
+    def wrong(x):
+        y = right(x)
+        y.view(torch.int16)[..., -1, 0] ^= 1  # the last token's
+        return y
+
+    layer.forward = wrong
+    check = emulation.LayerCheck()
+    with check.watching(model):
+        model_logprobs(model, parts)
+    assert (check.compared, check.unequal) == (14, [name])
+
+
+def test_the_paired_error_is_the_spread_between_windows():
+    parts = windows(list(range(1000)), 101, 505)
+    lengths = [len(part) - 1 for part in parts]
+    assert lengths == [100] * 5
+    noise = torch.tensor([0.3, -0.1, 0.2, 0.0, -0.4])
+    first = torch.randn(500, dtype=torch.float64)
+    second = first - noise.repeat_interleave(100) + 5.0  # what all windows share is no noise
+    expected = float(noise.std()) / math.sqrt(5)
+    assert paired_standard_error(first, second, parts) == pytest.approx(expected, rel=1e-5)
+    # independent noise of each token: 1 / sqrt(tokens), whatever the windows
+    torch.manual_seed(0)
+    parts = windows(list(range(20_301)), 101, 20_301)
+    first = torch.zeros(predicted(parts))
+    found = paired_standard_error(first, torch.randn(len(first)), parts)
+    assert found == pytest.approx(1 / math.sqrt(len(first)), rel=0.2)
+    assert paired_standard_error(torch.zeros(4), torch.ones(4), [[1, 2, 3, 4, 5]]) == 0.0
 
 
 def test_a_server_that_disagrees_fails_the_demonstration():
@@ -129,6 +187,9 @@ def test_a_server_that_disagrees_fails_the_demonstration():
     for other in (10.06, 9.94, math.nan, math.inf):
         with pytest.raises(DemoError, match="differ by"):
             check_agreement("x", 10.0, other, 32_768)
+    check_agreement("x", 12.38, 11.87, 4_096, noise=0.0107)  # four of them are 4.4 %
+    with pytest.raises(DemoError, match=r"differ by 4\.30%; 4\.08% is allowed"):
+        check_agreement("x", 12.38, 11.87, 4_096, noise=0.01)
     with pytest.raises(DemoError, match=r"^x: .* 10\.0000 .* 10\.1100 differ by 1\.09%; 0\.50%"):
         check_agreement("x", 10.0, 10.11, 32_768)
 
@@ -157,6 +218,84 @@ def test_tables_show_what_was_found():
     assert "MXFP4" not in text
     without_base = Demonstration("m", "t.txt", 1234, 511, [], rows[1:])
     assert "%" not in shown(figures_table(without_base))
+
+
+@pytest.mark.parametrize(
+    ("doubts", "layers_differ", "strict", "success", "said"),
+    [
+        ([], False, True, True, ""),
+        (["a differs"], False, False, True, "demo: warning: a differs\n"),
+        (["a differs"], False, True, False, "demo: a differs\n"),
+        (["a differs", "b"], True, False, False, "demo: a differs\ndemo: b\n"),
+    ],
+)
+def test_a_doubt_never_costs_the_tables(
+    tmp_path, monkeypatch, capsys, doubts, layers_differ, strict, success, said
+):
+    """The shipped model's doubts are failures; a user's model gets a warning, and both tables."""
+    monkeypatch.setattr("demo.language.run.CACHE", tmp_path / "cache")
+    console = Console(width=120, file=io.StringIO())
+    row = Figures("bf16", 2_000_000, 10.0, "server", ["an answer"], 10.01)
+    origin = "Tiny [0] from a package"
+    result = Demonstration("m", "t", 9, 511, ["p"], [row], origin, doubts, layers_differ)
+    assert report(result, strict, console) is success
+    assert capsys.readouterr().err == said
+    text = console.file.getvalue()
+    assert "an answer" in text
+    assert "10.000" in text
+    assert origin in text
+    stored = json.loads((tmp_path / "cache" / "result.json").read_text())
+    assert stored["doubts"] == doubts
+    assert stored["origin"] == origin
+
+
+@pytest.fixture
+def task(tiny_model, tmp_path):
+    """What the steps of a demonstration share, for a tiny model."""
+
+    def make(architecture="LlamaForCausalLM"):
+        source, packed = tiny_model(architecture), tmp_path / "packed"
+        convert(source, packed)
+        parts = windows(list(range(3, 300)), 60, 300)
+        console = Console(width=120, file=io.StringIO())
+        return demo.language.run._Task(source, packed, 128, parts, console)
+
+    return make
+
+
+def test_noise_between_windows_is_allowed_and_a_bias_is_not(task):
+    """The same mean difference, once from two windows that went elsewhere and once from all."""
+    made = task()
+    assert not made.shipped
+    tokens = predicted(made.parts)
+    emulated = torch.full((tokens,), -2.0, dtype=torch.float64)
+    row = Figures("W4A4", 1, 0.0, "server", [])
+
+    def compare(server):
+        made.doubts.clear()
+        row.perplexity = perplexity(server)
+        demo.language.run._compare(row, server, emulated, made)
+        return made.doubts
+
+    noisy = emulated.clone()
+    noisy[:118] -= 0.5  # the first two of five windows
+    biased = emulated + float((noisy - emulated).mean())
+    assert compare(noisy) == []
+    assert compare(biased) == [
+        "W4A4: the server's perplexity 9.0250 and the emulation's 7.3891 differ by 22.14%; "
+        "5.28% is allowed"
+    ]
+    assert compare(torch.full_like(emulated, math.nan)) != []
+
+
+def test_a_model_that_transformers_builds_otherwise_is_not_emulated_and_not_lost(task):
+    """Experts lie in one tensor in transformers: no figure, one doubt, and the rest goes on."""
+    made = task("MixtralForCausalLM")
+    assert demo.language.run._emulated("w4a4", made) is None
+    assert demo.language.run._emulated("mxfp4", made) is None
+    [doubt] = made.doubts
+    assert "transformers has no linear layer model.layers.0." in doubt
+    assert len(demo.language.run._emulated("bf16", made)) == predicted(made.parts)
 
 
 PACKED = {"quantization_config": {"quant_method": "blockdialect"}}
@@ -316,6 +455,32 @@ def test_demonstration_on_the_shipped_model():
         assert all(row["completions"])
     left = subprocess.run(["pgrep", "-f", "vllm serve demo/model"], capture_output=True, text=True)
     assert left.stdout == ""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_demonstration_on_another_model(tiny_model, tmp_path):
+    """A user's model ends with its tables; the directory's origin stands below them."""
+    model = tmp_path / "mine"
+    shutil.copytree(tiny_model(), model)
+    (model / "ORIGIN.txt").write_text("Mine: made of noise\n")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "demo.language.run", "--model", str(model)),
+            *("--formats", "w4a4", "--tokens", "2000"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "14 of 14 layers give the reference's bits" in done.stdout
+    assert "Mine: made of noise" in done.stdout
+    result = json.loads((ROOT / ".cache" / "demo" / "result.json").read_text())
+    assert [row["name"] for row in result["rows"]] == ["MXFP4-32 W4A4", "BlockDialect W4A4"]
+    assert result["origin"] == "Mine: made of noise"
+    assert result["layers_differ"] is False
 
 
 @pytest.mark.slow
