@@ -6,8 +6,36 @@ vLLM calls :func:`register` (entry point group ``vllm.general_plugins``) in each
 from __future__ import annotations
 
 import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["register"]
+if TYPE_CHECKING:
+    from .checkpoint.reader import PackedCheckpoint
+
+__all__ = ["open_packed", "register"]
+
+
+def open_packed(path: str | Path) -> PackedCheckpoint:
+    """Open the directory that ``blockdialect quantize`` has written.
+
+    ``open_packed(path)["model.layers.0.mlp.down_proj"]`` is the packed weight of that layer, read
+    from disk and checked.
+
+    Args:
+        path: the directory.
+
+    Returns:
+        A mapping of layer names to :class:`~dialect_kernels.PackedTensor`, with the attributes
+        `layers` and `scheme`.
+
+    Raises:
+        CheckpointError: one sentence, if it is no packed checkpoint, or its files, layers and
+            config.json do not fit together.
+        SchemeError: if its quantization_config is not valid.
+    """
+    from .checkpoint.reader import open_packed as open_directory
+
+    return open_directory(path)
 
 
 def register() -> None:

@@ -45,6 +45,8 @@ API = {
         "The formats that BlockDialect is compared with.",
         ("quantize_mxfp4", "quantize_nvfp4", "quantize_fp8"),
     ),
+    "dialect_plugin": ("Reading what `blockdialect quantize` has written.", ("open_packed",)),
+    "dialect_plugin.checkpoint.reader": ("", ("PackedCheckpoint",)),
     "dialect_plugin.checkpoint.convert": (
         "What `blockdialect quantize` calls.",
         ("convert",),

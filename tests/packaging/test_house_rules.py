@@ -40,7 +40,7 @@ PUBLIC_API = {
     "dialect_kernels.baselines": "MXFP4, NVFP4 and FP8 to compare with",
     "dialect_kernels.formatbook": "the number formats as data",
     "dialect_kernels.verify": "the golden vectors, to check an implementation with",
-    "dialect_plugin": "vLLM's entry point",
+    "dialect_plugin": "vLLM's entry point, and the reader of packed directories",
     "dialect_plugin.cli": "the command blockdialect",
     "diffusers_hook": "the video hook",
 }

@@ -54,8 +54,9 @@ def quantize_mxfp4(x: torch.Tensor, block_size: int = 32) -> torch.Tensor:
     """
     check_matrix(x, "x")
     check_finite(x, "x")
+    rows, columns = x.shape
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    for part in row_chunks(*x.shape, _CHUNK_ELEMENTS):
+    for part in row_chunks(rows, columns, _CHUNK_ELEMENTS):
         blocks = blocks_of(x[part], block_size)
         # frexp is exact for subnormals too: largest = mantissa * 2**power, mantissa in [0.5, 1)
         exponent = torch.frexp(_largest(blocks)).exponent - 1 - 2
@@ -64,7 +65,7 @@ def quantize_mxfp4(x: torch.Tensor, block_size: int = 32) -> torch.Tensor:
         rounded = _round_to_e2m1(blocks * power_of_two(-exponent))
         rounded *= power_of_two(exponent.clamp(min=-126))
         rounded *= torch.where(exponent < -126, 0.5, 1.0)
-        out[part] = rounded.flatten(1)[:, : x.shape[1]]
+        out[part] = rounded.flatten(1)[:, :columns]
     return out
 
 
@@ -93,8 +94,9 @@ def quantize_nvfp4(
     tensor_scale = largest / divisor(E4M3_MAX * 6, x)
     if tensor_scale == 0:
         tensor_scale = torch.ones_like(tensor_scale)
+    rows, columns = x.shape
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    for part in row_chunks(*x.shape, _CHUNK_ELEMENTS):
+    for part in row_chunks(rows, columns, _CHUNK_ELEMENTS):
         blocks = blocks_of(x[part], block_size)
         wanted = _largest(blocks) / divisor(6.0, x) / tensor_scale
         block_scale = wanted.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
@@ -104,7 +106,7 @@ def quantize_nvfp4(
             quotient = torch.where(scale == 0, 0.0, quotient)
         rounded = _round_to_e2m1(quotient)
         rounded *= scale
-        out[part] = rounded.flatten(1)[:, : x.shape[1]]
+        out[part] = rounded.flatten(1)[:, :columns]
     return out
 
 
@@ -118,7 +120,7 @@ def _round_to_e2m1(x: torch.Tensor) -> torch.Tensor:
     """Nearest E2M1 value of float32 numbers, ties to even, saturating at 6.
 
     Adding ``2**22 * b`` to a magnitude of the binade b..2b rounds it to multiples of b/2, which is
-    E2M1's grid there (below 1, that of b = 1), because float32 holds 23 bits behind the leading one.
+    E2M1's grid there (below 1, that of b = 1): float32 holds 23 bits behind the leading one.
     """
     magnitude = x.abs().clamp_(max=6.0)
     binade = (magnitude.view(torch.int32) & _EXPONENT_BITS).view(torch.float32).clamp_(1.0, 4.0)

@@ -15,19 +15,23 @@ with the scale ``2**(R - 5)``.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 import torch
 
 from .arithmetic import padded_columns, power_of_two, row_scale
 from .formatbook import (
     BLOCK_SIZES,
+    BOOKS,
     E4M3_WINDOW,
     HIGHEST_EXPONENT,
     LOWEST_EXPONENT,
+    NAN_ROW,
     Formatbook,
     book_by_name,
 )
@@ -39,6 +43,8 @@ __all__ = [
     "check_block_size",
     "pack_codes",
 ]
+
+_FILE_VERSION: Final = 1
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,85 @@ class PackedTensor:
             for part in STORED_FIELDS
         )
         return cls(codes, meta, row_exponent, shape, book, block_size)
+
+    @classmethod
+    def load(cls, path: str | Path) -> PackedTensor:
+        """Read a file that :meth:`save` has written, and check every byte of it.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: one sentence, if it is not a safetensors file, its metadata are not those
+                that :meth:`save` writes, or tensors are missing, do not fit or hold reserved
+                values.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: is not a file; give one that PackedTensor.save wrote")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path}: cannot be read as safetensors ({error}); save the tensor again"
+            ) from None
+        (rows, columns), book, block_size = _read_metadata(metadata, str(path))
+        names = sorted(part.stored for part in STORED_FIELDS)
+        if sorted(tensors) != names:
+            raise ValueError(
+                f"{path}: holds the tensors {sorted(tensors)}; they must be {names}: save the "
+                "tensor again"
+            )
+        codes, meta, row_exponent = (tensors[part.stored] for part in STORED_FIELDS)
+        try:
+            packed = cls(codes, meta, row_exponent, (rows, columns), book, block_size)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        packed.validate(str(path), prefix="weight_")
+        return packed
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file: the three tensors, and shape, book and block size as metadata.
+
+        The file is there whole or not at all.
+
+        Raises:
+            ValueError: if a row is NaN, which a file may not hold.
+            OSError: if it cannot be written.
+        """
+        from safetensors.torch import save
+
+        if (at := _first(self.row_exponent == NAN_ROW)) is not None:
+            raise ValueError(
+                f"row_exponent: row {at[0]} is NaN; a file holds finite rows only: repair the "
+                "tensor and quantize it again"
+            )
+        self.validate()
+        path = Path(path)
+        metadata = {
+            "format": "pt",
+            "format_version": str(_FILE_VERSION),
+            "shape": json.dumps(list(self.shape)),
+            "book": self.book.name,
+            "block_size": str(self.block_size),
+        }
+        # clones, because safetensors refuses tensors that share memory
+        tensors = {name: tensor.cpu().clone() for name, tensor in self.stored.items()}
+        temporary = path.with_name(f"{path.name}.tmp")
+        try:
+            temporary.write_bytes(save(tensors, metadata=metadata))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def __repr__(self) -> str:
+        rows, columns = self.shape
+        return (
+            f"PackedTensor({rows} x {columns}, {self.book.name}, blocks of {self.block_size}, "
+            f"{self.bits_per_element:.3f} bits per element, {self.device})"
+        )
 
     @classmethod
     def from_op(
@@ -318,6 +403,47 @@ class PackedTensor:
             self.book,
             self.block_size,
         )
+
+
+def _read_metadata(
+    metadata: Mapping[str, str], where: str
+) -> tuple[tuple[int, int], Formatbook, int]:
+    """Shape, book and block size of a saved tensor.
+
+    Raises:
+        ValueError: naming `where`, the key and its value, if one is missing or wrong.
+    """
+
+    def refused(key: str, allowed: str) -> ValueError:
+        value = f"is {metadata[key]!r}" if key in metadata else "is missing"
+        return ValueError(
+            f"{where}: the metadata's {key} {value}; it must be {allowed}: give a file that "
+            "PackedTensor.save wrote"
+        )
+
+    def value_of(key: str) -> Any:
+        try:
+            return json.loads(metadata.get(key, ""))
+        except (ValueError, RecursionError):
+            return None
+
+    if value_of("format_version") != _FILE_VERSION:
+        raise refused("format_version", f"{_FILE_VERSION}")
+    shape = value_of("shape")
+    if not (
+        isinstance(shape, list)
+        and len(shape) == 2
+        and all(type(size) is int and size >= 0 for size in shape)
+    ):
+        raise refused("shape", "[rows, columns]")
+    block_size = value_of("block_size")
+    if type(block_size) is not int or block_size not in BLOCK_SIZES:
+        raise refused("block_size", "16, 32 or 64")
+    try:
+        book = book_by_name(metadata.get("book", ""))
+    except ValueError:
+        raise refused("book", " or ".join(BOOKS)) from None
+    return (shape[0], shape[1]), book, block_size
 
 
 def check_block_size(block_size: int) -> None:

@@ -1,8 +1,13 @@
 """The packed tensor: every stored byte decoded, FP8 equality, slices, and what a file may hold."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from dialect_kernels import DIALECT_FP4, SEMANTIC_32, PackedTensor, quantize
 from dialect_kernels.formatbook import NAN_ROW
@@ -271,3 +276,96 @@ def test_a_missing_stored_tensor_is_an_error():
     p = quantize(torch.randn(2, 16), DIALECT_FP4, 16)
     with pytest.raises(KeyError, match="weight_meta"):
         PackedTensor.from_stored({"weight_packed": p.codes}, 16, DIALECT_FP4, 16)
+
+
+@pytest.mark.parametrize("book", BOOKS.values(), ids=lambda book: book.name)
+@pytest.mark.parametrize("of_path", [str, Path])
+def test_a_saved_tensor_is_loaded_as_it_was(tmp_path, book, of_path):
+    p = quantize(torch.randn(5, 40), book, 16)
+    file = tmp_path / "weight.safetensors"
+    for saved in (p, p.slice_rows(1, 3), p.slice_rows(0, 0)):
+        saved.save(of_path(file))
+        again = PackedTensor.load(of_path(file))
+        assert (again.shape, again.book, again.block_size) == (saved.shape, book, 16)
+        assert all(torch.equal(a, b) for a, b in zip(again.tensors, saved.tensors, strict=True))
+    again.save(file)  # over the file whose bytes it maps
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_stored_file_has_the_names_of_checkpoints(tmp_path):
+    p = quantize(torch.randn(5, 40), DIALECT_FP4, 16)
+    p.save(tmp_path / "f")
+    with safe_open(tmp_path / "f", framework="pt") as file:
+        assert file.metadata() == {
+            "format": "pt", "format_version": "1", "shape": "[5, 40]",
+            "book": "dialect_fp4", "block_size": "16",
+        }  # fmt: skip
+        assert sorted(file.keys()) == sorted(p.stored)
+
+
+def damaged(path, drop=None, **changes):
+    """A saved tensor of 5 x 40 with other tensors or metadata; None removes a key."""
+    p = quantize(torch.randn(5, 40), DIALECT_FP4, 16)
+    metadata = {
+        "format_version": "1", "shape": "[5, 40]", "book": "dialect_fp4", "block_size": "16",
+    }  # fmt: skip
+    tensors = {name: tensor.clone() for name, tensor in p.stored.items() if name != drop}
+    for name, value in changes.items():
+        (tensors if isinstance(value, torch.Tensor) else metadata)[name] = value
+    save_file(tensors, path, {k: v for k, v in metadata.items() if v is not None})
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"shape": None}, "shape is missing; it must be [rows, columns]"),
+        ({"shape": "[5]"}, "shape is '[5]'"),
+        ({"shape": "[5, -1]"}, "shape is '[5, -1]'"),
+        ({"shape": "[5, true]"}, "shape is '[5, true]'"),
+        ({"shape": "5 x 40"}, "shape is '5 x 40'"),
+        ({"shape": "[" * 100_000}, "shape is"),
+        ({"shape": "[5, 64]"}, "does not fit a 5 x 64 tensor"),
+        ({"shape": f"[5, {10**30}]"}, "does not fit a 5 x 1"),
+        ({"book": "x"}, "book is 'x'; it must be dialect_fp4 or semantic_32"),
+        ({"book": None}, "book is missing"),
+        ({"block_size": "48"}, "block_size is '48'; it must be 16, 32 or 64"),
+        ({"block_size": "16.0"}, "block_size is '16.0'"),
+        ({"block_size": "32"}, "does not fit a 5 x 40 tensor in blocks of 32"),
+        ({"format_version": "2"}, "format_version is '2'; it must be 1"),
+        ({"format_version": None}, "format_version is missing"),
+        ({"drop": "weight_meta"}, "they must be ['weight_meta', 'weight_packed'"),
+        ({"bias": torch.zeros(5)}, "holds the tensors ['bias'"),
+        ({"weight_row_exponent": torch.full((5,), -128, dtype=torch.int8)}, "-128 at [0]"),
+        ({"weight_meta": torch.full((5, 3), 0xE0, dtype=torch.uint8)}, "reserved delta 14"),
+    ],
+)
+def test_a_file_that_is_no_packed_tensor_is_refused_in_one_sentence(tmp_path, changes, sentence):
+    file = tmp_path / "f.safetensors"
+    damaged(file, **changes)
+    with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
+        PackedTensor.load(file)
+    assert str(caught.value).startswith(str(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_cannot_be_read_or_written(tmp_path):
+    file = tmp_path / "f"
+    with pytest.raises(FileNotFoundError, match="is not a file; give one that"):
+        PackedTensor.load(file)
+    file.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="cannot be read as safetensors"):
+        PackedTensor.load(file)
+    p = quantize(torch.ones(2, 32))
+    nan = torch.tensor([-2, NAN_ROW], dtype=torch.int8)
+    with pytest.raises(ValueError, match="row 1 is NaN; a file holds finite rows only"):
+        PackedTensor(p.codes, p.meta, nan, p.shape, p.book, 32).save(file)
+    assert file.read_bytes() == b"nothing"
+    with pytest.raises(OSError, match="no"):
+        p.save(tmp_path / "no" / "f")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_it_is_shown_in_one_short_line():
+    p = quantize(torch.ones(576, 1536), SEMANTIC_32, 16)
+    shown = "576 x 1536, semantic_32, blocks of 16, 4.505 bits per element, cpu"
+    assert repr(p) == f"PackedTensor({shown})"

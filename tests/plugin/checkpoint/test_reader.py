@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dialect_kernels import PackedTensor, quantize
+from dialect_plugin import open_packed as open_directory
 from dialect_plugin.checkpoint.convert import convert, render
 from dialect_plugin.checkpoint.inspection import inspect_checkpoint
 from dialect_plugin.checkpoint.progress import Silent
@@ -241,3 +243,29 @@ class TestIndex:
         (sharded / "config.json").write_text('{"architectures": ["B"], ' + config.lstrip("{ \n"))
         assert convert(sharded, tmp_path / "packed").layers
         assert (tmp_path / "packed" / "config.json").read_text().count("architectures") == 1
+
+
+@pytest.mark.parametrize("of_path", [str, Path])
+def test_a_packed_directory_is_a_mapping_of_its_layers(tiny_model, packed_model, tmp_path, of_path):
+    packed = open_directory(of_path(packed_model))
+    assert len(packed) == 14
+    assert list(packed) == list(packed.layers)
+    name = "model.layers.0.mlp.down_proj"
+    assert name in packed
+    assert "model.norm" not in packed
+    weight = load_file(tiny_model() / "model.safetensors")[f"{name}.weight"]
+    for read in (packed[name], packed.get(name), dict(packed)[name]):
+        assert torch.equal(read.dequantize(), quantize(weight).dequantize())
+    assert packed.get("model.norm") is None
+    with pytest.raises(KeyError, match=r"mlp\.down_porj' is not a packed layer of .*down_proj"):
+        packed["model.layers.0.mlp.down_porj"]
+    assert repr(packed) == f"PackedCheckpoint('{packed_model}', 14 packed layers)"
+    packed[name].save(tmp_path / "f")
+    assert torch.equal(PackedTensor.load(tmp_path / "f").codes, packed[name].codes)
+
+
+def test_a_directory_that_is_not_packed_is_refused(tiny_model, tmp_path):
+    with pytest.raises(CheckpointError, match="this is not a packed checkpoint: make one with"):
+        open_directory(str(tiny_model()))
+    with pytest.raises(CheckpointError, match="is missing; a checkpoint directory needs it"):
+        open_directory(tmp_path)
