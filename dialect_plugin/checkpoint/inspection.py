@@ -57,7 +57,7 @@ class Inspection:
         )
 
 
-def inspect_checkpoint(path: Path, progress: Progress) -> Inspection:
+def inspect_checkpoint(path: str | Path, progress: Progress) -> Inspection:
     """Read and check every packed tensor.
 
     Raises:

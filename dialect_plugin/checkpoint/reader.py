@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -366,6 +366,13 @@ def open_packed(path: str | Path) -> PackedCheckpoint:
         for suffix in PACKED_SUFFIXES
         if name.endswith(suffix)
     )
+    _check_packed_layers(checkpoint, scheme, found)
+    return PackedCheckpoint(checkpoint, scheme, tuple(found))
+
+
+def _check_packed_layers(checkpoint: Checkpoint, scheme: Scheme, found: Collection[str]) -> None:
+    """Raise CheckpointError unless the layers `found` packed are those that the scheme names."""
+    path = checkpoint.path
     for name in found:
         if scheme.is_ignored(name) or f"{name}.weight" in checkpoint.tensors:
             raise CheckpointError(
@@ -389,7 +396,6 @@ def open_packed(path: str | Path) -> PackedCheckpoint:
                 f"{path}: config.json gives {name} a block size, but no such layer is packed; "
                 "convert the model again"
             )
-    return PackedCheckpoint(checkpoint, scheme, tuple(found))
 
 
 def read_json(path: Path, unique: bool = False) -> dict[str, Any]:
