@@ -121,7 +121,6 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "Qwen3_5ForCausalLM": _QWEN3_5,
     "Qwen3_5ForConditionalGeneration": _QWEN3_5,
     "Gemma4ForCausalLM": (*_LLAMA, "per_layer_projection"),
-    "GPTBigCodeForCausalLM": ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
     "MixtralForCausalLM": _ATTENTION,
 }
 """Architecture (config.json) -> names inside a decoder layer that are quantized."""
@@ -152,6 +151,7 @@ _NOT_TEXT = re.compile(
     r"|\w*_tower|(?!text_)\w+_encoder"
     r"|\w*projector\w*|\w*resampler\w*|\w*connector\w*|\w*merger\w*|\w*qformer\w*|perceiver\w*"
     r")(?:\.|$)"
+    r"|^(?:model\.)?(?:mlp1|mlp_AR|linear_proj|language_projection|layerwise_\w+|spatial_\w+)\."
 )
 """Towers of other modalities and what joins them to the text model."""
 _DRAFT = re.compile(r"(?:^|\.)(?:mtp\w*|nextn\w*|eh_proj|eagle\w*|medusa\w*)(?:\.|$)")
@@ -163,7 +163,7 @@ _NEVER_PACKED = re.compile(
     r"|(?:^|\.)(?:conv\w*|\w+_conv\w*|x_proj|dt_proj|classifier|score)$"
 )
 """The second line holds the last words of names only: LFM2's ``conv.in_proj`` is a linear layer."""
-_ENCODER = re.compile(r"(?:^|\.)encoder\.layers?\.\d+\.")
+_ENCODER = re.compile(r"(?:^|\.)encoder\.")
 _SSM = ("x_proj", "in_proj", "out_proj", "dt_proj")
 """The linear layers of a Mamba-1 mixer, which vLLM builds in 16 bit; Mamba-2 has no ``x_proj``."""
 

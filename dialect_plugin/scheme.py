@@ -224,6 +224,8 @@ def first_fault(error: ValidationError) -> tuple[str, Any, str]:
     first = error.errors(include_url=False)[0]
     field = ".".join(str(part) for part in first["loc"])
     reason = first["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
+    if first["type"] == "model_type":
+        reason = 'it must be an object such as {"block_size": 16}'
     return field, first["input"], reason
 
 

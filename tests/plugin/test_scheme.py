@@ -2,7 +2,9 @@
 
 import json
 
-from dialect_plugin.scheme import METHODS, QUANT_METHOD, Scheme
+import pytest
+
+from dialect_plugin.scheme import METHODS, QUANT_METHOD, Scheme, SchemeError
 
 
 def test_scheme_survives_its_own_json():
@@ -33,3 +35,8 @@ def test_every_activation_format_has_its_names():
         "none": ("W4A16", "blockdialect_w4a16"),
     }
     assert METHODS[Scheme().activation_format].quantization == QUANT_METHOD
+
+
+def test_an_override_that_is_no_object_is_named_with_its_form():
+    with pytest.raises(SchemeError, match=r'overrides.x is 16; it must be an object such as \{"b'):
+        Scheme.parse({"overrides": {"x": 16}})

@@ -35,7 +35,7 @@ _MAMBA_2 = {"mamba_d_state": 32, "mamba_n_groups": 1, "mamba_chunk_size": 16}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "ApertusForCausalLM": ("ApertusConfig", {}),
     "ArceeForCausalLM": ("ArceeConfig", _HEADS),
-    "BloomForCausalLM": ("BloomConfig", {"n_layer": 2, "n_head": 4}),
+    "BloomForCausalLM": ("BloomConfig", {"n_layer": 2, "n_head": 4, "tie_word_embeddings": True}),
     "CohereForCausalLM": ("CohereConfig", {}),
     "Cohere2ForCausalLM": ("Cohere2Config", _HEADS),
     "Ernie4_5ForCausalLM": ("Ernie4_5Config", _HEADS),
@@ -45,13 +45,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "FalconForCausalLM": (
         "FalconConfig",
-        {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 256},
+        {"new_decoder_architecture": True, "num_kv_heads": 2},
     ),
     "FalconH1ForCausalLM": (
         "FalconH1Config",
         _HEADS | _MAMBA_2 | {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32},
     ),
-    "GPTBigCodeForCausalLM": ("GPTBigCodeConfig", _GPT),
     "GPTJForCausalLM": ("GPTJConfig", _GPT | {"n_inner": 256, "rotary_dim": 16}),
     "GPTNeoXForCausalLM": ("GPTNeoXConfig", {}),
     "GemmaForCausalLM": ("GemmaConfig", _HEADS),

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from dialect_plugin.checkpoint.convert import convert, render
+from dialect_plugin.checkpoint.reader import _HUB_FILES, _HUB_LEFT_OUT
 from tests.support.conversions import edit_config, refused
 
 
@@ -142,3 +144,28 @@ def test_params_json_of_another_kind_is_kept(source, tmp_path):
     write(source / "params.json", {"dim": 128})
     convert(source, tmp_path / "packed")
     assert (tmp_path / "packed" / "params.json").exists()
+
+
+def test_of_a_repository_of_the_hub_the_same_files_are_downloaded():
+    """The hub's client filters by patterns; in folders only those with a number hold weights."""
+    wanted = [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "LICENSE.txt",
+        "1_Pooling/config.json",
+        "2_Dense/model.safetensors",
+        "additional_chat_templates/tools.jinja",
+    ]
+    others = [
+        "modeling_new.py",
+        "scripts/run.py",
+        "pytorch_model.bin",
+        "2_Dense/pytorch_model.bin",
+        "onnx/model.safetensors",
+        "original/consolidated.00.safetensors",
+        "consolidated.safetensors",
+    ]
+    found = filter_repo_objects(
+        [*wanted, *others], allow_patterns=_HUB_FILES, ignore_patterns=_HUB_LEFT_OUT
+    )
+    assert list(found) == wanted
