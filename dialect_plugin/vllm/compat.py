@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -9,15 +12,24 @@ import torch
 
 __all__ = [
     "current_architectures",
+    "is_draft",
     "is_expert_layer",
+    "is_multimodal",
+    "is_partly_reloaded",
+    "is_pooling",
+    "is_reloading",
+    "loads_sharded_state",
     "loads_through_loaders",
+    "no_warnings_of_probes",
     "permit_amx",
+    "restore_weights",
     "tied_embeddings",
 ]
 
 _LOAD_FORMATS = frozenset(
     {"auto", "hf", "safetensors", "fastsafetensors", "runai_streamer", "instanttensor"}
 )
+_SHARDED_STATE = frozenset({"sharded_state", "runai_streamer_sharded"})
 
 
 def is_expert_layer(layer: object) -> bool:
@@ -38,11 +50,19 @@ def current_architectures() -> list[str]:
     return list(getattr(config, "architectures", None) or [])
 
 
-def tied_embeddings() -> bool:
-    """Whether the model that is being built ties its output projection to the embeddings."""
+def tied_embeddings(config: Any = None) -> bool:
+    """Whether a model ties its output projection to the embeddings.
+
+    Args:
+        config: transformers' config of the model; default: of the model that is being built.
+    """
+    return bool(getattr(_text_config(config or _hf_config()), "tie_word_embeddings", False))
+
+
+def is_multimodal() -> bool:
+    """Whether the text model is only a part of the model that is being built."""
     config = _hf_config()
-    text = getattr(config, "text_config", config)
-    return bool(getattr(text, "tie_word_embeddings", False))
+    return _text_config(config) is not config
 
 
 def loads_through_loaders() -> bool:
@@ -53,6 +73,75 @@ def loads_through_loaders() -> bool:
     """
     config = _vllm_config()
     return config is not None and str(config.load_config.load_format) in _LOAD_FORMATS
+
+
+def loads_sharded_state() -> bool:
+    """Whether the load format copies the parameters that another engine has saved."""
+    config = _vllm_config()
+    return config is not None and str(config.load_config.load_format) in _SHARDED_STATE
+
+
+def is_draft() -> bool:
+    """Whether the model that is being built is the draft of speculative decoding."""
+    return getattr(_model_config(), "runner_type", None) == "draft"
+
+
+def is_pooling() -> bool:
+    """Whether the model that is being built makes embeddings or scores instead of text."""
+    return getattr(_model_config(), "runner_type", None) == "pooling"
+
+
+def is_reloading(model: torch.nn.Module) -> bool:
+    """Whether vLLM has put the model's weights aside and loads new ones in their place."""
+    return any(_layer_info(layer) is not None for layer in model.modules())
+
+
+def is_partly_reloaded(layer: torch.nn.Module) -> bool:
+    """Whether a reload has brought some of the layer's tensors and not all of them."""
+    info = _layer_info(layer)
+    return info is not None and info.load_numel > 0
+
+
+def restore_weights(model: torch.nn.Module) -> None:
+    """Give back the weights that vLLM has put aside for a reload.
+
+    Symptom: after a reload that raises, the model's weights are on the meta device and the engine
+    is of no more use. Cause: vLLM's reload has no way back. Ends with the first vLLM that has one.
+    """
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    for layer in model.modules():
+        info = _layer_info(layer)
+        if info is not None:
+            layerwise._place_kernel_tensors(layer, info)
+            info.reset()
+
+
+@contextmanager
+def no_warnings_of_probes() -> Iterator[None]:
+    """Keep vLLM from warning that probes have another dtype than the parameters they arrive at.
+
+    Symptom: four warnings for every packed layer. Cause: vLLM compares dtypes before it calls a
+    parameter's loader. Ends with the first vLLM that leaves this to the loader.
+    """
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not (isinstance(record.args, tuple) and torch.float64 in record.args)
+
+    logger = logging.getLogger("vllm.model_executor.models.utils")
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+def _layer_info(layer: torch.nn.Module) -> Any:
+    """vLLM's notes on the reload of a layer that waits for its tensors, or None."""
+    from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
+
+    info = LAYERWISE_INFO.get(layer)
+    return info if info is not None and info.kernel_tensors is not None else None
 
 
 @cache
@@ -69,8 +158,17 @@ def permit_amx() -> None:
         torch.cpu._init_amx()
 
 
+def _text_config(config: Any) -> Any:
+    """The config of the text model, whatever its name; `config` itself if it is that."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def _hf_config() -> Any:
-    return getattr(getattr(_vllm_config(), "model_config", None), "hf_config", None)
+    return getattr(_model_config(), "hf_config", None)
+
+
+def _model_config() -> Any:
+    return getattr(_vllm_config(), "model_config", None)
 
 
 def _vllm_config() -> Any:

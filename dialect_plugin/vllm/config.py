@@ -1,18 +1,20 @@
-"""vLLM's side of the scheme: three quantization methods that differ in the activation format.
+"""vLLM's side of the scheme: four quantization methods that differ in the activation format.
 
 ======================  ============================================================
 ``blockdialect``        the checkpoint's activation format; W4A4 for a 16-bit checkpoint
+``blockdialect_w4a4``   activations in the weight's dialect format, whatever the checkpoint says
 ``blockdialect_w4a8``   FP8 activations, whatever the checkpoint says
 ``blockdialect_w4a16``  16-bit activations, whatever the checkpoint says
 ======================  ============================================================
 
-One packed checkpoint serves all three: the weights' bytes are the same.
+One packed checkpoint serves all of them: the weights' bytes are the same.
 """
 
 from __future__ import annotations
 
 import json
-from functools import cache
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,7 +31,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from dialect_kernels.layer_names import is_expression
+from dialect_kernels.layer_names import is_expression, matches, near_misses
 
 from .. import architectures
 from ..scheme import (
@@ -40,20 +42,31 @@ from ..scheme import (
     SchemeError,
     fitting_block_size,
 )
-from . import compat
+from . import compat, loading
+from .errors import LoadError
 from .linear import BlockDialectLinearMethod, LinearSpec
+from .probes import WEIGHT
+from .watch import watch
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
 __all__ = [
     "BlockDialectConfig",
+    "BlockDialectW4A4Config",
     "BlockDialectW4A8Config",
     "BlockDialectW4A16Config",
     "register_configs",
 ]
 
 logger = init_logger("vllm.blockdialect")
+
+_TIED = (
+    "quantization_config: lm_head is true, but this model ties its output projection to the "
+    "embeddings, which stay in 16 bit; set lm_head to false"
+)
+
+_ROOT = "model."
 
 
 class BlockDialectConfig(QuantizationConfig):
@@ -74,6 +87,10 @@ class BlockDialectConfig(QuantizationConfig):
             update = {"activation_format": self.forced_activation_format}
             scheme = scheme.model_copy(update=update)
         self.scheme = scheme
+        self.complete = self.draft = False
+        self._names = [*scheme.ignore, *scheme.overrides]
+        self._mappers: list[WeightsMapper] = []
+        self._fused: dict[str, str] = {}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.scheme!r})"
@@ -136,17 +153,24 @@ class BlockDialectConfig(QuantizationConfig):
             return None
         return cls.name if user_quant == cls.name else None
 
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """Refuse what the model cannot have; vLLM calls this before it starts its workers.
+
+        Raises:
+            SchemeError: if the output projection of a tied model should be quantized.
+        """
+        if hf_config is not None and self.scheme.lm_head and compat.tied_embeddings(hf_config):
+            raise SchemeError(_TIED)
+
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Rewrite exact names to vLLM's module names (patterns are left as they are)."""
+        self._mappers.append(hf_to_vllm_mapper)
+        renamed = partial(_mapped, hf_to_vllm_mapper)
         scheme = self.scheme
-        ignore = [
-            pattern if is_expression(pattern) else _mapped(hf_to_vllm_mapper, pattern)
-            for pattern in scheme.ignore
-        ]
-        overrides = {
-            pattern if is_expression(pattern) else _mapped(hf_to_vllm_mapper, pattern): override
-            for pattern, override in scheme.overrides.items()
-        }
+        ignore = [renamed(pattern) for pattern in scheme.ignore]
+        overrides = {renamed(pattern): override for pattern, override in scheme.overrides.items()}
         self.scheme = scheme.model_copy(update={"ignore": ignore, "overrides": overrides})
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -156,16 +180,19 @@ class BlockDialectConfig(QuantizationConfig):
             ValueError: if the parts of a fused layer disagree.
         """
         if isinstance(layer, LinearBase):
-            block_size = self._block_size(prefix, layer.input_size)
+            watch(layer, partial(loading.load, self))
+            self.complete, self.draft = compat.loads_through_loaders(), compat.is_draft()
+            columns = getattr(layer, "input_size_per_partition", layer.input_size)
+            block_size = self._block_size(prefix, layer.input_size, columns)
             if block_size is None:
                 return UnquantizedLinearMethod()
             return BlockDialectLinearMethod(self._spec(prefix, block_size))
         if isinstance(layer, ParallelLMHead) and self.scheme.lm_head:
+            if compat.is_pooling():
+                _log_once("the output projection of a pooling model is not quantized")
+                return None
             if compat.tied_embeddings():
-                raise ValueError(
-                    "quantization_config: lm_head is true, but this model ties its output "
-                    "projection to the embeddings, which stay in 16 bit; set lm_head to false"
-                )
+                raise SchemeError(_TIED)
             block_size = self.scheme.block_size_of("lm_head")
             return BlockDialectLinearMethod(self._spec("lm_head", block_size))
         if compat.is_expert_layer(layer):
@@ -176,17 +203,47 @@ class BlockDialectConfig(QuantizationConfig):
         scheme = self.scheme
         return LinearSpec(
             name=prefix,
-            serialized=scheme.serialized,
+            serialized=scheme.serialized or compat.loads_sharded_state(),
             book=scheme.book,
             block_size=block_size,
             activation_format=scheme.activation_format,
             complete=compat.loads_through_loaders(),
         )
 
-    def _block_size(self, prefix: str, input_size: int) -> int | None:
+    def fused_name(self, layer: str) -> str | None:
+        """vLLM's layer that the checkpoint's `layer` is loaded into, by its name; None if none."""
+        for mapper in self._mappers:
+            layer = _mapped(mapper, layer)
+        return next((self._fused[name] for name in _spellings(layer) if name in self._fused), None)
+
+    def check_names(self, tensors: Iterable[str], skipped: Callable[[str], bool] | None) -> None:
+        """Check that every exact name in `ignore` and `overrides` is a layer's.
+
+        Args:
+            tensors: names of the checkpoint's tensors.
+            skipped: whether vLLM leaves a tensor out of `tensors`, if the model says so.
+
+        Raises:
+            LoadError: at the first that is none, with similar names.
+        """
+        layers = {tensor.rpartition(".")[0] for tensor in tensors}
+        for name in self._names:
+            if is_expression(name) or name in layers or self.fused_name(name) is not None:
+                continue
+            if name.rpartition(".")[2] == "lm_head" or (skipped and skipped(f"{name}.{WEIGHT}")):
+                continue
+            near = near_misses(name, sorted(layers))
+            hint = f"; similar names are {', '.join(near)}" if near else ""
+            raise LoadError(
+                f"quantization_config: {name!r} in ignore or overrides is no layer of this "
+                f"model{hint}; give the checkpoint's name of a layer, or 're:' and a regular "
+                "expression"
+            )
+
+    def _block_size(self, prefix: str, input_size: int, columns: int) -> int | None:
         """Block size of a (fused) layer, or None if it stays in 16 bit."""
         parts = self._parts(prefix)
-        sizes = {part: self._part_block_size(part, input_size) for part in parts}
+        sizes = {part: self._part_block_size(part, input_size, columns) for part in parts}
         if len(set(sizes.values())) > 1:
             listed = ", ".join(
                 f"{part} {'16 bit' if size is None else f'block size {size}'}"
@@ -196,24 +253,43 @@ class BlockDialectConfig(QuantizationConfig):
                 f"quantization_config: the parts of the fused layer {prefix} disagree ({listed}); "
                 "give all of them the same block size, or ignore all of them"
             )
+        self._fused |= dict.fromkeys(parts, prefix)
         return sizes[parts[0]]
 
-    def _part_block_size(self, name: str, input_size: int) -> int | None:
+    def _part_block_size(self, name: str, input_size: int, columns: int) -> int | None:
+        """Block size of a layer of `input_size` columns, of which this rank has `columns`."""
         scheme = self.scheme
-        if scheme.is_ignored(name):
+        spellings = _spellings(name)
+        if any(scheme.is_ignored(spelling) for spelling in spellings):
             return None
-        wanted = scheme.block_size_of(name)
+        wanted = scheme.block_size_of(self._overridden(spellings))
         if scheme.serialized:
             return wanted  # the converter resolved everything to exact names
         if not _quantized_online(name):
             return None
-        return fitting_block_size(input_size, wanted)
+        return fitting_block_size(columns, wanted) or fitting_block_size(input_size, wanted)
+
+    def _overridden(self, spellings: list[str]) -> str:
+        """The spelling of a layer's name that an override has, an exact one first."""
+        overrides = self.scheme.overrides
+        for spelling in spellings:
+            if spelling in overrides:
+                return spelling
+        found = (s for s in spellings if any(matches(pattern, s) for pattern in overrides))
+        return next(found, spellings[0])
 
     def _parts(self, prefix: str) -> list[str]:
         """The checkpoint's names of a layer that vLLM may have fused."""
         parent, _, leaf = prefix.rpartition(".")
         leaves = self.packed_modules_mapping.get(leaf, [leaf])
         return [f"{parent}.{leaf}" if parent else leaf for leaf in leaves]
+
+
+class BlockDialectW4A4Config(BlockDialectConfig):
+    """W4A4: activations in a dialect format."""
+
+    name = f"{QUANT_METHOD}_w4a4"
+    forced_activation_format = "dialect"
 
 
 class BlockDialectW4A8Config(BlockDialectConfig):
@@ -231,8 +307,13 @@ class BlockDialectW4A16Config(BlockDialectConfig):
 
 
 def register_configs() -> None:
-    """Register the three methods; a second call changes nothing."""
-    for config in (BlockDialectConfig, BlockDialectW4A8Config, BlockDialectW4A16Config):
+    """Register the four methods; a second call changes nothing."""
+    for config in (
+        BlockDialectConfig,
+        BlockDialectW4A4Config,
+        BlockDialectW4A8Config,
+        BlockDialectW4A16Config,
+    ):
         if config.name not in QUANTIZATION_METHODS:
             register_quantization_config(config.name)(config)
 
@@ -243,6 +324,8 @@ def _quantized_online(name: str) -> bool:
             "this architecture is not in blockdialect's table: every linear layer of its decoder "
             "layers is quantized, except routers and experts"
         )
+    if compat.is_multimodal() and architectures.is_in_encoder(name):
+        return False
     return architectures.is_candidate(name)
 
 
@@ -257,8 +340,21 @@ def _options(given: str | dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _mapped(mapper: WeightsMapper, name: str) -> str:
+    """vLLM's name of the checkpoint's layer `name`; an expression is left as it is."""
+    if is_expression(name):
+        return name
+    # most maps work on the names of parameters: ".gate_proj." is not in a layer's own name
+    mapped = mapper.apply_list([f"{name}.{WEIGHT}"])
+    if mapped and mapped[0].endswith(f".{WEIGHT}"):
+        return mapped[0].removesuffix(f".{WEIGHT}")
     mapped = mapper.apply_list([name])
     return mapped[0] if mapped else name
+
+
+def _spellings(name: str) -> list[str]:
+    """A layer's name, and as it is in checkpoints of the inner model: without ``model.``."""
+    inner = name.removeprefix(_ROOT)
+    return [name, inner if inner != name else f"{_ROOT}{name}"]
 
 
 @cache

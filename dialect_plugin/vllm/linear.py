@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
-from weakref import WeakMethod
 
 import torch
 from torch.nn import Parameter
@@ -32,20 +32,24 @@ from dialect_kernels.ops import linear, warm_up
 from dialect_kernels.packed import STORED_FIELDS
 
 from . import heap
+from .errors import LoadError
+from .parameters import checked, forget_loaded, held, loaded_shards
+from .probes import WEIGHT
 
 __all__ = ["BlockDialectLinearMethod", "LinearSpec"]
 
 logger = init_logger("vllm.blockdialect")
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_PARAMETERS: tuple[tuple[Any, dict[str, int]], ...] = (
+_KINDS: tuple[tuple[Any, dict[str, int]], ...] = (
     (PackedvLLMParameter, {"input_dim": 1, "packed_dim": 1, "packed_factor": 2}),
     (GroupQuantScaleParameter, {"input_dim": 1}),
     (ChannelQuantScaleParameter, {}),
 )
 """How vLLM splits codes, meta and row exponents over fused layers and ranks."""
-_LOADED = "_blockdialect_loaded"
-"""Attribute of a parameter: which of its shards have been loaded, a set of shard ids."""
+_PARAMETERS = {
+    field.stored: (field, kind) for field, kind in zip(STORED_FIELDS, _KINDS, strict=True)
+}
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,10 @@ class BlockDialectLinearMethod(LinearMethodBase):
 
     After loading, the layer holds ``weight_packed`` uint8 [N, K/2], ``weight_meta`` uint8
     [N, K/B] and ``weight_row_exponent`` int8 [N], N and K being this rank's share.
+
+    Attributes:
+        spec: how the layer is quantized.
+        load: a context around the model's first load while it lasts, else None.
     """
 
     # Online weights are created on the meta device and quantized as soon as their shards are in,
@@ -85,6 +93,7 @@ class BlockDialectLinearMethod(LinearMethodBase):
     def __init__(self, spec: LinearSpec) -> None:
         self.spec = spec
         self.uses_meta_device = not spec.serialized
+        self.load: ExitStack | None = None
 
     def create_weights(
         self,
@@ -106,34 +115,83 @@ class BlockDialectLinearMethod(LinearMethodBase):
         self._check(params_dtype, columns, input_size)
         self.dtype = params_dtype
         layer.logical_widths = output_partition_sizes
-        loader = extra_weight_attrs.pop("weight_loader")
+        self._loader = held(extra_weight_attrs.pop("weight_loader"))
+        self._input_size = input_size
         if not self.spec.serialized:
             # float32 holds every 16-bit dtype, so that the packed bytes depend on the checkpoint
             # alone and not on --dtype; one layer at a time, it is small
-            weight = ModelWeightParameter(
-                data=torch.empty(rows, columns, dtype=torch.float32, device="meta"),
-                input_dim=1,
-                output_dim=0,
-                weight_loader=_checked(loader, f"{self.spec.name}.weight", input_size, _DTYPES),
-            )
-            layer.register_parameter("weight", weight)
-            set_weight_attrs(weight, extra_weight_attrs)
+            loader = checked(self._loader(), self.spec.name, WEIGHT, input_size, _DTYPES)
+            layer.register_parameter(WEIGHT, _weight(rows, columns, loader))
+            set_weight_attrs(layer.weight, extra_weight_attrs)
             initialize_online_processing(layer)
             return
-
         sizes = (rows, columns, self.spec.block_size)
-        for field, (parameter, dimensions) in zip(STORED_FIELDS, _PARAMETERS, strict=True):
-            # a checkpoint's tensor is as wide as the whole layer, whatever this rank's share is
-            whole = field.shape(rows, input_size, self.spec.block_size)
-            width = whole[1] if len(whole) > 1 else None
-            name = f"{self.spec.name}.{field.stored}"
-            stored = parameter(
-                data=torch.zeros(field.shape(*sizes), dtype=field.dtype),
-                output_dim=0,
-                weight_loader=_checked(loader, name, width, (field.dtype,)),
-                **dimensions,
+        for field in STORED_FIELDS:
+            data = torch.zeros(field.shape(*sizes), dtype=field.dtype)
+            layer.register_parameter(field.stored, self._stored(field.stored, data))
+
+    def _stored(self, name: str, data: torch.Tensor) -> Parameter:
+        """The parameter that a packed tensor of the checkpoint is loaded into; it shares `data`."""
+        field, (kind, dimensions) = _PARAMETERS[name]
+        # a checkpoint's tensor is as wide as the whole layer, whatever this rank's share is
+        whole = field.shape(1, self._input_size, self.spec.block_size)
+        width = whole[1] if len(whole) > 1 else None
+        loader = checked(self._loader(), self.spec.name, name, width, (field.dtype,))
+        made: Parameter = kind(data=data, output_dim=0, weight_loader=loader, **dimensions)
+        return made
+
+    @contextmanager
+    def open(self, layer: Any, quantizes: bool) -> Iterator[None]:
+        """Let a loader find parameters for the layer's packed tensors and for its 16-bit weight.
+
+        Args:
+            layer: the layer, with its packed tensors; they are overwritten in place.
+            quantizes: whether 16-bit weights that arrive are quantized into them; else only probes
+                may arrive.
+        """
+        plain = {field.stored: getattr(layer, field.stored) for field in STORED_FIELDS}
+        codes = plain[STORED_FIELDS[0].stored]
+        take = self._quantizing(layer) if quantizes else self._refusing()
+        loader = checked(take, self.spec.name, WEIGHT, self._input_size, _DTYPES)
+        weight = _weight(codes.shape[0], codes.shape[1] * 2, loader)
+        if quantizes:
+            for name, parameter in plain.items():
+                layer.register_parameter(name, self._stored(name, parameter.data))
+        layer.register_parameter(WEIGHT, weight)
+        if hasattr(layer, "update_param_tp_status"):
+            layer.update_param_tp_status()
+        try:
+            yield
+        finally:
+            del layer.weight
+            for name, parameter in plain.items():
+                layer.register_parameter(name, parameter)
+
+    def _quantizing(self, layer: Any) -> Callable[..., Any]:
+        original = self._loader
+
+        def take(param: Any, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+            packed = quantize(
+                loaded_weight,
+                book_by_name(self.spec.book),
+                self.spec.block_size,
+                name=f"{self.spec.name}.{WEIGHT}",
             )
-            layer.register_parameter(field.stored, stored)
+            for name, tensor in packed.stored.items():
+                original()(getattr(layer, name), tensor, *args, **kwargs)
+
+        take.__signature__ = inspect.signature(original())  # type: ignore[attr-defined]
+        return take
+
+    def _refusing(self) -> Callable[..., Any]:
+        def take(param: Any, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+            raise LoadError(
+                f"{self.spec.name}.{WEIGHT}: the checkpoint holds a 16-bit weight of a layer that "
+                "its quantization_config calls packed; convert the model again"
+            )
+
+        take.__signature__ = inspect.signature(self._loader())  # type: ignore[attr-defined]
+        return take
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Quantize a 16-bit weight, or check a packed one; a second call does nothing.
@@ -142,11 +200,13 @@ class BlockDialectLinearMethod(LinearMethodBase):
             ValueError: if a tensor is missing, a 16-bit weight holds NaN or Inf, or a packed one
                 reserved values.
         """
-        if getattr(layer, "_already_called_process_weights_after_loading", False):
+        if self.is_loaded(layer):
             return
         _log_kernel()
         if self.spec.complete:
-            self._check_loaded(layer)
+            self.check_loaded(layer)
+        for parameter in layer.parameters():
+            forget_loaded(parameter)
         if self.spec.serialized:
             for field in STORED_FIELDS:
                 replace_parameter(layer, field.stored, getattr(layer, field.stored).data)
@@ -165,7 +225,9 @@ class BlockDialectLinearMethod(LinearMethodBase):
             for name, tensor in packed.stored.items():
                 layer.register_parameter(name, Parameter(tensor, requires_grad=False))
         self._warm_up(layer)
-        layer._already_called_process_weights_after_loading = True
+        self.set_loaded(layer)
+        if self.load is not None:  # blocks that share the layer bring its tensors again
+            self.load.enter_context(self.open(layer, quantizes=True))
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``x @ weight.T + bias``, [..., K] -> [..., N] in x's dtype."""
@@ -191,22 +253,32 @@ class BlockDialectLinearMethod(LinearMethodBase):
         for bias_dtype in dtypes:
             warm_up(self._packed(layer), self.spec.activation_format, self.dtype, bias_dtype)
 
-    def _check_loaded(self, layer: Any) -> None:
-        """Raise ValueError if a tensor was not in the checkpoint: vLLM does not check this."""
+    @staticmethod
+    def is_loaded(layer: Any) -> bool:
+        """Whether the layer holds packed weights that have been processed."""
+        return bool(getattr(layer, "_already_called_process_weights_after_loading", False))
+
+    @staticmethod
+    def set_loaded(layer: Any) -> None:
+        """Note that the layer holds processed weights: new ones, or old ones again."""
+        layer._already_called_process_weights_after_loading = True
+
+    def check_loaded(self, layer: Any) -> None:
+        """Raise LoadError if a tensor was not in the checkpoint: vLLM does not check this."""
         stored = [field.stored for field in STORED_FIELDS]
-        for name in stored if self.spec.serialized else ("weight",):
-            loaded = getattr(layer, name).__dict__.get(_LOADED, set())
-            if None not in loaded and len(loaded) < len(layer.logical_widths):
-                remedy = (
-                    "convert the model again"
-                    if self.spec.serialized
-                    else "complete the checkpoint, or ignore the layer"
-                )
-                raise ValueError(
-                    f"{self.spec.name}.{name}: the checkpoint does not hold "
-                    f"{'all of its parts' if loaded else 'it'}; {remedy}"
-                )
-            loaded.clear()  # a reload marks the same set
+        for name in stored if self.spec.serialized else (WEIGHT,):
+            loaded = loaded_shards(getattr(layer, name))
+            if None in loaded or len(loaded) >= len(layer.logical_widths):
+                continue
+            remedy = (
+                "convert the model again"
+                if self.spec.serialized
+                else "complete the checkpoint, or ignore the layer"
+            )
+            raise LoadError(
+                f"{self.spec.name}.{name}: the checkpoint does not hold "
+                f"{'all of its parts' if loaded else 'it'}; {remedy}"
+            )
 
     def _packed(self, layer: Any) -> PackedTensor:
         return PackedTensor.from_stored(
@@ -242,38 +314,7 @@ def _log_kernel() -> None:
         logger.info("blockdialect runs on the CPU with %s", cpu.describe())
 
 
-def _checked(
-    loader: Callable[..., Any], name: str, width: int | None, dtypes: tuple[torch.dtype, ...]
-) -> Callable[..., Any]:
-    """`loader` with checks of the loaded tensor; it marks the parameter's shards as loaded.
-
-    vLLM's loaders cut the part they need out of a tensor that is too wide, and cast any dtype, so
-    that a mislabelled checkpoint would give wrong weights silently. The loader is held weakly,
-    because vLLM keeps loaders for a later reload and expects them not to keep the layer alive.
-    """
-    held: Callable[[], Any] = WeakMethod(loader) if inspect.ismethod(loader) else lambda: loader
-
-    def load(param: Any, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if loaded_weight.dtype not in dtypes:
-            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise ValueError(
-                f"{name}: the checkpoint holds {loaded_weight.dtype}; it must be {allowed}: give "
-                "the original 16-bit checkpoint, or convert it again"
-            )
-        if width is not None and loaded_weight.shape[-1] != width:
-            raise ValueError(
-                f"{name}: the checkpoint's tensor has {loaded_weight.shape[-1]} columns where the "
-                f"model and its quantization_config need {width}; correct the block size or "
-                "convert the model again"
-            )
-        original = held()
-        bound = inspect.signature(original).bind(param, loaded_weight, *args, **kwargs)
-        bound.apply_defaults()
-        shard = next((v for k, v in bound.arguments.items() if k.endswith("shard_id")), None)
-        result = original(param, loaded_weight, *args, **kwargs)
-        shards = shard if isinstance(shard, tuple) else (shard,)
-        param.__dict__.setdefault(_LOADED, set()).update(shards)
-        return result
-
-    load.__signature__ = inspect.signature(loader)  # type: ignore[attr-defined]
-    return load
+def _weight(rows: int, columns: int, loader: Callable[..., Any]) -> ModelWeightParameter:
+    """A 16-bit weight without memory."""
+    data = torch.empty(rows, columns, dtype=torch.float32, device="meta")
+    return ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)

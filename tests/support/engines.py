@@ -51,6 +51,32 @@ def engine(model: Path, **options: Any) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
+def load_model(path: Path, **options: Any) -> torch.nn.Module:
+    """The model as vLLM loads it, without an engine; needs the fixture `one_rank`."""
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import get_model_loader
+
+    defaults: dict[str, Any] = {
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "max_model_len": 64,
+    }
+    arguments = EngineArgs(str(path), enforce_eager=True, **(defaults | options))
+    config = arguments.create_engine_config()
+    with set_current_vllm_config(config):
+        loader = get_model_loader(config.load_config)
+        model: torch.nn.Module = loader.load_model(
+            vllm_config=config, model_config=config.model_config
+        )
+    return model
+
+
+def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The data of all parameters by their names."""
+    return {name: value.data for name, value in model.named_parameters()}
+
+
 def logprobs(llm: Any, **generate: Any) -> torch.Tensor:
     """Log-probabilities [len(PROMPT) - 1, VOCABULARY] of the token after each prefix of PROMPT."""
     from vllm import SamplingParams
@@ -69,10 +95,10 @@ def logprobs(llm: Any, **generate: Any) -> torch.Tensor:
 
 def parameters(llm: Any) -> dict[str, torch.Tensor]:
     """Copies of all parameters of the engine's model."""
-    (found,) = llm.apply_model(
+    found: list[dict[str, torch.Tensor]] = llm.apply_model(
         lambda model: {name: value.data.clone() for name, value in model.named_parameters()}
     )
-    return found
+    return found[0]
 
 
 def expected_bytes(

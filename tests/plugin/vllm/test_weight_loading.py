@@ -12,34 +12,17 @@ from dialect_kernels import PackedTensor, dialect_linear, quantize
 from dialect_kernels.formatbook import DIALECT_FP4, SEMANTIC_32
 from dialect_plugin.checkpoint.convert import convert
 from dialect_plugin.scheme import Scheme
-from tests.support.engines import STORED, expected_bytes, packed_modules
+from tests.support.engines import (
+    STORED,
+    expected_bytes,
+    load_model,
+    packed_modules,
+    tensors_of,
+)
 from tests.support.served_models import build, checkpoint_tensors
 
-pytestmark = pytest.mark.slow  # importing vLLM takes about ten seconds
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory):
-    """vLLM's process groups for a single rank, and a config that says float32."""
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import (
-        cleanup_dist_env_and_memory,
-        ensure_model_parallel_initialized,
-        init_distributed_environment,
-    )
-    from vllm.plugins import load_general_plugins
-
-    load_general_plugins()
-    # without an accelerator this raises; vLLM's CPU worker replaces it in the same way
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
-    rendezvous = tmp_path_factory.mktemp("rendezvous") / "file"
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, f"file://{rendezvous}", 0, "gloo")
-        ensure_model_parallel_initialized(1, 1)
-        yield
-        cleanup_dist_env_and_memory()
-    monkeypatch.undo()
+# importing vLLM takes about ten seconds
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_rank")]
 
 
 @pytest.fixture(scope="module")
@@ -65,24 +48,6 @@ def quant_config(name="blockdialect", **scheme):
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
     return config
-
-
-def load_model(path, **options):
-    """The model as vLLM loads it, and its config."""
-    from vllm.config import set_current_vllm_config
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.model_loader import get_model_loader
-
-    defaults = {"skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 64}
-    arguments = EngineArgs(str(path), enforce_eager=True, **(defaults | options))
-    config = arguments.create_engine_config()
-    with set_current_vllm_config(config):
-        loader = get_model_loader(config.load_config)
-        return loader.load_model(vllm_config=config, model_config=config.model_config)
-
-
-def tensors_of(model):
-    return {name: value.data for name, value in model.named_parameters()}
 
 
 def qkv(config):
@@ -478,17 +443,19 @@ def test_which_flag_goes_with_which_checkpoint(packed):
         return arguments.create_model_config().quantization
 
     assert chosen(packed, None) == "blockdialect"
-    for name in ("blockdialect", "blockdialect_w4a8", "blockdialect_w4a16"):
+    names = ("blockdialect", "blockdialect_w4a4", "blockdialect_w4a8", "blockdialect_w4a16")
+    for name in names:
         assert chosen(packed, name) == name
     with pytest.raises(ValueError, match="does not match the quantization method"):
         chosen(packed, "fp8")
 
     formats = {
         name: quant_config(name, activation_format="fp8").scheme.activation_format
-        for name in ("blockdialect", "blockdialect_w4a8", "blockdialect_w4a16")
+        for name in names
     }
     assert formats == {
         "blockdialect": "fp8",  # the checkpoint's
+        "blockdialect_w4a4": "dialect",
         "blockdialect_w4a8": "fp8",
         "blockdialect_w4a16": "none",  # the flag's
     }
@@ -548,6 +515,7 @@ def test_registering_again_changes_nothing():
     assert before == QUANTIZATION_METHODS
     assert [name for name in before if "blockdialect" in name] == [
         "blockdialect",
+        "blockdialect_w4a4",
         "blockdialect_w4a8",
         "blockdialect_w4a16",
     ]

@@ -1,0 +1,140 @@
+"""Whether a load has filled every parameter of a model.
+
+vLLM checks this for 16-bit models only, and there not in linear layers. Without a check, a norm or
+a bias that the checkpoint lacks is memory that nobody has written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+from dialect_kernels.packed import STORED_FIELDS
+
+from .errors import LoadError
+from .linear import BlockDialectLinearMethod
+from .probes import WEIGHT, Recorder
+
+__all__ = ["check_complete", "track_arrivals"]
+
+_OURS = (WEIGHT, *(field.stored for field in STORED_FIELDS))
+
+
+@contextmanager
+def track_arrivals(
+    model: torch.nn.Module, recorder: Recorder
+) -> Iterator[Mapping[int, set[Hashable]]]:
+    """The shards that arrive for each parameter that is not ours, by the parameter's id.
+
+    A probe among them means that the checkpoint holds a layer packed that the engine has in 16 bit.
+    """
+    arrived: dict[int, set[Hashable]] = {}
+    replaced = []
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, BlockDialectLinearMethod) and not method.spec.serialized:
+            continue  # vLLM defers their loaders
+        for name, parameter in module.named_parameters(recurse=False):
+            if _is_ours(module, name) or id(parameter) in arrived:
+                continue
+            loader = getattr(parameter, "weight_loader", None)
+            shards = arrived[id(parameter)] = set()
+            parameter.weight_loader = _noting(  # type: ignore[attr-defined]
+                loader or default_weight_loader, shards, recorder
+            )
+            replaced.append((parameter, loader))
+    try:
+        yield arrived
+    finally:
+        for parameter, loader in replaced:
+            if loader is None:
+                del parameter.weight_loader  # type: ignore[attr-defined]
+            else:
+                parameter.weight_loader = loader  # type: ignore[attr-defined]
+
+
+def _noting(
+    loader: Callable[..., Any], shards: set[Hashable], recorder: Recorder
+) -> Callable[..., Any]:
+    def load(*args: Any, **kwargs: Any) -> Any:
+        tensor = args[1] if len(args) > 1 else kwargs.get("loaded_weight")
+        layer = recorder.layer_of(tensor)
+        if layer is not None:
+            raise LoadError(
+                f"{layer}: the checkpoint holds this layer packed, but vLLM builds it without "
+                "quantization; convert the model again and --ignore the layer"
+            )
+        result = loader(*args, **kwargs)
+        if result is not False:  # experts of other ranks
+            shard = kwargs.get("loaded_shard_id", kwargs.get("shard_id"))
+            shard = args[2] if shard is None and len(args) > 2 else shard
+            shards.update(shard if isinstance(shard, tuple) else (shard,))
+        return result
+
+    return load
+
+
+def check_complete(
+    model: torch.nn.Module,
+    loaded: Collection[str] | None,
+    arrived: Mapping[int, set[Hashable]],
+    draft: bool,
+) -> None:
+    """Raise LoadError if a parameter of the model, or a part of a fused one, was not loaded.
+
+    Not required are scales of the KV cache, which have defaults, and what a draft model shares with
+    its target. Weights of the layers that this plugin quantizes have a check of their own.
+
+    Args:
+        model: the model after its load_weights.
+        loaded: what load_weights returned, names of parameters.
+        arrived: from :func:`track_arrivals`.
+        draft: whether it is the draft model of speculative decoding.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    filled = {id(named[name]) for name in loaded or () if name in named}
+    missing, halved = [], []
+    for prefix, module in model.named_modules():
+        if isinstance(getattr(module, "quant_method", None), BaseKVCacheMethod):
+            continue
+        if draft and isinstance(module, VocabParallelEmbedding):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if _is_ours(module, name) or not parameter.numel():
+                continue
+            shards = arrived.get(id(parameter))
+            if not shards and id(parameter) not in filled:
+                if shards is not None or loaded is not None:
+                    missing.append(f"{prefix}.{name}" if prefix else name)
+            elif shards and _is_halved(module, shards):
+                halved.append(f"{prefix}.{name}")
+    if missing or halved:
+        raise _incomplete(missing, halved)
+
+
+def _is_ours(module: torch.nn.Module, name: str) -> bool:
+    return name in _OURS and isinstance(
+        getattr(module, "quant_method", None), BlockDialectLinearMethod
+    )
+
+
+def _is_halved(module: torch.nn.Module, shards: set[Hashable]) -> bool:
+    """Whether a fused linear layer has got some of its parts only."""
+    parts = getattr(module, "output_partition_sizes", ())
+    return None not in shards and len(shards) < len(parts)
+
+
+def _incomplete(missing: list[str], halved: list[str]) -> LoadError:
+    name, more = (missing or halved)[0], len(missing) + len(halved) - 1
+    what = "it" if missing else "all of its parts"
+    others = f", nor {more} more of the model's tensors" if more else ""
+    return LoadError(
+        f"{name}: the checkpoint does not hold {what}{others}; complete the checkpoint, or convert "
+        "the model again from a complete one"
+    )

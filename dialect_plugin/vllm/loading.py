@@ -1,0 +1,211 @@
+"""A model's load_weights, with all that vLLM does not check for quantized models.
+
+===============  =================================================================================
+first load       probes go before packed tensors (:mod:`.probes`); every parameter of the model
+                 must have been loaded; exact names of the config must name layers
+reload           vLLM's ``reload_weights``: 16-bit weights that arrive for packed layers are
+                 quantized, and the old weights come back if it fails
+push             ``load_weights`` of a running engine, packed or online: packed tensors are copied,
+                 16-bit weights quantized, both into the weights that are in use
+===============  =================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+import torch
+
+from dialect_kernels import quantize
+from dialect_kernels.formatbook import book_by_name
+from dialect_kernels.packed import STORED_FIELDS
+
+from ..scheme import Scheme
+from . import compat
+from .completeness import check_complete, track_arrivals
+from .errors import LoadError
+from .linear import BlockDialectLinearMethod
+from .probes import WEIGHT, Recorder
+
+__all__ = ["load"]
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+_STORED = tuple(field.stored for field in STORED_FIELDS)
+_CODES = _STORED[0]
+_TARGETS = "_blockdialect_targets"
+"""Attribute of a model: its checkpoint's packed layers -> vLLM's layers, known after a load."""
+_Layers = list[tuple[Any, BlockDialectLinearMethod]]
+_active: list[torch.nn.Module] = []
+"""The model whose load_weights runs: those of its parts run inside of it."""
+
+
+class _Config(Protocol):
+    """What a load needs of :class:`.config.BlockDialectConfig`, which stands above."""
+
+    scheme: Scheme
+    complete: bool
+    draft: bool
+
+    def fused_name(self, layer: str) -> str | None: ...
+
+    def check_names(
+        self, tensors: Iterable[str], skipped: Callable[[str], bool] | None
+    ) -> None: ...
+
+
+def load(
+    config: _Config,
+    model: torch.nn.Module,
+    weights: Weights,
+    own: Callable[[Weights], Any],
+) -> Any:
+    """Run the model's `own` load_weights on `weights`.
+
+    Raises:
+        LoadError: if the checkpoint, the config and the model do not go together.
+    """
+    if _active:
+        return own(weights)
+    layers: _Layers = [
+        (module, method)
+        for module in model.modules()
+        if isinstance(method := getattr(module, "quant_method", None), BlockDialectLinearMethod)
+    ]
+    _active.append(model)
+    try:
+        if compat.is_reloading(model):
+            return _reload(config, model, layers, weights, own)
+        if any(method.is_loaded(layer) for layer, method in layers):
+            with ExitStack() as stack:
+                for layer, method in layers:
+                    stack.enter_context(method.open(layer, quantizes=True))
+                return own(weights)
+        if hasattr(model, _TARGETS):  # a model without a packed layer
+            return own(weights)
+        return _first(config, model, layers, weights, own)
+    finally:
+        _active.pop()
+
+
+def _first(
+    config: _Config,
+    model: torch.nn.Module,
+    layers: _Layers,
+    weights: Weights,
+    own: Callable[[Weights], Any],
+) -> Any:
+    stream, recorder = _Stream(weights), Recorder()
+    with ExitStack() as stack:
+        for layer, method in layers:
+            if method.spec.serialized:
+                stack.enter_context(method.open(layer, quantizes=False))
+            else:
+                method.load = stack
+                stack.callback(setattr, method, "load", None)
+        stack.enter_context(recorder)
+        stack.enter_context(compat.no_warnings_of_probes())
+        arrived = stack.enter_context(track_arrivals(model, recorder))
+        try:
+            loaded = own(stream.with_probes(recorder) if config.scheme.serialized else stream)
+        except LoadError:
+            raise
+        except Exception as error:
+            layer, _, field = stream.last.rpartition(".")
+            if field not in _STORED:
+                raise
+            raise LoadError(
+                f"{layer}: vLLM's loader of this model does not take its packed tensors "
+                f"({type(error).__name__}: {error}); convert the model again with this layer in "
+                "16 bit (--ignore, or no --lm-head)"
+            ) from error
+    setattr(model, _TARGETS, recorder.check())
+    if config.complete:
+        check_complete(model, loaded, arrived, draft=config.draft)
+    config.check_names(stream.names, getattr(model, "is_unused_checkpoint_weight", None))
+    return loaded
+
+
+def _reload(
+    config: _Config,
+    model: torch.nn.Module,
+    layers: _Layers,
+    weights: Weights,
+    own: Callable[[Weights], Any],
+) -> Any:
+    targets = getattr(model, _TARGETS, {})
+    by_name = {method.spec.name: method for _, method in layers if method.spec.serialized}
+
+    def quantized() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            layer, _, field = name.rpartition(".")
+            method = by_name.get(targets.get(layer) or config.fused_name(layer) or "")
+            if field != WEIGHT or method is None:
+                yield name, tensor
+                continue
+            spec = method.spec
+            packed = quantize(tensor, book_by_name(spec.book), spec.block_size, name=name)
+            for stored, value in packed.stored.items():
+                yield f"{layer}.{stored}", value
+
+    try:
+        loaded = own(quantized())
+        for layer, method in layers:
+            if compat.is_partly_reloaded(layer):
+                method.check_loaded(layer)
+    except Exception:
+        compat.restore_weights(model)
+        for layer, method in layers:
+            method.set_loaded(layer)
+        raise
+    return loaded
+
+
+class _Stream:
+    """A checkpoint's tensors, and the names of those that went by."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self.names: set[str] = set()
+        self.last = ""
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self._weights:
+            self.names.add(name)
+            self.last = name
+            yield name, tensor
+
+    def with_probes(self, recorder: Recorder) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors, each packed one behind its probe.
+
+        The weight's probe needs the columns that the codes tell, so that what comes before the
+        codes of a layer waits for them.
+        """
+        waiting: dict[str, list[tuple[str, torch.Tensor]]] = {}
+        known: set[str] = set()
+        for name, tensor in self:
+            layer, _, field = name.rpartition(".")
+            if field not in _STORED:
+                yield name, tensor
+            elif field == _CODES and tensor.dim() == 2:
+                known.add(layer)
+                rows, columns = tensor.shape
+                yield f"{layer}.{WEIGHT}", recorder.probe(layer, WEIGHT, (rows, columns * 2))
+                yield from _probed(recorder, [*waiting.pop(layer, []), (name, tensor)])
+            elif layer in known:
+                yield from _probed(recorder, [(name, tensor)])
+            else:  # a copy, because some iterators use their buffer again
+                waiting.setdefault(layer, []).append((name, tensor.clone()))
+        for tensors in waiting.values():
+            yield from _probed(recorder, tensors)
+
+
+def _probed(
+    recorder: Recorder, tensors: list[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in tensors:
+        layer, _, field = name.rpartition(".")
+        yield name, recorder.probe(layer, field, tuple(tensor.shape))
+        recorder.check_layer(layer)
+    yield from tensors

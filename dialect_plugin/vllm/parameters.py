@@ -1,0 +1,115 @@
+"""Loaders of parameters: what they check, and what they remember of a load."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable
+from typing import Any
+from weakref import WeakMethod
+
+import torch
+
+from . import probes
+from .errors import LoadError
+
+__all__ = ["checked", "forget_loaded", "held", "loaded_shards"]
+
+_LOADED = "_blockdialect_loaded"
+"""Attribute of a parameter: which of its shards have been loaded, a set of shard ids."""
+_COUNTED = "_blockdialect_counted"
+"""Attribute of a parameter on the meta device: which of its shards vLLM has counted."""
+
+
+def checked(
+    loader: Callable[..., Any],
+    layer: str,
+    field: str,
+    width: int | None,
+    dtypes: tuple[torch.dtype, ...],
+) -> Callable[..., Any]:
+    """`loader` with checks of the loaded tensor; it marks the parameter's shards as loaded.
+
+    vLLM's loaders cut the part they need out of a tensor that is too wide, and cast any dtype, so
+    that a mislabelled checkpoint would give wrong weights silently.
+
+    vLLM counts the elements that arrive for a layer on the meta device, and quantizes it when they
+    are enough. A shard is counted once, even if blocks of the model share its layer and it arrives
+    once for each of them.
+
+    Args:
+        loader: vLLM's loader; held weakly, because vLLM keeps loaders for a later reload and
+            expects them not to keep the layer alive.
+        layer: vLLM's name of the layer.
+        field: name of the parameter in it.
+        width: columns of the checkpoint's tensor, or None.
+        dtypes: allowed dtypes.
+    """
+    original, name = held(loader), f"{layer}.{field}"
+
+    def load(param: Any, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        shards = _shards_of(original(), param, loaded_weight, *args, **kwargs)
+        if probes.record(loaded_weight, field, layer, shards):
+            return None
+        _check(loaded_weight, name, width, dtypes)
+        if param.is_meta:
+            counted = param.__dict__.setdefault(_COUNTED, set())
+            if shards in counted:
+                return None
+            counted.add(shards)
+        result = original()(param, loaded_weight, *args, **kwargs)
+        param.__dict__.setdefault(_LOADED, set()).update(shards)
+        return result
+
+    load.__signature__ = inspect.signature(loader)  # type: ignore[attr-defined]
+    return load
+
+
+def held(loader: Callable[..., Any]) -> Callable[[], Callable[..., Any]]:
+    """A function that returns `loader` without keeping the layer alive whose method it is."""
+    if inspect.ismethod(loader):
+        method = WeakMethod(loader)
+
+        def alive() -> Callable[..., Any]:
+            found = method()
+            assert found is not None, "the layer of a parameter's loader is gone"
+            return found
+
+        return alive
+    return lambda: loader
+
+
+def _shards_of(loader: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Hashable, ...]:
+    """The shard ids of a call of vLLM's `loader`; ``(None,)`` for a whole parameter."""
+    bound = inspect.signature(loader).bind(*args, **kwargs)
+    bound.apply_defaults()
+    shard = next((v for k, v in bound.arguments.items() if k.endswith("shard_id")), None)
+    return shard if isinstance(shard, tuple) else (shard,)
+
+
+def loaded_shards(param: torch.Tensor) -> set[Hashable]:
+    """The shard ids that a :func:`checked` loader has loaded into `param`."""
+    shards: set[Hashable] = param.__dict__.get(_LOADED, set())
+    return shards
+
+
+def forget_loaded(param: torch.Tensor) -> None:
+    """Forget them; a reload may mark the same sets again."""
+    for mark in (_LOADED, _COUNTED):
+        param.__dict__.get(mark, set()).clear()
+
+
+def _check(
+    tensor: torch.Tensor, name: str, width: int | None, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    if tensor.dtype not in dtypes:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise LoadError(
+            f"{name}: the checkpoint holds {tensor.dtype}; it must be {allowed}: give "
+            "the original 16-bit checkpoint, or convert it again"
+        )
+    if width is not None and tensor.shape[-1] != width:
+        raise LoadError(
+            f"{name}: the checkpoint's tensor has {tensor.shape[-1]} columns where the "
+            f"model and its quantization_config need {width}; correct the block size or "
+            "convert the model again"
+        )

@@ -1,0 +1,300 @@
+"""What vLLM's loaders may do to a packed checkpoint, and what a load must not leave open."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from dialect_kernels import quantize
+from dialect_plugin.checkpoint.convert import convert
+from dialect_plugin.scheme import Scheme
+from tests.support.engines import STORED, expected_bytes, load_model, packed_modules, tensors_of
+from tests.support.served_models import build, checkpoint_tensors
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_rank")]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return build("LlamaForCausalLM", tmp_path_factory.mktemp("llama") / "source")
+
+
+@pytest.fixture(scope="module")
+def packed(source, tmp_path_factory):
+    destination = tmp_path_factory.mktemp("llama") / "packed"
+    convert(source, destination)
+    return destination
+
+
+def write(path, config, tensors, scheme=None):
+    """A checkpoint of `tensors` with the config.json of another one, and a scheme of its own."""
+    path.mkdir()
+    config = json.loads((config / "config.json").read_text())
+    if scheme is not None:
+        config["quantization_config"] = Scheme.model_validate(scheme).to_config()
+    (path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def pack(tensors, layers):
+    """`tensors` with `layers` packed as they lie, whatever the engine makes of them."""
+    packed = dict(tensors)
+    for layer in layers:
+        stored = quantize(packed.pop(f"{layer}.weight")).stored
+        packed |= {f"{layer}.{name}": value for name, value in stored.items()}
+    return packed
+
+
+def linear_layers(tensors):
+    return [n.removesuffix(".weight") for n, v in tensors.items() if v.dim() == 2]
+
+
+REARRANGED = (
+    ": vLLM's loader of this model rearranges the layer's 16-bit weight in a way that packed "
+    "tensors cannot follow; convert the model again and --ignore the layer, or serve the 16-bit "
+    "checkpoint with --quantization blockdialect"
+)
+
+
+@pytest.mark.parametrize("leaf", ["attn.c_proj", "attn.c_attn", "mlp.c_fc"])
+def test_a_weight_that_the_loader_transposes_is_refused(leaf, tmp_path):
+    """GPT-2 stores [in, out]; a square weight would fit, packed along the wrong axis."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=128, n_layer=1, n_head=4, vocab_size=500, n_positions=128)
+    GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    tensors = checkpoint_tensors(tmp_path / "source")
+    layer = f"transformer.h.0.{leaf}"
+    scheme = {"ignore": [name for name in linear_layers(tensors) if name != layer]}
+    path = write(tmp_path / "packed", tmp_path / "source", pack(tensors, [layer]), scheme)
+    with pytest.raises(ValueError) as caught:
+        load_model(path)
+    assert str(caught.value) == layer + REARRANGED
+
+
+def test_rows_that_the_loader_permutes_are_refused(tmp_path):
+    """Mistral's own names: rows of wq.weight are permuted for the rotary embedding, others not."""
+    source = build("MistralForCausalLM", tmp_path / "source")
+    renames = {"self_attn.q_proj": "attention.wq"}
+
+    def renamed(name):
+        for old, new in renames.items():
+            if f"layers.0.{old}" in name:
+                return name.removeprefix("model.").replace(old, new)
+        return name
+
+    tensors = {renamed(name): value for name, value in checkpoint_tensors(source).items()}
+    layers = ["layers.0.attention.wq", *(f"model.layers.0.self_attn.{p}_proj" for p in "kv")]
+    ignored = set(linear_layers(tensors)) - set(layers)
+    path = write(tmp_path / "packed", source, pack(tensors, layers), {"ignore": sorted(ignored)})
+    with pytest.raises(ValueError) as caught:
+        load_model(path)
+    assert str(caught.value) == layers[0] + REARRANGED
+
+
+def test_a_packed_layer_that_vllm_has_in_16_bit_is_refused(source, tmp_path):
+    tensors = checkpoint_tensors(source)
+    layer = "model.layers.0.self_attn.o_proj"
+    scheme = {"ignore": linear_layers(tensors)}
+    path = write(tmp_path / "packed", source, pack(tensors, [layer]), scheme)
+    with pytest.raises(ValueError) as caught:
+        load_model(path)
+    assert str(caught.value) == (
+        f"{layer}: the checkpoint holds this layer packed, but vLLM builds it without "
+        "quantization; convert the model again and --ignore the layer"
+    )
+
+
+def test_a_16_bit_weight_of_a_packed_layer_is_refused(source, packed, tmp_path):
+    tensors = checkpoint_tensors(packed)
+    layer = "model.layers.0.self_attn.o_proj"
+    for name in STORED:
+        del tensors[f"{layer}.{name}"]
+    tensors[f"{layer}.weight"] = checkpoint_tensors(source)[f"{layer}.weight"]
+    with pytest.raises(ValueError) as caught:
+        load_model(write(tmp_path / "packed", packed, tensors))
+    assert str(caught.value) == (
+        f"{layer}.weight: the checkpoint holds a 16-bit weight of a layer that its "
+        "quantization_config calls packed; convert the model again"
+    )
+
+
+INCOMPLETE = "; complete the checkpoint, or convert the model again from a complete one"
+
+
+@pytest.mark.parametrize("quantization", [None, "blockdialect"])
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        (["model.norm.weight"], "model.norm.weight: the checkpoint does not hold it"),
+        (
+            ["model.layers.1.input_layernorm.weight", "model.embed_tokens.weight"],
+            "model.embed_tokens.weight: the checkpoint does not hold it, nor 1 more of the model's "
+            "tensors",
+        ),
+        (["lm_head.weight"], "lm_head.weight: the checkpoint does not hold it"),
+    ],
+)
+def test_a_tensor_that_is_not_quantized_is_missed(
+    lost, message, quantization, source, packed, tmp_path
+):
+    """vLLM's own check is off for quantized models, which then serve memory as it was."""
+    origin = source if quantization else packed
+    tensors = checkpoint_tensors(origin)
+    for name in lost:
+        del tensors[name]
+    with pytest.raises(ValueError) as caught:
+        load_model(write(tmp_path / "lossy", origin, tensors), quantization=quantization)
+    assert str(caught.value) == message + INCOMPLETE
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        (["k_proj.bias"], "the checkpoint does not hold all of its parts"),
+        (["q_proj.bias", "k_proj.bias", "v_proj.bias"], "the checkpoint does not hold it"),
+    ],
+)
+def test_a_bias_is_missed(lost, message, tmp_path):
+    source = build("Qwen2ForCausalLM", tmp_path / "source")
+    convert(source, tmp_path / "packed")
+    tensors = checkpoint_tensors(tmp_path / "packed")
+    for name in lost:
+        del tensors[f"model.layers.1.self_attn.{name}"]
+    with pytest.raises(ValueError) as caught:
+        load_model(write(tmp_path / "lossy", tmp_path / "packed", tensors))
+    assert str(caught.value) == f"model.layers.1.self_attn.qkv_proj.bias: {message}{INCOMPLETE}"
+
+
+def test_a_part_of_a_16_bit_layer_is_missed(source, tmp_path):
+    scheme = Scheme(ignore=["re:.*layers.0.self_attn.[qkv]_proj"])
+    convert(source, tmp_path / "packed", scheme)
+    tensors = checkpoint_tensors(tmp_path / "packed")
+    del tensors["model.layers.0.self_attn.v_proj.weight"]
+    with pytest.raises(ValueError) as caught:
+        load_model(write(tmp_path / "lossy", tmp_path / "packed", tensors))
+    assert str(caught.value) == (
+        "model.layers.0.self_attn.qkv_proj.weight: the checkpoint does not hold all of its parts"
+        + INCOMPLETE
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ignore": ["model.layers.0.self_attn.o_porj"]},
+        {"overrides": {"model.layers.0.self_attn.o_porj": {"block_size": 16}}},
+    ],
+)
+def test_a_name_that_is_no_layer_is_refused(options, source):
+    overrides = {"quantization_config_dict_json": json.dumps(options)}
+    with pytest.raises(ValueError) as caught:
+        load_model(source, quantization="blockdialect", hf_overrides=overrides)
+    assert "'model.layers.0.self_attn.o_porj' in ignore or overrides is no layer" in str(
+        caught.value
+    )
+    assert "similar names are model.layers.0.self_attn.o_proj" in str(caught.value)
+
+
+def test_the_output_projection_may_be_ignored(source):
+    """Recipes of other tools always do."""
+    overrides = {"quantization_config_dict_json": json.dumps({"ignore": ["lm_head"]})}
+    load_model(source, quantization="blockdialect", hf_overrides=overrides)
+
+
+def test_names_of_a_checkpoint_of_the_inner_model(source, tmp_path):
+    """Embedding models have no ``model.`` in front of their tensors' names; vLLM's layers do."""
+    tensors = {
+        name.removeprefix("model."): value
+        for name, value in checkpoint_tensors(source).items()
+        if name != "lm_head.weight"
+    }
+    inner = write(tmp_path / "inner", source, tensors)
+    config = json.loads((inner / "config.json").read_text()) | {"architectures": ["LlamaModel"]}
+    (inner / "config.json").write_text(json.dumps(config))
+    options = {
+        "ignore": ["layers.0.mlp.down_proj", r"re:layers\.1\.self_attn\.o_proj"],
+        "overrides": {"layers.1.mlp.down_proj": {"block_size": 64}},
+    }
+    overrides = {"quantization_config_dict_json": json.dumps(options)}
+    model = load_model(inner, runner="pooling", quantization="blockdialect", hf_overrides=overrides)
+    found = tensors_of(model)
+    assert "model.layers.0.mlp.down_proj.weight" in found
+    assert "model.layers.1.self_attn.o_proj.weight" in found
+    assert found["model.layers.1.mlp.down_proj.weight_meta"].shape == (128, 192 // 64)
+    assert found["model.layers.1.mlp.gate_up_proj.weight_meta"].shape == (384, 128 // 32)
+
+
+@pytest.mark.parametrize("mode", ["packed", "online"])
+@pytest.mark.parametrize("pushed", ["16 bit", "packed"])
+def test_weights_pushed_into_a_loaded_model(mode, pushed, source, packed, tmp_path):
+    """What trainers do between two steps: model.load_weights with names of the checkpoint."""
+    other = build("LlamaForCausalLM", tmp_path / "other", seed=1)
+    weights = checkpoint_tensors(other)
+    quantization = "blockdialect" if mode == "online" else None
+    model = load_model(source if quantization else packed, quantization=quantization)
+    storage = {name: value.data_ptr() for name, value in tensors_of(model).items()}
+    if pushed == "packed":
+        convert(other, tmp_path / "new")
+    new = checkpoint_tensors(tmp_path / "new") if pushed == "packed" else weights
+    half = len(new) // 2
+    for part in (list(new.items())[:half], list(new.items())[half:]):
+        model.load_weights(iter(part))
+    found = tensors_of(model)
+    assert {name: value.data_ptr() for name, value in found.items()} == storage
+    assert torch.equal(found["model.norm.weight"], weights["model.norm.weight"].float())
+    modules = packed_modules(found)
+    assert len(modules) == 2 * 4
+    for module in modules:
+        for name, value in expected_bytes(weights, module).items():
+            assert torch.equal(found[name], value), name
+
+
+def test_a_weight_that_cannot_be_pushed_changes_nothing(packed, source):
+    model = load_model(packed)
+    before = {name: value.clone() for name, value in tensors_of(model).items()}
+    name = "model.layers.1.mlp.down_proj.weight"
+    bad = checkpoint_tensors(source)[name].clone()
+    bad[3, 4] = float("inf")
+    with pytest.raises(ValueError, match=r"down_proj\.weight: inf at \[3, 4\]"):
+        model.load_weights([(name, bad)])
+    after = tensors_of(model)
+    assert after.keys() == before.keys()
+    for key, value in before.items():
+        assert torch.equal(after[key], value), key
+
+
+@pytest.mark.parametrize("mode", ["packed", "online"])
+def test_tensors_that_arrive_twice(mode, source, packed):
+    """Blocks that share a layer: its tensors come once for each of them."""
+    model, quantization = (packed, None) if mode == "packed" else (source, "blockdialect")
+    expected = tensors_of(load_model(model, quantization=quantization))
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    plain = DefaultModelLoader.get_all_weights
+
+    def twice(self, config, model):
+        for name, value in plain(self, config, model):
+            yield name, value
+            yield name, value.clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DefaultModelLoader, "get_all_weights", twice)
+        found = tensors_of(load_model(model, quantization=quantization))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_the_block_size_fits_the_columns_of_a_rank():
+    from vllm.model_executor.layers.linear import RowParallelLinear
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    config = get_quantization_config("blockdialect")(Scheme(serialized=False))
+    prefix = "model.layers.0.mlp.down_proj"
+    layer = RowParallelLinear(192, 128, bias=False, quant_config=config, prefix=prefix)
+    assert layer.quant_method.spec.block_size == 32
+    layer.input_size_per_partition = 48  # of four ranks
+    assert config.get_quant_method(layer, prefix).spec.block_size == 16
