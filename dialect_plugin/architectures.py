@@ -22,6 +22,7 @@ __all__ = [
     "fused_with",
     "is_candidate",
     "is_expert",
+    "is_in_encoder",
     "is_never_packed",
 ]
 
@@ -232,15 +233,12 @@ def candidate_layers(names: Iterable[str]) -> list[str]:
     Mamba-1 mixers.
     """
     known = set(names)
-    has_decoder = any(
-        _REPEATED_BLOCK.search(name) and is_candidate(name) and not _ENCODER.search(name)
-        for name in known
-    )
+    has_decoder = any(is_candidate(name) and not is_in_encoder(name) for name in known)
     found = []
     for name in names:
         parent, _, leaf = name.rpartition(".")
         in_mamba_1 = leaf in _SSM and f"{parent}.x_proj" in known
-        is_encoder = has_decoder and _ENCODER.search(name) is not None
+        is_encoder = has_decoder and is_in_encoder(name)
         if is_candidate(name) and not in_mamba_1 and not is_encoder:
             found.append(name)
     return found
@@ -250,6 +248,11 @@ def block_of(name: str) -> int:
     """The number of the decoder layer that the layer `name` lies in; -1 if it lies in none."""
     found = _DECODER_LAYER.match(name)
     return int(found["block"]) if found is not None else -1
+
+
+def is_in_encoder(name: str) -> bool:
+    """Whether a layer belongs to an encoder, which beside a text model is one of speech."""
+    return _ENCODER.search(name) is not None
 
 
 def fused_with(name: str) -> tuple[str, ...]:
