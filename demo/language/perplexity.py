@@ -73,7 +73,7 @@ def paired_standard_error(first: torch.Tensor, second: torch.Tensor, parts: Wind
     lengths = [len(part) - 1 for part in parts]
     difference = first.double() - second.double()
     excess = difference - difference.mean()
-    sums = torch.stack([window.sum() for window in excess.split(lengths)])
+    sums = torch.stack([window.sum() for window in excess.split_with_sizes(lengths)])
     scale = len(parts) / (len(parts) - 1)
     return math.sqrt(scale * float(sums.square().sum())) / len(difference)
 
