@@ -27,6 +27,7 @@ from . import compat
 from .completeness import check_complete, track_arrivals
 from .errors import LoadError
 from .linear import BlockDialectLinearMethod
+from .parameters import forget_loaded
 from .probes import WEIGHT, Recorder
 
 __all__ = ["load"]
@@ -134,6 +135,9 @@ def _reload(
     weights: Weights,
     own: Callable[[Weights], Any],
 ) -> Any:
+    for layer, _ in layers:
+        for parameter in layer.parameters():
+            forget_loaded(parameter)  # of a reload that failed
     targets = getattr(model, _TARGETS, {})
     by_name = {method.spec.name: method for _, method in layers if method.spec.serialized}
 

@@ -129,6 +129,39 @@ def test_weights_can_be_reloaded(mode, source, packed, other, tmp_path):
     assert torch.equal(restored, original)
 
 
+def test_16_bit_weights_are_quantized_when_a_packed_engine_reloads(packed, other):
+    """Trainers hand new weights over as 16-bit tensors; a reload that fails leaves the old ones."""
+    weights = checkpoint_tensors(other)
+    down, query = "model.layers.0.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.weight"
+    refused = {
+        "32 columns where the model": [(query, weights[query]), (down, torch.zeros(128, 64))],
+        "does not hold all of its parts": [(query, weights[query])],
+    }
+    with engine(packed) as llm:
+        original = logprobs(llm)
+        for message, tensors in refused.items():
+            with pytest.raises(ValueError, match=message):
+                llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+            assert torch.equal(logprobs(llm), original)
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": list(weights.items())})
+        found = parameters(llm)
+        assert_logprobs(logprobs(llm), expected_logprobs(other, ARCHITECTURE)[:-1])
+    for module in packed_modules(found):
+        for name, value in expected_bytes(weights, module).items():
+            assert torch.equal(found[name], value), name
+
+
+def test_the_state_of_an_online_engine_loads_with_the_flag_that_made_it(source, tmp_path):
+    from vllm.model_executor.model_loader import ShardedStateLoader
+
+    with engine(source, quantization="blockdialect") as llm:
+        expected = logprobs(llm)
+        llm.apply_model(lambda model: ShardedStateLoader.save_model(model, str(tmp_path)))
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    with engine(tmp_path, quantization="blockdialect", load_format="sharded_state") as llm:
+        assert torch.equal(logprobs(llm), expected)
+
+
 def test_lora_on_all_seven_projections(packed, source, tmp_path):
     from vllm.lora.request import LoRARequest
 
