@@ -450,8 +450,7 @@ def test_which_flag_goes_with_which_checkpoint(packed):
         chosen(packed, "fp8")
 
     formats = {
-        name: quant_config(name, activation_format="fp8").scheme.activation_format
-        for name in names
+        name: quant_config(name, activation_format="fp8").scheme.activation_format for name in names
     }
     assert formats == {
         "blockdialect": "fp8",  # the checkpoint's
