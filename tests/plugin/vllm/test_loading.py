@@ -298,3 +298,19 @@ def test_the_block_size_fits_the_columns_of_a_rank():
     assert layer.quant_method.spec.block_size == 32
     layer.input_size_per_partition = 48  # of four ranks
     assert config.get_quant_method(layer, prefix).spec.block_size == 16
+
+
+def test_a_packed_output_projection_of_a_pooling_model(tmp_path):
+    """Embeddings need none; scores that vLLM cuts out of it need its 16-bit weight."""
+    source = build("Qwen3ForCausalLM", tmp_path / "source", tie_word_embeddings=False)
+    convert(source, tmp_path / "packed", Scheme(lm_head=True))
+    found = tensors_of(load_model(tmp_path / "packed", runner="pooling"))
+    assert not any("lm_head" in name for name in found)
+    assert len(packed_modules(found)) == 2 * 4
+    reranker = {
+        "architectures": ["Qwen3ForSequenceClassification"],
+        "classifier_from_token": ["no", "yes"],
+        "is_original_qwen3_reranker": True,
+    }
+    with pytest.raises(ValueError, match=r"^lm_head: vLLM's loader of this model does not take"):
+        load_model(tmp_path / "packed", runner="pooling", hf_overrides=reranker)
