@@ -59,6 +59,7 @@ def paired_standard_error(first: torch.Tensor, second: torch.Tensor, parts: Wind
 
     The differences inside a window are not independent (a token's error stays in the attention of
     all later ones), so the windows are the sample: the error is that of a ratio of sums over them.
+    A few windows can agree by chance, so it is never less than that of independent tokens.
 
     Args:
         first: [number of predicted tokens].
@@ -66,16 +67,15 @@ def paired_standard_error(first: torch.Tensor, second: torch.Tensor, parts: Wind
         parts: the windows of these tokens.
 
     Returns:
-        In nats per token; 0 for a single window, which has no spread.
+        In nats per token.
     """
-    if len(parts) == 1:
-        return 0.0
     lengths = [len(part) - 1 for part in parts]
     difference = first.double() - second.double()
     excess = difference - difference.mean()
+    independent = float(excess.square().sum())
     sums = torch.stack([window.sum() for window in excess.split_with_sizes(lengths)])
-    scale = len(parts) / (len(parts) - 1)
-    return math.sqrt(scale * float(sums.square().sum())) / len(difference)
+    between = float(sums.square().sum()) * len(parts) / max(1, len(parts) - 1)
+    return math.sqrt(max(independent, between)) / len(difference)
 
 
 def server_logprobs(

@@ -177,6 +177,10 @@ def test_the_paired_error_is_the_spread_between_windows():
     first = torch.zeros(predicted(parts))
     found = paired_standard_error(first, torch.randn(len(first)), parts)
     assert found == pytest.approx(1 / math.sqrt(len(first)), rel=0.2)
+    # windows that agree by chance say nothing about their tokens
+    swing = torch.tensor([1.0, -1.0]).repeat(50)
+    parts = windows(list(range(102)), 51, 102)
+    assert paired_standard_error(torch.zeros(100), swing, parts) == pytest.approx(0.1)
     assert paired_standard_error(torch.zeros(4), torch.ones(4), [[1, 2, 3, 4, 5]]) == 0.0
 
 
