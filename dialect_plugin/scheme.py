@@ -17,7 +17,13 @@ from typing import Any, Final, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from dialect_kernels.arguments import ActivationFormat
-from dialect_kernels.formatbook import BLOCK_SIZES, Formatbook, book_by_name
+from dialect_kernels.formatbook import (
+    BLOCK_SIZES,
+    BlockSize,
+    BookName,
+    Formatbook,
+    book_by_name,
+)
 from dialect_kernels.layer_names import check_expressions, is_expression, matches, near_misses
 
 __all__ = [
@@ -38,9 +44,6 @@ __all__ = [
 
 QUANT_METHOD: Final = "blockdialect"
 FORMAT_VERSION: Final = 1
-
-BookName = Literal["dialect_fp4", "semantic_32"]
-BlockSize = Literal[16, 32, 64]
 
 
 class Method(NamedTuple):

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from dialect_kernels.arguments import ActivationFormat
+from dialect_kernels.formatbook import BlockSize, BookName
 from dialect_kernels.layer_names import check_expressions, matches
 
 __all__ = ["QUANT_METHOD", "ConfigError", "SemanticDialectConfig"]
@@ -88,8 +89,8 @@ class SemanticDialectConfig(BaseModel):
 
     quant_method: _QuantMethod = Field(default=QUANT_METHOD, strict=False)
     format_version: int = _FORMAT_VERSION
-    book: Literal["semantic_32", "dialect_fp4"] = "semantic_32"
-    block_size: Literal[16, 32, 64] = 32
+    book: BookName = "semantic_32"
+    block_size: BlockSize = 32
     activation_format: ActivationFormat = "dialect"
     ignore: tuple[str, ...] = Field(default=(), strict=False)
     modulation: Literal["16bit", "fp8"] | None = None

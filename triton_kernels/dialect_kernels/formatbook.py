@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Final
+from typing import Final, Literal, get_args
 
 __all__ = [
     "BLOCK_SIZES",
@@ -36,11 +36,17 @@ __all__ = [
     "NAN_ROW",
     "SEMANTIC_32",
     "SMALLEST_RANGE",
+    "BlockSize",
+    "BookName",
     "Formatbook",
     "book_by_name",
 ]
 
-BLOCK_SIZES: Final = (16, 32, 64)
+BlockSize = Literal[16, 32, 64]
+BookName = Literal["dialect_fp4", "semantic_32"]
+
+BLOCK_SIZES: Final[tuple[int, ...]] = get_args(BlockSize)
+
 CELLS: Final = 32
 """Number of quarter-unit cells k that a scaled magnitude can fall into."""
 LARGEST_HALF_UNIT: Final = 15
