@@ -19,8 +19,8 @@ from diffusers_hook import ConfigError, SemanticDialectConfig
         ({"salient_fraction": -0.1}, "salient_fraction: -0.1 cannot be used: "),
         ({"salient_refresh": 0}, "salient_refresh: 0 cannot be used: "),
         ({"block_size": 48}, "block_size: 48 cannot be used: input should be 16, 32 or 64"),
-        ({"book": "fp4"}, "book: 'fp4' cannot be used: input should be 'semantic_32' or "
-         "'dialect_fp4'"),
+        ({"book": "fp4"}, "book: 'fp4' cannot be used: input should be 'dialect_fp4' or "
+         "'semantic_32'"),
         ({"activation_format": "int8"}, "activation_format: 'int8' cannot be used: "),
         ({"selection": "best"}, "selection: 'best' cannot be used: "),
         ({"seda_window": (4, 0, 4)}, "seda_window: (4, 0, 4) cannot be used: it must be three "
