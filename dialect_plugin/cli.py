@@ -17,7 +17,7 @@ from .scheme import ActivationFormat, BlockSize, BookName, Scheme, first_fault
 if TYPE_CHECKING:
     from dialect_kernels.verify import CheckResult
 
-    from .checkpoint.layer_choice import ConvertOptions
+    from .checkpoint.options import ConvertOptions
     from .checkpoint.reader import Checkpoint
 
 __all__ = ["app", "main"]
@@ -300,7 +300,7 @@ def verify() -> None:
 
 def _options(targets: list[str] | None, strict: bool = False, **scheme: Any) -> ConvertOptions:
     """The options of a conversion from those of the command line."""
-    from .checkpoint.layer_choice import ConvertOptions
+    from .checkpoint.options import ConvertOptions
 
     return ConvertOptions(
         scheme=Scheme.model_validate(scheme), targets=targets or [], strict=strict

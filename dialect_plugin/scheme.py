@@ -16,9 +16,9 @@ from typing import Any, Final, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from dialect_kernels.arguments import ActivationFormat
 from dialect_kernels.formatbook import (
     BLOCK_SIZES,
+    ActivationFormat,
     BlockSize,
     BookName,
     Formatbook,

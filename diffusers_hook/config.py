@@ -22,8 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from dialect_kernels.arguments import ActivationFormat
-from dialect_kernels.formatbook import BlockSize, BookName
+from dialect_kernels.formatbook import ActivationFormat, BlockSize, BookName
 from dialect_kernels.layer_names import check_expressions, matches
 
 __all__ = ["QUANT_METHOD", "ConfigError", "SemanticDialectConfig"]

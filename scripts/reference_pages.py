@@ -51,7 +51,7 @@ API = {
         "What `blockdialect quantize` calls.",
         ("convert",),
     ),
-    "dialect_plugin.checkpoint.layer_choice": ("", ("ConvertOptions",)),
+    "dialect_plugin.checkpoint.options": ("", ("ConvertOptions",)),
     "diffusers_hook": (
         "Importing the package adds `enable_semantic_dialect`, `disable_semantic_dialect` and "
         "`semantic_dialect_summary` to diffusers' pipelines; they call the three functions here. "

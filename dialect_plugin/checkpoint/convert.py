@@ -27,9 +27,10 @@ from ..scheme import Scheme
 from .companions import Companions, find_companions
 from .finish import finish_checkpoint
 from .journal import FinishedShard, Journal, LayerRecord, fingerprint, open_journal
-from .layer_choice import ConvertOptions, LayerChoice, choose_layers
+from .layer_choice import LayerChoice, choose_layers
 from .loss import signal_and_noise
 from .model_card import model_card
+from .options import ConvertOptions
 from .progress import Progress, Silent
 from .reader import (
     CONFIG,

@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from dialect_kernels import __version__
 
 from ..scheme import FORMAT_VERSION
-from .layer_choice import ConvertOptions
 from .loss import sqnr
+from .options import ConvertOptions
 from .reader import JOURNAL, Checkpoint, CheckpointError
 from .writer import is_temporary, write_text
 

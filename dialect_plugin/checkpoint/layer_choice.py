@@ -7,15 +7,14 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
-
-from dialect_kernels.layer_names import check_expressions, matches
+from dialect_kernels.layer_names import matches
 
 from .. import architectures
 from ..scheme import Scheme, SchemeError, check_patterns, fitting_block_size
+from .options import ConvertOptions
 from .reader import Checkpoint, CheckpointError
 
-__all__ = ["ConvertOptions", "LayerChoice", "choose_layers"]
+__all__ = ["LayerChoice", "choose_layers"]
 
 _QUANTIZABLE = {"BF16", "F16", "F32"}
 _FOREIGN_CONFIGS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
@@ -33,30 +32,6 @@ _BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 """Names of config.json for the number of decoder layers."""
 _TEXT = re.compile(r"text|llm|language|thinker|decoder")
 """What keys of config.json are called that hold the text model's config."""
-
-
-class ConvertOptions(BaseModel):
-    """Options of a conversion.
-
-    Attributes:
-        scheme: formats and block sizes; its patterns may match many layers. The checkpoint's own
-            scheme has exact names instead, and is always serialized.
-        targets: patterns of the layers to quantize, instead of the architecture's table.
-        strict: refuse a layer whose columns its block size does not divide, instead of taking
-            another block size or leaving the layer in 16 bit.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    scheme: Scheme = Field(default_factory=Scheme)
-    targets: list[str] = Field(default_factory=list)
-    strict: bool = False
-
-    @field_validator("targets")
-    @classmethod
-    def _targets_compile(cls, patterns: list[str]) -> list[str]:
-        check_expressions(patterns)
-        return patterns
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from dialect_kernels import PackedTensor, quantize
-from dialect_kernels.arguments import ActivationFormat
-from dialect_kernels.formatbook import Formatbook, book_by_name
+from dialect_kernels.formatbook import ActivationFormat, Formatbook, book_by_name
 from dialect_kernels.ops import dequantize
 
 from ..layouts import Stream

@@ -48,7 +48,7 @@ def test_packages_are_importable_by_their_installed_names_only(tmp_path):
 def test_vllm_does_not_take_the_folder_for_a_package_of_its_own():
     """From the repository's root, where the folder `triton_kernels` can be seen."""
     code = (
-        "import vllm.model_executor.models.mixtral, dialect_kernels\n"
+        "import vllm.model_executor.models.mixtral, dialect_kernels.ops\n"
         "from vllm.utils.import_utils import has_triton_kernels\n"
         "assert not has_triton_kernels()\n"
         "import torch; torch.ops.blockdialect.linear"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dialect_plugin.checkpoint.convert import convert
-from dialect_plugin.checkpoint.layer_choice import ConvertOptions
+from dialect_plugin.checkpoint.options import ConvertOptions
 from dialect_plugin.checkpoint.reader import CheckpointError
 from dialect_plugin.scheme import Scheme
 

@@ -10,11 +10,10 @@ from typing import Final, Literal, get_args
 
 import torch
 
-from .formatbook import Formatbook
+from .formatbook import ActivationFormat, Formatbook
 from .packed import PackedTensor, check_block_size
 
 __all__ = [
-    "ActivationFormat",
     "as_tokens",
     "check_dtype",
     "check_finite",
@@ -28,7 +27,6 @@ __all__ = [
     "renumbered",
 ]
 
-ActivationFormat = Literal["dialect", "fp8", "none"]
 _Accumulation = Literal["default", "exact"]
 
 _ACTIVATION_FORMATS: Final[tuple[str, ...]] = get_args(ActivationFormat)

@@ -36,6 +36,7 @@ __all__ = [
     "NAN_ROW",
     "SEMANTIC_32",
     "SMALLEST_RANGE",
+    "ActivationFormat",
     "BlockSize",
     "BookName",
     "Formatbook",
@@ -44,6 +45,7 @@ __all__ = [
 
 BlockSize = Literal[16, 32, 64]
 BookName = Literal["dialect_fp4", "semantic_32"]
+ActivationFormat = Literal["dialect", "fp8", "none"]
 
 BLOCK_SIZES: Final[tuple[int, ...]] = get_args(BlockSize)
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from dialect_plugin.checkpoint.convert import convert
 from dialect_plugin.checkpoint.journal import FinishedShard, Journal, fingerprint, open_journal
-from dialect_plugin.checkpoint.layer_choice import ConvertOptions
+from dialect_plugin.checkpoint.options import ConvertOptions
 from dialect_plugin.checkpoint.reader import JOURNAL, CheckpointError, open_checkpoint, open_packed
 from dialect_plugin.checkpoint.writer import exclusive
 from dialect_plugin.scheme import Scheme

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from dialect_plugin.checkpoint.convert import convert, render
-from dialect_plugin.checkpoint.layer_choice import ConvertOptions, choose_layers
+from dialect_plugin.checkpoint.layer_choice import choose_layers
+from dialect_plugin.checkpoint.options import ConvertOptions
 from dialect_plugin.checkpoint.reader import open_checkpoint, open_packed
 from dialect_plugin.scheme import Scheme, SchemeError, check_patterns
 from tests.support.conversions import edit_config, options_of, refused
