@@ -10,8 +10,9 @@ from typing import Final, Literal, get_args
 
 import torch
 
-from .formatbook import ActivationFormat, Formatbook
+from .formatbook import ActivationFormat, Formatbook, Rotation
 from .packed import PackedTensor, check_block_size
+from .rotation import check_rotation, rotate_weight
 
 __all__ = [
     "as_tokens",
@@ -34,6 +35,8 @@ _ACCUMULATIONS: Final[tuple[str, ...]] = get_args(_Accumulation)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _LARGEST_GROUP = 2**31 - 1
+_ALWAYS_ROTATES = 2.0**122
+"""Numbers up to this one never overflow when they are rotated."""
 
 
 def check_matrix(x: torch.Tensor, name: str) -> None:
@@ -71,6 +74,7 @@ def check_quantize(
     rule: str,
     window: int | None,
     name: str,
+    rotation: Rotation,
     finite: bool = False,
 ) -> int:
     """Return the window to use; raise ValueError unless the arguments of ``quantize`` fit.
@@ -79,6 +83,7 @@ def check_quantize(
     """
     check_matrix(x, name)
     check_block_size(block_size)
+    check_rotation(rotation, x.shape[1], name)
     if rule not in book.rules:
         allowed = " and ".join(map(repr, book.rules))
         raise ValueError(f"rule: {rule!r} with book {book.name!r}; allowed are {allowed}")
@@ -89,7 +94,22 @@ def check_quantize(
         raise ValueError(f"window: {window} with book {book.name!r}; allowed are 0..{largest}")
     if not finite:
         check_finite(x, name)
+    if rotation != "none":
+        _check_rotates(x, rotation, name)
     return window
+
+
+def _check_rotates(x: torch.Tensor, rotation: Rotation, name: str) -> None:
+    """Raise ValueError naming the first row of a finite matrix that overflows when rotated."""
+    if not x.numel() or all(abs(float(end)) <= _ALWAYS_ROTATES for end in torch.aminmax(x)):
+        return
+    overflows = ~rotate_weight(x, rotation).isfinite().all(dim=1)
+    if bool(overflows.any()):
+        row = int(overflows.nonzero()[0])
+        raise ValueError(
+            f"{name}: row {row} overflows float32 under rotation {rotation!r}; repair the tensor "
+            "or leave it unrotated"
+        )
 
 
 def check_linear(

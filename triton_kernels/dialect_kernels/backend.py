@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from .formatbook import Formatbook
+from .formatbook import Formatbook, Rotation
 from .packed import PackedTensor
 
 __all__ = ["Backend", "Quantized", "with_residuals"]
@@ -35,12 +35,24 @@ class Backend(Protocol):
         """Whether this back end computes the product of tokens `x` [..., K] and `p` [N, K]."""
 
     def quantize(
-        self, x: torch.Tensor, book: Formatbook, block_size: int, rule: str, window: int
+        self,
+        x: torch.Tensor,
+        book: Formatbook,
+        block_size: int,
+        rule: str,
+        window: int,
+        rotation: Rotation,
     ) -> PackedTensor:
         """The bytes of ``reference.quantize`` for a finite `x` [N, K]."""
 
     def quantize_counted(
-        self, x: torch.Tensor, book: Formatbook, block_size: int, rule: str, window: int
+        self,
+        x: torch.Tensor,
+        book: Formatbook,
+        block_size: int,
+        rule: str,
+        window: int,
+        rotation: Rotation,
     ) -> Quantized:
         """The same, with the blocks below the window."""
 

@@ -34,21 +34,29 @@ __all__ = [
     "LARGEST_HALF_UNIT",
     "LOWEST_EXPONENT",
     "NAN_ROW",
+    "ROTATIONS",
+    "ROTATION_GROUP",
     "SEMANTIC_32",
     "SMALLEST_RANGE",
     "ActivationFormat",
     "BlockSize",
     "BookName",
     "Formatbook",
+    "Rotation",
     "book_by_name",
+    "rotation_by_name",
 ]
 
 BlockSize = Literal[16, 32, 64]
 BookName = Literal["dialect_fp4", "semantic_32"]
 ActivationFormat = Literal["dialect", "fp8", "none"]
+Rotation = Literal["none", "hadamard_32"]
 
 BLOCK_SIZES: Final[tuple[int, ...]] = get_args(BlockSize)
+ROTATIONS: Final[tuple[Rotation, ...]] = get_args(Rotation)
 
+ROTATION_GROUP: Final = 32
+"""Columns that a rotation mixes with each other, whatever the block size."""
 CELLS: Final = 32
 """Number of quarter-unit cells k that a scaled magnitude can fall into."""
 LARGEST_HALF_UNIT: Final = 15
@@ -322,3 +330,16 @@ def book_by_name(name: str) -> Formatbook:
     except KeyError:
         allowed = ", ".join(map(repr, BOOKS))
         raise ValueError(f"book: {name!r} is not known; allowed are {allowed}") from None
+
+
+def rotation_by_name(name: str) -> Rotation:
+    """Return `name`, which a file or an op has given, as a rotation.
+
+    Raises:
+        ValueError: if there is no such rotation.
+    """
+    for rotation in ROTATIONS:
+        if rotation == name:
+            return rotation
+    allowed = " and ".join(map(repr, ROTATIONS))
+    raise ValueError(f"rotation: {name!r}; allowed are {allowed}")

@@ -23,7 +23,7 @@ from .arguments import (
     renumbered,
 )
 from .backend import Backend, Quantized
-from .formatbook import DIALECT_FP4, Formatbook
+from .formatbook import DIALECT_FP4, Formatbook, Rotation
 from .packed import PackedTensor
 
 __all__ = [
@@ -70,10 +70,11 @@ def quantize(
     rule: str = "mse",
     window: int | None = None,
     name: str = "tensor",
+    rotation: Rotation = "none",
 ) -> PackedTensor:
     """Quantize a matrix; see :func:`dialect_kernels.reference.quantize`, whose bytes it returns."""
-    window = check_quantize(x, book, block_size, rule, window, name)
-    return _running(x.device).quantize(x, book, block_size, rule, window)
+    window = check_quantize(x, book, block_size, rule, window, name, rotation)
+    return _running(x.device).quantize(x, book, block_size, rule, window, rotation)
 
 
 def quantize_counted(
@@ -84,6 +85,7 @@ def quantize_counted(
     window: int | None = None,
     name: str = "tensor",
     finite: bool = False,
+    rotation: Rotation = "none",
 ) -> Quantized:
     """As :func:`quantize`, with the number of blocks below the window in every row.
 
@@ -91,8 +93,8 @@ def quantize_counted(
         finite: whether the caller knows that `x` is finite; it is then not searched for NaN and
             Inf. A row that holds one nevertheless gets bytes without meaning.
     """
-    window = check_quantize(x, book, block_size, rule, window, name, finite)
-    return _running(x.device).quantize_counted(x, book, block_size, rule, window)
+    window = check_quantize(x, book, block_size, rule, window, name, rotation, finite)
+    return _running(x.device).quantize_counted(x, book, block_size, rule, window, rotation)
 
 
 def dequantize(p: PackedTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -111,7 +113,8 @@ def dialect_linear(
 
     Args:
         x: float32, bfloat16 or float16 [..., K].
-        p: packed weight [N, K] on x's device.
+        p: packed weight [N, K] on x's device; the activations of a rotated one are rotated before
+            they are rounded (ours).
         bias: [N] or None; added in float32.
         activation_format: ``"dialect"`` (W4A4: each token is rounded with the weight's book and
             block size; BlockDialect), ``"fp8"`` (W4A8: E4M3 with a float32 scale per token; ours)
@@ -121,13 +124,14 @@ def dialect_linear(
             ``2**-7 * sum |a b|``).
 
     Returns:
-        [..., N] in x's dtype. A token with NaN or Inf gives a row of NaN (``"none"``: plain IEEE).
+        [..., N] in x's dtype. A token with NaN or Inf, or that overflows when it is rotated, gives
+        a row of NaN (``"none"``: plain IEEE).
 
     Raises:
         ValueError: if shapes, dtypes, devices or options do not fit.
     """
     check_linear(x, p, bias, activation_format, accumulation)
-    y: torch.Tensor = linear(x, *p.op_arguments(bias), activation_format, accumulation)
+    y: torch.Tensor = linear(x, *p.op_arguments(bias), activation_format, accumulation, p.rotation)
     return y
 
 
@@ -149,6 +153,7 @@ def semantic_linear(
         *p.op_arguments(bias),
         None if salient is None else each_once(salient),
         None if group is None else renumbered(group),
+        p.rotation,
     )
     return y
 
@@ -181,8 +186,9 @@ def _linear(
     block_size: int,
     activation_format: str,
     accumulation: str,
+    rotation: str = "none",
 ) -> torch.Tensor:
-    p = PackedTensor.from_op(codes, meta, row_exponent, in_features, book, block_size)
+    p = PackedTensor.from_op(codes, meta, row_exponent, in_features, book, block_size, rotation)
     backend = _covering(x, p, activation_format, accumulation)
     y = backend.dialect_linear(as_tokens(x), p, bias, activation_format, accumulation)
     return y.view(*x.shape[:-1], p.shape[0])
@@ -199,8 +205,9 @@ def _semantic_linear(
     block_size: int,
     salient: torch.Tensor | None,
     group: torch.Tensor | None,
+    rotation: str = "none",
 ) -> torch.Tensor:
-    p = PackedTensor.from_op(codes, meta, row_exponent, in_features, book, block_size)
+    p = PackedTensor.from_op(codes, meta, row_exponent, in_features, book, block_size, rotation)
     rows = numbers_of_batch(salient, x)
     groups = numbers_of_batch(group, x, torch.int32)
     backend = _covering(x, p, "dialect", "default")

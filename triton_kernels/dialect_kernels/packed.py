@@ -32,9 +32,14 @@ from .formatbook import (
     HIGHEST_EXPONENT,
     LOWEST_EXPONENT,
     NAN_ROW,
+    ROTATION_GROUP,
+    ROTATIONS,
     Formatbook,
+    Rotation,
     book_by_name,
+    rotation_by_name,
 )
+from .rotation import check_rotation
 
 __all__ = [
     "STORED_FIELDS",
@@ -45,6 +50,7 @@ __all__ = [
 ]
 
 _FILE_VERSION: Final = 1
+_ROTATED_FILE_VERSION: Final = 2
 
 
 @dataclass(frozen=True)
@@ -87,9 +93,12 @@ class PackedTensor:
         shape: (N, K), K before padding.
         book: the formatbook the ids of `meta` refer to.
         block_size: B, 16, 32 or 64.
+        rotation: what the matrix was multiplied by before it was quantized; products multiply
+            their activations by the same.
 
     Raises:
-        ValueError: on construction, if dtypes, shapes, devices or the block size do not fit.
+        ValueError: on construction, if dtypes, shapes, devices, the block size or the rotation do
+            not fit.
     """
 
     codes: torch.Tensor
@@ -98,10 +107,12 @@ class PackedTensor:
     shape: tuple[int, int]
     book: Formatbook
     block_size: int
+    rotation: Rotation = "none"
 
     def __post_init__(self) -> None:
         rows, columns = self.shape
         check_block_size(self.block_size)
+        check_rotation(self.rotation, columns)
         padded, device = padded_columns(columns, self.block_size), self.codes.device
         for part, tensor in zip(STORED_FIELDS, self.tensors, strict=True):
             shape = (rows, *part.row_shape(padded, self.block_size))
@@ -119,17 +130,22 @@ class PackedTensor:
 
     @classmethod
     def from_stored(
-        cls, tensors: Mapping[str, torch.Tensor], columns: int, book: Formatbook, block_size: int
+        cls,
+        tensors: Mapping[str, torch.Tensor],
+        columns: int,
+        book: Formatbook,
+        block_size: int,
+        rotation: Rotation = "none",
     ) -> PackedTensor:
         """A weight of `columns` columns from its tensors under their stored names.
 
         Raises:
             KeyError: if one of them is missing.
-            ValueError: if dtypes, shapes, devices or the block size do not fit.
+            ValueError: if dtypes, shapes, devices, the block size or the rotation do not fit.
         """
         codes, meta, row_exponent = (tensors[part.stored] for part in STORED_FIELDS)
         shape = (codes.shape[0], columns)
-        return cls(codes, meta, row_exponent, shape, book, block_size)
+        return cls(codes, meta, row_exponent, shape, book, block_size, rotation)
 
     @classmethod
     def empty(
@@ -138,6 +154,7 @@ class PackedTensor:
         book: Formatbook,
         block_size: int,
         device: torch.device | str | None = None,
+        rotation: Rotation = "none",
     ) -> PackedTensor:
         """A tensor of `shape` (N, K) with any contents, e.g. on the meta device."""
         check_block_size(block_size)
@@ -145,7 +162,7 @@ class PackedTensor:
             torch.empty(part.shape(*shape, block_size), dtype=part.dtype, device=device)
             for part in STORED_FIELDS
         )
-        return cls(codes, meta, row_exponent, shape, book, block_size)
+        return cls(codes, meta, row_exponent, shape, book, block_size, rotation)
 
     @classmethod
     def load(cls, path: str | Path) -> PackedTensor:
@@ -170,7 +187,7 @@ class PackedTensor:
             raise ValueError(
                 f"{path}: cannot be read as safetensors ({error}); save the tensor again"
             ) from None
-        (rows, columns), book, block_size = _read_metadata(metadata, str(path))
+        shape, book, block_size, rotation = _read_metadata(metadata, str(path))
         names = sorted(part.stored for part in STORED_FIELDS)
         if sorted(tensors) != names:
             raise ValueError(
@@ -179,7 +196,7 @@ class PackedTensor:
             )
         codes, meta, row_exponent = (tensors[part.stored] for part in STORED_FIELDS)
         try:
-            packed = cls(codes, meta, row_exponent, (rows, columns), book, block_size)
+            packed = cls(codes, meta, row_exponent, shape, book, block_size, rotation)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         packed.validate(str(path), prefix="weight_")
@@ -188,7 +205,8 @@ class PackedTensor:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: the three tensors, and shape, book and block size as metadata.
 
-        The file is there whole or not at all.
+        A rotation is written only where there is one: the file then has version 2, else 1. The
+        file is there whole or not at all.
 
         Raises:
             ValueError: if a row is NaN, which a file may not hold.
@@ -210,6 +228,11 @@ class PackedTensor:
             "book": self.book.name,
             "block_size": str(self.block_size),
         }
+        if self.rotation != "none":
+            metadata |= {
+                "format_version": str(_ROTATED_FILE_VERSION),
+                "rotation": self.rotation,
+            }
         # clones, because safetensors refuses tensors that share memory
         tensors = {name: tensor.cpu().clone() for name, tensor in self.stored.items()}
         temporary = path.with_name(f"{path.name}.tmp")
@@ -221,9 +244,10 @@ class PackedTensor:
 
     def __repr__(self) -> str:
         rows, columns = self.shape
+        rotated = "" if self.rotation == "none" else f"{self.rotation}, "
         return (
             f"PackedTensor({rows} x {columns}, {self.book.name}, blocks of {self.block_size}, "
-            f"{self.bits_per_element:.3f} bits per element, {self.device})"
+            f"{rotated}{self.bits_per_element:.3f} bits per element, {self.device})"
         )
 
     @classmethod
@@ -235,15 +259,20 @@ class PackedTensor:
         in_features: int,
         book: str,
         block_size: int,
+        rotation: str = "none",
     ) -> PackedTensor:
         """The weight that a torch op got; without the bias, in the order of `op_arguments`."""
         shape = (codes.shape[0], in_features)
-        return cls(codes, meta, row_exponent, shape, book_by_name(book), block_size)
+        of_op = rotation_by_name(rotation)
+        return cls(codes, meta, row_exponent, shape, book_by_name(book), block_size, of_op)
 
     def op_arguments(
         self, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, int, str, int]:
-        """Weight and bias as torch ops take them: tensors, numbers and names, in their order."""
+        """Weight and bias as torch ops take them: tensors, numbers and names, in their order.
+
+        The rotation is not among them: it is the last argument of the ops, and may be left out.
+        """
         return (*self.tensors, bias, self.shape[1], self.book.name, self.block_size)
 
     @property
@@ -304,10 +333,11 @@ class PackedTensor:
         return row_scale(self.row_exponent)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Return the values as `dtype` [N, K].
+        """Return the values as `dtype` [N, K]; of a rotated tensor, those of the rotated matrix.
 
         float32 holds every value exactly; bfloat16 does for R - delta >= -132; float16 rounds or
-        overflows where its range ends.
+        overflows where its range ends. :func:`~dialect_kernels.rotation.rotate_activation` turns
+        the values of a rotated tensor back.
         """
         e4m3, scale = self.to_e4m3()
         return (e4m3.to(torch.float32) * scale[:, None]).to(dtype)
@@ -315,7 +345,8 @@ class PackedTensor:
     def to_e4m3(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the tensor as FP8, exactly: (float8_e4m3fn [N, K], float32 scale [N]).
 
-        A value is ``e4m3 * scale``, where the scale is ``2**(R - 5)`` and the product exact (ours).
+        A value is ``e4m3 * scale``, where the scale is ``2**(R - 5)`` and the product exact (ours);
+        of a rotated tensor, a value of the rotated matrix.
         """
         table = tuple(row for by_delta in self.book.e4m3_lut for row in by_delta)
         by_byte = _byte_pairs(table, torch.uint8, self.device)
@@ -342,15 +373,17 @@ class PackedTensor:
 
         Raises:
             ValueError: if the range is not inside the tensor, or `start` or `stop` is not a
-                multiple of the block size (`stop` may be K).
+                multiple of the block size and, in a rotated tensor, of 32 (`stop` may be K).
         """
         rows, columns = self.shape
         block = self.block_size
+        unit = block if self.rotation == "none" else max(block, ROTATION_GROUP)
         if not 0 <= start <= stop <= columns:
             raise ValueError(f"slice_columns: {start}..{stop} is not inside 0..{columns}")
-        if start % block or (stop % block and stop != columns):
+        if start % unit or (stop % unit and stop != columns):
+            part = "block" if unit == block else "rotated group"
             raise ValueError(
-                f"slice_columns: {start}..{stop} cuts a block of {block}; use multiples of {block}"
+                f"slice_columns: {start}..{stop} cuts a {part} of {unit}; use multiples of {unit}"
             )
         first, last = start // block, -(-stop // block)
         return self._with(
@@ -402,13 +435,14 @@ class PackedTensor:
             shape,
             self.book,
             self.block_size,
+            self.rotation,
         )
 
 
 def _read_metadata(
     metadata: Mapping[str, str], where: str
-) -> tuple[tuple[int, int], Formatbook, int]:
-    """Shape, book and block size of a saved tensor.
+) -> tuple[tuple[int, int], Formatbook, int, Rotation]:
+    """Shape, book, block size and rotation of a saved tensor.
 
     Raises:
         ValueError: naming `where`, the key and its value, if one is missing or wrong.
@@ -427,8 +461,9 @@ def _read_metadata(
         except (ValueError, RecursionError):
             return None
 
-    if value_of("format_version") != _FILE_VERSION:
-        raise refused("format_version", f"{_FILE_VERSION}")
+    version = value_of("format_version")
+    if type(version) is not int or version not in (_FILE_VERSION, _ROTATED_FILE_VERSION):
+        raise refused("format_version", f"{_FILE_VERSION} or {_ROTATED_FILE_VERSION}")
     shape = value_of("shape")
     if not (
         isinstance(shape, list)
@@ -443,7 +478,12 @@ def _read_metadata(
         book = book_by_name(metadata.get("book", ""))
     except ValueError:
         raise refused("book", " or ".join(BOOKS)) from None
-    return (shape[0], shape[1]), book, block_size
+    rotation = metadata.get("rotation", "none")
+    if version == _FILE_VERSION and "rotation" in metadata:
+        raise refused("rotation", f"absent from a file of version {_FILE_VERSION}")
+    if rotation not in ROTATIONS:
+        raise refused("rotation", " or ".join(ROTATIONS))
+    return (shape[0], shape[1]), book, block_size, rotation_by_name(rotation)
 
 
 def check_block_size(block_size: int) -> None:

@@ -42,8 +42,10 @@ from .formatbook import (
     NAN_ROW,
     SMALLEST_RANGE,
     Formatbook,
+    Rotation,
 )
 from .packed import PackedTensor, check_block_size, pack_codes
+from .rotation import check_rotation, rotate_activation, rotate_weight
 
 __all__ = [
     "blocks_below_window",
@@ -64,6 +66,7 @@ def quantize(
     rule: str = "mse",
     window: int | None = None,
     name: str = "tensor",
+    rotation: Rotation = "none",
 ) -> PackedTensor:
     """Quantize a matrix to a dialect format, in blocks along its columns.
 
@@ -78,23 +81,30 @@ def quantize(
         window: largest delta below the row's exponent, 0..13 for DialectFP4 and 0..7 for the
             32-dialect book (whose meta byte has 3 bits for it), default the largest (ours).
         name: what error messages call the tensor.
+        rotation: ``"hadamard_32"`` quantizes :func:`~dialect_kernels.rotation.rotate_weight` of
+            `x` (ours); products with the packed tensor rotate their activations too.
 
     Returns:
         The packed tensor [N, K].
 
     Raises:
-        ValueError: if shape, dtype, block size, rule or window are not allowed, or `x` holds NaN
-            or Inf (naming the first position).
+        ValueError: if shape, dtype, block size, rule, window or rotation are not allowed, `x` holds
+            NaN or Inf (naming the first position), or a row overflows when it is rotated.
     """
-    window = check_quantize(x, book, block_size, rule, window, name)
-    return pack_rounded(x, book, block_size, rule, window)
+    window = check_quantize(x, book, block_size, rule, window, name, rotation)
+    return pack_rounded(x, book, block_size, rule, window, rotation)
 
 
 def pack_rounded(
-    x: torch.Tensor, book: Formatbook, block_size: int, rule: str, window: int
+    x: torch.Tensor,
+    book: Formatbook,
+    block_size: int,
+    rule: str,
+    window: int,
+    rotation: Rotation,
 ) -> PackedTensor:
     """As :func:`quantize`, for arguments that have been checked."""
-    rounded = _round(x, book, block_size, rule, window)
+    rounded = _round(rotate_weight(x, rotation), book, block_size, rule, window)
     return PackedTensor(
         pack_codes(rounded.codes),
         (rounded.delta << book.id_bits) | rounded.dialect,
@@ -102,6 +112,7 @@ def pack_rounded(
         (x.shape[0], x.shape[1]),
         book,
         block_size,
+        rotation,
     )
 
 
@@ -110,6 +121,7 @@ def round_activation(
     book: Formatbook = DIALECT_FP4,
     block_size: int = 32,
     group: torch.Tensor | None = None,
+    rotation: Rotation = "none",
 ) -> torch.Tensor:
     """Round activations per token as ``dialect_linear`` and ``semantic_linear`` do in flight.
 
@@ -120,16 +132,20 @@ def round_activation(
         block_size: the weight's block size.
         group: integers [...]: tokens with the same number >= 0 share one variant per block of
             channels (SeDA; SemanticDialect), a token with -1 is free. 32-dialect book only.
+        rotation: the weight's; :func:`~dialect_kernels.rotation.rotate_activation` of `x` is
+            rounded then (ours).
 
     Returns:
-        float32 [..., K], the rounded values; a token with NaN or Inf is all NaN.
+        float32 [..., K], the rounded values; a token with NaN or Inf, or one that overflows when
+        it is rotated, is all NaN.
 
     Raises:
-        ValueError: if dtype, block size or group are not allowed.
+        ValueError: if dtype, block size, group or rotation are not allowed.
     """
     check_dtype(x, "x")
     check_block_size(block_size)
-    tokens = as_tokens(x)
+    check_rotation(rotation, x.shape[-1], "x")
+    tokens = rotate_activation(as_tokens(x), rotation)
     if group is not None:
         check_group(group, x.shape[:-1], book)
         group = group.flatten()
@@ -377,21 +393,24 @@ def dialect_linear(
 
     Args:
         x: float32, bfloat16 or float16 [..., K].
-        p: packed weight [N, K].
+        p: packed weight [N, K]; the activations of a rotated one are rotated before they are
+            rounded.
         bias: [N] or None; taken as float32.
         activation_format: ``"dialect"`` (W4A4; BlockDialect), ``"fp8"`` (W4A8; ours) or ``"none"``
             (W4A16; ours).
         accumulation: ``"default"`` or ``"exact"``.
 
     Returns:
-        [..., N] in x's dtype. With ``"dialect"`` and ``"fp8"`` a token that holds NaN or Inf gives
-        a row of NaN; ``"none"`` is plain IEEE arithmetic.
+        [..., N] in x's dtype. With ``"dialect"`` and ``"fp8"`` a token that holds NaN or Inf, or
+        overflows when it is rotated, gives a row of NaN; ``"none"`` is plain IEEE arithmetic.
 
     Raises:
         ValueError: if shapes, dtypes or options do not fit.
     """
     check_linear(x, p, bias, activation_format, accumulation)
-    tokens = as_tokens(x)
+    tokens = rotate_activation(as_tokens(x), p.rotation)
+    if activation_format == "none":
+        tokens = tokens.to(x.dtype)
     accumulate = {"dialect": _linear_dialect, "fp8": _linear_fp8, "none": _linear_none}
     y = accumulate[activation_format](tokens, p)
     if bias is not None:
@@ -414,7 +433,8 @@ def semantic_linear(
 
     Args:
         x: float32, bfloat16 or float16 [B, T, K] or [T, K]; B samples of T tokens.
-        p: packed weight [N, K].
+        p: packed weight [N, K]; of a rotated one, `x` is the rotated activation in all that
+            follows.
         bias: [N] or None; taken as float32.
         salient: int64 [B, S] or [S], the tokens of each sample that are decomposed; -1 entries are
             ignored, and a token named twice counts once.
@@ -428,7 +448,7 @@ def semantic_linear(
         ValueError: if shapes, dtypes or options do not fit.
     """
     check_semantic(x, p, bias, salient, group)
-    tokens = as_tokens(x)
+    tokens = rotate_activation(as_tokens(x), p.rotation)
     rows = _salient_rows(salient, x)
     groups = None if group is None else _group_numbers(group)
     y = _linear_dialect(tokens, p, groups)

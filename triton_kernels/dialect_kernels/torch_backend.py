@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from . import reference
 from .backend import Quantized, with_residuals
 from .baselines import quantize_fp8
-from .formatbook import Formatbook
+from .formatbook import Formatbook, Rotation
 from .packed import PackedTensor
+from .rotation import rotate_activation, rotate_weight
 
 __all__ = [
     "covers",
@@ -43,18 +44,29 @@ def covers(x: torch.Tensor, p: PackedTensor, activation_format: str, accumulatio
 
 
 def quantize(
-    x: torch.Tensor, book: Formatbook, block_size: int, rule: str, window: int
+    x: torch.Tensor,
+    book: Formatbook,
+    block_size: int,
+    rule: str,
+    window: int,
+    rotation: Rotation,
 ) -> PackedTensor:
     """See :class:`~dialect_kernels.backend.Backend`."""
-    return reference.pack_rounded(x, book, block_size, rule, window)
+    return reference.pack_rounded(x, book, block_size, rule, window, rotation)
 
 
 def quantize_counted(
-    x: torch.Tensor, book: Formatbook, block_size: int, rule: str, window: int
+    x: torch.Tensor,
+    book: Formatbook,
+    block_size: int,
+    rule: str,
+    window: int,
+    rotation: Rotation,
 ) -> Quantized:
     """See :class:`~dialect_kernels.backend.Backend`."""
-    packed = reference.pack_rounded(x, book, block_size, rule, window)
-    return Quantized(packed, reference.blocks_below_window(x, block_size, window))
+    packed = quantize(x, book, block_size, rule, window, rotation)
+    rounded = rotate_weight(x, rotation)
+    return Quantized(packed, reference.blocks_below_window(rounded, block_size, window))
 
 
 def dequantize(p: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
@@ -76,14 +88,15 @@ def dialect_linear(
         "no compiled kernel for this product: weights are decoded in every call, which is slow"
     )
     weight = p.dequantize(torch.float32)
+    x = rotate_activation(tokens, p.rotation)
     if activation_format == "dialect":
-        y = F.linear(reference.round_activation(tokens, p.book, p.block_size), weight)
+        y = F.linear(reference.round_activation(x, p.book, p.block_size), weight)
     elif activation_format == "fp8":
-        q, scale = quantize_fp8(tokens)
+        q, scale = quantize_fp8(x)
         # the scale goes first: tiny activations times huge weights must not overflow on the way
         y = F.linear(q.to(torch.float32) * scale[:, None], weight)
     else:
-        y = F.linear(tokens.to(torch.float32), weight)
+        y = F.linear(x.to(tokens.dtype).to(torch.float32), weight)
     if bias is not None:
         y = y + bias.to(torch.float32)
     return y.to(tokens.dtype)
@@ -98,8 +111,9 @@ def semantic_linear(
 ) -> torch.Tensor:
     """See :class:`~dialect_kernels.backend.Backend`."""
     named = tokens.new_empty(0, dtype=torch.int64) if salient is None else salient[salient >= 0]
-    rounded = reference.round_activation(tokens, p.book, p.block_size, group)
-    residual = tokens[named].to(torch.float32) - rounded[named]
+    x = rotate_activation(tokens, p.rotation)
+    rounded = reference.round_activation(x, p.book, p.block_size, group)
+    residual = x[named].to(torch.float32) - rounded[named]
     residual = reference.round_activation(residual, p.book, p.block_size)
     y = F.linear(torch.cat([rounded, residual]), p.dequantize(torch.float32))
     return with_residuals(y, named, bias, tokens.dtype)

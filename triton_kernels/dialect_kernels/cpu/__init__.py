@@ -6,12 +6,15 @@ batch and the number of threads. Where there is no compiled library, :func:`runs
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ..backend import Quantized, with_residuals
-from ..formatbook import Formatbook
+from ..formatbook import Formatbook, Rotation
 from ..packed import PackedTensor
 from ..reference import group_variants
+from ..rotation import rotate_weight
 from . import calls
 from .library import INSTRUCTIONS, available, describe, features, why_not
 
@@ -38,22 +41,33 @@ def runs_on(device: torch.device) -> bool:
 
 
 def covers(x: torch.Tensor, p: PackedTensor, activation_format: str, accumulation: str) -> bool:
-    """The kernel computes every product, and always in the mode ``exact``."""
-    return x.device.type == "cpu" and available()
+    """The kernel computes products with unrotated weights, and always in the mode ``exact``."""
+    return x.device.type == "cpu" and p.rotation == "none" and available()
 
 
 def quantize(
-    x: torch.Tensor, book: Formatbook, block_size: int, rule: str, window: int
+    x: torch.Tensor,
+    book: Formatbook,
+    block_size: int,
+    rule: str,
+    window: int,
+    rotation: Rotation,
 ) -> PackedTensor:
     """See :class:`~dialect_kernels.backend.Backend`."""
-    return calls.quantize(x, book, block_size, rule, window).packed
+    return quantize_counted(x, book, block_size, rule, window, rotation).packed
 
 
 def quantize_counted(
-    x: torch.Tensor, book: Formatbook, block_size: int, rule: str, window: int
+    x: torch.Tensor,
+    book: Formatbook,
+    block_size: int,
+    rule: str,
+    window: int,
+    rotation: Rotation,
 ) -> Quantized:
     """See :class:`~dialect_kernels.backend.Backend`; the kernel counts while it quantizes."""
-    return calls.quantize(x, book, block_size, rule, window)
+    counted = calls.quantize(rotate_weight(x, rotation), book, block_size, rule, window)
+    return counted._replace(packed=replace(counted.packed, rotation=rotation))
 
 
 def dequantize(p: PackedTensor, dtype: torch.dtype) -> torch.Tensor:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache
 
 import torch
 
 from ..backend import Quantized
-from ..formatbook import Formatbook
+from ..formatbook import Formatbook, Rotation
 from ..packed import PackedTensor
 from ..reference import blocks_below_window
+from ..rotation import rotate_weight
 
 __all__ = [
     "covers",
@@ -43,7 +45,7 @@ def runs_on(device: torch.device) -> bool:
 
 def covers(x: torch.Tensor, p: PackedTensor, activation_format: str, accumulation: str) -> bool:
     """Whether the kernels compute this product; see :func:`dialect_kernels.gpu.linear.covers`."""
-    if not _may_run_on(x.device):
+    if not _may_run_on(x.device) or p.rotation != "none":
         return False
     from . import linear
 
@@ -51,21 +53,34 @@ def covers(x: torch.Tensor, p: PackedTensor, activation_format: str, accumulatio
 
 
 def quantize(
-    x: torch.Tensor, book: Formatbook, block_size: int, rule: str, window: int
+    x: torch.Tensor,
+    book: Formatbook,
+    block_size: int,
+    rule: str,
+    window: int,
+    rotation: Rotation,
 ) -> PackedTensor:
     """See :class:`~dialect_kernels.backend.Backend`."""
     from . import quantize_packed
 
+    x = rotate_weight(x, rotation)
     with _current(x.device):
-        return quantize_packed.quantize_weight(x, book, block_size, rule, window)
+        packed = quantize_packed.quantize_weight(x, book, block_size, rule, window)
+    return replace(packed, rotation=rotation)
 
 
 def quantize_counted(
-    x: torch.Tensor, book: Formatbook, block_size: int, rule: str, window: int
+    x: torch.Tensor,
+    book: Formatbook,
+    block_size: int,
+    rule: str,
+    window: int,
+    rotation: Rotation,
 ) -> Quantized:
     """See :class:`~dialect_kernels.backend.Backend`; torch counts the blocks."""
-    packed = quantize(x, book, block_size, rule, window)
-    return Quantized(packed, blocks_below_window(x, block_size, window))
+    packed = quantize(x, book, block_size, rule, window, rotation)
+    rounded = rotate_weight(x, rotation)
+    return Quantized(packed, blocks_below_window(rounded, block_size, window))
 
 
 def dequantize(p: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
