@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import typer
 from pydantic import ValidationError
 
+from dialect_kernels.formatbook import BLOCK_SIZES
+
 from .scheme import ActivationFormat, BlockSize, BookName, Scheme, first_fault
 
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ def _one_sentence_errors() -> Iterator[None]:
         yield
     except ValidationError as error:
         field, value, reason = first_fault(error)
-        message = f"--{field.replace('_', '-')}: {value!r}; {reason}"
+        message = f"--{field.replace('_', '-')}: {f'{value}; ' if value else ''}{reason}"
     except (ValueError, OSError) as error:
         message = str(error)
     except KeyboardInterrupt:
@@ -152,10 +154,7 @@ def quantize(
     workers: _Workers = None,
 ) -> None:
     """Quantize a 16-bit checkpoint. After a crash, the same command continues."""
-    from .checkpoint.convert import convert, render
-    from .checkpoint.progress import ProgressBar
-
-    with _one_sentence_errors(), ProgressBar() as progress:
+    with _one_sentence_errors():
         options = _options(
             targets,
             strict,
@@ -166,6 +165,10 @@ def quantize(
             overrides=_read_overrides(override or [], overrides),
             lm_head=lm_head,
         )
+    from .checkpoint.convert import convert, render  # after the options: torch takes seconds
+    from .checkpoint.progress import ProgressBar
+
+    with _one_sentence_errors(), ProgressBar() as progress:
         result = convert(src, dst, options, overwrite=overwrite, workers=workers, progress=progress)
     print(render(result))
 
@@ -193,18 +196,21 @@ def report(
     all_rows: _AllRows = False,
 ) -> None:
     """Compare 4-bit formats on a checkpoint's weights, layer by layer."""
+    with _one_sentence_errors():
+        _check_rows(max_rows, all_rows)
+        if html is not None:
+            _check_file("--html", html)
+        options = _options(targets, ignore=ignore or [], lm_head=lm_head)
     from .analysis.report import FORMATS, Report, measure_layers, render
     from .analysis.report_page import check_plots, report_page
     from .checkpoint.progress import ProgressBar
     from .checkpoint.writer import write_text
 
     with _one_sentence_errors():
-        rows = _measured_rows(max_rows, all_rows)
         if html is not None:
             check_plots()
-            _check_file("--html", html)
-        options = _options(targets, ignore=ignore or [], lm_head=lm_head)
         checkpoint, layers = _chosen(src, options)
+        rows = _measured_rows(max_rows, all_rows)
         with ProgressBar() as progress:
             measured = measure_layers(checkpoint, layers, FORMATS, progress, rows)
         name = checkpoint.path.resolve().name
@@ -237,8 +243,12 @@ def plan(
     all_rows: _AllRows = False,
 ) -> None:
     """Choose blocks of 16, 32 or 64 for every layer under a bit budget."""
-    from dialect_kernels.formatbook import BLOCK_SIZES
-
+    with _one_sentence_errors():
+        _check_bits(bits)
+        _check_rows(max_rows, all_rows)
+        if output is not None:
+            _check_file("--output", output)
+        options = _options(targets, ignore=ignore or [], lm_head=lm_head)
     from .analysis.bit_budget import allocate_bits, check_budget, render
     from .analysis.report import dialect_format, measure_layers
     from .checkpoint.progress import ProgressBar
@@ -246,9 +256,6 @@ def plan(
 
     with _one_sentence_errors():
         rows = _measured_rows(max_rows, all_rows)
-        if output is not None:
-            _check_file("--output", output)
-        options = _options(targets, ignore=ignore or [], lm_head=lm_head)
         checkpoint, layers = _chosen(src, options)
         check_budget({name: checkpoint.tensors[f"{name}.weight"].shape for name in layers}, bits)
         formats = [dialect_format(block_size) for block_size in BLOCK_SIZES]
@@ -318,14 +325,34 @@ def _chosen(src: str, options: ConvertOptions) -> tuple[Checkpoint, list[str]]:
     return checkpoint, sorted(layers, key=natural_order)
 
 
-def _measured_rows(max_rows: int | None, all_rows: bool) -> int | None:
-    """How many rows of a layer to measure; None for all."""
-    from .analysis.report import SAMPLED_ROWS
+def _check_bits(bits: float) -> None:
+    """Refuse, before torch is imported, a budget that is out of reach whatever the shapes are."""
+    smallest, largest = min(BLOCK_SIZES), max(BLOCK_SIZES)
+    # a block has a meta byte, a row an exponent, and a row has one block at least
+    least, most = 4 + 8 / largest, 4 + 8 / smallest + 8 / smallest
+    if not bits > least:  # NaN too
+        raise ValueError(
+            f"--bits: {bits:g}; blocks of {largest} need more than {least:g} bits per weight in "
+            "every model: give more"
+        )
+    if bits > most:
+        raise ValueError(
+            f"--bits: {bits:g}; blocks of {smallest} never need more than {most:g} bits per "
+            f"weight: give less, or convert with --block-size {smallest}"
+        )
 
+
+def _check_rows(max_rows: int | None, all_rows: bool) -> None:
     if all_rows and max_rows is not None:
         raise ValueError(
             f"--max-rows: {max_rows} has no effect with --all-rows; give one of the two"
         )
+
+
+def _measured_rows(max_rows: int | None, all_rows: bool) -> int | None:
+    """How many rows of a layer to measure; None for all."""
+    from .analysis.report import SAMPLED_ROWS
+
     return None if all_rows else max_rows or SAMPLED_ROWS
 
 
@@ -341,8 +368,6 @@ def _check_file(option: str, path: Path) -> None:
 
 def _read_overrides(options: list[str], file: Path | None) -> dict[str, Any]:
     """Overrides of a file and of the command line; the command line goes before the file."""
-    from .checkpoint.reader import read_json
-
     sizes = {str(size): size for size in get_args(BlockSize)}
     merged: dict[str, Any] = {}
     for option in options:
@@ -354,6 +379,8 @@ def _read_overrides(options: list[str], file: Path | None) -> dict[str, Any]:
             )
         merged[pattern] = {"block_size": sizes[size]}
     if file is not None:
+        from .checkpoint.reader import read_json
+
         for pattern, override in Scheme.parse(
             {"overrides": read_json(file, unique=True)}, str(file)
         ).overrides.items():

@@ -222,14 +222,18 @@ def fitting_block_size(columns: int, wanted: int) -> int | None:
     return None
 
 
-def first_fault(error: ValidationError) -> tuple[str, Any, str]:
-    """The field of the first fault, its value, and what is wrong with it as half a sentence."""
+def first_fault(error: ValidationError) -> tuple[str, str, str]:
+    """The field of the first fault, its value, and what is wrong with it as half a sentence.
+
+    The value is empty where it is a list or an object of which the third names the bad entry.
+    """
     first = error.errors(include_url=False)[0]
     field = ".".join(str(part) for part in first["loc"])
     reason = first["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
     if first["type"] == "model_type":
         reason = 'it must be an object such as {"block_size": 16}'
-    return field, first["input"], reason
+    named = first["type"] == "value_error" and isinstance(first["input"], (list, dict))
+    return field, "" if named else repr(first["input"]), reason
 
 
 def _one_sentence(error: ValidationError, where: str) -> str:
@@ -244,4 +248,4 @@ def _one_sentence(error: ValidationError, where: str) -> str:
         field = ".".join(str(part) for part in errors[0]["loc"])
         return f"{where}: {field} is missing"
     field, value, reason = first_fault(error)
-    return f"{where}: {field} is {value!r}; {reason}"
+    return f"{where}: {field} is {value}; {reason}" if value else f"{where}: {field}: {reason}"

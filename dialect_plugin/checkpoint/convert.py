@@ -41,6 +41,7 @@ from .reader import (
     open_checkpoint,
     open_packed,
 )
+from .tables import folded
 from .workers import Workers
 from .writer import (
     ShardWriter,
@@ -307,25 +308,27 @@ def render(result: ConversionResult) -> str:
     if choice.adapted:
         lines.append(
             "the block size does not divide the columns of these layers, which have another one: "
-            + ", ".join(f"{name} ({choice.block_sizes[name]})" for name in choice.adapted)
+            + folded(f"{name} ({choice.block_sizes[name]})" for name in choice.adapted)
         )
     if choice.indivisible:
         lines.append(
             "no block size divides the columns of these layers, which stay in 16 bit: "
-            + ", ".join(choice.indivisible)
+            + folded(choice.indivisible)
         )
     if choice.incomplete:
         lines.append(
             "the checkpoint lacks parts of the fused layers of these, which stay in 16 bit: "
-            + ", ".join(choice.incomplete)
+            + folded(choice.incomplete)
         )
     if choice.has_experts:
         lines.append("the experts stay in 16 bit: vLLM's plugin does not serve packed experts")
-    lines += [
-        f"{layer.name}: {layer.rows_below_window} rows have blocks below the exponent window"
-        for layer in layers
-        if layer.rows_below_window
-    ]
+    below = [layer for layer in layers if layer.rows_below_window]
+    if below:
+        most = max(below, key=lambda layer: layer.rows_below_window)
+        lines.append(
+            f"{sum(layer.rows_below_window for layer in below)} rows of {len(below)} layers have "
+            f"blocks below the exponent window; {most.name} has {most.rows_below_window} of them"
+        )
     return "\n".join([*lines, *_beside_the_weights(result), serve])
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-__all__ = ["layer_table", "natural_order", "only_or_blank", "shape_cell"]
+__all__ = ["folded", "layer_table", "natural_order", "only_or_blank", "shape_cell"]
 
 _NUMBER = re.compile(r"(\d+)")
 _GAP = "  "
@@ -76,6 +76,32 @@ def layer_table(
     for layer in sorted(shown, key=_place):
         lines.append((names.short(layer.name), *cells([layer])))
     return _aligned(("layer", *heads), lines)
+
+
+def folded(names: Iterable[str]) -> str:
+    """Names in one line; those that differ in their first number only are one.
+
+    ``model.layers.0-2,5.mlp.down_proj`` stands for four layers.
+    """
+    groups: dict[tuple[str, str], list[int]] = {}
+    for name in sorted(names, key=natural_order):
+        stack, number, inner = _split(name) or (name, "", "")
+        groups.setdefault((stack, inner), []).extend([int(number)] if number else [])
+    return ", ".join(
+        f"{stack}{_ranges(numbers)}.{inner}" if numbers else stack
+        for (stack, inner), numbers in groups.items()
+    )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers, such as ``0-2,5``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def natural_order(name: str) -> tuple[str | int, ...]:

@@ -1,5 +1,8 @@
 """The command line: exit codes, one sentence, no traceback."""
 
+import subprocess
+import sys
+
 import pytest
 from typer.testing import CliRunner
 
@@ -42,8 +45,8 @@ def test_an_overrides_file(tiny_model, tmp_path):
             "'re:x=48'; it must be PATTERN=BLOCK_SIZE with a block size",
         ),
         (["--activation-format", "W4A4"], "'W4A4'; it must be dialect, fp8 or none"),
-        (["--ignore", "re:("], "--ignore: ['re:(']; 're:(' is not a regular expression"),
-        (["--targets", "re:("], "--targets: ['re:(']; 're:(' is not a regular expression"),
+        (["--ignore", "re:("], "--ignore: 're:(' is not a regular expression"),
+        (["--targets", "re:("], "--targets: 're:(' is not a regular expression"),
     ],
 )
 def test_bad_options(tiny_model, tmp_path, arguments, sentence):
@@ -87,16 +90,62 @@ def test_a_faulty_overrides_file_is_named(tiny_model, tmp_path):
     assert not (tmp_path / "packed").exists()
 
 
+def test_a_bad_expression_in_an_overrides_file_is_named_alone(tiny_model, tmp_path):
+    file = tmp_path / "overrides.json"
+    file.write_text('{"re:.*down_proj": {"block_size": 16}, "re:(": {"block_size": 16}}')
+    refused = run("quantize", tiny_model(), tmp_path / "packed", "--overrides", file)
+    assert refused.exit_code == 1
+    sentence = f"blockdialect: {file}: overrides: 're:(' is not a regular expression"
+    assert refused.stderr.startswith(sentence)
+    assert "down_proj" not in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
+WITHOUT_TORCH = """
+import sys
+from dialect_plugin.cli import app
+try:
+    app(sys.argv[1:])
+finally:
+    print("torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--help"], None),
+        (["quantize", "--help"], None),
+        (["--version"], None),
+        (["quantize", "S", "D", "--block-size", "48"], "--block-size: '48'; it must be 16, 32"),
+        (["quantize", "S", "D", "--ignore", "re:("], "--ignore: 're:(' is not a regular"),
+        (["quantize", "S", "D", "--override", "x=48"], "--override: 'x=48'; it must be PATTERN"),
+        (["plan", "S", "--bits", "4.0"], "--bits: 4; blocks of 64 need more than 4.125 bits"),
+        (["plan", "S", "--bits", "nan"], "--bits: nan; blocks of 64 need more than 4.125 bits"),
+        (["plan", "S", "--bits", "6"], "--bits: 6; blocks of 16 never need more than 5 bits"),
+        (["plan", "S", "--bits", "4.3", "--output", "no/x"], "--output: no/x lies in a directory"),
+        (["report", "S", "--max-rows", "8", "--all-rows"], "--max-rows: 8 has no effect"),
+    ],
+)
+def test_help_and_wrong_options_do_not_wait_for_torch(arguments, sentence):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == (0 if sentence is None else 1), done.stderr
+    assert done.stdout.endswith("False\n")
+    if sentence is not None:
+        assert done.stderr.startswith(f"blockdialect: {sentence}")
+        assert done.stderr.count("\n") == 1
+
+
 def test_quantize_says_what_it_did_and_how_to_go_on(tiny_model, tmp_path):
     done = run("quantize", tiny_model(intermediate_size=208), tmp_path / "packed")
     said = done.stdout.splitlines()
     assert said[0].startswith("14 layers at 4.3")
-    adapted = ", ".join(f"model.layers.{i}.mlp.down_proj (16)" for i in range(2))
-    assert said[1].endswith(f"which have another one: {adapted}")
+    assert said[1].endswith("which have another one: model.layers.0-1.mlp.down_proj (16)")
     assert said[-1] == f"serve it with: vllm serve {tmp_path / 'packed'}"
     done = run("quantize", tiny_model(intermediate_size=200), tmp_path / "odd")
-    left = ", ".join(f"model.layers.{i}.mlp.down_proj" for i in range(2))
-    assert f"which stay in 16 bit: {left}" in done.stdout
+    assert "which stay in 16 bit: model.layers.0-1.mlp.down_proj\n" in done.stdout
     done = run("quantize", tiny_model("MixtralForCausalLM"), tmp_path / "mixture")
     assert "the experts stay in 16 bit" in done.stdout
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -230,3 +231,16 @@ def test_a_weight_without_columns_stays(source, tmp_path):
     assert result.choice.indivisible == (name,)
     stored = open_packed(tmp_path / "packed").checkpoint.tensors
     assert stored[f"{name}.weight"].shape == (128, 0)
+
+
+def test_rows_below_the_exponent_window_are_one_line(source, tmp_path):
+    done = convert(source, tmp_path / "packed")
+    assert "exponent window" not in render(done)
+    layers = [
+        replace(layer, rows_below_window=rows)
+        for layer, rows in zip(done.layers, (2, 0, 3, *[0] * 11), strict=True)
+    ]
+    assert (
+        "5 rows of 2 layers have blocks below the exponent window; "
+        f"{layers[2].name} has 3 of them\n"
+    ) in render(replace(done, layers=tuple(layers)))

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import pytest
 
-from dialect_plugin.checkpoint.tables import layer_table, natural_order
+from dialect_plugin.checkpoint.tables import folded, layer_table, natural_order
 
 
 class Layer(NamedTuple):
@@ -95,3 +95,23 @@ def test_only_the_layers_to_list_are_listed_and_nothing_is_cut_off():
     text = layer_table(["n"], layers, lambda group: ["1"], listed=layers[:1], title="some")
     assert text.endswith("some, below model.layers\n0." + "x" * 300 + "  1")
     assert "below model.layers" not in layer_table(["n"], layers, lambda group: ["1"], listed=[])
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        ([], ""),
+        (["lm_head", "model.layers.3.q"], "lm_head, model.layers.3.q"),
+        (
+            [f"model.layers.{i}.mlp.down_proj" for i in (10, 0, 1, 2, 5, 9)],
+            "model.layers.0-2,5,9-10.mlp.down_proj",
+        ),
+        (
+            ["h.0.b (16)", "h.1.b (64)", "h.2.b (16)", "h.0.a.7.c"],
+            "h.0.a.7.c, h.0,2.b (16), h.1.b (64)",
+        ),
+        (["e.0.a", "d.0.a", "e.1.a"], "d.0.a, e.0-1.a"),
+    ],
+)
+def test_names_in_one_line(names, text):
+    assert folded(names) == text
