@@ -38,6 +38,7 @@ PUBLIC_API = {
     "dialect_kernels": "the format and its operations",
     "dialect_kernels.reference": "the same functions in plain torch",
     "dialect_kernels.baselines": "MXFP4, NVFP4 and FP8 to compare with",
+    "dialect_kernels.calibrated": "weights rounded for what calibration text makes of them",
     "dialect_kernels.formatbook": "the number formats as data",
     "dialect_kernels.verify": "the golden vectors, to check an implementation with",
     "dialect_plugin": "vLLM's entry point, and the reader of packed directories",

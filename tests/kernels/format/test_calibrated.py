@@ -1,0 +1,250 @@
+"""Rule gptq against a slow reading of its definition, and what it promises."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from dialect_kernels import DIALECT_FP4, SEMANTIC_32, quantize
+from dialect_kernels.calibrated import quantize_calibrated
+from dialect_kernels.rotation import rotate_activation, rotate_weight
+
+BOOKS = (DIALECT_FP4, SEMANTIC_32)
+
+
+def moments(x):
+    return (x.T @ x / len(x)).contiguous()
+
+
+def correlated(tokens, columns, seed, shared=0.7):
+    """Inputs whose columns resemble each other and differ in size, float32 [tokens, columns]."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, columns, generator=generator)
+    common = torch.randn(tokens, 4, generator=generator)
+    x = x + shared * common @ torch.randn(4, columns, generator=generator)
+    return x * torch.randn(columns, generator=generator).exp()
+
+
+def weight(rows, columns, seed):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(1000 + seed)) * 0.05
+
+
+class Slow:
+    """The definition, element by element in float64."""
+
+    def __init__(self, w, a, book, block_size, window=None, damping=0.01):
+        self.w = w.double().numpy().copy()
+        self.book, self.block_size = book, block_size
+        self.window = book.largest_stored_delta if window is None else window
+        self.factor = self._factor(a.double().numpy().copy(), damping)
+        self.codes = np.zeros(self.w.shape, dtype=np.uint8)
+        self.meta = np.zeros((len(w), self.w.shape[1] // block_size), dtype=np.uint8)
+        self.rows = np.zeros(len(w), dtype=np.int8)
+        self.saturated = self.zero_blocks = 0
+        for row in range(len(w)):
+            self._round_row(row)
+
+    @staticmethod
+    def _factor(a, damping):
+        dead = np.diag(a) == 0
+        a[dead, :] = 0
+        a[:, dead] = 0
+        mean = np.diag(a)[~dead].mean()
+        a[dead, dead] = mean
+        return np.linalg.cholesky(np.linalg.inv(a + damping * mean * np.eye(len(a)))).T
+
+    @staticmethod
+    def _exponent(values):
+        largest = np.abs(values).max()
+        return max(-120, math.frexp(largest)[1] - 3) if largest else -120
+
+    def _rounded(self, value, dialect, exponent):
+        """The code of a value, and the value it stands for."""
+        half_units = self.book.half_units[dialect]
+        quarters = abs(value) / 2.0 ** (exponent - 2)
+        index = sum(quarters >= low + high for low, high in pairwise(half_units))
+        sign = value < 0 and index > 0
+        return index | sign << 3, (-1) ** sign * half_units[index] * 2.0 ** (exponent - 1)
+
+    def _cost(self, values, dialect, exponent):
+        """What rule mse minimizes: the sum of h (h - 4 m)."""
+        cost = 0.0
+        for value in values:
+            h = abs(self._rounded(value, dialect, exponent)[1]) / 2.0 ** (exponent - 1)
+            cost += h * (h - abs(value) / 2.0 ** (exponent - 2))
+        return cost
+
+    def _round_row(self, row):
+        w, size = self.w[row], self.block_size
+        starts = range(0, len(w), size)
+        top = max(self._exponent(w[start : start + size]) for start in starts)
+        self.rows[row] = top
+        for block, start in enumerate(starts):
+            own = self._exponent(w[start : start + size])
+            self.saturated += own > top
+            delta = min(max(top - own, 0), self.window)
+            exponent = top - delta
+            values = w[start : start + size].copy()
+            zero = np.abs(values).max() < 2.0 ** (exponent - 2)
+            self.zero_blocks += bool(zero and np.abs(values).max())
+            costs = [self._cost(values, d, exponent) for d in range(len(self.book))]
+            dialect = int(np.argmin(costs))
+            if not zero:
+                self.meta[row, block] = delta << self.book.id_bits | dialect
+            for column in range(start, start + size):
+                code, rounded = (0, 0.0) if zero else self._rounded(w[column], dialect, exponent)
+                self.codes[row, column] = code
+                error = (w[column] - rounded) / self.factor[column, column]
+                w[column + 1 :] -= error * self.factor[column, column + 1 :]
+
+
+def assert_same(packed, slow):
+    codes = packed.codes.numpy()
+    unpacked = np.stack([codes & 15, codes >> 4], axis=-1).reshape(slow.codes.shape)
+    assert np.array_equal(packed.row_exponent.numpy(), slow.rows)
+    assert np.array_equal(packed.meta.numpy(), slow.meta)
+    assert np.array_equal(unpacked, slow.codes)
+
+
+@pytest.mark.parametrize("book", BOOKS, ids=lambda book: book.name)
+@pytest.mark.parametrize(("block_size", "columns"), [(16, 112), (32, 320), (64, 192)])
+def test_the_bytes_are_those_of_the_definition(book, block_size, columns):
+    w, a = weight(3, columns, 0), moments(correlated(4 * columns, columns, 0))
+    found = quantize_calibrated(w, a, book, block_size)
+    assert found.damping == 0.01
+    assert_same(found.packed, Slow(w, a, book, block_size))
+    nearest = quantize(w, book, block_size)
+    assert torch.equal(found.packed.row_exponent, nearest.row_exponent)
+    assert not torch.equal(found.packed.codes, nearest.codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_weights(dtype):
+    w, a = weight(4, 96, 1).to(dtype), moments(correlated(400, 96, 1))
+    found = quantize_calibrated(w, a, SEMANTIC_32, 32, damping=0.1)
+    assert_same(found.packed, Slow(w.float(), a, SEMANTIC_32, 32, damping=0.1))
+
+
+def test_a_rotated_weight():
+    w, x = weight(4, 128, 2), correlated(500, 128, 2)
+    a = moments(rotate_activation(x))
+    found = quantize_calibrated(w, a, SEMANTIC_32, 32, rotation="hadamard_32")
+    assert found.packed.rotation == "hadamard_32"
+    assert_same(found.packed, Slow(rotate_weight(w), a, SEMANTIC_32, 32))
+
+
+def test_blocks_that_outgrow_the_row_saturate():
+    """Inputs of the second block repeat the first's, 1000 times smaller: it must make up much."""
+    x = correlated(600, 32, 3)
+    x = torch.cat([x, x * 1e-3 + 1e-5 * correlated(600, 32, 4)], dim=1)
+    w, a = weight(6, 64, 3), moments(x)
+    for book in BOOKS:
+        slow = Slow(w, a, book, 32, damping=1e-4)
+        assert slow.saturated
+        assert_same(quantize_calibrated(w, a, book, 32, damping=1e-4).packed, slow)
+
+
+def test_blocks_that_are_too_small_stay_zero_and_their_errors_go_on():
+    w, a = weight(6, 128, 5), moments(correlated(600, 128, 5))
+    w[:, 32:64] *= 0.05
+    w[1, 64:96] = 0
+    slow = Slow(w, a, SEMANTIC_32, 32, window=0)
+    assert slow.zero_blocks
+    assert_same(quantize_calibrated(w, a, SEMANTIC_32, 32, window=0).packed, slow)
+
+
+def test_inputs_that_are_always_zero():
+    """Their columns are rounded to nearest: no error enters or leaves them."""
+    x = correlated(500, 96, 6)
+    x[:, [3, 40, 41, 95]] = 0
+    w, a = weight(4, 96, 6), moments(x)
+    assert_same(quantize_calibrated(w, a, DIALECT_FP4, 32).packed, Slow(w, a, DIALECT_FP4, 32))
+    moved = w.clone()
+    moved[:, 3] *= 0.5  # its error goes nowhere
+    first, second = (quantize_calibrated(v, a, DIALECT_FP4, 32).packed for v in (w, moved))
+    assert torch.equal(first.codes[:, 2:], second.codes[:, 2:])
+
+
+def test_without_any_input_the_weight_is_rounded_to_nearest():
+    w = weight(4, 64, 7)
+    found = quantize_calibrated(w, torch.zeros(64, 64), DIALECT_FP4, 32)
+    assert torch.equal(found.packed.codes, quantize(w, DIALECT_FP4, 32).codes)
+    assert torch.equal(found.packed.meta, quantize(w, DIALECT_FP4, 32).meta)
+
+
+def test_moments_that_are_not_positive_definite():
+    w, a = weight(4, 64, 8), torch.eye(64)
+    a[0, 1] = a[1, 0] = 1.5
+    assert quantize_calibrated(w, a, DIALECT_FP4, 32).damping == pytest.approx(1)
+    a[0, 1] = a[1, 0] = 5
+    found = quantize_calibrated(w, a, SEMANTIC_32, 32, rotation="hadamard_32")
+    nearest = quantize(w, SEMANTIC_32, 32, rotation="hadamard_32")
+    assert found.damping is None
+    assert torch.equal(found.packed.codes, nearest.codes)
+    assert torch.equal(found.packed.meta, nearest.meta)
+    assert found.packed.rotation == "hadamard_32"
+
+
+def test_a_weight_on_the_grid_is_kept():
+    w = quantize(weight(8, 128, 9), SEMANTIC_32, 32).dequantize()
+    found = quantize_calibrated(w, moments(correlated(600, 128, 9)), SEMANTIC_32, 32)
+    assert torch.equal(found.packed.dequantize(), w)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("rotation", ["none", "hadamard_32"])
+def test_the_output_is_kept_better_than_by_nearest_rounding(seed, rotation):
+    for book, block_size in ((DIALECT_FP4, 32), (SEMANTIC_32, 16), (SEMANTIC_32, 64)):
+        w, x = weight(32, 256, seed), correlated(1024, 256, seed, shared=0.3 + 0.3 * seed)
+        x = rotate_activation(x, rotation)
+        calibrated = quantize_calibrated(w, moments(x), book, block_size, rotation=rotation).packed
+        nearest = quantize(w, book, block_size, rotation=rotation)
+        exact = x.double() @ rotate_weight(w, rotation).double().T
+        losses = [
+            float((x.double() @ packed.dequantize().double().T - exact).square().sum())
+            for packed in (calibrated, nearest)
+        ]
+        assert losses[0] < losses[1]
+
+
+def test_the_same_bytes_again():
+    w, a = weight(16, 320, 11), moments(correlated(1000, 320, 11))
+    first, second = (quantize_calibrated(w, a, SEMANTIC_32, 32).packed for _ in range(2))
+    assert torch.equal(first.codes, second.codes)
+    assert torch.equal(first.meta, second.meta)
+    assert torch.equal(w, weight(16, 320, 11))  # arguments are not written to
+    assert torch.equal(a, moments(correlated(1000, 320, 11)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"w": torch.full((2, 32), math.nan)}, "layer: nan at \\[0, 0\\]"),
+        ({"A": torch.full((32, 32), math.inf)}, "A of layer: inf at \\[0, 0\\]"),
+        ({"A": torch.eye(32).double()}, "A: torch.float64 .*it must be torch.float32 \\[32, 32\\]"),
+        ({"A": torch.eye(16)}, "A: torch.float32 \\[16, 16\\] on cpu; it must be"),
+        ({"w": torch.ones(2, 40), "A": torch.eye(40)}, "layer: has 40 columns; they must be a m"),
+        ({"damping": 0.0}, "damping: 0.0; it must be above 0 and at most 1"),
+        ({"damping": 1.5}, "damping: 1.5; it must be above 0 and at most 1"),
+        ({"damping": math.nan}, "damping: nan; it must be above 0 and at most 1"),
+        ({"block_size": 48}, "block_size: 48; allowed are 16, 32 and 64"),
+        ({"window": 14}, "window: 14"),
+        ({"rotation": "hadamard"}, "rotation: 'hadamard'"),
+        (
+            {"w": torch.ones(2, 48), "A": torch.eye(48), "block_size": 16,
+             "rotation": "hadamard_32"},
+            "layer: has 48 columns; rotation 'hadamard_32' needs a multiple of 32",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_refused(changes, sentence):
+    arguments = {"w": torch.ones(2, 32), "A": torch.eye(32)} | changes
+    with pytest.raises(ValueError, match=sentence):
+        quantize_calibrated(**arguments, name="layer")
+
+
+def test_weights_without_rows():
+    found = quantize_calibrated(torch.empty(0, 32), torch.eye(32))
+    assert found.packed.shape == (0, 32)
