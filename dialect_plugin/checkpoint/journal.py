@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -84,7 +85,10 @@ class Journal(BaseModel):
 
 
 def fingerprint(
-    checkpoint: Checkpoint, options: ConvertOptions, companions: Iterable[PurePath] = ()
+    checkpoint: Checkpoint,
+    options: ConvertOptions,
+    companions: Iterable[PurePath] = (),
+    calibration: Mapping[str, Any] | None = None,
 ) -> str:
     """A hash of the source's files, the options and the release that writes the bytes.
 
@@ -92,13 +96,15 @@ def fingerprint(
         checkpoint: the source.
         options: of the conversion.
         companions: paths inside the source of files in folders that are copied.
+        calibration: what the bytes depend on beside these, as JSON; None without calibration.
     """
     names = {file.name for file in checkpoint.path.iterdir() if file.is_file()}
     names |= {str(name) for name in companions}
     status = {name: (checkpoint.path / name).stat() for name in sorted(names)}
     files = [(name, found.st_size, found.st_mtime_ns) for name, found in status.items()]
     parts = [str(checkpoint.path.resolve()), files, options.model_dump(mode="json"), __version__]
-    return hashlib.sha256(json.dumps([*parts, FORMAT_VERSION]).encode()).hexdigest()
+    further = [] if calibration is None else [dict(calibration)]
+    return hashlib.sha256(json.dumps([*parts, FORMAT_VERSION, *further]).encode()).hexdigest()
 
 
 def open_journal(

@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -39,6 +40,15 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
         torch.set_num_threads(self._torch_threads)
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Let torch use as many threads of its own inside the ``with`` block."""
+        torch.set_num_threads(self._count)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(1)
 
     def map(
         self, function: Callable[[_Item], _Result], items: Iterable[_Item]

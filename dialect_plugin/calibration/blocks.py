@@ -1,0 +1,417 @@
+"""A model's decoder, run block by block: only one block's weights are in memory at a time.
+
+The modules are transformers' own, built on the meta device. Weights are read from the shards when
+their block is due, as float32, and dropped after it. transformers' own rules map the names in the
+files to its modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..checkpoint.reader import Checkpoint, CheckpointError
+
+__all__ = ["DecoderBlocks"]
+
+_INSTEAD = "convert without --calibrate"
+
+
+@dataclass(frozen=True)
+class _Call:
+    """How a model calls one of its blocks, without the hidden states."""
+
+    by_name: bool
+    """Whether the hidden states are the argument ``hidden_states`` and not the first one."""
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+class _CallsKnownError(Exception):
+    """Ends the model's forward pass at its last block."""
+
+
+class _IndexesOutputsError(Exception):
+    """The model takes the first entry of what its blocks return."""
+
+
+class DecoderBlocks:
+    """The repeated blocks of a model.
+
+    Args:
+        checkpoint: a 16-bit checkpoint.
+        layers: names of linear layers, most of which lie in the blocks.
+        device: where the blocks run.
+
+    Attributes:
+        linear: those of `layers` that lie in a block -> its number.
+
+    Raises:
+        CheckpointError: if transformers does not have the model, or no blocks are found in it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, layers: Collection[str], device: str) -> None:
+        self._checkpoint = checkpoint
+        self._device = torch.device(device)
+        self._model = _empty_model(checkpoint)
+        self._conversions, self._parameters = _names(self._model, checkpoint)
+        modules = {name: self._module_of(name) for name in layers}
+        self._path = self._container(modules)
+        self._blocks = list(self._model.get_submodule(self._path))
+        self._modules = {n: m for n, m in modules.items() if m.startswith(f"{self._path}.")}
+        self.linear = {
+            name: int(module.removeprefix(f"{self._path}.").partition(".")[0])
+            for name, module in self._modules.items()
+        }
+        self._calls: list[_Call] = []
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding."""
+        return int(self._model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def longest(self) -> int | None:
+        """The most tokens that the model takes; None if its config does not say."""
+        length = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        return length if isinstance(length, int) and length > 0 else None
+
+    def embed(self, windows: torch.Tensor) -> list[torch.Tensor]:
+        """Everything in front of the first block.
+
+        Args:
+            windows: int64 [samples, tokens].
+
+        Returns:
+            The first block's input for each window, float32 [1, tokens, width].
+
+        Raises:
+            CheckpointError: if the model passes to its blocks what depends on the text.
+        """
+        embedding, front = self._model.get_input_embeddings(), f"{self._path}."
+        stored = self._checkpoint.tensors[self._source_of(embedding)]
+        embedding.to({"BF16": torch.bfloat16, "F16": torch.float16}.get(stored.dtype))
+        # the rest sees float32, and a large vocabulary stays as small as it is stored
+        widen = embedding.register_forward_hook(lambda module, arguments, y: y.float())
+        output = self._model.get_output_embeddings()
+        head = None if output is None or output.weight is embedding.weight else output.weight
+        self._load(
+            lambda name, tensor: not name.startswith(front) and tensor is not head,
+            torch.device("cpu"),
+        )
+        inputs = []
+        for number, window in enumerate(windows):
+            calls, hidden = self._record(window[None])
+            if number and not _equal(
+                [c.keywords for c in self._calls], [c.keywords for c in calls]
+            ):
+                raise CheckpointError(
+                    f"{self._checkpoint.architecture}: what its blocks are given beside the hidden "
+                    f"states depends on the text, which calibration does not support; {_INSTEAD}"
+                )
+            self._calls = calls
+            inputs.append(hidden)
+        widen.remove()
+        for name, module in self._model.named_modules():
+            if not f"{name}.".startswith(front):
+                _drop(module)
+        return inputs
+
+    @contextmanager
+    def loaded(self, number: int) -> Iterator[dict[str, torch.nn.Linear]]:
+        """Have a block's weights in memory inside the ``with`` block.
+
+        Yields:
+            Layer name -> its module, for the block's layers in :attr:`linear`.
+
+        Raises:
+            CheckpointError: if the checkpoint lacks a weight of the block.
+        """
+        block, front = self._blocks[number], f"{self._path}.{number}."
+        self._load(lambda name, tensor: name.startswith(front), self._device)
+        missing = [name for name, tensor in block.named_parameters() if tensor.is_meta]
+        if missing:
+            raise CheckpointError(
+                f"{self._checkpoint.path}: holds no tensor for {front}{missing[0]}, which "
+                f"transformers' {self._checkpoint.architecture} has; {_INSTEAD}"
+            )
+        block.to(self._device)  # buffers
+        try:
+            yield {
+                name: self._model.get_submodule(self._modules[name])
+                for name, holder in self.linear.items()
+                if holder == number
+            }
+        finally:
+            for module in block.modules():
+                _drop(module)
+
+    def run(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The output of a loaded block, float32 [1, tokens, width], on the device of `hidden`."""
+        call, device = self._calls[number], self._device
+        given = hidden.to(device)
+        arguments, keywords = _moved((call.arguments, call.keywords), device)
+        try:
+            with torch.no_grad():
+                if call.by_name:
+                    found = self._blocks[number](*arguments, hidden_states=given, **keywords)
+                else:
+                    found = self._blocks[number](given, *arguments, **keywords)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"{self._path}.{number}: transformers cannot run this block alone "
+                f"({_reason(error)}); {_INSTEAD}"
+            ) from None
+        output = found[0] if isinstance(found, tuple) else found
+        return output.to(hidden.device)
+
+    def _module_of(self, layer: str) -> str:
+        """Path of the module that transformers has for a layer.
+
+        Raises:
+            CheckpointError: if it has none, or another one.
+        """
+        path, _, leaf = self._parameters.get(f"{layer}.weight", "").rpartition(".")
+        module = self._model.get_submodule(path) if path else None
+        shape = self._checkpoint.tensors[f"{layer}.weight"].shape
+        if (
+            leaf == "weight"
+            and isinstance(module, torch.nn.Linear)
+            and module.weight.shape == shape
+        ):
+            return path
+        raise CheckpointError(
+            f"{layer}: transformers has no linear layer of {list(shape)} for it in "
+            f"{self._checkpoint.architecture}; --ignore it, or {_INSTEAD}"
+        )
+
+    def _container(self, modules: dict[str, str]) -> str:
+        """Path of the list of blocks that holds most of the modules."""
+        found: dict[str, int] = {}
+        for path in modules.values():
+            parts = path.split(".")
+            for end in range(1, len(parts)):
+                parent = ".".join(parts[:end])
+                if isinstance(self._model.get_submodule(parent), torch.nn.ModuleList):
+                    found[parent] = found.get(parent, 0) + 1
+                    break
+        if not found:
+            raise CheckpointError(
+                f"{self._checkpoint.architecture}: no repeated blocks are found around "
+                f"{next(iter(modules))} in transformers' model; {_INSTEAD}"
+            )
+        return max(found, key=lambda path: found[path])
+
+    def _source_of(self, embedding: torch.nn.Module) -> str:
+        """The stored tensor of the embedding, whatever it is called."""
+        owner = next(n for n, m in self._model.named_modules() if m is embedding)
+        for stored, name in self._parameters.items():
+            if name == f"{owner}.weight":
+                return stored
+        raise CheckpointError(
+            f"{self._checkpoint.path}: holds no tensor for the embedding {owner}.weight; {_INSTEAD}"
+        )
+
+    def _load(self, wanted: Callable[[str, torch.Tensor], bool], device: torch.device) -> None:
+        """Read the parameters and buffers that are wanted, as the dtype of the empty model."""
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        held = self._model.state_dict(keep_vars=True)
+        with ExitStack() as stack:
+            opened: dict[str, Any] = {}
+            tensors = {}
+            for stored, name in self._parameters.items():
+                if name in held and wanted(name, held[name]):
+                    shard = self._checkpoint.tensors[stored].shard
+                    if shard not in opened:
+                        opened[shard] = stack.enter_context(self._checkpoint.open_shard(shard))
+                    tensors[stored] = opened[shard].get_slice(stored)
+            settings = LoadStateDictConfig(
+                dtype=torch.float32, weight_mapping=self._conversions, device_map={"": device}
+            )
+            with _no_bars():
+                convert_and_load_state_dict_in_model(self._model, tensors, settings)
+
+    def _record(self, tokens: torch.Tensor) -> tuple[list[_Call], torch.Tensor]:
+        """Run the model with blocks that only note how they are called."""
+        for wrapped in (False, True):
+            recorder = _Recorder(self._blocks, wrapped)
+            try:
+                with torch.no_grad():
+                    self._model.get_decoder()(input_ids=tokens, use_cache=False)
+            except _CallsKnownError:
+                return recorder.calls, recorder.hidden
+            except _IndexesOutputsError:
+                continue
+            except Exception as error:
+                raise CheckpointError(
+                    f"{self._checkpoint.architecture}: transformers cannot run what lies in front "
+                    f"of the blocks ({_reason(error)}); {_INSTEAD}"
+                ) from None
+            finally:
+                recorder.remove()
+        raise CheckpointError(
+            f"{self._checkpoint.architecture}: its blocks are not called one after another; "
+            f"{_INSTEAD}"
+        )
+
+
+class _Recorder:
+    """Stands in for the forward passes of blocks, and notes how each is called.
+
+    Args:
+        blocks: in the order in which the model calls them.
+        wrapped: whether blocks return tuples.
+    """
+
+    def __init__(self, blocks: list[torch.nn.Module], wrapped: bool) -> None:
+        self.calls: list[_Call] = []
+        self.hidden = torch.empty(0)
+        self._blocks, self._wrapped = blocks, wrapped
+        for number, block in enumerate(blocks):
+            block.forward = self._stand_in(number)
+
+    def remove(self) -> None:
+        """Give the blocks their own forward passes back."""
+        for block in self._blocks:
+            del block.forward  # the instance's, which hid that of the class
+
+    def _stand_in(self, number: int) -> Callable[..., Any]:
+        def forward(*arguments: Any, **keywords: Any) -> Any:
+            by_name = not arguments
+            hidden = keywords.pop("hidden_states") if by_name else arguments[0]
+            if number != len(self.calls):
+                raise ValueError(f"block {number} is called in place {len(self.calls)}")
+            if not number:
+                self.hidden = hidden
+            elif hidden.shape != self.hidden.shape:
+                raise _IndexesOutputsError
+            self.calls.append(_Call(by_name, arguments[1:], keywords))
+            if len(self.calls) == len(self._blocks):
+                raise _CallsKnownError
+            return (hidden,) if self._wrapped else hidden
+
+        return forward
+
+
+def _empty_model(checkpoint: Checkpoint) -> Any:
+    """The model without its weights; what it computes itself, such as rotary frequencies, is there.
+
+    Raises:
+        CheckpointError: if transformers does not have it.
+    """
+    import transformers
+
+    name = checkpoint.architecture
+    found = getattr(transformers, name, None)
+    if found is None:
+        raise CheckpointError(
+            f"{name}: transformers {transformers.__version__} does not have this architecture, "
+            f"whose blocks calibration runs; {_INSTEAD}"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            checkpoint.path, local_files_only=True, trust_remote_code=False
+        )
+        with torch.device("meta"):
+            model = found._from_config(config, dtype=torch.float32).eval()
+        for module in model.modules():
+            computed = module._non_persistent_buffers_set & module._buffers.keys()
+            for buffer in computed:
+                tensor = module._buffers[buffer]
+                if tensor is not None:
+                    module._buffers[buffer] = torch.empty_like(tensor, device="cpu")
+            module._is_hf_initialized = not computed
+        model.initialize_weights()
+    except Exception as error:  # transformers raises whatever its parts do
+        raise CheckpointError(
+            f"{checkpoint.path}: transformers cannot build {name} ({_reason(error)}); {_INSTEAD}"
+        ) from None
+    return model
+
+
+def _names(model: Any, checkpoint: Checkpoint) -> tuple[list[Any], dict[str, str]]:
+    """transformers' rules for stored names, and stored tensor -> the parameter it belongs to."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
+
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    held, prefix = model.state_dict(), model.base_model_prefix
+    names = {}
+    for stored in checkpoint.tensors:
+        name, _ = rename_source_key(stored, renamings, converters, prefix, held)
+        if name not in held and stored in held:
+            name = stored
+        names[stored] = name
+    return conversions, names
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """transformers' own progress bars switched off."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _drop(module: torch.nn.Module) -> None:
+    """Free the parameters that a module itself holds."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None and not parameter.is_meta:
+            module._parameters[name] = torch.nn.Parameter(
+                parameter.detach().to("meta"), requires_grad=False
+            )
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """`value` with every tensor in it on `device`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(entry, device) for key, entry in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(entry, device) for entry in value)
+    return value
+
+
+def _alike(first: _Call, second: _Call) -> bool:
+    """Whether two calls of a block differ in the hidden states only."""
+    return _equal((first.arguments, first.keywords), (second.arguments, second.keywords))
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """Whether the same tensors stand in both."""
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_equal(first[k], second[k]) for k in first)
+    if isinstance(first, tuple | list) and isinstance(second, tuple | list):
+        return len(first) == len(second) and all(map(_equal, first, second))
+    return isinstance(first, torch.Tensor) == isinstance(second, torch.Tensor)
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+    return f"{type(error).__name__}: {text}"

@@ -1,0 +1,167 @@
+"""Quantizing a model's layers on calibration text, block by block (rule ``gptq``).
+
+The text runs through the blocks in 16-bit weights and float32 activations; no block sees what
+quantizing the blocks before it has changed. Each block's layers are quantized and stored before the
+next one is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dialect_kernels import PackedTensor, quantize
+from dialect_kernels.calibrated import quantize_calibrated
+
+from ..checkpoint.calibrated import CalibratedLayers
+from ..checkpoint.layer_choice import LayerChoice
+from ..checkpoint.progress import Progress
+from ..checkpoint.reader import Checkpoint, CheckpointError
+from ..scheme import LayerFormat
+from .blocks import DecoderBlocks
+from .moments import SharedInput, Watch
+from .options import CalibrationOptions
+from .text import CalibrationText, read_text
+
+__all__ = ["Calibrator"]
+
+_TOGETHER = 1 << 25
+"""Weights of layers with one input that are rounded as one matrix: more would take much memory."""
+_FEWEST = 4
+"""A layer needs a token for so many columns."""
+
+
+class Calibrator:
+    """Calibrates one conversion; :class:`dialect_plugin.checkpoint.calibrated.Calibration`."""
+
+    def __init__(self, options: CalibrationOptions) -> None:
+        self._options = options
+        self._checkpoint: Checkpoint
+        self._forms: Mapping[str, LayerFormat]
+        self._blocks: DecoderBlocks
+        self._text: CalibrationText
+
+    def prepare(self, checkpoint: Checkpoint, choice: LayerChoice) -> Mapping[str, Any]:
+        """Build the empty model and read the text; see the protocol."""
+        try:
+            import transformers
+        except ImportError:
+            raise CheckpointError(
+                "--calibrate: needs transformers; install it with pip install "
+                "'blockdialect[calibrate]'"
+            ) from None
+        options = self._options
+        _check_device(options.device)
+        self._checkpoint, self._forms = checkpoint, choice.formats
+        self._blocks = DecoderBlocks(checkpoint, choice.formats, options.device)
+        longest = self._blocks.longest
+        if longest is not None and options.sequence_length > longest:
+            raise CheckpointError(
+                f"--sequence-length: {options.sequence_length}; the model takes at most {longest} "
+                "tokens: give fewer"
+            )
+        self._text = read_text(checkpoint.path, options, self._blocks.vocabulary)
+        return {
+            "rule": "gptq",
+            "text": self._text.name,
+            "tokens_sha256": self._text.sha256,
+            "samples": len(self._text.windows),
+            "sequence_length": options.sequence_length,
+            "damping": options.damping,
+            "device": torch.device(options.device).type,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+
+    def run(self, layers: Collection[str], done: CalibratedLayers, progress: Progress) -> None:
+        """Quantize and store the layers that are not stored yet; see the protocol."""
+        todo = [n for n in layers if n in self._blocks.linear and n not in done]
+        if not todo:
+            return
+        sizes = {n: self._checkpoint.tensors[f"{n}.weight"].nbytes for n in self._blocks.linear}
+        progress.begin("calibrating", len(sizes), sum(sizes.values()))
+        hidden = self._blocks.embed(self._text.windows)
+        last = max(self._blocks.linear[name] for name in todo)
+        for number in range(last + 1):
+            wanted = {name for name in todo if self._blocks.linear[name] == number}
+            with self._blocks.loaded(number) as modules:
+                inputs = self._forward(
+                    number, {n: m for n, m in modules.items() if n in wanted}, hidden
+                )
+                if wanted:
+                    packed, dampings = self._quantized(inputs, modules)
+                    done.add(number, packed, dampings)
+            for name, holder in self._blocks.linear.items():
+                if holder == number:
+                    progress.advance(sizes[name])
+
+    def _forward(
+        self,
+        number: int,
+        modules: Mapping[str, torch.nn.Linear],
+        hidden: list[torch.Tensor],
+    ) -> list[SharedInput]:
+        """Run a block, put its outputs in the place of its inputs, and return the moments."""
+        watch = Watch(modules, self._forms)
+        with watch.first_pass():
+            hidden[0] = self._blocks.run(number, hidden[0])
+        with watch.later_passes():
+            for sample in range(1, len(hidden)):
+                hidden[sample] = self._blocks.run(number, hidden[sample])
+        return watch.inputs
+
+    def _quantized(
+        self, inputs: list[SharedInput], modules: Mapping[str, torch.nn.Linear]
+    ) -> tuple[dict[str, PackedTensor], dict[str, float | None]]:
+        """The weights of a block, and the damping of each."""
+        packed: dict[str, PackedTensor] = {}
+        dampings: dict[str, float | None] = {}
+        while inputs:
+            shared = inputs.pop()  # its moments are freed before the next are factored
+            moments = shared.mean()
+            enough = shared.tokens * _FEWEST >= len(moments)
+            for names in _together(shared.layers, modules):
+                weights = [modules[name].weight.detach() for name in names]
+                whole = weights[0] if len(weights) == 1 else torch.cat(weights)
+                form = shared.form
+                settings = (form.formatbook, form.block_size)
+                damping = None
+                if enough:
+                    rounded, damping = quantize_calibrated(
+                        whole,
+                        moments,
+                        *settings,
+                        damping=self._options.damping,
+                        rotation=form.rotation,
+                        name=names[0],
+                    )
+                else:
+                    rounded = quantize(whole, *settings, rotation=form.rotation, name=names[0])
+                first = 0
+                for name, weight in zip(names, weights, strict=True):
+                    packed[name] = rounded.slice_rows(first, first + len(weight))
+                    dampings[name] = damping
+                    first += len(weight)
+        return packed, dampings
+
+
+def _together(
+    layers: Sequence[str], modules: Mapping[str, torch.nn.Linear]
+) -> list[tuple[str, ...]]:
+    """Layers with one input in one group, or each alone where that is too large."""
+    if sum(modules[name].weight.numel() for name in layers) <= _TOGETHER:
+        return [tuple(layers)]
+    return [(name,) for name in layers]
+
+
+def _check_device(name: str) -> None:
+    """Raise CheckpointError unless tensors can be put on the device."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):  # an unknown name, or torch was built without it
+        raise CheckpointError(
+            f"--device: {name!r}; this machine and this torch have no such device: give cpu, or "
+            "cuda where there is a GPU"
+        ) from None

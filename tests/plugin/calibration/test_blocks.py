@@ -1,0 +1,144 @@
+"""Blocks that run alone compute what they compute inside their model."""
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from dialect_plugin.calibration.blocks import DecoderBlocks
+from dialect_plugin.checkpoint.layer_choice import choose_layers
+from dialect_plugin.checkpoint.reader import CheckpointError, open_checkpoint
+from tests.support.conversions import edit_config, options_of
+from tests.support.dense_models import CONFIGS as DENSE
+from tests.support.dense_models import make_dense_model
+from tests.support.tiny_models import CONFIGS
+
+WINDOWS = torch.arange(3, 3 + 2 * 24).view(2, 24) * 7 % 300
+
+
+def blocks_of(path, **options):
+    checkpoint = open_checkpoint(path)
+    return DecoderBlocks(
+        checkpoint, choose_layers(checkpoint, options_of(**options)).formats, "cpu"
+    )
+
+
+def outputs(blocks):
+    """Output of the last block for every window."""
+    hidden = blocks.embed(WINDOWS)
+    for number in range(len(blocks)):
+        with blocks.loaded(number):
+            hidden = [blocks.run(number, state) for state in hidden]
+    return hidden
+
+
+def expected_outputs(path, blocks):
+    """The same from the whole model in float32, whose embeddings are as they are stored."""
+    architecture = open_checkpoint(path).architecture
+    model = getattr(transformers, architecture).from_pretrained(path, dtype=torch.float32)
+    embedding = model.get_input_embeddings().to(torch.bfloat16)
+    embedding.register_forward_hook(lambda module, given, y: y.float())
+    found = []
+    last = model.get_submodule(f"{blocks._path}.{len(blocks) - 1}")
+    last.register_forward_hook(lambda module, given, y: found.append(y))
+    decoder = model.get_decoder()
+    with torch.no_grad():
+        for window in WINDOWS:
+            decoder(input_ids=window[None], use_cache=False)
+    return [y[0] if isinstance(y, tuple) else y for y in found]
+
+
+def assert_alike(path):
+    blocks = blocks_of(path)
+    assert len(blocks) == open_checkpoint(path).config.get("num_hidden_layers", 2)
+    for found, expected in zip(outputs(blocks), expected_outputs(path, blocks), strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert float(expected.std()) > 1e-3
+
+
+@pytest.mark.parametrize("architecture", sorted(CONFIGS))
+def test_a_block_alone(architecture, tiny_model):
+    assert_alike(tiny_model(architecture))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", sorted(DENSE))
+def test_a_block_of_any_dense_architecture_alone(architecture, tmp_path):
+    assert_alike(make_dense_model(tmp_path / "model", architecture))
+
+
+def test_only_one_block_is_in_memory(tiny_model):
+    blocks = blocks_of(tiny_model(shard="200KB", num_hidden_layers=3))
+
+    def held():
+        parameters = blocks._model.named_parameters()
+        return {name for name, tensor in parameters if not tensor.is_meta}
+
+    assert not held()
+    hidden = blocks.embed(WINDOWS)
+    assert not held()
+    for number in range(3):
+        with blocks.loaded(number) as modules:
+            front = f"model.layers.{number}."
+            assert held()
+            assert all(name.startswith(front) for name in held())
+            assert {name for name in modules if not name.startswith(front)} == set()
+            assert len(modules) == 7
+            assert all(m.weight.dtype == torch.float32 for m in modules.values())
+            hidden = [blocks.run(number, state) for state in hidden]
+    assert not held()
+
+
+def test_weights_are_the_stored_ones(tiny_model):
+    path = tiny_model("Gemma2ForCausalLM")
+    stored = load_file(path / "model.safetensors")
+    blocks = blocks_of(path)
+    blocks.embed(WINDOWS)
+    with blocks.loaded(1) as modules:
+        assert modules
+        for name, module in modules.items():
+            assert torch.equal(module.weight, stored[f"{name}.weight"].float())
+
+
+def test_layers_outside_the_blocks_are_not_reached(tiny_model):
+    blocks = blocks_of(tiny_model(), lm_head=True)
+    assert "lm_head" not in blocks.linear
+    assert len(blocks.linear) == 14
+
+
+def refused(path, match, **options):
+    with pytest.raises(CheckpointError, match=match) as caught:
+        outputs(blocks_of(path, **options))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_architecture_that_transformers_lacks(source):
+    edit_config(source, architectures=["NewForCausalLM"])
+    refused(
+        source,
+        "NewForCausalLM: transformers .* does not have this architecture.*without --calibrate",
+        targets=["re:.*mlp.*"],
+    )
+
+
+def test_a_config_that_transformers_refuses(source):
+    edit_config(source, num_attention_heads="many")
+    refused(source, "transformers cannot build LlamaForCausalLM .*without --calibrate")
+
+
+def test_a_weight_that_is_missing(source):
+    weights = load_file(source / "model.safetensors")
+    del weights["model.layers.1.input_layernorm.weight"]
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    refused(source, "no tensor for model.layers.1.input_layernorm.weight")
+
+
+def test_a_layer_of_another_shape(source):
+    edit_config(source, intermediate_size=128)
+    refused(source, r"model.layers.0.mlp.down_proj: transformers has no linear layer of \[128, 256")
+
+
+def test_layers_outside_repeated_blocks_only(tiny_model):
+    with pytest.raises(CheckpointError, match="no repeated blocks are found around lm_head"):
+        DecoderBlocks(open_checkpoint(tiny_model()), ["lm_head"], "cpu")
