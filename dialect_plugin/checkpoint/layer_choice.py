@@ -75,11 +75,13 @@ def choose_layers(checkpoint: Checkpoint, options: ConvertOptions) -> LayerChoic
     check_patterns("override", scheme.overrides, candidates)
     chosen = [name for name in candidates if not scheme.is_ignored(name)]
     if not chosen:
-        raise SchemeError("ignore: no layer is left to quantize; ignore fewer layers")
+        raise _nothing_chosen(checkpoint, options, candidates)
     _refuse_transposed(checkpoint, chosen)
     absent = _absent_parts(checkpoint, chosen)
     chosen = [name for name in chosen if name not in absent]
     block_sizes, adapted, indivisible = _fit(checkpoint, chosen, options)
+    if not block_sizes:
+        raise _nothing_fits(checkpoint)
     _check_fused_layers(linear, block_sizes)
     missing = sorted({part for parts in absent.values() for part in parts})
     return LayerChoice(
@@ -89,6 +91,29 @@ def choose_layers(checkpoint: Checkpoint, options: ConvertOptions) -> LayerChoic
         tuple(absent),
         _resolved(scheme, linear, block_sizes, missing),
         has_experts=any(architectures.is_expert(name) for name in checkpoint.tensors),
+    )
+
+
+def _nothing_chosen(
+    checkpoint: Checkpoint, options: ConvertOptions, candidates: Collection[str]
+) -> ValueError:
+    if candidates:
+        return SchemeError("ignore: no layer is left to quantize; ignore fewer layers")
+    if options.targets:
+        return SchemeError(
+            "targets: they match layers only that engines read in 16 bit; name linear layers of "
+            "the decoder layers"
+        )
+    return CheckpointError(
+        f"{checkpoint.path}: has no layer with the names of {checkpoint.architecture}; choose the "
+        "layers with --targets"
+    )
+
+
+def _nothing_fits(checkpoint: Checkpoint) -> CheckpointError:
+    return CheckpointError(
+        f"{checkpoint.path}: no block size (16, 32, 64) divides the columns of any layer, or the "
+        "layers lack parts; leave the model in 16 bit"
     )
 
 

@@ -12,6 +12,7 @@ import torch
 
 __all__ = [
     "current_architectures",
+    "has_gated_experts",
     "is_draft",
     "is_expert_layer",
     "is_multimodal",
@@ -24,6 +25,7 @@ __all__ = [
     "permit_amx",
     "restore_weights",
     "tied_embeddings",
+    "weights_put_aside",
 ]
 
 _LOAD_FORMATS = frozenset(
@@ -42,6 +44,11 @@ def is_expert_layer(layer: object) -> bool:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
 
     return isinstance(layer, RoutedExperts)
+
+
+def has_gated_experts(layer: object) -> bool:
+    """Whether the experts of an expert layer have a gate beside their up projection."""
+    return bool(getattr(getattr(layer, "moe_config", None), "is_act_and_mul", False))
 
 
 def current_architectures() -> list[str]:
@@ -100,6 +107,12 @@ def is_partly_reloaded(layer: torch.nn.Module) -> bool:
     """Whether a reload has brought some of the layer's tensors and not all of them."""
     info = _layer_info(layer)
     return info is not None and info.load_numel > 0
+
+
+def weights_put_aside(layer: torch.nn.Module) -> list[torch.Tensor]:
+    """The layer's tensors that vLLM has put aside for a reload; new values are copied into them."""
+    info = _layer_info(layer)
+    return [] if info is None else [t for tensors in info.kernel_tensors for t in tensors.values()]
 
 
 def restore_weights(model: torch.nn.Module) -> None:

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from dialect_kernels.packed import STORED_FIELDS
 
+from . import compat
 from .errors import LoadError
 from .linear import BlockDialectLinearMethod
+from .parameters import shards_of, wrapped_loaders
 from .probes import WEIGHT, Recorder
 
 __all__ = ["check_complete", "track_arrivals"]
 
 _OURS = (WEIGHT, *(field.stored for field in STORED_FIELDS))
+_GATED = ("w1", "w3")
+"""vLLM's shard ids of gate and up, which one tensor holds for all experts."""
 
 
 @contextmanager
@@ -35,7 +39,7 @@ def track_arrivals(
     A probe among them means that the checkpoint holds a layer packed that the engine has in 16 bit.
     """
     arrived: dict[int, set[Hashable]] = {}
-    replaced = []
+    wrappers = []
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         if isinstance(method, BlockDialectLinearMethod) and not method.spec.serialized:
@@ -43,24 +47,14 @@ def track_arrivals(
         for name, parameter in module.named_parameters(recurse=False):
             if _is_ours(module, name) or id(parameter) in arrived:
                 continue
-            loader = getattr(parameter, "weight_loader", None)
             shards = arrived[id(parameter)] = set()
-            parameter.weight_loader = _noting(  # type: ignore[attr-defined]
-                loader or default_weight_loader, shards, recorder
-            )
-            replaced.append((parameter, loader))
-    try:
+            wrappers.append((parameter, partial(_noting, shards, recorder)))
+    with wrapped_loaders(wrappers):
         yield arrived
-    finally:
-        for parameter, loader in replaced:
-            if loader is None:
-                del parameter.weight_loader  # type: ignore[attr-defined]
-            else:
-                parameter.weight_loader = loader  # type: ignore[attr-defined]
 
 
 def _noting(
-    loader: Callable[..., Any], shards: set[Hashable], recorder: Recorder
+    shards: set[Hashable], recorder: Recorder, loader: Callable[..., Any]
 ) -> Callable[..., Any]:
     def load(*args: Any, **kwargs: Any) -> Any:
         tensor = args[1] if len(args) > 1 else kwargs.get("loaded_weight")
@@ -72,9 +66,7 @@ def _noting(
             )
         result = loader(*args, **kwargs)
         if result is not False:  # experts of other ranks
-            shard = kwargs.get("loaded_shard_id", kwargs.get("shard_id"))
-            shard = args[2] if shard is None and len(args) > 2 else shard
-            shards.update(shard if isinstance(shard, tuple) else (shard,))
+            shards.update(shards_of(loader, *args, **kwargs))
         return result
 
     return load
@@ -112,7 +104,7 @@ def check_complete(
             if not shards and id(parameter) not in filled:
                 if shards is not None or loaded is not None:
                     missing.append(f"{prefix}.{name}" if prefix else name)
-            elif shards and _is_halved(module, shards):
+            elif shards and _is_halved(module, parameter, shards):
                 halved.append(f"{prefix}.{name}")
     if missing or halved:
         raise _incomplete(missing, halved)
@@ -124,10 +116,28 @@ def _is_ours(module: torch.nn.Module, name: str) -> bool:
     )
 
 
-def _is_halved(module: torch.nn.Module, shards: set[Hashable]) -> bool:
-    """Whether a fused linear layer has got some of its parts only."""
+def _is_halved(
+    module: torch.nn.Module, parameter: torch.nn.Parameter, shards: set[Hashable]
+) -> bool:
+    """Whether a fused linear layer, or a tensor of experts, has got some of its parts only."""
+    if compat.is_expert_layer(module):
+        return _lacks_experts(module, parameter, shards)
     parts = getattr(module, "output_partition_sizes", ())
     return None not in shards and len(shards) < len(parts)
+
+
+def _lacks_experts(
+    module: torch.nn.Module, parameter: torch.nn.Parameter, shards: set[Hashable]
+) -> bool:
+    experts: dict[Hashable, set[Hashable]] = {}
+    for arrival in shards:
+        shard, expert = arrival if isinstance(arrival, tuple) else (arrival, None)
+        if expert is None:
+            return False  # all experts in one tensor
+        experts.setdefault(shard, set()).add(expert)
+    if not experts.keys().isdisjoint(_GATED) and compat.has_gated_experts(module):
+        experts = {shard: experts.get(shard, set()) for shard in _GATED}
+    return any(len(found) < parameter.shape[0] for found in experts.values())
 
 
 def _incomplete(missing: list[str], halved: list[str]) -> LoadError:

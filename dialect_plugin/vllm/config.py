@@ -66,6 +66,11 @@ _TIED = (
     "embeddings, which stay in 16 bit; set lm_head to false"
 )
 
+_POOLING = (
+    "quantization_config: lm_head is true, but a pooling model (embeddings, scores) does not use "
+    "its output projection; set lm_head to false"
+)
+
 _ROOT = "model."
 
 
@@ -179,6 +184,8 @@ class BlockDialectConfig(QuantizationConfig):
         Raises:
             ValueError: if the parts of a fused layer disagree.
         """
+        if self.scheme.lm_head and not self.scheme.serialized and compat.is_pooling():
+            raise SchemeError(_POOLING)
         if isinstance(layer, LinearBase):
             watch(layer, partial(loading.load, self))
             self.complete, self.draft = compat.loads_through_loaders(), compat.is_draft()

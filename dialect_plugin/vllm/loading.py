@@ -4,9 +4,10 @@
 first load       probes go before packed tensors (:mod:`.probes`); every parameter of the model
                  must have been loaded; exact names of the config must name layers
 reload           vLLM's ``reload_weights``: 16-bit weights that arrive for packed layers are
-                 quantized, and the old weights come back if it fails
+                 quantized, and all old weights come back if it fails
 push             ``load_weights`` of a running engine, packed or online: packed tensors are copied,
-                 16-bit weights quantized, both into the weights that are in use
+                 16-bit weights quantized, both into the weights that are in use; all old weights
+                 come back if a call fails
 ===============  =================================================================================
 """
 
@@ -17,18 +18,20 @@ from contextlib import ExitStack
 from typing import Any, Protocol
 
 import torch
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from dialect_kernels import quantize
 from dialect_kernels.formatbook import book_by_name
 from dialect_kernels.packed import STORED_FIELDS
 
-from ..scheme import Scheme
+from ..scheme import Scheme, SchemeError
 from . import compat
 from .completeness import check_complete, track_arrivals
 from .errors import LoadError
 from .linear import BlockDialectLinearMethod
 from .parameters import forget_loaded
 from .probes import WEIGHT, Recorder
+from .undo import keeping_pushed, keeping_reloaded
 
 __all__ = ["load"]
 
@@ -82,6 +85,7 @@ def load(
             with ExitStack() as stack:
                 for layer, method in layers:
                     stack.enter_context(method.open(layer, quantizes=True))
+                stack.enter_context(keeping_pushed(model, [layer for layer, _ in layers]))
                 return own(weights)
         if hasattr(model, _TARGETS):  # a model without a packed layer
             return own(weights)
@@ -97,6 +101,7 @@ def _first(
     weights: Weights,
     own: Callable[[Weights], Any],
 ) -> Any:
+    _check_output_projection(config, model)
     stream, recorder = _Stream(weights), Recorder()
     with ExitStack() as stack:
         for layer, method in layers:
@@ -128,6 +133,24 @@ def _first(
     return loaded
 
 
+def _check_output_projection(config: _Config, model: torch.nn.Module) -> None:
+    """Raise SchemeError if it stays in 16 bit although the options of a 16-bit checkpoint name it.
+
+    Some models of vLLM build it without a quantization config.
+    """
+    scheme = config.scheme
+    if not scheme.lm_head or scheme.serialized or config.draft:
+        return
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead) and not isinstance(
+            module.quant_method, BlockDialectLinearMethod
+        ):
+            raise SchemeError(
+                "quantization_config: lm_head is true, but vLLM builds the output projection of "
+                "this model without quantization; set lm_head to false"
+            )
+
+
 def _reload(
     config: _Config,
     model: torch.nn.Module,
@@ -154,12 +177,12 @@ def _reload(
                 yield f"{layer}.{stored}", value
 
     try:
-        loaded = own(quantized())
-        for layer, method in layers:
-            if compat.is_partly_reloaded(layer):
-                method.check_loaded(layer)
-    except Exception:
-        compat.restore_weights(model)
+        with keeping_reloaded(model):
+            loaded = own(quantized())
+            for layer, method in layers:
+                if compat.is_partly_reloaded(layer):
+                    method.check_loaded(layer)
+    except BaseException:
         for layer, method in layers:
             method.set_loaded(layer)
         raise

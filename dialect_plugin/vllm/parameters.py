@@ -1,18 +1,21 @@
-"""Loaders of parameters: what they check, and what they remember of a load."""
+"""Loaders of parameters: what they check, what they remember, and how they are wrapped."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 from weakref import WeakMethod
 
 import torch
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from . import probes
 from .errors import LoadError
 
-__all__ = ["checked", "forget_loaded", "held", "loaded_shards"]
+__all__ = ["checked", "forget_loaded", "held", "loaded_shards", "shards_of", "wrapped_loaders"]
 
 _LOADED = "_blockdialect_loaded"
 """Attribute of a parameter: which of its shards have been loaded, a set of shard ids."""
@@ -47,7 +50,7 @@ def checked(
     original, name = held(loader), f"{layer}.{field}"
 
     def load(param: Any, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        shards = _shards_of(original(), param, loaded_weight, *args, **kwargs)
+        shards = shards_of(original(), param, loaded_weight, *args, **kwargs)
         if probes.record(loaded_weight, field, layer, shards):
             return None
         _check(loaded_weight, name, width, dtypes)
@@ -78,12 +81,45 @@ def held(loader: Callable[..., Any]) -> Callable[[], Callable[..., Any]]:
     return lambda: loader
 
 
-def _shards_of(loader: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Hashable, ...]:
-    """The shard ids of a call of vLLM's `loader`; ``(None,)`` for a whole parameter."""
+@contextmanager
+def wrapped_loaders(
+    wrappers: Iterable[tuple[Any, Callable[[Callable[..., Any]], Callable[..., Any]]]],
+) -> Iterator[None]:
+    """Give parameters other loaders inside the ``with`` block.
+
+    Args:
+        wrappers: parameters, and for each the function that makes a loader of its own one. What
+            vLLM has noted at a loader is noted at the new one too.
+    """
+    replaced = []
+    try:
+        for parameter, wrap in wrappers:
+            own = getattr(parameter, "weight_loader", None)
+            loader = own or default_weight_loader
+            parameter.weight_loader = wraps(loader, assigned=())(wrap(loader))
+            replaced.append((parameter, own))
+        yield
+    finally:
+        for parameter, own in reversed(replaced):
+            if own is None:
+                del parameter.weight_loader
+            else:
+                parameter.weight_loader = own
+
+
+def shards_of(loader: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Hashable, ...]:
+    """The shard ids of a call of vLLM's `loader`; ``(None,)`` for a whole parameter.
+
+    In a tensor of experts it is a pair: the shard id, and the expert's number or None for all.
+    """
     bound = inspect.signature(loader).bind(*args, **kwargs)
     bound.apply_defaults()
     shard = next((v for k, v in bound.arguments.items() if k.endswith("shard_id")), None)
-    return shard if isinstance(shard, tuple) else (shard,)
+    expert = bound.arguments.get("expert_id")
+    if expert is None:
+        return shard if isinstance(shard, tuple) else (shard,)
+    param, tensor = list(bound.arguments.values())[:2]
+    return ((shard, None if tensor.dim() >= param.dim() else expert),)
 
 
 def loaded_shards(param: torch.Tensor) -> set[Hashable]:

@@ -153,9 +153,9 @@ def test_the_command_writes_what_quantize_takes(tiny_model, tmp_path):
 def test_the_command_refuses_what_cannot_be_done(tiny_model, tmp_path):
     file = tmp_path / "overrides.json"
     for arguments, sentence in (
-        (["--bits", "4.0"], "the largest blocks need 4.1806"),
-        (["--bits", "nan"], "--bits: nan; the largest blocks need 4.1806"),
-        (["--bits", "99"], "--bits: 99; the smallest blocks need only 4.5556 bits per weight"),
+        (["--bits", "4.15"], "the largest blocks need 4.1806"),
+        (["--bits", "nan"], "--bits: nan; blocks of 64 need more than 4.125 bits"),
+        (["--bits", "4.9"], "--bits: 4.9; the smallest blocks need only 4.5556 bits per weight"),
         (["--bits", "4.3", "--targets", "nothing"], "matches no layer"),
         (["--bits", "4.3", "--max-rows", "4", "--all-rows"], "no effect with --all-rows"),
         (["--bits", "4.3", "-o", str(tmp_path)], "is a directory; give the name of a file"),
@@ -174,7 +174,11 @@ def test_a_budget_without_choice_is_refused_before_a_weight_is_read(tiny_model, 
     for name in tensors:
         tensors[name].fill_(float("nan"))
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    for bits, sentence in (("4", "largest blocks"), ("99", "smallest blocks"), ("4.4", "nan at")):
+    for bits, sentence in (
+        ("4.15", "largest blocks"),
+        ("4.9", "smallest blocks"),
+        ("4.4", "nan at"),
+    ):
         refused = CliRunner().invoke(app, ["plan", str(source), "--bits", bits])
         assert refused.exit_code == 1
         assert sentence in refused.stderr

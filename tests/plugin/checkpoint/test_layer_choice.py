@@ -206,6 +206,8 @@ def test_refusals(source, tmp_path):
     overrides = {"re:nothing": {"block_size": 16}}
     refused(source, destination, "override: 're:nothing'", SchemeError, overrides=overrides)
     refused(source, destination, "no layer is left", SchemeError, ignore=["re:model.*"])
+    only = "targets: they match layers only that engines read in 16 bit"
+    refused(source, destination, only, SchemeError, targets=["re:.*embed_tokens"])
     edit_config(source, tie_word_embeddings=True)
     refused(source, destination, "ties its output projection", SchemeError, lm_head=True)
     edit_config(source, quantization_config={"quant_method": "awq"})
@@ -251,3 +253,19 @@ def test_options_are_closed_and_their_patterns_compile():
         ConvertOptions(targets=["re:("])
     with pytest.raises(ValidationError, match="16, 32 or 64"):
         ConvertOptions(scheme=Scheme(block_size=48))
+
+
+def test_nothing_to_pack_is_refused(tiny_model, source, tmp_path):
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "head_dim"), 40)
+    odd = tiny_model(num_attention_heads=1, **sizes)
+    refused(odd, tmp_path / "packed", r"no block size \(16, 32, 64\) divides the columns of any")
+    tensors = load_file(source / "model.safetensors")
+    save_file(
+        {
+            name.replace("mlp", "ffn").replace("self_attn", "mixer"): t
+            for name, t in tensors.items()
+        },
+        source / "model.safetensors",
+        {"format": "pt"},
+    )
+    refused(source, tmp_path / "packed", "has no layer with the names of LlamaForCausalLM; choose")

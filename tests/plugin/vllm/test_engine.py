@@ -132,16 +132,21 @@ def test_weights_can_be_reloaded(mode, source, packed, other, tmp_path):
 def test_16_bit_weights_are_quantized_when_a_packed_engine_reloads(packed, other):
     """Trainers hand new weights over as 16-bit tensors; a reload that fails leaves the old ones."""
     weights = checkpoint_tensors(other)
-    down, query = "model.layers.0.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.weight"
+    down, query = "model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.weight"
+    midway = [item for item in weights.items() if item[0] != down]  # all other layers are complete
     refused = {
-        "32 columns where the model": [(query, weights[query]), (down, torch.zeros(128, 64))],
+        "32 columns where the model": [*midway, (down, torch.zeros(128, 64))],
         "does not hold all of its parts": [(query, weights[query])],
     }
     with engine(packed) as llm:
-        original = logprobs(llm)
+        before, original = parameters(llm), logprobs(llm)
         for message, tensors in refused.items():
             with pytest.raises(ValueError, match=message):
                 llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+            after = parameters(llm)
+            assert after.keys() == before.keys()
+            for name, value in before.items():
+                assert torch.equal(after[name], value), name
             assert torch.equal(logprobs(llm), original)
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": list(weights.items())})
         found = parameters(llm)

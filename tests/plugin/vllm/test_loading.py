@@ -181,6 +181,33 @@ def test_a_part_of_a_16_bit_layer_is_missed(source, tmp_path):
     )
 
 
+@pytest.mark.parametrize("quantization", [None, "blockdialect"])
+@pytest.mark.parametrize(
+    ("lost", "tensor"),
+    [
+        ([(2, "gate")], "w13_weight"),
+        ([(2, "down")], "w2_weight"),
+        ([(expert, "up") for expert in range(4)], "w13_weight"),
+    ],
+)
+def test_an_expert_is_missed(lost, tensor, quantization, tmp_path):
+    """vLLM has one tensor for all experts of a layer; those that arrive must be all of them."""
+    source = build("MixtralForCausalLM", tmp_path / "source")
+    if quantization is None:
+        convert(source, tmp_path / "packed")
+    origin = source if quantization else tmp_path / "packed"
+    tensors = checkpoint_tensors(origin)
+    leaves = {"gate": "w1", "down": "w2", "up": "w3"}
+    for expert, part in lost:
+        del tensors[f"model.layers.1.block_sparse_moe.experts.{expert}.{leaves[part]}.weight"]
+    with pytest.raises(ValueError) as caught:
+        load_model(write(tmp_path / "lossy", origin, tensors), quantization=quantization)
+    assert str(caught.value).startswith("model.layers.1.")
+    assert str(caught.value).endswith(
+        f".{tensor}: the checkpoint does not hold all of its parts{INCOMPLETE}"
+    )
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -267,6 +294,32 @@ def test_a_weight_that_cannot_be_pushed_changes_nothing(packed, source):
 
 
 @pytest.mark.parametrize("mode", ["packed", "online"])
+@pytest.mark.parametrize("pushed", ["16 bit", "packed"])
+def test_a_push_that_fails_midway_changes_nothing(mode, pushed, source, packed, tmp_path):
+    other = build("LlamaForCausalLM", tmp_path / "other", seed=1)
+    if pushed == "packed":
+        convert(other, tmp_path / "new")
+    new = checkpoint_tensors(tmp_path / "new" if pushed == "packed" else other)
+    last = "model.layers.1.mlp.down_proj.weight" + ("_meta" if pushed == "packed" else "")
+    bad = new.pop(last)[:, :-1]
+    quantization = "blockdialect" if mode == "online" else None
+    model = load_model(source if quantization else packed, quantization=quantization)
+    before = {name: value.clone() for name, value in tensors_of(model).items()}
+    loaders = {name: getattr(p, "weight_loader", None) for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="columns where the model"):
+        model.load_weights([*new.items(), (last, bad)])
+    after = tensors_of(model)
+    assert after.keys() == before.keys()
+    for key, value in before.items():
+        assert torch.equal(after[key], value), key
+    for name, parameter in model.named_parameters():
+        assert getattr(parameter, "weight_loader", None) == loaders[name], name
+    model.load_weights(iter(checkpoint_tensors(other).items()))  # and the next one arrives
+    name = "model.embed_tokens.weight"
+    assert not torch.equal(tensors_of(model)[name], before[name])
+
+
+@pytest.mark.parametrize("mode", ["packed", "online"])
 def test_tensors_that_arrive_twice(mode, source, packed):
     """Blocks that share a layer: its tensors come once for each of them."""
     model, quantization = (packed, None) if mode == "packed" else (source, "blockdialect")
@@ -314,3 +367,53 @@ def test_a_packed_output_projection_of_a_pooling_model(tmp_path):
     }
     with pytest.raises(ValueError, match=r"^lm_head: vLLM's loader of this model does not take"):
         load_model(tmp_path / "packed", runner="pooling", hf_overrides=reranker)
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3ForCausalLM", "Qwen3Model"])
+def test_an_output_projection_that_a_pooling_model_does_not_use(architecture, tmp_path):
+    source = build("Qwen3ForCausalLM", tmp_path / "source", tie_word_embeddings=False)
+    overrides = {
+        "architectures": [architecture],
+        "quantization_config_dict_json": json.dumps({"lm_head": True}),
+    }
+    with pytest.raises(ValueError) as caught:
+        load_model(source, runner="pooling", quantization="blockdialect", hf_overrides=overrides)
+    assert str(caught.value) == (
+        "quantization_config: lm_head is true, but a pooling model (embeddings, scores) does not "
+        "use its output projection; set lm_head to false"
+    )
+
+
+def test_an_output_projection_that_vllm_builds_without_quantization(tmp_path):
+    source = build("OPTForCausalLM", tmp_path / "source")
+    overrides = {"quantization_config_dict_json": json.dumps({"lm_head": True})}
+    with pytest.raises(ValueError) as caught:
+        load_model(source, quantization="blockdialect", hf_overrides=overrides)
+    assert str(caught.value) == (
+        "quantization_config: lm_head is true, but vLLM builds the output projection of this model "
+        "without quantization; set lm_head to false"
+    )
+
+
+def test_what_vllm_notes_at_a_loader_is_noted_at_its_wrapper():
+    """Llama 4 calls a loader with an expert's number only if the loader says that it takes one."""
+    from dialect_plugin.vllm.parameters import shards_of, wrapped_loaders
+
+    def loader(param, loaded_weight, weight_name, shard_id, expert_id):
+        calls.append(expert_id)
+
+    loader.supports_moe_loading = True
+    calls, parameter = [], torch.nn.Parameter(torch.zeros(4, 6, 3))
+    parameter.weight_loader = loader
+    with wrapped_loaders([(parameter, lambda own: lambda *args: own(*args))]):
+        assert parameter.weight_loader is not loader
+        assert parameter.weight_loader.supports_moe_loading
+        parameter.weight_loader(parameter, torch.zeros(3, 3), "name", "w1", 2)
+    assert parameter.weight_loader is loader
+    assert calls == [2]
+    one, every = torch.zeros(3, 3), torch.zeros(4, 3, 3)
+    assert shards_of(loader, parameter, one, "name", "w1", 2) == (("w1", 2),)
+    assert shards_of(loader, parameter, every, "name", shard_id="w1", expert_id=0) == (
+        ("w1", None),
+    )
+    assert shards_of(loader, parameter, one, "name", "w1", expert_id=None) == ("w1",)
