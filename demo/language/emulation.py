@@ -29,14 +29,14 @@ _SAMPLED_TOKENS = 4
 
 def load_bf16(model: Path) -> PreTrainedModel:
     """The model in bfloat16."""
-    logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.bfloat16, local_files_only=True
-    ).eval()
+    return _load(model, torch.bfloat16)
 
 
 def emulate_blockdialect(
-    model: Path, packed: Path, activation_format: str = "dialect"
+    model: Path,
+    packed: Path,
+    activation_format: str = "dialect",
+    dtype: torch.dtype = torch.bfloat16,
 ) -> PreTrainedModel:
     """The model with the packed checkpoint's weights in the product that a server uses.
 
@@ -44,13 +44,14 @@ def emulate_blockdialect(
         model: directory of the 16-bit checkpoint.
         packed: directory that ``blockdialect quantize`` made of it.
         activation_format: ``"dialect"`` (W4A4), ``"fp8"`` (W4A8) or ``"none"`` (W4A16).
+        dtype: of everything that is not packed, and of the activations between the layers.
     """
     checkpoint = open_packed(packed)
 
     def packed_layer(layer: torch.nn.Linear, name: str) -> _PackedLinear:
         return _PackedLinear(checkpoint.read(name), layer.bias, activation_format)
 
-    return _replace(load_bf16(model), checkpoint, packed_layer)
+    return _replace(_load(model, dtype), checkpoint, packed_layer)
 
 
 def emulate_mxfp4(model: Path, packed: Path) -> PreTrainedModel:
@@ -127,6 +128,11 @@ class _PackedLinear(torch.nn.Module):
         """[..., K] -> [..., N] in x's dtype."""
         # the CPU kernel, which the server runs, knows this mode only; without it torch runs here
         return ops.dialect_linear(x, self.weight, self.bias, self.activation_format, "exact")
+
+
+def _load(model: Path, dtype: torch.dtype) -> PreTrainedModel:
+    logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=True).eval()
 
 
 def _replace(

@@ -203,6 +203,18 @@ def check_agreement(
         )
 
 
+def _directory(model: str) -> Path:
+    """The directory that ``--model`` names; a real model is fetched if it is not there yet."""
+    if Path(model).is_dir():
+        return Path(model)
+    if model in REAL_MODELS:
+        return prepare(model)
+    raise DemoError(
+        f"--model: {model!r}; it must be the directory of a 16-bit checkpoint, or one of "
+        f"{', '.join(REAL_MODELS)}"
+    )
+
+
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
     existing = checkpoint.config.get("quantization_config")
     if existing is not None:
@@ -409,8 +421,7 @@ def main(
     console = Console()
     interrupt_on_signals()
     try:
-        named = model in REAL_MODELS and not Path(model).is_dir()
-        directory = prepare(model) if named else Path(model)
+        directory = _directory(model)
         result = demonstrate(directory, text, _formats(formats), tokens, console)
     except (DemoError, RealModelError, ServerError, ValueError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)

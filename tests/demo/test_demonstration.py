@@ -348,7 +348,12 @@ def command():
 @pytest.mark.parametrize(
     ("main", "arguments", "sentence"),
     [
-        (demo.language.run.main, ["--model", "nowhere"], "demo: nowhere/config.json: is missing"),
+        (
+            demo.language.run.main,
+            ["--model", "gemma3"],
+            "demo: --model: 'gemma3'; it must be the directory of a 16-bit checkpoint, or one of "
+            "smollm2, gemma3-270m",
+        ),
         (
             demo.language.run.main,
             ["--formats", "w5"],
