@@ -37,6 +37,7 @@ __all__ = [
     "Method",
     "Scheme",
     "SchemeError",
+    "SentenceError",
     "check_patterns",
     "first_fault",
     "fitting_block_size",
@@ -63,7 +64,19 @@ METHODS: Final[Mapping[ActivationFormat, Method]] = {
 """Activation format -> its names."""
 
 
-class SchemeError(ValueError):
+class SentenceError(ValueError):
+    """An error that is one line, whatever names and values of somebody's file stand in it.
+
+    Characters that a terminal does not print are shown as their escapes.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(
+            "".join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence),
+        )
+
+
+class SchemeError(SentenceError):
     """A scheme that cannot be used; one sentence with field, value and remedy."""
 
 

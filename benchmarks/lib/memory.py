@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import torch
 
-__all__ = ["PeakMemory", "device_bytes", "watch"]
+__all__ = ["MemorySeries", "PeakMemory", "device_bytes", "process_tree", "watch"]
 
 
 @dataclass
@@ -56,11 +57,28 @@ class PeakMemory:
 
     def sample(self) -> None:
         """Take one sample now."""
-        pss = anonymous = 0
-        for pid in _tree(self.pid):
-            fields = _rollup(pid)
-            pss += fields.get("Pss", 0)
-            anonymous += fields.get("Anonymous", 0)
+        pss, anonymous = _tree_memory(self.pid)
+        self.pss, self.anonymous = max(self.pss, pss), max(self.anonymous, anonymous)
+        self.samples += 1
+
+
+@dataclass
+class MemorySeries(PeakMemory):
+    """The same, with all samples kept.
+
+    Attributes:
+        seconds: when each sample was taken, by the monotonic clock.
+        sizes: anonymous memory in each sample, in bytes.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+
+    def sample(self) -> None:
+        """Take one sample now."""
+        pss, anonymous = _tree_memory(self.pid)
+        self.seconds.append(time.monotonic())
+        self.sizes.append(anonymous)
         self.pss, self.anonymous = max(self.pss, pss), max(self.anonymous, anonymous)
         self.samples += 1
 
@@ -108,7 +126,14 @@ def watch(pid: int, before: int) -> PeakMemory:
     return PeakMemory(pid, interval_s=0.5)  # one sample of a large process takes 0.05 s
 
 
-def _tree(pid: int) -> list[int]:
+def _tree_memory(pid: int) -> tuple[int, int]:
+    """PSS and anonymous memory of a process tree, in bytes."""
+    fields = [_rollup(process) for process in process_tree(pid)]
+    return sum(f.get("Pss", 0) for f in fields), sum(f.get("Anonymous", 0) for f in fields)
+
+
+def process_tree(pid: int) -> list[int]:
+    """A process and everything it started, as far as it is running."""
     try:
         process = psutil.Process(pid)
         return [pid, *(child.pid for child in process.children(recursive=True))]

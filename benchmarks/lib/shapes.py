@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["GEMMA3_270M", "LLAMA_1B", "LLAMA_8B", "LLAMA_70B", "SMOLLM2_135M", "Llama"]
+__all__ = ["GEMMA3_270M", "LLAMA_1B", "LLAMA_8B", "LLAMA_70B", "SMOLLM2_135M", "TINY", "Llama"]
 
 
 @dataclass(frozen=True)
@@ -110,3 +110,5 @@ GEMMA3_270M = Llama("Gemma-3-270M", 640, 2048, 18, 4, 1, 256, 262_144, tied=True
 LLAMA_1B = Llama("LLaMA-3.2-1B", 2048, 8192, 16, 32, 8, 64, tied=True)
 LLAMA_8B = Llama("LLaMA-3-8B", 4096, 14336, 32, 32, 8, 128)
 LLAMA_70B = Llama("LLaMA-3-70B", 8192, 28672, 80, 64, 8, 128)
+TINY = Llama("tiny", 64, 128, 2, 2, 1, 32, vocabulary=64, context=64)
+"""For files, whose readers do not care what is in them."""

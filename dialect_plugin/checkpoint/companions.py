@@ -7,13 +7,12 @@ code and pickles are never copied.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .reader import CONFIG, INDEX, Checkpoint, CheckpointError
+from .reader import CONFIG, INDEX, Checkpoint, CheckpointError, load_json
 
 __all__ = ["Companions", "find_companions", "without_local_code"]
 
@@ -23,6 +22,8 @@ _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 _CODE = ".py"
 _WEIGHTS = ".safetensors"
 _MODULES = "modules.json"
+_VOCABULARIES = ("tokenizer.json", "vocab.json", INDEX)
+"""JSON files of thousands of strings, none of which is a path or names code."""
 _TEMPLATE_FOLDERS = ("additional_chat_templates", "chat_templates")
 """Folders that transformers reads without a file that refers to them."""
 _OTHER_FORMAT_CONFIG = "params.json"
@@ -101,10 +102,13 @@ def _is_kept(name: str) -> bool:
 
 
 def _files_below(root: Path) -> list[PurePosixPath]:
-    """The files in folders, but for hidden ones; nested ``config.json`` belong to modules."""
+    """The files in folders, but for hidden ones; nested ``config.json`` belong to modules.
+
+    Links to folders are not followed: one could lead to everything on the machine.
+    """
     found = []
     for folder in sorted(root.iterdir()):
-        if not folder.is_dir() or folder.name.startswith("."):
+        if not folder.is_dir() or folder.is_symlink() or folder.name.startswith("."):
             continue
         for file in sorted(folder.rglob("*")):
             if file.is_file():
@@ -116,26 +120,41 @@ def _references(root: Path, names: list[str]) -> set[str]:
     """Everything in the JSON files that is the relative path of a file or folder."""
     found = set()
     for name in names:
-        if not name.endswith(".json") or name in ("tokenizer.json", "vocab.json", INDEX):
-            continue  # a vocabulary's strings are no paths
+        if not name.endswith(".json") or name in _VOCABULARIES:
+            continue
         for text in _strings(_json(root / name)):
-            path = PurePosixPath(text)
-            inside = not path.is_absolute() and ".." not in path.parts and "\\" not in text
-            if path.parts and inside and len(text) < 256 and (root / path).exists():
-                found.add(str(path))
-    return found - {"."}
+            if _is_inside(text) and (root / text).exists():
+                found.add(str(PurePosixPath(text)))
+    return found
+
+
+def _is_inside(text: str) -> bool:
+    """Whether a string can be the path of something inside the checkpoint's directory."""
+    path = PurePosixPath(text)
+    inside = not path.is_absolute() and ".." not in path.parts and "\\" not in text
+    possible = len(text) < 256 and all(len(part.encode()) < 256 for part in path.parts)
+    return bool(path.parts) and inside and possible
 
 
 def _module_folders(root: Path) -> set[str]:
     """Folders of the modules of a sentence-transformers model."""
     modules = _json(root / _MODULES)
     entries = modules if isinstance(modules, list) else []
-    paths = {entry.get("path") for entry in entries if isinstance(entry, dict)}
-    return {path for path in paths if isinstance(path, str) and path and (root / path).is_dir()}
+    paths = [entry.get("path") for entry in entries if isinstance(entry, dict)]
+    return {
+        str(PurePosixPath(path))
+        for path in paths
+        if isinstance(path, str) and _is_inside(path) and (root / path).is_dir()
+    }
 
 
 def _check_modules(root: Path, modules: set[str], copied: list[PurePosixPath]) -> None:
     for folder in sorted(modules):
+        if (root / folder).is_symlink():
+            raise CheckpointError(
+                f"{root / folder}: is a link, and links to folders are not followed; put the "
+                "folder itself there"
+            )
         files = [file for file in sorted((root / folder).iterdir()) if file.is_file()]
         pickles = [file.name for file in files if file.suffix in _PICKLES]
         kept = {str(name) for name in copied}
@@ -164,7 +183,7 @@ def _left_out(checkpoint: Checkpoint, files: list[str], copied: set[str]) -> Ite
 
 def _local_code(root: Path, names: list[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
     for name in names:
-        data = _json(root / name)
+        data = None if name in _VOCABULARIES else _json(root / name)
         local = _local_keys(data) if isinstance(data, dict) else ()
         if local:
             yield name, local
@@ -196,6 +215,6 @@ def _strings(value: Any) -> Iterator[str]:
 def _json(path: Path) -> Any:
     """What a JSON file holds; None if it is missing or damaged, which is its reader's affair."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return load_json(path)
+    except CheckpointError:
         return None

@@ -49,6 +49,7 @@ from .writer import (
     check_destination,
     check_disk_space,
     exclusive,
+    make_directory,
     remove_temporary,
     sync_directory,
     write_file,
@@ -133,13 +134,14 @@ def convert(
             checkpoint, choice, companions, destination, journal, progress or Silent(), pool
         )
         conversion.check_weights()
-        destination.mkdir(parents=True, exist_ok=True)
+        make_directory(destination)
         with exclusive(destination):
             if overwrite and not resumed:
                 _empty(destination)
             remove_temporary(destination)
             journal.write(destination)
             conversion.write_shards()
+            _refuse_changed(checkpoint, options, companions, own)
             return conversion.finish(resumed)
 
 
@@ -382,6 +384,27 @@ def _first_not_finite(weight: torch.Tensor) -> tuple[int, tuple[int, int, float]
         return rows, None  # minimum and maximum are NaN if any element is
     row, column = (~weight.isfinite()).nonzero()[0].tolist()
     return rows, (row, column, float(weight[row, column]))
+
+
+def _refuse_changed(
+    checkpoint: Checkpoint, options: ConvertOptions, companions: Companions, own: str
+) -> None:
+    """Raise CheckpointError unless the source still has the fingerprint `own` and its headers.
+
+    Its bytes may have been read from anywhere in a file that was replaced meanwhile.
+    """
+    try:
+        same = (
+            fingerprint(checkpoint, options, companions.copied) == own
+            and open_checkpoint(checkpoint.path).tensors == checkpoint.tensors
+        )
+    except (CheckpointError, OSError):
+        same = False
+    if not same:
+        raise CheckpointError(
+            f"{checkpoint.path}: changed while it was converted; leave the source alone during a "
+            "conversion, and convert it again with --overwrite"
+        )
 
 
 def _empty(destination: Path) -> None:

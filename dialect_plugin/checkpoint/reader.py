@@ -6,6 +6,7 @@ Only safetensors are read. Nothing here loads a model or runs code that came wit
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from dialect_kernels.layer_names import is_expression, near_misses
 from dialect_kernels.packed import STORED_FIELDS
 
 from ..architectures import is_candidate
-from ..scheme import Scheme, SchemeError
+from ..scheme import Scheme, SchemeError, SentenceError
 
 __all__ = [
     "CONFIG",
@@ -34,6 +35,7 @@ __all__ = [
     "PackedCheckpoint",
     "TensorInfo",
     "find_checkpoint",
+    "load_json",
     "open_checkpoint",
     "open_packed",
     "read_json",
@@ -64,9 +66,12 @@ _HUB_FILES = (
 )
 _HUB_LEFT_OUT = ("*.py", _OTHER_FORMAT, "[!0-9]*/*.safetensors")
 """Of the folders only those with a number hold weights of the model (sentence-transformers)."""
+_DEEPEST = 100
+"""Levels of a JSON file: far more than any has, and far from Python's limit of recursion."""
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(SentenceError):
     """A checkpoint that cannot be used; one sentence with file, fault and remedy."""
 
 
@@ -191,9 +196,15 @@ class Checkpoint:
     @contextmanager
     def _open_at(self, info: TensorInfo) -> Iterator[FileIO]:
         """The file that holds a tensor, open at the tensor's first byte."""
-        with (self.path / info.shard).open("rb", buffering=0) as file:
-            file.seek(info.offset)
-            yield file
+        try:
+            with (self.path / info.shard).open("rb", buffering=0) as file:
+                file.seek(info.offset)
+                yield file
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path / info.shard}: cannot be read any more ({error.strerror}); leave the "
+                "source alone during a conversion, and run the same command again"
+            ) from None
 
     def _changed(self, info: TensorInfo) -> CheckpointError:
         return CheckpointError(
@@ -408,16 +419,55 @@ def read_json(path: Path, unique: bool = False) -> dict[str, Any]:
     Raises:
         CheckpointError: if the file is missing or not a JSON object.
     """
-    hook = _unique_keys if unique else None
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=hook)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: is missing; a checkpoint directory needs it") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not valid JSON ({error})") from None
+    data = load_json(path, unique)
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: holds a {type(data).__name__}; it must be a JSON object")
     return data
+
+
+def load_json(path: Path, unique: bool = False) -> Any:
+    """Read a JSON file that somebody else made; what it holds can be written as JSON again.
+
+    Args:
+        path: the file.
+        unique: refuse a key that is given twice; else the last one counts, as in every engine.
+
+    Raises:
+        CheckpointError: if the file is missing, not a regular file, or not JSON in UTF-8; or if it
+            is nested too deeply, or holds text that UTF-8 cannot.
+    """
+    if path.exists() and not path.is_file():  # a pipe or a device would be read for ever
+        raise CheckpointError(f"{path}: is not a regular file; put the file itself there")
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text, object_pairs_hook=_unique_keys if unique else None)
+        _check_depth(data)
+        if _SURROGATE.search(text):
+            json.dumps(data, ensure_ascii=False).encode()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: is missing; a checkpoint directory needs it") from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); put a readable file there"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not valid JSON ({error})") from None
+    return data
+
+
+def _check_depth(data: Any) -> None:
+    """Raise ValueError if lists and objects lie more than `_DEEPEST` levels inside each other."""
+    level = [data]
+    for _ in range(_DEEPEST + 1):
+        holders = [entry for entry in level if isinstance(entry, dict | list)]
+        level = [
+            inner
+            for holder in holders
+            for inner in (holder.values() if isinstance(holder, dict) else holder)
+        ]
+        if not level:
+            return
+    raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -464,9 +514,16 @@ def _shard_names(path: Path) -> tuple[str, ...]:
             )
         raise CheckpointError(f"{path}: holds no safetensors files; give a model's directory")
     for name in names:
-        if not (path / name).is_file():
+        if not _is_file(path / name):
             raise CheckpointError(f"{path}: the file {name} is missing; download the model again")
     return tuple(names)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # no file can have such a name
+        return False
 
 
 def _is_path(name: str) -> bool:
@@ -492,6 +549,11 @@ def _read_header(path: Path, shard: str) -> dict[str, TensorInfo]:
             f"{path / shard}: its header cannot be read ({error}); download or convert it again"
         ) from None
     header.pop("__metadata__", None)
+    for name in header:
+        if not name.isprintable():
+            raise CheckpointError(
+                f"{path / shard}: the name of the tensor {name!r} cannot be printed; rename it"
+            )
     tensors = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
         begin, end = entry["data_offsets"]

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -19,6 +19,7 @@ __all__ = [
     "check_disk_space",
     "exclusive",
     "is_temporary",
+    "make_directory",
     "remove_temporary",
     "sync_directory",
     "write_file",
@@ -92,14 +93,43 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     Args:
         path: the file.
         write: function that writes the contents to a path, a temporary one in the same directory.
+
+    Raises:
+        OSError: one sentence, if the disk is full or cannot be written; the temporary file is gone.
     """
     temporary = path.with_name(path.name + _TEMPORARY)
-    write(temporary)
-    temporary.chmod(0o644)  # safetensors creates files that only their owner may read
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_directory(path.parent)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)  # safetensors creates files that only their owner may read
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_directory(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)  # on a full disk it would be in the way of others
+        if isinstance(error, OSError):
+            raise _not_written(path, error) from error
+        raise
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory, with those above it, where it is not there yet.
+
+    Raises:
+        OSError: one sentence, if it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_written(path, error) from error
+
+
+def _not_written(path: Path, error: OSError) -> OSError:
+    return OSError(
+        f"{path}: cannot be written ({error.strerror or error}); free some space or choose another "
+        "directory, and run the same command again"
+    )
 
 
 def write_text(path: Path, text: str) -> None:

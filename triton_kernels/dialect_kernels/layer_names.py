@@ -34,7 +34,7 @@ def check_expressions(patterns: Iterable[str]) -> None:
             continue
         try:
             re.compile(pattern.removeprefix(_EXPRESSION))
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
 
 
