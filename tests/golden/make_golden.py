@@ -320,8 +320,11 @@ def vectors() -> dict[str, Any]:
 
 
 def vectors_text() -> str:
+    return text_of(vectors())
+
+
+def text_of(data: dict[str, Any]) -> str:
     """One line a case, so that a difference shows which case changed."""
-    data = vectors()
     parts = []
     for section in ("inputs", "cases"):
         lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in data[section].items()]

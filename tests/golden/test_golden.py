@@ -21,6 +21,7 @@ from dialect_kernels.verify import (
     verify_one,
 )
 from dialect_plugin.checkpoint.reader import open_packed
+from tests.golden import make_rotation_golden
 
 HERE = Path(__file__).parent
 CHECKPOINT = HERE / "checkpoint_v1"
@@ -36,6 +37,22 @@ def make_golden():
 
 def test_vectors_are_what_the_brute_force_says(make_golden):
     assert make_golden.VECTORS.read_text(encoding="utf-8") == make_golden.vectors_text()
+
+
+def test_vectors_of_rotated_layers_are_what_the_brute_force_says():
+    text = make_rotation_golden.VECTORS.read_text(encoding="utf-8")
+    assert text == make_rotation_golden.vectors_text()
+
+
+def test_the_vectors_of_rotated_layers_reach_what_they_are_for():
+    cases = json.loads(make_rotation_golden.VECTORS.read_text(encoding="utf-8"))["cases"]
+    kinds = {case["kind"] for case in cases.values()}
+    assert kinds == {"quantize", "round_activation", "linear"}
+    rotated = [case for case in cases.values() if case["kind"] != "linear"]
+    assert {case["rotation"] for case in rotated} == {"hadamard_32"}
+    assert set(cases) < set(golden_vectors()["cases"])
+    finite = [name for name in cases if name.startswith("linear") and "broken" not in name]
+    assert {name.split()[1].rstrip(",") for name in finite} == {"dialect", "fp8", "none"}
 
 
 def test_checkpoint_is_what_the_brute_force_says(make_golden):
@@ -119,6 +136,26 @@ def test_one_wrong_byte_fails_and_is_named(change, detail):
     assert len(failed) > 100
     assert any(result.detail.startswith(detail) for result in failed)
     assert all(result.passed == (result.detail == "") for result in results)
+
+
+def test_a_rotation_that_is_forgotten_fails():
+    def unrotated(*arguments, rotation="none") -> PackedTensor:
+        return ops.quantize(*arguments)
+
+    def of_plain_tokens(x, p, *arguments, **options):
+        return ops.dialect_linear(x, dataclasses.replace(p, rotation="none"), *arguments, **options)
+
+    cpu = torch.device("cpu")
+    for quantize, linear, kind in (
+        (unrotated, ops.dialect_linear, "quantize"),
+        (ops.quantize, of_plain_tokens, "linear"),
+        (ops.quantize, of_plain_tokens, "round_activation"),
+    ):
+        results = verify_one(Implementation("plain", cpu, quantize, linear))
+        failed = {result.case for result in results if not result.passed}
+        assert all("rotated" in case for case in failed)
+        named = [result.case for result in results if result.case.startswith(kind)]
+        assert len([case for case in named if case in failed]) > 5
 
 
 def test_a_wrong_output_bit_and_a_lost_nan_fail():

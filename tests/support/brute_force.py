@@ -358,6 +358,24 @@ def quantize_nvfp4(x: np.ndarray, block_size: int = 16) -> np.ndarray:
     return out
 
 
+def butterfly(x: np.ndarray) -> np.ndarray:
+    """Section 9: float32 [N, K] times the Hadamard matrix in groups of 32, one sum at a time."""
+    out = x.astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for group in out.reshape(-1, 32):  # a view
+            for step in (1, 2, 4, 8, 16):
+                for i in range(32):
+                    if i & step == 0:
+                        a, b = group[i], group[i + step]
+                        group[i], group[i + step] = a + b, a - b
+    return out
+
+
+def rotate_activation(x: np.ndarray) -> np.ndarray:
+    """Section 9: the float32 [T, K] that a rotated layer rounds."""
+    return butterfly(x) * np.float32(1 / 32)
+
+
 def row_products(
     numerators: Sequence[int], below: Sequence[int], token_scale: float, weight: Packed
 ) -> np.ndarray:
@@ -407,6 +425,23 @@ def linear(
             numerators, below = [int(v * 2**9) for v in values], [9] * blocks
         y = row_products(numerators, below, token_scale, weight)
         out[t] = y + bias if bias is not None else y
+    return out
+
+
+def linear_none(x: np.ndarray, weight: Packed) -> np.ndarray:
+    """Section 3a, format `none` in `exact`: float32 [T, N] without a bias, K in whole blocks.
+
+    Products are exact in float64 (24 by 4 bits); so the sums are the only roundings.
+    """
+    size, half_units = weight.block_size, weight.halves.astype(np.float64)
+    out = np.zeros((x.shape[0], weight.shape[0]), np.float32)
+    for t, n in np.ndindex(out.shape):
+        for b in range(weight.meta.shape[1]):
+            block_sum = 0.0
+            for k in range(b * size, (b + 1) * size):
+                block_sum += float(x[t, k]) * float(half_units[n, k])
+            exponent = int(weight.row_exponent[n]) - int(weight.deltas[n, b]) - 1
+            out[t, n] += np.float32(block_sum * 2.0**exponent)
     return out
 
 

@@ -1,8 +1,9 @@
 """Golden vectors: does an implementation of the format return the expected bytes?
 
-``golden/vectors_v1.json`` holds named inputs and, for format version 1, what they must become. It
-was computed from docs/reference/format.md by a program of its own, not by this package, and it is
-plain JSON, so that other implementations can use it too::
+``golden/vectors_v1.json`` holds named inputs and, for format version 1, what they must become;
+``golden/rotation_v2.json`` does the same for rotated layers. They were computed from
+docs/reference/format.md by programs of their own, not by this package, and they are plain JSON, so
+that other implementations can use them too::
 
     {"format_version": 1,
      "inputs":   {name: array},
@@ -11,14 +12,15 @@ plain JSON, so that other implementations can use it too::
     array = {"dtype": "float32", "shape": [N, K], "hex": little-endian bytes, rows first}
 
 Arguments of a case that are arrays are names of inputs, or of another case whose packed tensor they
-use; ``expected`` holds arrays under the names of section 3 of the document.
+use; ``expected`` holds arrays under the names of section 3 of the document. A case without the key
+``rotation`` is not rotated, and a product is rotated if its weight is.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any, TypeAlias
@@ -26,7 +28,7 @@ from typing import Any, TypeAlias
 import torch
 
 from . import ops, reference
-from .formatbook import book_by_name
+from .formatbook import Rotation, book_by_name, rotation_by_name
 from .packed import PackedTensor
 
 __all__ = [
@@ -39,6 +41,8 @@ __all__ = [
 ]
 
 Case: TypeAlias = dict[str, Any]
+
+_FILES = ("vectors_v1.json", "rotation_v2.json")
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -68,10 +72,14 @@ class CheckResult:
 
 @cache
 def golden_vectors() -> Case:
-    """The contents of ``golden/vectors_v1.json``."""
-    text = files(__package__).joinpath("golden", "vectors_v1.json").read_text(encoding="utf-8")
-    vectors: Case = json.loads(text)
-    return vectors
+    """The inputs and cases of all golden files together, by name."""
+    together: Case = {"inputs": {}, "cases": {}}
+    for name in _FILES:
+        text = files(__package__).joinpath("golden", name).read_text(encoding="utf-8")
+        vectors = json.loads(text)
+        for section in together:
+            together[section] |= vectors[section]
+    return together
 
 
 def available_backends() -> dict[str, Implementation]:
@@ -114,7 +122,12 @@ def verify_one(backend: Implementation, vectors: Case | None = None) -> list[Che
 def _check_quantize(backend: Implementation, vectors: Case, case: Case) -> Iterator[str]:
     x = _tensor(vectors["inputs"][case["input"]], backend.device)
     p = backend.quantize(
-        x, book_by_name(case["book"]), case["block_size"], case["rule"], case["window"]
+        x,
+        book_by_name(case["book"]),
+        case["block_size"],
+        case["rule"],
+        case["window"],
+        rotation=_rotation(case),
     )
     for field, expected in case["expected"].items():
         yield from _difference(field, getattr(p, field), _tensor(expected, backend.device))
@@ -132,10 +145,11 @@ def _check_decode(backend: Implementation, vectors: Case, case: Case) -> Iterato
 
 
 def _check_round_activation(backend: Implementation, vectors: Case, case: Case) -> Iterator[str]:
-    """Rounded activations are seen through a weight that is the identity matrix."""
+    """Rounded activations are seen through a stored weight that is the identity matrix."""
     x = _tensor(vectors["inputs"][case["input"]], backend.device)
     identity = torch.eye(x.shape[1], device=backend.device)
     weight = backend.quantize(identity, book_by_name(case["book"]), case["block_size"])
+    weight = replace(weight, rotation=_rotation(case))
     y = backend.dialect_linear(x, weight, None, "dialect", accumulation="exact")
     expected = _tensor(case["expected"]["values"], backend.device)
     yield from _difference("values", y, expected)
@@ -174,7 +188,12 @@ def _packed(vectors: Case, case: Case, device: torch.device) -> PackedTensor:
         (rows, columns),
         book_by_name(case["book"]),
         case["block_size"],
+        _rotation(case),
     )
+
+
+def _rotation(case: Case) -> Rotation:
+    return rotation_by_name(case.get("rotation", "none"))
 
 
 def _tensor(array: Case, device: torch.device) -> torch.Tensor:

@@ -185,6 +185,7 @@ def test_a_header_includes_what_it_needs(name, tmp_path):
 
 
 SANITIZED = """
+from dataclasses import replace
 from itertools import product
 import torch
 from dialect_kernels import DIALECT_FP4, SEMANTIC_32, PackedTensor, cpu, reference
@@ -193,13 +194,22 @@ torch.manual_seed(0)
 assert cpu.available(), cpu.why_not()
 best = cpu.INSTRUCTIONS.index(cpu.features())
 for book, block_size in product((DIALECT_FP4, SEMANTIC_32), (16, 32, 64)):
-    for rows, columns, tokens in ((1, 1, 1), (9, 33, 3), (8, 95, 100), (35, 2111, 3), (0, 0, 0)):
+    for rows, columns, tokens in (
+        (1, 1, 1), (9, 33, 3), (8, 95, 100), (35, 2111, 3), (0, 0, 0), (9, 96, 5)
+    ):
         w = torch.randn(rows, columns) * torch.randn(columns).exp()
-        for rule in book.rules:
-            q = calls.quantize(w, book, block_size, rule, book.largest_stored_delta).packed
-            assert torch.equal(q.codes, reference.quantize(w, book, block_size, rule).codes)
-        any_bytes = (torch.randint(0, 256, t.shape).to(t.dtype) for t in q.tensors)
-        weights = (q, PackedTensor(*any_bytes, q.shape, book, block_size))
+        rotations = ("none",) if columns % 32 else ("none", "hadamard_32")
+        for rule, rotation in product(book.rules, rotations):
+            window = book.largest_stored_delta
+            q = calls.quantize(w, book, block_size, rule, window, rotation).packed
+            want = reference.quantize(w, book, block_size, rule, rotation=rotation)
+            assert torch.equal(q.codes, want.codes)
+        any_bytes = [torch.randint(0, 256, t.shape).to(t.dtype) for t in q.tensors]
+        weights = [
+            replace(p, rotation=rotation)
+            for p in (q, PackedTensor(*any_bytes, q.shape, book, block_size))
+            for rotation in rotations
+        ]
         for p, dtype in product(weights, (torch.float32, torch.float16, torch.bfloat16)):
             calls.dequantize(p)
             x = torch.randn(tokens, columns).to(dtype)
@@ -218,7 +228,7 @@ for book, block_size in product((DIALECT_FP4, SEMANTIC_32), (16, 32, 64)):
             salient = torch.arange(tokens - 1, -1, -2)
             for instructions in cpu.INSTRUCTIONS[: best + 1]:
                 options = {"threads": 3, "instructions": instructions}
-                costs = calls.variant_costs(x, book, block_size, **options)
+                costs = calls.variant_costs(x, book, block_size, p.rotation, **options)
                 chosen = torch.randint_like(costs[..., 0], -1, book.variants).to(torch.int8)
                 for variants in (None, chosen):
                     calls.decomposed_linear(x, p, variants, salient, **options)

@@ -6,15 +6,12 @@ batch and the number of threads. Where there is no compiled library, :func:`runs
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from ..backend import Quantized, with_residuals
 from ..formatbook import Formatbook, Rotation
 from ..packed import PackedTensor
 from ..reference import group_variants
-from ..rotation import rotate_weight
 from . import calls
 from .library import INSTRUCTIONS, available, describe, features, why_not
 
@@ -41,8 +38,8 @@ def runs_on(device: torch.device) -> bool:
 
 
 def covers(x: torch.Tensor, p: PackedTensor, activation_format: str, accumulation: str) -> bool:
-    """The kernel computes products with unrotated weights, and always in the mode ``exact``."""
-    return x.device.type == "cpu" and p.rotation == "none" and available()
+    """The kernel computes every product, and always in the mode ``exact``."""
+    return x.device.type == "cpu" and available()
 
 
 def quantize(
@@ -66,8 +63,7 @@ def quantize_counted(
     rotation: Rotation,
 ) -> Quantized:
     """See :class:`~dialect_kernels.backend.Backend`; the kernel counts while it quantizes."""
-    counted = calls.quantize(rotate_weight(x, rotation), book, block_size, rule, window)
-    return counted._replace(packed=replace(counted.packed, rotation=rotation))
+    return calls.quantize(x, book, block_size, rule, window, rotation)
 
 
 def dequantize(p: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
@@ -97,7 +93,8 @@ def semantic_linear(
     named = tokens.new_empty(0, dtype=torch.int64) if salient is None else salient[salient >= 0]
     variants = None
     if group is not None:
-        variants = group_variants(calls.variant_costs(tokens, p.book, p.block_size), group)
+        costs = calls.variant_costs(tokens, p.book, p.block_size, p.rotation)
+        variants = group_variants(costs, group)
     y = calls.decomposed_linear(tokens, p, variants, named)
     return with_residuals(y, named, bias, tokens.dtype)
 

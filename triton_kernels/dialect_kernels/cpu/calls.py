@@ -14,8 +14,9 @@ import torch
 
 from ..arithmetic import padded_columns
 from ..backend import Quantized
-from ..formatbook import CELLS, LARGEST_HALF_UNIT, SMALLEST_RANGE, Formatbook
+from ..formatbook import CELLS, LARGEST_HALF_UNIT, SMALLEST_RANGE, Formatbook, Rotation
 from ..packed import PackedTensor, check_block_size
+from ..rotation import check_rotation
 from .library import call, instructions_or_best, threads_or_torch
 
 __all__ = ["decomposed_linear", "dequantize", "linear", "quantize", "variant_costs"]
@@ -30,6 +31,7 @@ def quantize(
     block_size: int,
     rule: str,
     window: int,
+    rotation: Rotation = "none",
     threads: int | None = None,
     instructions: str | None = None,
 ) -> Quantized:
@@ -42,6 +44,8 @@ def quantize(
         block_size: 16, 32 or 64.
         rule: one of the book's rules.
         window: largest delta, 0..book.largest_stored_delta.
+        rotation: what the matrix is multiplied by before; it is not searched for rows that
+            overflow, which get the exponent -128.
         threads: default: as many as torch uses.
         instructions: default: the best this processor has, see :func:`~.library.features`.
 
@@ -52,7 +56,7 @@ def quantize(
         raise ValueError(f"rule {rule!r}, window {window}: not defined for book {book.name!r}")
     x, _ = _tokens(x, None, x.shape[-1], block_size, book)
     rows, columns = x.shape
-    packed = PackedTensor.empty((rows, columns), book, block_size, "cpu")
+    packed = PackedTensor.empty((rows, columns), book, block_size, "cpu", rotation)
     below = torch.empty(rows, dtype=torch.int64, device="cpu")
     call(
         "dialect_quantize",
@@ -64,6 +68,7 @@ def quantize(
         block_size,
         int(rule == book.online_rule),
         window,
+        int(rotation != "none"),
         *(tensor.data_ptr() for tensor in (*packed.tensors, below)),
         threads_or_torch(threads),
         instructions_or_best(instructions),
@@ -181,6 +186,7 @@ def variant_costs(
     x: torch.Tensor,
     book: Formatbook,
     block_size: int,
+    rotation: Rotation = "none",
     threads: int | None = None,
     instructions: str | None = None,
 ) -> torch.Tensor:
@@ -190,6 +196,7 @@ def variant_costs(
         x: float32, bfloat16 or float16 [T, K] on CPU.
         book: the formatbook.
         block_size: 16, 32 or 64.
+        rotation: the weight's; the tokens are rotated before.
         threads: default: as many as torch uses.
         instructions: default: the best this processor has, see :func:`~.library.features`.
 
@@ -197,6 +204,7 @@ def variant_costs(
         int32 [T, Kp/B, variants]; 0 for a token with NaN or Inf.
     """
     x, _ = _tokens(x, None, x.shape[-1], block_size, book)
+    check_rotation(rotation, x.shape[1], "x")
     blocks = padded_columns(x.shape[1], block_size) // block_size
     shape = (x.shape[0], blocks, book.variants)
     out = torch.empty(shape, dtype=torch.int32, device="cpu")
@@ -207,6 +215,7 @@ def variant_costs(
         *x.shape,
         ctypes.byref(_book(book)),
         block_size,
+        int(rotation != "none"),
         out.data_ptr(),
         threads_or_torch(threads),
         instructions_or_best(instructions),
@@ -262,6 +271,7 @@ class _Weight(ctypes.Structure):
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
         ("block", ctypes.c_int32),
+        ("rotated", ctypes.c_int32),
     )
 
 
@@ -276,7 +286,8 @@ def _weight(p: PackedTensor) -> tuple[_Weight, tuple[torch.Tensor, ...]]:
     codes, meta = p.codes.contiguous(), p.meta.contiguous()
     row_exponent = p.row_exponent.contiguous()
     pointers = (codes.data_ptr(), meta.data_ptr(), row_exponent.data_ptr())
-    return _Weight(*pointers, *p.shape, p.block_size), (codes, meta, row_exponent)
+    rotated = int(p.rotation != "none")
+    return _Weight(*pointers, *p.shape, p.block_size, rotated), (codes, meta, row_exponent)
 
 
 def _tokens(

@@ -154,7 +154,7 @@ def _declare(handle: ctypes.CDLL) -> None:
         "dialect_uses_openmp": (i32,),
         "dialect_cpus": (i32,),
         "dialect_quantize": (
-            *(pointer, i32, i64, i64, pointer, i32, i32, i32),
+            *(pointer, i32, i64, i64, pointer, i32, i32, i32, i32),
             *(pointer, pointer, pointer, pointer, i32, i32),
         ),
         "dialect_linear": (
@@ -165,7 +165,7 @@ def _declare(handle: ctypes.CDLL) -> None:
             *(pointer, i32, i64, pointer, pointer, i64),
             *(pointer, pointer, pointer, i32, i32),
         ),
-        "dialect_costs": (*(pointer, i32, i64, i64, pointer, i32, pointer, i32, i32),),
+        "dialect_costs": (*(pointer, i32, i64, i64, pointer, i32, i32, pointer, i32, i32),),
     }
     for name, arguments in signatures.items():
         function = getattr(handle, name)

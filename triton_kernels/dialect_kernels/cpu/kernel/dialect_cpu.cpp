@@ -10,6 +10,7 @@
 //     targets.h    instruction sets of the compiler
 //     interface.h  structures and numbers of the C interface
 //     numbers.h    float formats by their bits
+//     rotation.h   groups of 32 numbers times a Hadamard matrix
 //     threads.h    one call's work on several threads
 //     bytes.h      table look-ups and sums for the bytes of a block
 //     rounding.h   one block: exponents, choice of a dialect, codes
@@ -110,17 +111,18 @@ int32_t dialect_features() {
 }
 
 // x [rows, columns] -> codes [rows, padded/2], meta [rows, padded/block], row_exponent [rows] and
-// the number of non-zero blocks below the window [rows]. A row with NaN or Inf gets exponent -128.
+// the number of non-zero blocks below the window [rows], all of the rotated matrix if `rotated`. A
+// row with NaN or Inf gets exponent -128.
 int32_t dialect_quantize(const void* x, int32_t dtype, int64_t rows, int64_t columns,
                          const Book* book, int32_t block, int32_t rule, int32_t window,
-                         uint8_t* codes, uint8_t* meta, int8_t* row_exponent,
+                         int32_t rotated, uint8_t* codes, uint8_t* meta, int8_t* row_exponent,
                          int64_t* below_window, int32_t threads, int32_t features) {
     const int64_t padded = (columns + block - 1) / block * block;
     const Packed out = {codes, meta, row_exponent, below_window};
     return guarded([&] {
         for_each_row(rows, padded, block, threads, [&](float* values, uint32_t* maxima, int64_t n) {
             BY_FEATURES(quantize_row, features, block, x, dtype, n, columns, padded, rule, window,
-                        *book, values, maxima, out);
+                        rotated != 0, *book, values, maxima, out);
         });
     });
 }
@@ -133,13 +135,13 @@ int32_t dialect_linear(const void* x, int32_t dtype, int64_t tokens, const Weigh
     return guarded([&] {
         const Reader r(*weight, *book);
         const Output out = {y, dtype, weight->rows, bias, weight->row_exponent};
+        const Tokens given = {x, dtype, weight->columns, weight->rotated != 0, nullptr};
         if (format == NONE)
-            linear_none(x, tokens, r, out, threads, features);
+            linear_none(given, tokens, r, out, threads, features);
         else if (format == FP8)
-            linear_fp8(x, tokens, r, out, threads, features);
+            linear_fp8(given, tokens, r, out, threads, features);
         else
-            linear_dialect({x, dtype, weight->columns, nullptr}, tokens, nullptr, 0, r, out,
-                           threads, features);
+            linear_dialect(given, tokens, nullptr, 0, r, out, threads, features);
     });
 }
 
@@ -152,18 +154,18 @@ int32_t dialect_decomposed(const void* x, int32_t dtype, int64_t tokens, const i
     return guarded([&] {
         const Reader r(*weight, *book);
         const Output out = {y, FLOAT32, weight->rows, nullptr, weight->row_exponent};
-        linear_dialect({x, dtype, weight->columns, variants}, tokens, salient, salient_count, r,
-                       out, threads, features);
+        linear_dialect({x, dtype, weight->columns, weight->rotated != 0, variants}, tokens,
+                       salient, salient_count, r, out, threads, features);
     });
 }
 
 // out int32 [rows, blocks, variants]: the cost of each variant of a block's range, by the online
-// rule; 0 in a row with NaN or Inf.
+// rule; 0 in a row with NaN or Inf. The rows are rotated before if `rotated`.
 int32_t dialect_costs(const void* x, int32_t dtype, int64_t rows, int64_t columns,
-                      const Book* book, int32_t block, int32_t* out, int32_t threads,
-                      int32_t features) {
+                      const Book* book, int32_t block, int32_t rotated, int32_t* out,
+                      int32_t threads, int32_t features) {
     const int64_t padded = (columns + block - 1) / block * block;
-    const Tokens tokens = {x, dtype, columns, nullptr};
+    const Tokens tokens = {x, dtype, columns, rotated != 0, nullptr};
     return guarded([&] {
         for_each_row(rows, padded, block, threads, [&](float* row, uint32_t* maxima, int64_t t) {
             BY_FEATURES(costs_of_row, features, block, tokens, t, padded, *book, row, maxima, out);

@@ -46,9 +46,8 @@ void wide_row(const Reader& r, const double* x, const int64_t* order, const Outp
 __attribute__((noinline)) void exact_block(const Reader& r, const RowGroup& g, int64_t b,
                                            const Rounded& x, int64_t token, float* out) {
     const int block = r.w.block;
-    float values[64];
-    load_row(x.x, x.dtype, token * x.columns + b * block,
-             std::min<int64_t>(block, x.columns - b * block), block, values);
+    float room[64];
+    const float* values = x.source->load_block(token, b, block, room);
     for (int i = 0; i < 8; i++) {
         const uint8_t meta = g.meta[i * g.meta_stride + b];
         const int8_t* table = r.book.half_units[r.id(meta)];

@@ -36,6 +36,7 @@ struct Weight {
     int64_t rows;
     int64_t columns;
     int32_t block;
+    int32_t rotated;  // whether tokens are rotated before they are rounded
 };
 
 }  // extern "C"

@@ -60,14 +60,14 @@ void multiply(Rounded& rounded, int64_t tokens, const Reader& r, const Output& o
 }
 
 // Format "fp8": an E4M3 number is an integer of 18 bits, here three digits.
-void linear_fp8(const void* x, int64_t tokens, const Reader& r, const Output& out, int threads,
-                int features) {
+void linear_fp8(const Tokens& tokens, int64_t count, const Reader& r, const Output& out,
+                int threads, int features) {
     const int block = r.w.block;
-    Rounded rounded(tokens, r.padded, block, 3);
-    for_each_row(tokens, r.padded, block, threads, [&](float* row, uint32_t*, int64_t t) {
-        BY_FEATURES(digits_of_token, features, block, x, out.dtype, t, r.w.columns, row, rounded);
+    Rounded rounded(count, r.padded, block, 3);
+    for_each_row(count, r.padded, block, threads, [&](float* row, uint32_t*, int64_t t) {
+        BY_FEATURES(digits_of_token, features, block, tokens, t, row, rounded);
     });
-    multiply(rounded, tokens, r, out, threads, features);
+    multiply(rounded, count, r, out, threads, features);
 }
 
 // Format "dialect": the products of the tokens, then of the residuals of the salient ones.
@@ -87,14 +87,13 @@ void linear_dialect(const Tokens& tokens, int64_t count, const int64_t* salient,
 }
 
 // Products of the tokens order[..] in float64.
-void multiply_wide(const void* x, const std::vector<int64_t>& order, const Reader& r,
+void multiply_wide(const Tokens& x, const std::vector<int64_t>& order, const Reader& r,
                    const Output& out, int threads, int features) {
     const int block = r.w.block;
     const int64_t tokens = int64_t(order.size()), bytes = r.padded * sizeof(double);
     const Aligned<double> wide(tokens * r.padded);
     for_each_row(tokens, r.padded, block, threads, [&](float* row, uint32_t*, int64_t i) {
-        BY_FEATURES(widen_token, features, x, out.dtype, order[i], r.w.columns, r.padded, row,
-                    wide.get() + i * r.padded);
+        BY_FEATURES(widen_token, features, x, order[i], r.padded, row, wide.get() + i * r.padded);
     });
 #if DIALECT_X86
     if (features >= AVX2_FMA && r.w.rows >= 8) {
@@ -123,21 +122,19 @@ bool has_moderate_rows(const Weight& w) {
 // Format "none", defined in float64. Where a token's numbers are integers of at most 22 bits on
 // each block's own power of two, as bfloat16 nearly always is, float64 rounds nothing and three
 // digits give the same bits; the other tokens are multiplied in float64.
-void linear_none(const void* x, int64_t tokens, const Reader& r, const Output& out, int threads,
+void linear_none(const Tokens& x, int64_t tokens, const Reader& r, const Output& out, int threads,
                  int features) {
     std::vector<int64_t> rest;
     const bool integers = features >= AVX2_FMA && r.w.rows >= 8 && has_moderate_rows(r.w);
     if (integers) {
         Rounded rounded(tokens, r.padded, r.w.block, 3);
         rounded.exceptions.resize(tokens * ((r.blocks + 15) / 16));
-        rounded.x = x;
-        rounded.dtype = out.dtype;
-        rounded.columns = r.w.columns;
+        rounded.source = &x;
         std::vector<uint8_t> served(tokens);
         for_each_row(tokens, r.padded, r.w.block, threads,
                      [&](float* row, uint32_t* maxima, int64_t t) {
-                         served[t] = BY_FEATURES(integers_of_token, features, r.w.block, x,
-                                                 out.dtype, t, r.w.columns, row, maxima, rounded);
+                         served[t] = BY_FEATURES(integers_of_token, features, r.w.block, x, t,
+                                                 row, maxima, rounded);
                      });
         for (int64_t t = 0; t < tokens; t++) (served[t] ? rounded.order : rest).push_back(t);
         multiply(rounded, int64_t(rounded.order.size()), r, out, threads, features);

@@ -93,6 +93,14 @@ void store(void* y, int dtype, int64_t at, float value) {
         static_cast<uint16_t*>(y)[at] = dtype == BFLOAT16 ? to_bfloat16(value) : to_half(value);
 }
 
+// Rounds float32 numbers to those of a type.
+INLINE void round_row(float* row, int dtype, int64_t count) {
+    if (dtype == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) row[i] = float_of(uint32_t(to_bfloat16(row[i])) << 16);
+    else if (dtype == FLOAT16)
+        for (int64_t i = 0; i < count; i++) row[i] = from_half(to_half(row[i]));
+}
+
 // The bits of the largest magnitude; bits of magnitudes are ordered as the magnitudes are.
 INLINE uint32_t largest_bits(const float* x, int64_t count) {
     int32_t largest = 0;

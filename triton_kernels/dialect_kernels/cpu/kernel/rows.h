@@ -113,10 +113,9 @@ INLINE int32_t write_digits(int32_t* integers, int64_t token, int64_t b, Rounded
 // Format "fp8": a token scaled to -448..448 and rounded to E4M3, which is an integer of 18 bits
 // times 2^-9.
 template <int B, bool>  // nothing to shuffle
-INLINE void digits_of_token_in(const void* x, int dtype, int64_t token, int64_t columns, float* row,
-                               Rounded& out) {
-    load_row(x, dtype, token * columns, columns, out.padded, row);
-    const uint32_t largest = largest_bits(row, columns);
+INLINE void digits_of_token_in(const Tokens& tokens, int64_t token, float* row, Rounded& out) {
+    tokens.load(token, out.padded, row);
+    const uint32_t largest = largest_bits(row, tokens.columns);
     const bool finite = largest < kInfinity;
     float scale = float_of(largest) / 448.0f;
     if (scale == 0.0f) scale = 1.0f;
@@ -138,11 +137,11 @@ INLINE void digits_of_token_in(const void* x, int dtype, int64_t token, int64_t 
 // Returns whether the token can be multiplied so: it has few exceptions, and no number so large or
 // small that scaling it might not be exact.
 template <int B, bool>  // nothing to shuffle
-INLINE bool integers_of_token_in(const void* x, int dtype, int64_t token, int64_t columns,
-                                 float* row, uint32_t* largest, Rounded& out) {
+INLINE bool integers_of_token_in(const Tokens& tokens, int64_t token, float* row,
+                                 uint32_t* largest, Rounded& out) {
     constexpr int kBits = B == 64 ? 21 : 22;  // 15 * B * 2^kBits fit in int32
     constexpr uint32_t kLeast = (127u - 50) << 23, kTooLarge = (127u + 51) << 23;
-    load_row(x, dtype, token * columns, columns, out.padded, row);
+    tokens.load_as_given(token, out.padded, row);
     uint32_t top = 0, misfits = 0;
     for (int64_t i = 0; i < out.padded; i++) {
         const uint32_t magnitude = bits_of(row[i]) & 0x7fffffffu;
@@ -179,9 +178,9 @@ INLINE bool integers_of_token_in(const void* x, int dtype, int64_t token, int64_
 }
 
 // Format "none" in float64.
-INLINE void widen_token_in(const void* x, int dtype, int64_t token, int64_t columns, int64_t padded,
-                           float* row, double* out) {
-    load_row(x, dtype, token * columns, columns, padded, row);
+INLINE void widen_token_in(const Tokens& tokens, int64_t token, int64_t padded, float* row,
+                           double* out) {
+    tokens.load_as_given(token, padded, row);
     std::copy_n(row, padded, out);
 }
 
@@ -197,10 +196,11 @@ struct Packed {
 // Quantizes one row of a weight; a row with NaN or Inf gets the exponent -128 and zeros.
 template <int B, bool Shuffles>
 INLINE void quantize_row_in(const void* x, int dtype, int64_t row, int64_t columns, int64_t padded,
-                            int rule, int window, const Book& book, float* values,
+                            int rule, int window, bool rotated, const Book& book, float* values,
                             uint32_t* largest, const Packed& out) {
     const int64_t blocks = padded / B;
     load_row(x, dtype, row * columns, columns, padded, values);
+    if (rotated) rotate_weight(values, columns);
     const int exponent = row_exponents<B>(values, blocks, largest);
     int64_t below_window = 0;
     for (int64_t b = 0; b < blocks; b++) {

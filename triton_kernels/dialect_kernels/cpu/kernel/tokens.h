@@ -13,6 +13,7 @@
 
 #include "interface.h"
 #include "numbers.h"
+#include "rotation.h"
 #include "rounding.h"
 
 namespace {
@@ -29,6 +30,8 @@ struct Aligned {
     std::unique_ptr<char[]> memory;
 };
 
+struct Tokens;
+
 // Tokens as integers, T of them, with a power of two for each block.
 struct Rounded {
     Rounded(int64_t tokens, int64_t padded, int block, int digits)
@@ -43,12 +46,10 @@ struct Rounded {
     Aligned<int32_t> offset;      // [T, Kp/B], 16 * sum of the block's integers
     Aligned<double> token_scale;  // [T], the value of 1; NaN for a token with NaN or Inf
     // Format "none" only: the tokens that are multiplied in integers, their blocks whose numbers do
-    // not fit into three digits, and the activations [tokens, columns] that hold those numbers.
+    // not fit into three digits, and the activations that hold those numbers.
     std::vector<int64_t> order;        // empty: all of them
     std::vector<uint16_t> exceptions;  // [T, Kp/B/16], a bit for each of 16 blocks
-    const void* x = nullptr;
-    int dtype = FLOAT32;
-    int64_t columns = 0;
+    const Tokens* source = nullptr;
 
     // For AVX-512, tokens number 16g..16g+15 side by side: groups of four values
     // [T/16, digits, Kp/4, 16], scales and negative offsets [T/16, Kp/B, 16].
@@ -70,10 +71,31 @@ struct Tokens {
     const void* x;
     int dtype;
     int64_t columns;
+    bool rotated;
     const int8_t* variants;  // [tokens, blocks], -1 for a free block; null if all are free
 
-    void load(int64_t token, int64_t padded, float* row) const {
+    // One block in the activations' own type, rotated if the layer is. `values` has room for 64
+    // numbers, and the result points among them.
+    const float* load_block(int64_t token, int64_t b, int block, float* values) const {
+        const int size = rotated ? std::max(block, kGroup) : block;
+        const int64_t first = b * block / size * size;
+        const int64_t count = std::min<int64_t>(size, columns - first);
+        load_row(x, dtype, token * columns + first, count, size, values);
+        if (rotated) {
+            rotate_activation(values, count);
+            round_row(values, dtype, count);
+        }
+        return values + (b * block - first);
+    }
+    // A whole token in that type: what the format "none" multiplies.
+    INLINE void load_as_given(int64_t token, int64_t padded, float* row) const {
+        load(token, padded, row);
+        if (rotated) round_row(row, dtype, columns);
+    }
+    // The token in float32: what the other formats round.
+    INLINE void load(int64_t token, int64_t padded, float* row) const {
         load_row(x, dtype, token * columns, columns, padded, row);
+        if (rotated) rotate_activation(row, columns);
     }
     Choice choice(int64_t token, int64_t blocks, int64_t b) const {
         return {ONLINE, variants ? variants[token * blocks + b] : -1};
