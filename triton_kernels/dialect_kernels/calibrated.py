@@ -32,6 +32,8 @@ __all__ = ["CalibratedWeight", "quantize_calibrated"]
 
 _LAZY_COLUMNS = 256
 """Columns after which the errors go to the rest of the matrix, in one product."""
+_INVERTED_COLUMNS = 512
+"""Columns of a triangular matrix that are inverted at a time: in float64 they are large."""
 
 
 class CalibratedWeight(NamedTuple):
@@ -129,8 +131,13 @@ def _upper_factor(A: torch.Tensor, damping: float) -> torch.Tensor | None:
     del damped
     if int(failed):
         return None
-    one = torch.eye(len(A), dtype=torch.float64, device=A.device)
-    upper = torch.linalg.solve_triangular(lower, one, upper=False).flip(0, 1).to(torch.float32)
+    size, upper = len(A), torch.zeros_like(A)
+    for first in range(0, size, _INVERTED_COLUMNS):
+        stop = min(first + _INVERTED_COLUMNS, size)
+        one = torch.eye(size - first, stop - first, dtype=torch.float64, device=A.device)
+        inverse = torch.linalg.solve_triangular(lower[first:, first:], one, upper=False)
+        upper[first:, first:stop] = inverse
+    upper = upper.flip(0, 1)
     return upper if bool(upper.isfinite().all()) and bool((upper.diagonal() > 0).all()) else None
 
 

@@ -248,3 +248,12 @@ def test_what_is_refused(changes, sentence):
 def test_weights_without_rows():
     found = quantize_calibrated(torch.empty(0, 32), torch.eye(32))
     assert found.packed.shape == (0, 32)
+
+
+def test_a_wide_matrix_is_inverted_piece_by_piece(monkeypatch):
+    w, a = weight(4, 128, 12), moments(correlated(500, 128, 12))
+    whole = quantize_calibrated(w, a, SEMANTIC_32, 32).packed
+    monkeypatch.setattr("dialect_kernels.calibrated._INVERTED_COLUMNS", 48)
+    pieces = quantize_calibrated(w, a, SEMANTIC_32, 32).packed
+    assert torch.equal(whole.codes, pieces.codes)
+    assert torch.equal(whole.meta, pieces.meta)
