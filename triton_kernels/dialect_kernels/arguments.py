@@ -20,6 +20,7 @@ __all__ = [
     "check_finite",
     "check_group",
     "check_linear",
+    "check_loss",
     "check_matrix",
     "check_quantize",
     "check_semantic",
@@ -97,6 +98,19 @@ def check_quantize(
     if rotation != "none":
         _check_rotates(x, rotation, name)
     return window
+
+
+def check_loss(x: torch.Tensor, p: PackedTensor) -> None:
+    """Raise ValueError unless `x` is a matrix that may have been quantized to `p`."""
+    check_dtype(x, "x")
+    if x.shape != p.shape:
+        raise ValueError(
+            f"x: has shape {list(x.shape)}; it must be that of the packed tensor, {list(p.shape)}"
+        )
+    if x.device != p.device:
+        raise ValueError(
+            f"x: is on {x.device}, the packed tensor on {p.device}; move them to one device"
+        )
 
 
 def _check_rotates(x: torch.Tensor, rotation: Rotation, name: str) -> None:

@@ -59,6 +59,9 @@ class Backend(Protocol):
     def dequantize(self, p: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
         """The bits of ``p.dequantize(dtype)``, [N, K]."""
 
+    def rounding_loss(self, x: torch.Tensor, p: PackedTensor) -> torch.Tensor:
+        """``reference.rounding_loss(x, p)``, but for the order of its float64 sums."""
+
     def dialect_linear(
         self,
         tokens: torch.Tensor,

@@ -16,6 +16,7 @@ from . import cpu, gpu, torch_backend
 from .arguments import (
     as_tokens,
     check_linear,
+    check_loss,
     check_quantize,
     check_semantic,
     each_once,
@@ -33,6 +34,7 @@ __all__ = [
     "linear",
     "quantize",
     "quantize_counted",
+    "rounding_loss",
     "semantic_linear",
     "semantic_op",
     "warm_up",
@@ -95,6 +97,24 @@ def quantize_counted(
     """
     window = check_quantize(x, book, block_size, rule, window, name, rotation, finite)
     return _running(x.device).quantize_counted(x, book, block_size, rule, window, rotation)
+
+
+def rounding_loss(x: torch.Tensor, p: PackedTensor) -> torch.Tensor:
+    """The energy of a matrix, and of the error that rounding it to `p` made (ours).
+
+    Args:
+        x: float32, bfloat16 or float16 [N, K], not rotated.
+        p: packed tensor [N, K] on the same device.
+
+    Returns:
+        float64 [N, 2]: the sums of ``x**2`` and of ``(x - p)**2`` in every row; those of a rotated
+        tensor are taken over the rotated matrix and divided by 32.
+
+    Raises:
+        ValueError: if shape, dtype or device of `x` do not fit.
+    """
+    check_loss(x, p)
+    return _running(p.device).rounding_loss(x, p)
 
 
 def dequantize(p: PackedTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -45,7 +45,7 @@ from .formatbook import (
     Rotation,
 )
 from .packed import PackedTensor, check_block_size, pack_codes
-from .rotation import check_rotation, rotate_activation, rotate_weight
+from .rotation import check_rotation, energy_of_rotation, rotate_activation, rotate_weight
 
 __all__ = [
     "blocks_below_window",
@@ -54,6 +54,7 @@ __all__ = [
     "pack_rounded",
     "quantize",
     "round_activation",
+    "rounding_loss",
     "semantic_linear",
     "variant_costs",
 ]
@@ -180,6 +181,25 @@ def blocks_below_window(
     gap = row_exponents(exponent)[:, None] - exponent
     below: torch.Tensor = (gap > window) & (largest > 0)
     return below.sum(dim=1)
+
+
+def rounding_loss(x: torch.Tensor, p: PackedTensor) -> torch.Tensor:
+    """The energy of a matrix, and of the error that rounding it to `p` made (ours).
+
+    A rotated tensor is compared with the rotated matrix, whose energy is 32 times that of `x`; the
+    result is that of `x`.
+
+    Args:
+        x: float32, bfloat16 or float16 [N, K].
+        p: packed tensor [N, K].
+
+    Returns:
+        float64 [N, 2]: the sums of ``x**2`` and of ``(x - p)**2`` in every row.
+    """
+    exact = rotate_weight(x, p.rotation).to(torch.float64)
+    error = exact - p.dequantize().to(torch.float64)
+    energies = torch.stack([exact.square().sum(dim=1), error.square().sum(dim=1)], dim=1)
+    return energies / energy_of_rotation(p.rotation)
 
 
 @dataclass(frozen=True)

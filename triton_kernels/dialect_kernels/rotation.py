@@ -15,7 +15,7 @@ import torch
 
 from .formatbook import ROTATION_GROUP, Rotation, rotation_by_name
 
-__all__ = ["check_rotation", "rotate_activation", "rotate_weight"]
+__all__ = ["check_rotation", "energy_of_rotation", "rotate_activation", "rotate_weight"]
 
 
 def rotate_weight(w: torch.Tensor, rotation: Rotation = "hadamard_32") -> torch.Tensor:
@@ -45,6 +45,11 @@ def rotate_activation(x: torch.Tensor, rotation: Rotation = "hadamard_32") -> to
         float32 [..., K]. Finite numbers above 2**122 may overflow.
     """
     return x if rotation == "none" else _butterfly(x) * (1 / ROTATION_GROUP)
+
+
+def energy_of_rotation(rotation: Rotation) -> int:
+    """What :func:`rotate_weight` multiplies the sum of all squares by."""
+    return 1 if rotation == "none" else ROTATION_GROUP
 
 
 def check_rotation(rotation: str, columns: int, name: str = "tensor") -> None:

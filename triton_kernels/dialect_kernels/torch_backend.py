@@ -25,6 +25,7 @@ __all__ = [
     "dialect_linear",
     "quantize",
     "quantize_counted",
+    "rounding_loss",
     "runs_on",
     "semantic_linear",
     "warm_up",
@@ -72,6 +73,11 @@ def quantize_counted(
 def dequantize(p: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
     """See :class:`~dialect_kernels.backend.Backend`."""
     return p.dequantize(dtype)
+
+
+def rounding_loss(x: torch.Tensor, p: PackedTensor) -> torch.Tensor:
+    """See :class:`~dialect_kernels.backend.Backend`."""
+    return reference.rounding_loss(x, p)
 
 
 def dialect_linear(

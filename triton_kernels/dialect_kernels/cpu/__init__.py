@@ -25,6 +25,7 @@ __all__ = [
     "features",
     "quantize",
     "quantize_counted",
+    "rounding_loss",
     "runs_on",
     "semantic_linear",
     "warm_up",
@@ -69,6 +70,11 @@ def quantize_counted(
 def dequantize(p: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
     """See :class:`~dialect_kernels.backend.Backend`."""
     return calls.dequantize(p).to(dtype)
+
+
+def rounding_loss(x: torch.Tensor, p: PackedTensor) -> torch.Tensor:
+    """See :class:`~dialect_kernels.backend.Backend`."""
+    return calls.rounding_loss(x, p)
 
 
 def dialect_linear(

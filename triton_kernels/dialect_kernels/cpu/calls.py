@@ -19,10 +19,18 @@ from ..packed import PackedTensor, check_block_size
 from ..rotation import check_rotation
 from .library import call, instructions_or_best, threads_or_torch
 
-__all__ = ["decomposed_linear", "dequantize", "linear", "quantize", "variant_costs"]
+__all__ = [
+    "decomposed_linear",
+    "dequantize",
+    "linear",
+    "quantize",
+    "rounding_loss",
+    "variant_costs",
+]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FORMATS = {"dialect": 0, "fp8": 1, "none": 2}
+_LEVELS = 32
 
 
 def quantize(
@@ -246,6 +254,47 @@ def dequantize(p: PackedTensor, threads: int | None = None) -> torch.Tensor:
     return out
 
 
+def rounding_loss(
+    x: torch.Tensor,
+    p: PackedTensor,
+    threads: int | None = None,
+    instructions: str | None = None,
+) -> torch.Tensor:
+    """What rounding a matrix to `p` lost.
+
+    Args:
+        x: float32, bfloat16 or float16 [N, K] on CPU, not rotated.
+        p: packed tensor [N, K] on CPU; any bytes are safe.
+        threads: default: as many as torch uses.
+        instructions: default: the best this processor has, see :func:`~.library.features`.
+
+    Returns:
+        float64 [N, 2]: the sums of ``x**2`` and of ``(x - p)**2`` in every row, those of a rotated
+        tensor as ``reference.rounding_loss`` defines them; the same bits whatever the processor and
+        the number of threads; NaN in a row with exponent -128.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit.
+    """
+    weight, kept = _weight(p)
+    x, _ = _tokens(x, None, p.shape[1], p.block_size, p.book)
+    if x.shape != p.shape:
+        raise ValueError(f"x: has shape {list(x.shape)}; it must be {list(p.shape)}")
+    out = torch.empty(x.shape[0], 2, dtype=torch.float64, device="cpu")
+    call(
+        "dialect_loss",
+        x.data_ptr(),
+        _DTYPES[x.dtype],
+        ctypes.byref(weight),
+        ctypes.byref(_book(p.book)),
+        out.data_ptr(),
+        threads_or_torch(threads),
+        instructions_or_best(instructions),
+    )
+    del kept
+    return out
+
+
 class _Book(ctypes.Structure):
     """Tables of a formatbook; the same layout as `Book` in the C++ file."""
 
@@ -253,8 +302,9 @@ class _Book(ctypes.Structure):
         ("dialects", ctypes.c_int32),
         ("id_bits", ctypes.c_int32),
         ("variants", ctypes.c_int32),
-        ("thresholds", ctypes.c_uint8 * 7 * 32),
-        ("steps", ctypes.c_uint8 * 7 * 32),
+        ("level_count", ctypes.c_int32),
+        ("levels", ctypes.c_int16 * _LEVELS),
+        ("steps", ctypes.c_float * 32 * _LEVELS),
         ("index", ctypes.c_uint8 * CELLS * 32),
         ("half_units", ctypes.c_int8 * 16 * 32),
         ("online_cost", ctypes.c_uint8 * CELLS * 4 * 8),
@@ -330,17 +380,30 @@ def _tokens(
 @cache
 def _book(book: Formatbook) -> _Book:
     out = _Book(dialects=len(book), id_bits=book.id_bits, variants=book.variants)
-    for id_, (thresholds, dialect, index, signed) in enumerate(
-        zip(book.thresholds, book.half_units, book.index_lut, book.signed_half_units, strict=True)
-    ):
-        out.thresholds[id_][:] = thresholds
-        out.steps[id_][:] = [high - low for low, high in pairwise(dialect)]
+    for id_, (index, signed) in enumerate(zip(book.index_lut, book.signed_half_units, strict=True)):
         out.index[id_][:] = index
         out.half_units[id_][:] = signed
+    levels = _levels(book)
+    out.level_count = len(levels)
+    for number, (threshold, steps) in enumerate(levels.items()):
+        out.levels[number] = threshold << 7
+        out.steps[number][: len(book)] = steps
     for group in range(LARGEST_HALF_UNIT - SMALLEST_RANGE + 1):
         for variant, costs in enumerate(_online_costs(book, group)):
             out.online_cost[group][variant][:] = costs
     return out
+
+
+def _levels(book: Formatbook) -> dict[int, list[int]]:
+    """Thresholds at which not all dialects take the same step -> the step of each dialect there.
+
+    A step is what the half-unit grows by; it is 0 in a dialect without this threshold.
+    """
+    steps = {threshold: [0] * len(book) for threshold in range(CELLS)}
+    for id_, (thresholds, dialect) in enumerate(zip(book.thresholds, book.half_units, strict=True)):
+        for threshold, (low, high) in zip(thresholds, pairwise(dialect), strict=True):
+            steps[threshold][id_] = high - low
+    return {threshold: taken for threshold, taken in steps.items() if len(set(taken)) > 1}
 
 
 def _online_costs(book: Formatbook, group: int) -> tuple[tuple[int, ...], ...]:

@@ -161,6 +161,7 @@ def _declare(handle: ctypes.CDLL) -> None:
             *(pointer, i32, i64, pointer, pointer, i32, pointer, pointer, i32, i32),
         ),
         "dialect_dequantize": (pointer, pointer, pointer, i32),
+        "dialect_loss": (pointer, i32, pointer, pointer, pointer, i32, i32),
         "dialect_decomposed": (
             *(pointer, i32, i64, pointer, pointer, i64),
             *(pointer, pointer, pointer, i32, i32),

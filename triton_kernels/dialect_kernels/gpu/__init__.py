@@ -14,10 +14,10 @@ from functools import cache
 
 import torch
 
+from .. import reference
 from ..backend import Quantized
 from ..formatbook import Formatbook, Rotation
 from ..packed import PackedTensor
-from ..reference import blocks_below_window
 from ..rotation import rotate_weight
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "dialect_linear",
     "quantize",
     "quantize_counted",
+    "rounding_loss",
     "runs_on",
     "semantic_linear",
     "warm_up",
@@ -80,12 +81,17 @@ def quantize_counted(
     """See :class:`~dialect_kernels.backend.Backend`; torch counts the blocks."""
     packed = quantize(x, book, block_size, rule, window, rotation)
     rounded = rotate_weight(x, rotation)
-    return Quantized(packed, blocks_below_window(rounded, block_size, window))
+    return Quantized(packed, reference.blocks_below_window(rounded, block_size, window))
 
 
 def dequantize(p: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
     """See :class:`~dialect_kernels.backend.Backend`; torch decodes."""
     return p.dequantize(dtype)
+
+
+def rounding_loss(x: torch.Tensor, p: PackedTensor) -> torch.Tensor:
+    """See :class:`~dialect_kernels.backend.Backend`; torch computes it."""
+    return reference.rounding_loss(x, p)
 
 
 def dialect_linear(

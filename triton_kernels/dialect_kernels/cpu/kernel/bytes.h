@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "targets.h"
+#include "numbers.h"
 
 namespace {
 
@@ -47,6 +47,25 @@ struct Bytes {
     // Two codes a byte, the first in the low nibble.
     static INLINE void pack(const uint8_t* codes, uint8_t* to) {
         for (int i = 0; i < B / 2; i++) to[i] = uint8_t(codes[2 * i] | codes[2 * i + 1] << 4);
+    }
+    // The inverse of pack.
+    static INLINE void unpack(const uint8_t* from, uint8_t* codes) {
+        for (int i = 0; i < B / 2; i++) {
+            codes[2 * i] = from[i] & 15;
+            codes[2 * i + 1] = from[i] >> 4;
+        }
+    }
+    // Sets bit 3 of the codes other than 0 where x is negative.
+    static INLINE void put_signs(const float* x, uint8_t* codes) {
+        for (int i = 0; i < B; i++) codes[i] |= codes[i] ? uint8_t(bits_of(x[i]) >> 31 << 3) : 0;
+    }
+    // out[i] = x[i] >> Shift, which fits.
+    template <int Shift>
+    static INLINE void narrow(const int32_t* x, uint8_t* out) {
+        for (int i = 0; i < B; i++) out[i] = uint8_t(x[i] >> Shift);
+    }
+    static INLINE void widen(const int8_t* x, int32_t* out) {
+        for (int i = 0; i < B; i++) out[i] = x[i];
     }
 };
 
@@ -118,6 +137,45 @@ struct Bytes<B, true> {
             const __m128i joined = _mm_or_si128(pairs, _mm_srli_epi16(pairs, 4));
             const __m128i bytes = _mm_and_si128(joined, _mm_set1_epi16(255));
             _mm_storel_epi64((__m128i*)(to + i / 2), _mm_packus_epi16(bytes, bytes));
+        }
+    }
+    static INLINE void unpack(const uint8_t* from, uint8_t* codes) {
+        for (int i = 0; i < B; i += 16) {
+            const __m128i bytes = _mm_loadl_epi64((const __m128i*)(from + i / 2));
+            const __m128i pairs = _mm_unpacklo_epi8(bytes, _mm_srli_epi16(bytes, 4));
+            store(codes + i, _mm_and_si128(pairs, _mm_set1_epi8(15)));
+        }
+    }
+    static INLINE void put_signs(const float* x, uint8_t* codes) {
+        for (int i = 0; i < B; i += 16) {
+            const __m128i a = _mm_packs_epi32(load(x + i), load(x + i + 4));  // keeps the signs
+            const __m128i b = _mm_packs_epi32(load(x + i + 8), load(x + i + 12));
+            const __m128i signs =
+                _mm_and_si128(_mm_srli_epi16(_mm_packs_epi16(a, b), 4), _mm_set1_epi8(8));
+            const __m128i zero = _mm_cmpeq_epi8(load(codes + i), _mm_setzero_si128());
+            store(codes + i, _mm_or_si128(load(codes + i), _mm_andnot_si128(zero, signs)));
+        }
+    }
+    template <int Shift>
+    static INLINE __m128i narrow_8(const int32_t* x) {
+        return _mm_packs_epi32(_mm_srli_epi32(load(x), Shift), _mm_srli_epi32(load(x + 4), Shift));
+    }
+    template <int Shift>
+    static INLINE void narrow(const int32_t* x, uint8_t* out) {
+        for (int i = 0; i < B; i += 16)
+            store(out + i, _mm_packus_epi16(narrow_8<Shift>(x + i), narrow_8<Shift>(x + i + 8)));
+    }
+    static INLINE void widen(const int8_t* x, int32_t* out) {
+        for (int i = 0; i < B; i += 16) {
+            const __m128i bytes = load(x + i);
+            const __m128i halves[2] = {_mm_unpacklo_epi8(bytes, bytes),
+                                       _mm_unpackhi_epi8(bytes, bytes)};
+            for (int h = 0; h < 2; h++) {  // each byte is the highest of four now
+                const __m128i a = _mm_unpacklo_epi16(halves[h], halves[h]);
+                const __m128i b = _mm_unpackhi_epi16(halves[h], halves[h]);
+                store(out + i + 8 * h, _mm_srai_epi32(a, 24));
+                store(out + i + 8 * h + 4, _mm_srai_epi32(b, 24));
+            }
         }
     }
 };

@@ -13,10 +13,13 @@
 //     rotation.h   groups of 32 numbers times a Hadamard matrix
 //     threads.h    one call's work on several threads
 //     bytes.h      table look-ups and sums for the bytes of a block
+//     vectors.h    vectors of the compiler, for any instruction set
 //     rounding.h   one block: exponents, choice of a dialect, codes
+//     exact_error.h  the choice by exact error
 //     tokens.h     activations, as they arrive and as integers
 //     rows.h       whole rows: round, quantize, cost, cut into digits
 //     weights.h    a packed weight as it is stored
+//     loss.h       what rounding a weight loses
 //     output.h     where the products go
 //     tasks.h      how a call is cut into tasks
 //     decode.h     AVX2: eight rows of a weight, decoded and transposed
@@ -35,6 +38,7 @@
 
 #include "interface.h"
 #include "linear.h"
+#include "loss.h"
 #include "rows.h"
 #include "tasks.h"
 #include "threads.h"
@@ -170,6 +174,21 @@ int32_t dialect_costs(const void* x, int32_t dtype, int64_t rows, int64_t column
         for_each_row(rows, padded, block, threads, [&](float* row, uint32_t* maxima, int64_t t) {
             BY_FEATURES(costs_of_row, features, block, tokens, t, padded, *book, row, maxima, out);
         });
+    });
+}
+
+// out float64 [rows, 2]: sum x^2 and sum (x - w)^2 of each row, where w is the weight and x of its
+// shape; over the rotated matrix, and divided by 32, if the weight is rotated. NaN in a row with
+// the exponent -128.
+int32_t dialect_loss(const void* x, int32_t dtype, const Weight* weight, const Book* book,
+                     double* out, int32_t threads, int32_t features) {
+    return guarded([&] {
+        const Reader r(*weight, *book);
+        for_each_row(weight->rows, r.padded, weight->block, threads,
+                     [&](float* values, uint32_t*, int64_t n) {
+                         BY_FEATURES(loss_of_row, features, weight->block, x, dtype, n, r, values,
+                                     out + 2 * n);
+                     });
     });
 }
 

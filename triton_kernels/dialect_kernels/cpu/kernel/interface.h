@@ -8,13 +8,17 @@
 
 extern "C" {
 
-// Tables of one formatbook. A cell is the integer part of 4m, where m is a scaled magnitude.
+enum : int32_t { kLevels = 32 };
+
+// Tables of one formatbook. A cell is the integer part of 4m, where m is a scaled magnitude. A
+// level is a threshold at which not all dialects go up by the same number of half-units.
 struct Book {
     int32_t dialects;              // 16 or 32, that is 2^id_bits: every stored id has its tables
     int32_t id_bits;
     int32_t variants;              // dialects per largest half-unit M
-    uint8_t thresholds[32][7];
-    uint8_t steps[32][7];          // half-unit i+1 minus half-unit i
+    int32_t level_count;
+    int16_t levels[kLevels];       // in units of 2^-7 cells, ascending; then zeros
+    float steps[kLevels][32];      // [level][dialect], half-units; 0 without a threshold there
     uint8_t index[32][32];         // [dialect][cell]
     int8_t half_units[32][16];     // [dialect][code], signed
     uint8_t online_cost[8][4][32]; // [15 - M][variant][cell]; the least sum wins

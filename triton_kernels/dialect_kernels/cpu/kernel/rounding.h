@@ -3,15 +3,14 @@
 // With the block's effective exponent e (the row's, less delta), an element has the scaled
 // magnitude m = |x| / 2^e. 4m in units of 2^-23 fits an int32 (`fixed`); its integer part is the
 // cell, which alone decides the code in a dialect. Section 4 of the format defines the two rules:
-// by exact error, where all dialects compete, and the online rule, where the largest cell fixes the
-// range and the variants of that range compete.
+// by exact error (exact_error.h), where all dialects compete, and the online rule, where the
+// largest cell fixes the range and the variants of that range compete.
 
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
 #include "bytes.h"
 #include "interface.h"
@@ -23,45 +22,6 @@ namespace {
 struct RoundedBlock {
     int id;
     int delta;
-};
-
-// The dialect of the least exact error. With G(k) = k * n - s, where the n elements in cells >= k
-// have scaled magnitudes that sum to s = sum 4m, a dialect costs
-//
-//     sum h (h - 4m) = sum_i step_i * G(t_i):
-//
-// going from half-unit i to i+1 costs step_i * (t_i - 4m) for every element at or above the
-// threshold t_i. All in units of 2^-23, exact in int64.
-template <int B>
-INLINE int least_error(const int32_t* fixed, const Book& book) {
-    int64_t cells[2][kCells] = {};  // count << 40 | sum; two sets: equal cells need not wait
-    for (int i = 0; i < B; i += 2) {
-        cells[0][fixed[i] >> 23] += fixed[i] + (int64_t(1) << 40);
-        cells[1][fixed[i + 1] >> 23] += fixed[i + 1] + (int64_t(1) << 40);
-    }
-    int64_t gain[kCells];
-    int64_t above = 0;
-    for (int k = kCells - 1; k > 0; k--) {
-        above += cells[0][k] + cells[1][k];
-        gain[k] = (above >> 40) * (int64_t(k) << 23) - (above & ((int64_t(1) << 40) - 1));
-    }
-    int best = 0;
-    int64_t least = std::numeric_limits<int64_t>::max();
-    for (int id = 0; id < book.dialects; id++) {
-        int64_t cost = 0;
-        for (int i = 0; i < 7; i++) cost += book.steps[id][i] * gain[book.thresholds[id][i]];
-        if (cost < least) {
-            least = cost;
-            best = id;
-        }
-    }
-    return best;
-}
-
-// How a block gets its dialect: by a rule, or with the variant that its group of tokens shares.
-struct Choice {
-    int rule;
-    int variant;  // -1: the least cost of this block decides
 };
 
 // Index of a block's largest half-unit M, 15 - M.
@@ -94,51 +54,54 @@ INLINE int least_online_cost(const uint8_t* cells, int largest_cell, int variant
     return book.variants * range + variant;
 }
 
-// 4m of a block in units of 2^-23, truncated: exact from 4m = 1 on; below, every dialect rounds the
-// element to 0. Returns the largest.
-template <int B>
-INLINE int32_t to_fixed(const float* x, int effective_exponent, int32_t* fixed) {
-    const float scale = power_of_two(2 - effective_exponent);
-    for (int i = 0; i < B; i++)
-        fixed[i] = int32_t(float_of(bits_of(x[i]) & 0x7fffffffu) * scale * 0x1p23f);
-    int32_t largest = 0;
-    for (int i = 0; i < B; i++) largest = std::max(largest, fixed[i]);
-    return largest;
+// The exponent of a block whose largest magnitude has the bits `largest`.
+INLINE int block_exponent(uint32_t largest) {
+    return std::max(int(largest >> 23) - (127 + 2), kLowestExponent);
 }
 
+// A block of finite values as its effective exponent scales them; one of zeros only has delta 0.
+// `largest` holds the bits of its largest magnitude.
 template <int B>
-INLINE void to_cells(const int32_t* fixed, uint8_t* cells) {
-    for (int i = 0; i < B; i++) cells[i] = uint8_t(fixed[i] >> 23);
-}
-
-// Rounds one block of finite values; `codes` gets one byte per element. A block of zeros only has
-// id and delta 0.
-template <int B, bool Shuffles>
-INLINE RoundedBlock round_block(const float* x, int row_exponent, int exponent, Choice choice,
-                                int window, const Book& book, uint8_t* codes) {
-    const int delta = std::min(row_exponent - exponent, window);
+struct Scaled {
+    INLINE Scaled(const float* x, int row_exponent, uint32_t largest, int window) {
+        delta = std::min(row_exponent - block_exponent(largest), window);
+        const float scale = power_of_two(2 - (row_exponent - delta));
+        largest_cell = to_fixed(float_of(largest), scale) >> 23;
+        if (largest_cell == 0) delta = 0;
+        for (int i = 0; i < B; i++) fixed[i] = to_fixed(x[i], scale);
+    }
+    // 4m in units of 2^-23, truncated: exact from 4m = 1 on; below, every dialect rounds to 0.
+    static INLINE int32_t to_fixed(float x, float scale) {
+        return int32_t(float_of(bits_of(x) & 0x7fffffffu) * scale * 0x1p23f);
+    }
+    int delta;
+    int largest_cell;  // 0: every element rounds to 0
     int32_t fixed[B];
-    const int32_t largest = to_fixed<B>(x, row_exponent - delta, fixed);
-    if (largest >> 23 == 0) {
+};
+
+// The codes of the block `x` in the dialect `id`, one byte per element.
+template <int B, bool Shuffles>
+INLINE void to_codes(const float* x, const uint8_t* cells, int id, const Book& book,
+                     uint8_t* codes) {
+    Bytes<B, Shuffles>::take32(book.index[id], cells, codes);
+    Bytes<B, Shuffles>::put_signs(x, codes);
+}
+
+// Rounds one block of finite values by the online rule, or with a `variant` of 0 or more with that
+// one; `codes` gets one byte per element. A block of zeros only has id and delta 0.
+template <int B, bool Shuffles>
+INLINE RoundedBlock round_block(const float* x, int row_exponent, uint32_t largest, int variant,
+                                int window, const Book& book, uint8_t* codes) {
+    const Scaled<B> scaled(x, row_exponent, largest, window);
+    if (scaled.largest_cell == 0) {
         std::memset(codes, 0, B);
         return {0, 0};
     }
     uint8_t cells[B];
-    to_cells<B>(fixed, cells);
-    const int id =
-        choice.rule == EXACT_ERROR
-            ? least_error<B>(fixed, book)
-            : least_online_cost<B, Shuffles>(cells, largest >> 23, choice.variant, book);
-    Bytes<B, Shuffles>::take32(book.index[id], cells, codes);
-    uint8_t signs[B];
-    for (int i = 0; i < B; i++) signs[i] = uint8_t(bits_of(x[i]) >> 31 << 3);
-    for (int i = 0; i < B; i++) codes[i] |= codes[i] ? signs[i] : 0;
-    return {id, delta};
-}
-
-// The exponent of a block whose largest magnitude has the bits `largest`.
-INLINE int block_exponent(uint32_t largest) {
-    return std::max(int(largest >> 23) - (127 + 2), kLowestExponent);
+    Bytes<B, Shuffles>::template narrow<23>(scaled.fixed, cells);
+    const int id = least_online_cost<B, Shuffles>(cells, scaled.largest_cell, variant, book);
+    to_codes<B, Shuffles>(x, cells, id, book, codes);
+    return {id, scaled.delta};
 }
 
 // The largest magnitude of each block, as bits, and as the result the exponent of the row; kNanRow

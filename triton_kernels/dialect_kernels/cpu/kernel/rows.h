@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "bytes.h"
+#include "exact_error.h"
 #include "interface.h"
 #include "numbers.h"
 #include "rounding.h"
@@ -27,8 +28,8 @@ INLINE void keep_residual(const Tokens& tokens, int64_t token, const Book& book,
     for (int64_t b = 0; b < blocks; b++) {
         uint8_t codes[B];
         const RoundedBlock rounded =
-            round_block<B, Shuffles>(row + b * B, row_exponent, block_exponent(largest[b]),
-                                     tokens.choice(token, blocks, b), kWindow, book, codes);
+            round_block<B, Shuffles>(row + b * B, row_exponent, largest[b],
+                                     tokens.variant(token, blocks, b), kWindow, book, codes);
         int8_t half_units[B];
         Bytes<B, Shuffles>::take16(book.half_units[rounded.id], codes, half_units);
         const float relative = power_of_two(4 - rounded.delta);
@@ -48,12 +49,10 @@ INLINE void costs_of_row_in(const Tokens& tokens, int64_t token, int64_t padded,
     for (int64_t b = 0; b < blocks; b++) {
         int sums[4] = {};
         if (row_exponent != kNanRow) {
-            int32_t fixed[B];
             uint8_t cells[B];
-            const int delta = std::min(row_exponent - block_exponent(largest[b]), kWindow);
-            const int32_t top = to_fixed<B>(row + b * B, row_exponent - delta, fixed);
-            to_cells<B>(fixed, cells);
-            online_costs<B, Shuffles>(cells, range_index(top >> 23), book, sums);
+            const Scaled<B> scaled(row + b * B, row_exponent, largest[b], kWindow);
+            Bytes<B, Shuffles>::template narrow<23>(scaled.fixed, cells);
+            online_costs<B, Shuffles>(cells, range_index(scaled.largest_cell), book, sums);
         }
         std::copy_n(sums, book.variants, out + (token * blocks + b) * book.variants);
     }
@@ -74,12 +73,10 @@ INLINE void round_token_in(const Tokens& tokens, int64_t token, bool residual, i
     for (int64_t b = 0; b < out.blocks; b++) {
         uint8_t codes[B] = {};
         RoundedBlock rounded = {0, 0};
-        const Choice choice =
-            residual ? Choice{ONLINE, -1} : tokens.choice(token, out.blocks, b);
+        const int variant = residual ? -1 : tokens.variant(token, out.blocks, b);
         if (row_exponent != kNanRow)
-            rounded = round_block<B, Shuffles>(row + b * B, row_exponent,
-                                               block_exponent(largest[b]), choice, kWindow, book,
-                                               codes);
+            rounded = round_block<B, Shuffles>(row + b * B, row_exponent, largest[b], variant,
+                                               kWindow, book, codes);
         int8_t half_units[B];
         Bytes<B, Shuffles>::take16(book.half_units[rounded.id], codes, half_units);
         const int sum =
@@ -193,55 +190,61 @@ struct Packed {
     int64_t* below_window;
 };
 
-// Quantizes one row of a weight; a row with NaN or Inf gets the exponent -128 and zeros.
-template <int B, bool Shuffles>
+// Quantizes one row of a weight; a row with NaN or Inf gets the exponent -128 and zeros. `Width` is
+// that of a register in bytes.
+template <int B, int Width>
 INLINE void quantize_row_in(const void* x, int dtype, int64_t row, int64_t columns, int64_t padded,
                             int rule, int window, bool rotated, const Book& book, float* values,
                             uint32_t* largest, const Packed& out) {
+    typedef Bytes<B, (Width > 16)> Shuffled;
     const int64_t blocks = padded / B;
     load_row(x, dtype, row * columns, columns, padded, values);
     if (rotated) rotate_weight(values, columns);
+    const bool eight_bits = dtype == BFLOAT16 && !rotated;
     const int exponent = row_exponents<B>(values, blocks, largest);
     int64_t below_window = 0;
-    for (int64_t b = 0; b < blocks; b++) {
+    for (int64_t b = 0; b < blocks; b++, values += B) {
         uint8_t unpacked[B] = {};
         RoundedBlock rounded = {0, 0};
         if (exponent != kNanRow) {
-            const int own = block_exponent(largest[b]);
-            rounded = round_block<B, Shuffles>(values + b * B, exponent, own, {rule, -1}, window,
-                                               book, unpacked);
-            below_window += exponent - own > window && largest[b] > 0;
+            below_window += exponent - block_exponent(largest[b]) > window && largest[b] > 0;
+            if (rule == ONLINE)
+                rounded = round_block<B, (Width > 16)>(values, exponent, largest[b], -1, window,
+                                                       book, unpacked);
+            else
+                rounded = round_by_error<B, Width>(values, exponent, largest[b], eight_bits, window,
+                                                   book, unpacked);
         }
         out.meta[row * blocks + b] = uint8_t(rounded.delta << book.id_bits | rounded.id);
-        Bytes<B, Shuffles>::pack(unpacked, out.codes + (row * padded + b * B) / 2);
+        Shuffled::pack(unpacked, out.codes + (row * padded + b * B) / 2);
     }
     out.row_exponent[row] = int8_t(exponent);
     out.below_window[row] = below_window;
 }
 
-// name_portable and name_avx2 choose name_in by the block size.
-#define ROW_FUNCTION(result, name, suffix, target, shuffles)               \
+// name_portable, name_avx2 and name_avx512 choose name_in by the block size.
+#define ROW_FUNCTION(result, name, suffix, target, variant)                \
     template <class... Rest>                                               \
     target result name##suffix(int block, Rest&&... rest) {                \
-        if (block == 16) return name##_in<16, shuffles>(rest...);          \
-        if (block == 32) return name##_in<32, shuffles>(rest...);          \
-        return name##_in<64, shuffles>(rest...);                           \
+        if (block == 16) return name##_in<16, variant>(rest...);           \
+        if (block == 32) return name##_in<32, variant>(rest...);           \
+        return name##_in<64, variant>(rest...);                            \
     }
-#define ROW_FUNCTIONS(suffix, target, shuffles)                            \
+#define ROW_FUNCTIONS(suffix, target, shuffles, width)                     \
     ROW_FUNCTION(void, round_token, suffix, target, shuffles)              \
     ROW_FUNCTION(void, costs_of_row, suffix, target, shuffles)             \
-    ROW_FUNCTION(void, quantize_row, suffix, target, shuffles)             \
     ROW_FUNCTION(void, digits_of_token, suffix, target, shuffles)          \
     ROW_FUNCTION(bool, integers_of_token, suffix, target, shuffles)        \
+    ROW_FUNCTION(void, quantize_row, suffix, target, width)                \
     template <class... Rest>                                               \
     target void widen_token##suffix(Rest&&... rest) {                      \
         widen_token_in(rest...);                                           \
     }
 
-ROW_FUNCTIONS(_portable, , false)
+ROW_FUNCTIONS(_portable, , false, 16)
 
 #if DIALECT_X86
-ROW_FUNCTIONS(_avx2, AVX2, true)
+ROW_FUNCTIONS(_avx2, AVX2, true, 32)
 #define BY_FEATURES(function, features, ...)                                        \
     ((features) >= AVX2_FMA ? function##_avx2(__VA_ARGS__) : function##_portable(__VA_ARGS__))
 #else

@@ -97,8 +97,8 @@ struct Tokens {
         load_row(x, dtype, token * columns, columns, padded, row);
         if (rotated) rotate_activation(row, columns);
     }
-    Choice choice(int64_t token, int64_t blocks, int64_t b) const {
-        return {ONLINE, variants ? variants[token * blocks + b] : -1};
+    int variant(int64_t token, int64_t blocks, int64_t b) const {
+        return variants ? variants[token * blocks + b] : -1;
     }
 };
 
