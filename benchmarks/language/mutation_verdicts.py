@@ -39,9 +39,10 @@ _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, 
 _BITS |= {"U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "C64": 64, "F64": 64}
 _BITS |= {"I64": 64, "U64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_DEFAULTS = {"block_size": 32, "book": "dialect_fp4", "rotation": "none"}
 _CODES, _META, _EXPONENT = ".weight_packed", ".weight_meta", ".weight_row_exponent"
 _SCHEME_TYPES = {
-    **dict.fromkeys(("quant_method", "book", "activation_format"), str),
+    **dict.fromkeys(("quant_method", "book", "activation_format", "rotation"), str),
     **dict.fromkeys(("format_version", "block_size"), int),
     **dict.fromkeys(("serialized", "lm_head"), bool),
     "ignore": list,
@@ -241,7 +242,7 @@ def _conversion_fault(held: dict[str, _Tensor], config: Any, output: Path) -> st
         if any(part not in written for part in parts):
             return f"{name} is neither kept nor packed"
         stored = [(written[part].dtype, written[part].shape, written[part].data) for part in parts]
-        if stored != _quantized(tensor, _block_size(scheme, layer), scheme["book"]):
+        if stored != _quantized(tensor, _option(scheme, layer, "block_size"), scheme["book"]):
             return f"{name} is not packed as its bytes say"
     odd = expected ^ written.keys()
     return f"{sorted(odd)[0]} is written, but the source has no such tensor" if odd else ""
@@ -257,12 +258,14 @@ def _read_fault(path: Path, held: dict[str, _Tensor], scheme: Any) -> str:
     if set(packed) != listed:
         return f"the packed layers are {sorted(listed ^ set(packed))} besides"
     for layer, weight in packed.items():
-        block_size, book = _block_size(scheme, layer), scheme.get("book", "dialect_fp4")
+        block_size, book, rotation = (_option(scheme, layer, key) for key in _DEFAULTS)
         decoded = _decoded(held, layer, block_size, book)
         if isinstance(decoded, str):
             return f"{layer}: {decoded}"
         if not torch.equal(weight.dequantize(), decoded):
             return f"{layer} decodes to other values than its bytes say"
+        if weight.rotation != rotation:
+            return f"{layer} is read as rotated by {weight.rotation}"
     if set(packed.checkpoint.tensors) != set(held):
         return "the reader finds other tensors than the files hold"
     for name, tensor in held.items():
@@ -293,14 +296,18 @@ def _decoded(
     return (signed * scale[:, :, None]).view(rows, -1).to(torch.float32)
 
 
-def _block_size(scheme: Any, layer: str) -> int:
+def _option(scheme: Any, layer: str, key: str) -> Any:
+    """An option of a layer: that of its name, of the first pattern that gives it, or of all."""
     overrides = scheme.get("overrides", {})
-    if layer in overrides:
-        return int(overrides[layer]["block_size"])
-    for pattern, override in overrides.items():
-        if pattern.startswith("re:") and re.match(pattern[3:], layer):
-            return int(override["block_size"])
-    return int(scheme.get("block_size", 32))
+    matching = [
+        override
+        for pattern, override in overrides.items()
+        if pattern.startswith("re:") and re.match(pattern[3:], layer)
+    ]
+    for override in (overrides.get(layer, {}), *matching, scheme):
+        if key in override:
+            return override[key]
+    return _DEFAULTS[key]
 
 
 @functools.lru_cache(maxsize=500)

@@ -346,7 +346,11 @@ def _scheme(config: dict[str, Any], draw: random.Random) -> None:
         "serialized": [True, False, 1, 0, "true"],
         "activation_format": ["dialect", "fp8", "none", None, "int8"],
         "ignore": [[], [layer], ["re:.*"], ["re:("], ["re:a{4294967296}"], ["re:" + "(" * 5000]],
-        "overrides": [{}, {layer: {"block_size": 16}}, {"re:(": {"block_size": 16}}, {layer: 16}],
+        "overrides": [
+            *({}, {layer: {"block_size": 16}}, {"re:(": {"block_size": 16}}, {layer: 16}),
+            *({layer: {"book": "semantic_32"}}, {layer: {"rotation": "hadamard_32"}}, {layer: {}}),
+        ],
+        "rotation": ["none", "hadamard_32", "hadamard", None],
         "lm_head": [True, False, 1, "yes"],
         "quant_method": ["blockdialect", "BlockDialect", "gptq"],
     }

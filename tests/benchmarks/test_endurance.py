@@ -113,7 +113,6 @@ def test_tables_of_a_soak_show_what_was_wrong():
         "left_early": 600,
         "errors": 1,
         "logged_errors": 2,
-        "tokens_per_s": 900.4,
         "slope_mb_per_min": -0.125,
         "slope_standard_error": 0.5,
         "memory_mb": [2000.0, 2001.0],
@@ -122,7 +121,7 @@ def test_tables_of_a_soak_show_what_was_wrong():
     }
     table = bench_endurance.tables({"served": {"W4A4, packed": row}})["soak"]
     assert table[1] == [
-        *("W4A4, packed", "1,200", "600", "3", "900", "-0.12 ± 0.50", "2,001 MB", "15 of 16")
+        *("W4A4, packed", "1,200", "600", "3", "-0.12 ± 0.50", "2,001 MB", "15 of 16")
     ]
     assert markdown(table)
 
