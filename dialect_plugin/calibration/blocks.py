@@ -326,13 +326,13 @@ def _empty_model(checkpoint: Checkpoint) -> Any:
         with torch.device("meta"):
             model = found._from_config(config, dtype=torch.float32).eval()
         for module in model.modules():
-            computed = module._non_persistent_buffers_set & module._buffers.keys()
-            for buffer in computed:
+            for buffer in module._non_persistent_buffers_set & module._buffers.keys():
                 tensor = module._buffers[buffer]
-                if tensor is not None:
-                    module._buffers[buffer] = torch.empty_like(tensor, device="cpu")
-            module._is_hf_initialized = not computed
-        model.initialize_weights()
+                if tensor is not None:  # NaN shows where nothing is computed
+                    unknown = torch.nan if tensor.is_floating_point() else 0
+                    module._buffers[buffer] = torch.full_like(tensor, unknown, device="cpu")
+            module._is_hf_initialized = False
+        model.initialize_weights()  # costs nothing where weights are on the meta device
     except Exception as error:  # transformers raises whatever its parts do
         raise CheckpointError(
             f"{checkpoint.path}: transformers cannot build {name} ({_reason(error)}); {_INSTEAD}"
