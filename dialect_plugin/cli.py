@@ -14,7 +14,15 @@ from pydantic import ValidationError
 
 from dialect_kernels.formatbook import BLOCK_SIZES
 
-from .scheme import ActivationFormat, BlockSize, BookName, Scheme, first_fault
+from .scheme import (
+    ActivationFormat,
+    BlockSize,
+    BookName,
+    LayerOverride,
+    Rotation,
+    Scheme,
+    first_fault,
+)
 
 if TYPE_CHECKING:
     from dialect_kernels.verify import CheckResult
@@ -99,12 +107,21 @@ _Activations = Annotated[
     ActivationFormat,
     _one_of("--activation-format", ActivationFormat, "Activations that engines use by default."),
 ]
+_Rotation = Annotated[
+    Rotation, _one_of("--rotation", Rotation, "Rotation of weights and activations.")
+]
+_RotationOfWeights = Annotated[
+    Rotation, _one_of("--rotation", Rotation, "Rotation of the weights before they are rounded.")
+]
 _Ignore = Annotated[
     list[str] | None, typer.Option(help="Layer, or re:PATTERN, to leave in 16 bit; repeatable.")
 ]
 _Override = Annotated[
     list[str] | None,
-    typer.Option(help="PATTERN=BLOCK_SIZE: block size of the layers that match; repeatable."),
+    typer.Option(
+        help="PATTERN=BLOCK_SIZE, or PATTERN=KEY:VALUE with a key of overrides: what the layers "
+        "that match have instead; repeatable."
+    ),
 ]
 _Overrides = Annotated[Path | None, typer.Option(help="File of overrides, as `plan` writes it.")]
 _Targets = Annotated[
@@ -116,7 +133,7 @@ _Targets = Annotated[
 _LmHead = Annotated[bool, typer.Option(help="Quantize the output projection too.")]
 _Strict = Annotated[
     bool,
-    typer.Option(help="Refuse layers whose columns are not a multiple of their block size."),
+    typer.Option(help="Refuse layers whose columns do not fit their block size or rotation."),
 ]
 _Overwrite = Annotated[bool, typer.Option(help="Replace the files in DST.")]
 _Workers = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all.")]
@@ -144,6 +161,7 @@ def quantize(
     block_size: _BlockSizeOption = 32,
     book: _Book = "dialect_fp4",
     activation_format: _Activations = "dialect",
+    rotation: _Rotation = "none",
     ignore: _Ignore = None,
     override: _Override = None,
     overrides: _Overrides = None,
@@ -161,6 +179,7 @@ def quantize(
             block_size=block_size,
             book=book,
             activation_format=activation_format,
+            rotation=rotation,
             ignore=ignore or [],
             overrides=_read_overrides(override or [], overrides),
             lm_head=lm_head,
@@ -189,6 +208,7 @@ def report(
     src: _Source,
     html: _Html = None,
     as_json: _Json = False,
+    rotation: _RotationOfWeights = "none",
     ignore: _Ignore = None,
     targets: _Targets = None,
     lm_head: _LmHead = False,
@@ -212,9 +232,9 @@ def report(
         checkpoint, layers = _chosen(src, options)
         rows = _measured_rows(max_rows, all_rows)
         with ProgressBar() as progress:
-            measured = measure_layers(checkpoint, layers, FORMATS, progress, rows)
+            measured = measure_layers(checkpoint, layers, FORMATS, progress, rows, rotation)
         name = checkpoint.path.resolve().name
-        found = Report(name, tuple(entry.name for entry in FORMATS), measured)
+        found = Report(name, tuple(entry.name for entry in FORMATS), measured, rotation)
         if html is not None:
             write_text(html, report_page(found))
     if as_json:
@@ -236,6 +256,7 @@ def plan(
             "Error to make small: the summed squared error, or that relative to each layer.",
         ),
     ] = "error",
+    rotation: _RotationOfWeights = "none",
     ignore: _Ignore = None,
     targets: _Targets = None,
     lm_head: _LmHead = False,
@@ -260,13 +281,14 @@ def plan(
         check_budget({name: checkpoint.tensors[f"{name}.weight"].shape for name in layers}, bits)
         formats = [dialect_format(block_size) for block_size in BLOCK_SIZES]
         with ProgressBar() as progress:
-            measured = measure_layers(checkpoint, layers, formats, progress, rows)
+            measured = measure_layers(checkpoint, layers, formats, progress, rows, rotation)
         found = allocate_bits(measured, bits, objective)
         if output is not None:
             write_text(output, json.dumps(found.overrides(), indent=1) + "\n")
     print(render(found))
     if output is not None:
-        print(f"use it with: blockdialect quantize {src} DST --overrides {output}")
+        rotated = "" if rotation == "none" else f" --rotation {rotation}"
+        print(f"use it with: blockdialect quantize {src} DST --overrides {output}{rotated}")
 
 
 @app.command()
@@ -321,7 +343,7 @@ def _chosen(src: str, options: ConvertOptions) -> tuple[Checkpoint, list[str]]:
     from .checkpoint.tables import natural_order
 
     checkpoint = open_checkpoint(find_checkpoint(src))
-    layers = choose_layers(checkpoint, options).block_sizes
+    layers = choose_layers(checkpoint, options).formats
     return checkpoint, sorted(layers, key=natural_order)
 
 
@@ -368,16 +390,24 @@ def _check_file(option: str, path: Path) -> None:
 
 def _read_overrides(options: list[str], file: Path | None) -> dict[str, Any]:
     """Overrides of a file and of the command line; the command line goes before the file."""
-    sizes = {str(size): size for size in get_args(BlockSize)}
     merged: dict[str, Any] = {}
     for option in options:
-        pattern, _, size = option.rpartition("=")
-        if not pattern or size not in sizes:
+        pattern, _, value = option.rpartition("=")
+        key, colon, chosen = value.partition(":")
+        if not colon:
+            key, chosen = "block_size", value
+        keys = merged.setdefault(pattern, {})
+        keys[key] = int(chosen) if chosen.isdecimal() else chosen
+        try:
+            LayerOverride.model_validate(keys)
+        except ValidationError:
+            pattern = ""
+        if not pattern:
             raise ValueError(
                 f"--override: {option!r}; it must be PATTERN=BLOCK_SIZE with a block size of 16, "
-                "32 or 64, such as 're:.*down_proj=16'"
+                "32 or 64, such as 're:.*down_proj=16', or PATTERN=KEY:VALUE with book, "
+                "activation_format or rotation, such as 're:.*down_proj=rotation:none'"
             )
-        merged[pattern] = {"block_size": sizes[size]}
     if file is not None:
         from .checkpoint.reader import read_json
 

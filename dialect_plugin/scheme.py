@@ -5,7 +5,8 @@ a scheme with ``serialized: true`` whose `ignore` and `overrides` are resolved t
 *online* scheme (``serialized: false``) is applied to a 16-bit checkpoint while it is loaded.
 
 Layer names are the checkpoint's own (unfused) module names. Patterns:
-:mod:`dialect_kernels.layer_names`.
+:mod:`dialect_kernels.layer_names`. What a layer has is found by :meth:`Scheme.layer` alone, and
+adapted to its number of columns by :func:`fitted` alone.
 """
 
 from __future__ import annotations
@@ -14,14 +15,23 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from dialect_kernels.formatbook import (
     BLOCK_SIZES,
+    ROTATION_GROUP,
     ActivationFormat,
     BlockSize,
     BookName,
     Formatbook,
+    Rotation,
     book_by_name,
 )
 from dialect_kernels.layer_names import check_expressions, is_expression, matches, near_misses
@@ -33,18 +43,26 @@ __all__ = [
     "ActivationFormat",
     "BlockSize",
     "BookName",
+    "LayerFormat",
     "LayerOverride",
     "Method",
+    "Rotation",
     "Scheme",
     "SchemeError",
     "SentenceError",
     "check_patterns",
+    "disagreement",
     "first_fault",
+    "fitted",
     "fitting_block_size",
 ]
 
 QUANT_METHOD: Final = "blockdialect"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+"""The latest version that this release reads; it writes the first one that has all keys it needs.
+
+Version 2 adds `rotation`, and in `overrides` whatever is not a block size.
+"""
 
 
 class Method(NamedTuple):
@@ -80,12 +98,53 @@ class SchemeError(SentenceError):
     """A scheme that cannot be used; one sentence with field, value and remedy."""
 
 
+class LayerFormat(NamedTuple):
+    """How one layer is quantized."""
+
+    book: BookName
+    """Formatbook of weight and activations."""
+    block_size: int
+    """Elements per block, along the reduction dimension."""
+    activation_format: ActivationFormat
+    """Format of the activations."""
+    rotation: Rotation
+    """Rotation of weight and activations."""
+
+    @property
+    def formatbook(self) -> Formatbook:
+        """The formatbook called :attr:`book`."""
+        return book_by_name(self.book)
+
+
 class LayerOverride(BaseModel):
-    """What differs from the scheme for the layers a pattern matches."""
+    """What differs from the scheme for the layers a pattern matches; None for what does not.
+
+    Attributes: those of :class:`LayerFormat`, at least one of which is given.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    block_size: BlockSize
+    block_size: BlockSize | None = None
+    book: BookName | None = None
+    activation_format: ActivationFormat | None = None
+    rotation: Rotation | None = None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _given_or_left_out(cls, value: object) -> object:
+        if value is None:
+            raise ValueError("leave the key out to have the scheme's own")
+        return value
+
+    @model_validator(mode="after")
+    def _overrides_something(self) -> LayerOverride:
+        if not self.given():
+            raise ValueError(f"it must set one of {', '.join(LayerOverride.model_fields)}")
+        return self
+
+    def given(self) -> dict[str, Any]:
+        """The keys that are given, with their values."""
+        return self.model_dump(exclude_none=True)
 
 
 class Scheme(BaseModel):
@@ -93,21 +152,23 @@ class Scheme(BaseModel):
 
     Attributes:
         quant_method: always ``"blockdialect"``.
-        format_version: version of the stored format, 1.
+        format_version: version of the stored format, 1 or 2; default: the first that has all keys
+            that the scheme needs.
         serialized: True if the weights are stored packed, False to quantize them while loading.
         book: formatbook of weights and activations.
         block_size: elements per block, along the reduction dimension.
         activation_format: ``"dialect"`` (W4A4), ``"fp8"`` (W4A8) or ``"none"`` (W4A16).
         ignore: patterns of layers that stay in 16 bit.
         overrides: pattern -> what differs for these layers; an exact name goes before patterns,
-            patterns count in their order.
+            patterns count in their order, for each key by itself.
         lm_head: whether the output projection is quantized too.
+        rotation: ``"none"`` or ``"hadamard_32"``, of weights and activations.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     quant_method: Literal["blockdialect"] = QUANT_METHOD
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
     serialized: bool = True
     book: BookName = "dialect_fp4"
     block_size: BlockSize = 32
@@ -115,13 +176,31 @@ class Scheme(BaseModel):
     ignore: list[str] = Field(default_factory=list)
     overrides: dict[str, LayerOverride] = Field(default_factory=dict)
     lm_head: bool = False
+    rotation: Rotation = "none"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _version_by_keys(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "format_version" not in data and _needs_version_2(data):
+            return data | {"format_version": 2}
+        return data
+
+    @model_validator(mode="after")
+    def _version_has_the_keys(self) -> Scheme:
+        if self.format_version < 2 and _needs_version_2(dict(self)):
+            raise ValueError(
+                f"format_version is {self.format_version}; rotation, and overrides of more than "
+                "the block size, need version 2: convert the model again"
+            )
+        return self
 
     @field_validator("format_version")
     @classmethod
     def _known_version(cls, version: int) -> int:
         if version > FORMAT_VERSION:
             raise ValueError(
-                f"this release reads version {FORMAT_VERSION}; upgrade blockdialect to read it"
+                f"this release reads versions up to {FORMAT_VERSION}; upgrade blockdialect to read "
+                "it"
             )
         if version < 1:
             raise ValueError("versions begin at 1; convert the model again")
@@ -156,27 +235,62 @@ class Scheme(BaseModel):
         except ValidationError as error:
             raise SchemeError(_one_sentence(error, where)) from None
 
-    @property
-    def formatbook(self) -> Formatbook:
-        """The formatbook called :attr:`book`."""
-        return book_by_name(self.book)
-
     def is_ignored(self, name: str) -> bool:
         """Whether the layer `name` stays in 16 bit."""
         return any(matches(pattern, name) for pattern in self.ignore)
 
-    def block_size_of(self, name: str) -> int:
-        """The block size for the layer `name`, not yet adjusted to its number of columns."""
-        if name in self.overrides:
-            return self.overrides[name].block_size
-        for pattern, override in self.overrides.items():
-            if matches(pattern, name):
-                return override.block_size
-        return self.block_size
+    def layer(self, *names: str) -> LayerFormat:
+        """How a layer is quantized, before it is :func:`fitted` to the layer's columns.
+
+        Args:
+            names: the layer's name, and other spellings of it.
+        """
+        overrides = [self.overrides[name] for name in names if name in self.overrides]
+        overrides += [
+            override
+            for pattern, override in self.overrides.items()
+            if is_expression(pattern) and any(matches(pattern, name) for name in names)
+        ]
+        found = LayerFormat(*(getattr(self, key) for key in LayerFormat._fields))
+        for override in reversed(overrides):
+            found = found._replace(**override.given())
+        return found
+
+    def with_activation_format(self, activation_format: ActivationFormat) -> Scheme:
+        """The same scheme with this format of the activations in every layer."""
+        overrides = {
+            pattern: override.model_copy(update={"activation_format": None})
+            for pattern, override in self.overrides.items()
+        }
+        return self.model_copy(
+            update={"activation_format": activation_format, "overrides": overrides}
+        )
+
+    def differing(self, layer: LayerFormat) -> dict[str, Any]:
+        """The keys of an override for a layer that is quantized in this way; empty if none."""
+        return {
+            key: getattr(layer, key)
+            for key in LayerOverride.model_fields
+            if getattr(layer, key) != getattr(self, key)
+        }
 
     def to_config(self) -> dict[str, Any]:
-        """The dict to write as ``quantization_config``."""
-        return self.model_dump(mode="json")
+        """The dict to write as ``quantization_config``; keys of version 2 only where needed."""
+        config = self.model_dump(mode="json")
+        config["overrides"] = {name: entry.given() for name, entry in self.overrides.items()}
+        config["format_version"] = 2 if _needs_version_2(config) else 1
+        if self.rotation == "none":
+            del config["rotation"]
+        return config
+
+
+def _needs_version_2(scheme: Mapping[str, Any]) -> bool:
+    """Whether these fields of a scheme, which may be wrong ones, hold keys that version 1 lacks."""
+    overrides = scheme.get("overrides")
+    entries = list(overrides.values()) if isinstance(overrides, Mapping) else []
+    entries = [e.given() if isinstance(e, LayerOverride) else e for e in entries]
+    keys = {key for entry in entries if isinstance(entry, Mapping) for key in entry}
+    return scheme.get("rotation", "none") != "none" or not keys <= {"block_size"}
 
 
 def check_patterns(field: str, patterns: Iterable[str], names: Iterable[str]) -> None:
@@ -235,6 +349,42 @@ def fitting_block_size(columns: int, wanted: int) -> int | None:
     return None
 
 
+def fitted(layer: LayerFormat, columns: int) -> LayerFormat | None:
+    """`layer` with a block size and a rotation that divide `columns`; None if no block size does.
+
+    The block size as :func:`fitting_block_size`; a layer that the rotation's group does not divide
+    is not rotated.
+    """
+    block_size = fitting_block_size(columns, layer.block_size)
+    if block_size is None:
+        return None
+    rotation: Rotation = "none" if columns % ROTATION_GROUP else layer.rotation
+    return layer._replace(block_size=block_size, rotation=rotation)
+
+
+def disagreement(parts: Mapping[str, LayerFormat | None]) -> tuple[str, str] | None:
+    """How the parts of a matrix that engines run as one differ, or None if they do not.
+
+    Args:
+        parts: name -> how the part is quantized; None if it stays in 16 bit.
+
+    Returns:
+        (the parts with what differs, what all of them need to have in common).
+    """
+    packed = [part for part in parts.values() if part is not None]
+    if len(set(parts.values())) <= 1:
+        return None
+    keys = [key for key in LayerOverride.model_fields if len({getattr(p, key) for p in packed}) > 1]
+    keys = keys or ["block_size"]
+    words = {key: key.replace("_", " ") for key in keys}
+    listed = (
+        f"{name} "
+        + ("16 bit" if part is None else ", ".join(f"{words[k]} {getattr(part, k)}" for k in keys))
+        for name, part in parts.items()
+    )
+    return ", ".join(listed), " and ".join(words.values())
+
+
 def first_fault(error: ValidationError) -> tuple[str, str, str]:
     """The field of the first fault, its value, and what is wrong with it as half a sentence.
 
@@ -257,8 +407,7 @@ def _one_sentence(error: ValidationError, where: str) -> str:
             owner = LayerOverride if fault["loc"][0] == "overrides" else Scheme
             known = ", ".join(owner.model_fields)
             return f"{where}: the key {field!r} is not known; allowed are {known}"
-    if errors[0]["type"] == "missing":
-        field = ".".join(str(part) for part in errors[0]["loc"])
-        return f"{where}: {field} is missing"
     field, value, reason = first_fault(error)
-    return f"{where}: {field} is {value}; {reason}" if value else f"{where}: {field}: {reason}"
+    if not value:
+        return ": ".join(part for part in (where, field, reason) if part)
+    return f"{where}: {field} is {value}; {reason}"

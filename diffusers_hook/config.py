@@ -22,12 +22,13 @@ from pydantic import (
     model_validator,
 )
 
-from dialect_kernels.formatbook import ActivationFormat, BlockSize, BookName
+from dialect_kernels.formatbook import ActivationFormat, BlockSize, BookName, Rotation
 from dialect_kernels.layer_names import check_expressions, matches
 
 __all__ = ["QUANT_METHOD", "ConfigError", "SemanticDialectConfig"]
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
+"""The latest version that this release reads; version 2 adds `rotation`."""
 _SALIENT_FRACTION = 0.10
 
 _RENAMED = {"activation": "activation_format", "skip": "ignore"}
@@ -52,12 +53,14 @@ class SemanticDialectConfig(BaseModel):
 
     Attributes:
         quant_method: always ``"semantic_dialect"``.
-        format_version: version of the stored format, 1.
+        format_version: version of the stored format: 2 with a rotation, else 1.
         book: formatbook of weights and activations: ``"semantic_32"`` (SemanticDialect) or
             ``"dialect_fp4"`` (BlockDialect).
         block_size: elements per block, along the reduction dimension.
         activation_format: ``"dialect"`` (W4A4), ``"fp8"`` (W4A8; ours) or ``"none"`` (W4A16;
             ours). Salient tokens and SeDA need ``"dialect"``.
+        rotation: ``"hadamard_32"`` or ``"none"``, of weights and activations (ours). A layer whose
+            columns 32 does not divide is not rotated.
         ignore: patterns of linear layers that stay in 16 bit: exact names from the model's root,
             or ``re:`` and a regular expression that matches from the name's beginning, e.g.
             ``re:blocks\\.0\\.``; see :mod:`dialect_kernels.layer_names`.
@@ -80,17 +83,18 @@ class SemanticDialectConfig(BaseModel):
         keep_original: where ``disable`` finds the 16-bit weights: ``"disk"`` (the files they were
             loaded from), ``"host"`` (a copy in host memory), ``"none"`` (nowhere), or None:
             ``"disk"`` where the files are known, else ``"host"``.
-        strict: refuse a model in which salient tokens and groups cannot be found, instead of
-            quantizing it without them after a warning.
+        strict: refuse a model in which salient tokens and groups cannot be found, or a layer that
+            cannot be rotated, instead of quantizing it without them after a warning.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     quant_method: _QuantMethod = Field(default=QUANT_METHOD, strict=False)
-    format_version: int = _FORMAT_VERSION
+    format_version: int = 1
     book: BookName = "semantic_32"
     block_size: BlockSize = 32
     activation_format: ActivationFormat = "dialect"
+    rotation: Rotation = "none"
     ignore: tuple[str, ...] = Field(default=(), strict=False)
     modulation: Literal["16bit", "fp8"] | None = None
     salient_fraction: float = Field(default=_SALIENT_FRACTION, ge=0.0, le=1.0)
@@ -120,7 +124,8 @@ class SemanticDialectConfig(BaseModel):
     def _known_version(cls, version: int) -> int:
         if version > _FORMAT_VERSION:
             raise ValueError(
-                f"this release reads version {_FORMAT_VERSION}; upgrade blockdialect to read it"
+                f"this release reads versions up to {_FORMAT_VERSION}; upgrade blockdialect to "
+                "read it"
             )
         if version < 1:
             raise ValueError("versions begin at 1; save the model again")
@@ -142,6 +147,21 @@ class SemanticDialectConfig(BaseModel):
         if len(sizes) != 3 or not all(type(size) is int and size >= 1 for size in sizes):
             raise ValueError("it must be three whole numbers from 1 on: frames, rows and columns")
         return window
+
+    @model_validator(mode="before")
+    @classmethod
+    def _version_by_keys(cls, options: Any) -> Any:
+        rotated = isinstance(options, dict) and options.get("rotation", "none") != "none"
+        return {"format_version": 2} | options if rotated else options
+
+    @model_validator(mode="after")
+    def _version_has_the_keys(self) -> SemanticDialectConfig:
+        if self.rotation != "none" and self.format_version < 2:
+            raise ValueError(
+                f"rotation: {self.rotation!r} needs format_version 2, not {self.format_version}; "
+                "save the model again"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> SemanticDialectConfig:
@@ -187,7 +207,8 @@ class SemanticDialectConfig(BaseModel):
         Raises:
             ConfigError: as the constructor.
         """
-        return SemanticDialectConfig(**{**self.model_dump(exclude_unset=True), **options})
+        kept = self.model_dump(exclude_unset=True, exclude={"format_version"})
+        return SemanticDialectConfig(**{**kept, **options})
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> SemanticDialectConfig:
@@ -203,14 +224,16 @@ class SemanticDialectConfig(BaseModel):
         return cls(**{**_with_present_names(config_dict), **kwargs})
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration in JSON's types."""
-        return self.model_dump(mode="json")
+        """The configuration in JSON's types; without a rotation, that of version 1."""
+        if self.rotation != "none":
+            return self.model_dump(mode="json")
+        return self.model_dump(mode="json", exclude={"rotation"}) | {"format_version": 1}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Method, version and the options that are not at their defaults."""
         always = ("quant_method", "format_version")
         default = type(self)().to_dict()
-        return {k: v for k, v in self.to_dict().items() if k in always or v != default[k]}
+        return {k: v for k, v in self.to_dict().items() if k in always or v != default.get(k)}
 
     def to_json_string(self, use_diff: bool = True) -> str:
         """The configuration as JSON text; diffusers logs and saves this."""

@@ -4,7 +4,7 @@ Each weight is rounded to BlockDialect with blocks of 16, 32 and 64 (dialects by
 MXFP4 with blocks of 32 and to NVFP4 with blocks of 16. Sums over some rows of a layer, evenly
 spread, stand for all its rows. The report measures the error of the weights, not of the model:
 formats that take different numbers of bits, or have similar errors, can be compared by perplexity
-only.
+only. With a rotation, all formats round the rotated weight.
 """
 
 from __future__ import annotations
@@ -19,8 +19,15 @@ import torch
 
 from dialect_kernels import PackedTensor
 from dialect_kernels.baselines import quantize_mxfp4, quantize_nvfp4
-from dialect_kernels.formatbook import BLOCK_SIZES, DIALECT_FP4, Formatbook
+from dialect_kernels.formatbook import (
+    BLOCK_SIZES,
+    DIALECT_FP4,
+    ROTATION_GROUP,
+    Formatbook,
+    Rotation,
+)
 from dialect_kernels.ops import dequantize, quantize_counted
+from dialect_kernels.rotation import rotate_weight
 
 from ..checkpoint.loss import signal_and_noise, sqnr
 from ..checkpoint.progress import Progress
@@ -124,11 +131,13 @@ class Report:
         source: name of the checkpoint.
         formats: names of the formats, in the order to show them.
         layers: one entry per layer that a conversion would quantize.
+        rotation: of the weights in which it divides the columns.
     """
 
     source: str
     formats: tuple[str, ...]
     layers: tuple[LayerReport, ...]
+    rotation: Rotation = "none"
 
     def totals(self) -> dict[str, FormatLoss]:
         """Each format over all layers that have it: bits by weight, SQNR of the summed error."""
@@ -159,6 +168,7 @@ class Report:
         return {
             "source": self.source,
             "formats": list(self.formats),
+            "rotation": self.rotation,
             "layers": layers,
             "totals": totals,
         }
@@ -217,6 +227,7 @@ def measure_layers(
     formats: Sequence[Format],
     progress: Progress,
     max_rows: int | None = None,
+    rotation: Rotation = "none",
 ) -> tuple[LayerReport, ...]:
     """Round each layer's weight to each format whose blocks divide its columns, on all cores.
 
@@ -227,6 +238,7 @@ def measure_layers(
         progress: receives every layer.
         max_rows: measure at most this many rows of a layer, spread evenly and always the same ones
             (NVFP4's scale of the tensor is then that of the sample); None for all.
+        rotation: of the weights before they are rounded, where it divides their columns.
 
     Raises:
         ValueError: naming tensor and position, if a measured row holds NaN or Inf.
@@ -238,7 +250,7 @@ def measure_layers(
     def measure(name: str) -> LayerReport:
         with checkpoint.open_shard(checkpoint.tensors[f"{name}.weight"].shard) as file:
             weight = file.get_tensor(f"{name}.weight")  # a map of the file: rows are read when used
-        return _measure_layer(name, weight, formats, max_rows)
+        return _measure_layer(name, weight, formats, max_rows, rotation)
 
     reports = []
     with Workers() as workers:
@@ -249,7 +261,11 @@ def measure_layers(
 
 
 def _measure_layer(
-    name: str, weight: torch.Tensor, formats: Sequence[Format], max_rows: int | None
+    name: str,
+    weight: torch.Tensor,
+    formats: Sequence[Format],
+    max_rows: int | None,
+    rotation: Rotation,
 ) -> LayerReport:
     rows, columns = weight.shape
     count = rows if max_rows is None else min(rows, max_rows)
@@ -258,6 +274,10 @@ def _measure_layer(
         weight = weight[chosen]
     largest = _largest(f"{name}.weight", weight, chosen)
     scale = rows / max(1, count)
+    if rotation != "none" and columns % ROTATION_GROUP == 0:
+        weight = rotate_weight(weight, rotation)
+        largest = _largest(f"{name}.weight, rotated", weight, chosen)
+        scale /= ROTATION_GROUP  # a rotated weight has so many times the energy
     signal, losses = 0.0, {}
     for entry in formats:
         if columns % entry.columns:
@@ -312,7 +332,8 @@ def render(report: Report) -> str:
     bits = [f"{loss.bits_per_weight:.3f}" for loss in report.totals().values()]
     first = [("bits per weight", "", *bits)]
     table = layer_table(["shape", *heads], report.layers, cells, first=first)
-    return f"SQNR of the weights in dB\n{sample_note(report.layers)}\n\n{table}"
+    rotated = "" if report.rotation == "none" else f", rotated by {report.rotation},"
+    return f"SQNR of the weights{rotated} in dB\n{sample_note(report.layers)}\n\n{table}"
 
 
 def sample_note(layers: Sequence[LayerReport]) -> str:

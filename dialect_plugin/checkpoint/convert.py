@@ -19,11 +19,13 @@ from typing import NamedTuple
 import torch
 
 from dialect_kernels import PackedTensor
-from dialect_kernels.formatbook import NAN_ROW
+from dialect_kernels.backend import Quantized
+from dialect_kernels.formatbook import NAN_ROW, ROTATION_GROUP
 from dialect_kernels.ops import dequantize, quantize_counted
 from dialect_kernels.packed import STORED_FIELDS, bits_per_weight
+from dialect_kernels.rotation import rotate_activation, rotate_weight
 
-from ..scheme import Scheme
+from ..scheme import LayerFormat, Rotation, Scheme
 from .companions import Companions, find_companions
 from .finish import finish_checkpoint
 from .journal import FinishedShard, Journal, LayerRecord, fingerprint, open_journal
@@ -60,6 +62,8 @@ __all__ = ["ConversionResult", "convert", "render"]
 _STORED_DTYPES = {torch.uint8: "U8", torch.int8: "I8"}
 _CHUNK_ELEMENTS = 1 << 18  # fits in the cache; memory is some 16 bytes per element and worker
 _COPY_BYTES = 1 << 20
+_ROTATES = torch.finfo(torch.float32).max / ROTATION_GROUP
+"""Numbers up to this one never overflow when they are rotated."""
 
 
 @dataclass(frozen=True)
@@ -167,21 +171,24 @@ class _Conversion:
     workers: Workers
 
     def check_weights(self) -> None:
-        """Raise CheckpointError at the first NaN or Inf in a weight that will be quantized."""
-        names = [f"{layer}.weight" for layer in self.choice.block_sizes]
-        infos = {name: self.checkpoint.tensors[name] for name in names}
+        """Raise CheckpointError at the first NaN or Inf in a weight that will be quantized.
+
+        It is in the weight, or in what its rotation makes of it.
+        """
+        infos = {name: self.checkpoint.tensors[f"{name}.weight"] for name in self.choice.formats}
         infos = {n: info for n, info in infos.items() if info.shard not in self.journal.shards}
         self.progress.begin("checking", len(infos), sum(info.nbytes for info in infos.values()))
-        for name, info in infos.items():
-            groups = self.checkpoint.read_rows(name, _CHUNK_ELEMENTS)
+        for layer, info in infos.items():
+            groups = self.checkpoint.read_rows(f"{layer}.weight", _CHUNK_ELEMENTS)
+            check = partial(_first_not_finite, self.choice.formats[layer].rotation)
             first_row = 0
-            for rows, fault in self.workers.map(_first_not_finite, groups):
+            for rows, fault in self.workers.map(check, groups):
                 if fault is not None:
-                    row, column, value = fault
+                    what, value, row, column = fault
                     raise CheckpointError(
-                        f"{name} in {info.shard}: {value} at [{first_row + row}, {column}]; only "
-                        "finite weights can be quantized: repair the checkpoint, or --ignore "
-                        f"{name.removesuffix('.weight')}"
+                        f"{layer}.weight in {info.shard}: {what}{value} at "
+                        f"[{first_row + row}, {column}]; only finite weights can be quantized: "
+                        f"repair the checkpoint, or --ignore {layer}"
                     )
                 first_row += rows
             self.progress.advance(info.nbytes)
@@ -233,25 +240,22 @@ class _Conversion:
             signal, noise = signal + group.signal, noise + group.noise
             below += group.below_window
         rows, columns = self.checkpoint.tensors[f"{layer}.weight"].shape
-        block_size = self.choice.block_sizes[layer]
+        block_size = self.choice.formats[layer].block_size
         return LayerRecord(layer, rows, columns, block_size, packed_bytes, signal, noise, below)
 
     def _quantized_groups(self, layer: str) -> Iterator[_Rows]:
         """Groups of rows of a layer, quantized by the workers, in order."""
-        name, block_size = f"{layer}.weight", self.choice.block_sizes[layer]
-        book = self.choice.scheme.formatbook
+        name, form = f"{layer}.weight", self.choice.formats[layer]
 
         def quantize_rows(weight: torch.Tensor) -> _Rows:
-            packed, below = quantize_counted(weight, book, block_size, name=name, finite=True)
+            packed, below = _quantized(weight, form, name)
             if bool((packed.row_exponent == NAN_ROW).any()):  # checked before: it has changed
                 shard = self.checkpoint.path / self.checkpoint.tensors[name].shard
                 raise CheckpointError(
                     f"{shard}: {name} changed while it was converted and holds NaN or Inf now; "
                     "leave the source alone during a conversion, and convert it again"
                 )
-            signal, noise = signal_and_noise(
-                weight, lambda start, stop: dequantize(packed.slice_rows(start, stop))
-            )
+            signal, noise = signal_and_noise(weight, partial(_values, packed))
             return _Rows(packed, signal, noise, int((below > 0).sum()))
 
         return self.workers.map(quantize_rows, self.checkpoint.read_rows(name, _CHUNK_ELEMENTS))
@@ -310,7 +314,12 @@ def render(result: ConversionResult) -> str:
     if choice.adapted:
         lines.append(
             "the block size does not divide the columns of these layers, which have another one: "
-            + folded(f"{name} ({choice.block_sizes[name]})" for name in choice.adapted)
+            + folded(f"{name} ({choice.formats[name].block_size})" for name in choice.adapted)
+        )
+    if choice.unrotated:
+        lines.append(
+            f"the columns of these layers are not a multiple of {ROTATION_GROUP}, so that they are "
+            "not rotated: " + folded(choice.unrotated)
         )
     if choice.indivisible:
         lines.append(
@@ -355,7 +364,20 @@ def _beside_the_weights(result: ConversionResult) -> Iterator[str]:
 def _packed_layer(tensor: str, choice: LayerChoice) -> str | None:
     """The layer whose weight the tensor is, if it will be packed."""
     layer = tensor.removesuffix(".weight")
-    return layer if tensor.endswith(".weight") and layer in choice.block_sizes else None
+    return layer if tensor.endswith(".weight") and layer in choice.formats else None
+
+
+def _quantized(rows: torch.Tensor, form: LayerFormat, name: str) -> Quantized:
+    """Rows of the weight `name`, which are finite."""
+    return quantize_counted(
+        rows, form.formatbook, form.block_size, name=name, rotation=form.rotation, finite=True
+    )
+
+
+def _values(packed: PackedTensor, start: int, stop: int) -> torch.Tensor:
+    """These rows of a packed weight, rotated back, float32, fresh."""
+    values = dequantize(packed.slice_rows(start, stop))
+    return rotate_activation(values, packed.rotation)
 
 
 def _contents(checkpoint: Checkpoint, shard: str, choice: LayerChoice) -> dict[str, StoredTensor]:
@@ -370,20 +392,32 @@ def _contents(checkpoint: Checkpoint, shard: str, choice: LayerChoice) -> dict[s
             continue
         rows, columns = info.shape
         for field in STORED_FIELDS:
-            shape = field.shape(rows, columns, choice.block_sizes[layer])
+            shape = field.shape(rows, columns, choice.formats[layer].block_size)
             dtype = _STORED_DTYPES[field.dtype]
             nbytes = math.prod(shape) * field.dtype.itemsize
             stored[f"{layer}.{field.stored}"] = StoredTensor(dtype, shape, nbytes)
     return stored
 
 
-def _first_not_finite(weight: torch.Tensor) -> tuple[int, tuple[int, int, float] | None]:
-    """The number of rows, and row, column and value of the first NaN or Inf."""
-    rows = weight.shape[0]
-    if not weight.numel() or all(bool(end.isfinite()) for end in torch.aminmax(weight)):
-        return rows, None  # minimum and maximum are NaN if any element is
+def _first_not_finite(
+    rotation: Rotation, weight: torch.Tensor
+) -> tuple[int, tuple[str, float, int, int] | None]:
+    """The number of rows, and the first NaN or Inf: where it comes from, value, row and column."""
+    rows, what = weight.shape[0], ""
+    largest = _largest(weight)
+    if rotation != "none" and _ROTATES < largest < math.inf:
+        weight, what = rotate_weight(weight, rotation), f"rotated by {rotation}, "
+        largest = _largest(weight)
+    if largest < math.inf:  # which NaN is not
+        return rows, None
     row, column = (~weight.isfinite()).nonzero()[0].tolist()
-    return rows, (row, column, float(weight[row, column]))
+    return rows, (what, float(weight[row, column]), row, column)
+
+
+def _largest(weight: torch.Tensor) -> float:
+    """The largest magnitude; NaN if any element is."""
+    ends = torch.aminmax(weight) if weight.numel() else ()
+    return max((abs(float(end)) for end in ends), default=0.0)
 
 
 def _refuse_changed(
@@ -461,9 +495,7 @@ def _begins_alike(source: Checkpoint, packed: Checkpoint, name: str, choice: Lay
         first, second = (next(chunk, b"") for chunk in chunks)
         return first == second
     rows = next(source.read_rows(name, _CHUNK_ELEMENTS))
-    expected = quantize_counted(
-        rows, choice.scheme.formatbook, choice.block_sizes[layer], name=name, finite=True
-    )[0]
+    expected = _quantized(rows, choice.formats[layer], name).packed
     for field, tensor in zip(STORED_FIELDS, expected.tensors, strict=True):
         data = tensor.flatten().view(torch.uint8).numpy().tobytes()
         if data and next(packed.read_bytes(f"{layer}.{field.stored}", len(data))) != data:

@@ -61,11 +61,12 @@ def export_fp8(packed: PackedCheckpoint, destination: Path, progress: Progress) 
         progress: receives every tensor.
 
     Raises:
-        CheckpointError, ValueError: one sentence, if the destination cannot be used or a tensor is
-            missing, does not fit or holds reserved values.
+        CheckpointError, ValueError: one sentence, if a layer is rotated, the destination cannot be
+            used, or a tensor is missing, does not fit or holds reserved values.
         OSError: if writing fails.
     """
     source = packed.checkpoint
+    _refuse_rotated(packed)
     check_destination(source.path, destination)
     if destination.exists() and any(destination.iterdir()):
         raise CheckpointError(f"{destination}: is not empty; choose another directory")
@@ -101,6 +102,17 @@ def render(result: ExportResult) -> str:
         f"{result.layers} layers in FP8, no weight changed; tensors "
         f"{result.source_bytes / 1e6:,.1f} MB -> {result.exported_bytes / 1e6:,.1f} MB"
     )
+
+
+def _refuse_rotated(packed: PackedCheckpoint) -> None:
+    for name in packed.layers:
+        rotation = packed.scheme.layer(name).rotation
+        if rotation != "none":
+            raise CheckpointError(
+                f"{packed.checkpoint.path}: the layer {name} has the rotation {rotation}, and "
+                "engines that serve FP8 do not rotate its input; convert the 16-bit model again "
+                "without --rotation, and export that"
+            )
 
 
 def _compressed_tensors_config(packed: PackedCheckpoint) -> dict[str, Any]:

@@ -11,10 +11,10 @@ import torch
 
 from dialect_kernels.packed import bits_per_weight
 
-from ..scheme import METHODS
+from ..scheme import METHODS, LayerFormat
 from .progress import Progress
 from .reader import PACKED_SUFFIXES, PackedCheckpoint, open_packed
-from .tables import layer_table, only_or_blank, shape_cell
+from .tables import layer_table, mixed_keys, only_or_blank, shape_cell
 
 __all__ = ["Inspection", "LayerInspection", "inspect_checkpoint", "render"]
 
@@ -26,7 +26,7 @@ class LayerInspection:
     Attributes:
         name: the layer.
         rows, columns: shape of its weight.
-        block_size: its block size.
+        format: how it is quantized.
         nbytes: bytes it is stored in.
         largest_delta: largest distance of a block below its row's exponent, in binades.
         dialects: blocks per dialect id.
@@ -35,7 +35,7 @@ class LayerInspection:
     name: str
     rows: int
     columns: int
-    block_size: int
+    format: LayerFormat
     nbytes: int
     largest_delta: int
     dialects: tuple[int, ...]
@@ -79,7 +79,7 @@ def inspect_checkpoint(path: str | Path, progress: Progress) -> Inspection:
                 name=name,
                 rows=weight.shape[0],
                 columns=weight.shape[1],
-                block_size=weight.block_size,
+                format=packed.scheme.layer(name),
                 nbytes=weight.nbytes,
                 largest_delta=int(weight.deltas().max()) if weight.meta.numel() else 0,
                 dialects=tuple(counts.tolist()),
@@ -92,24 +92,35 @@ def inspect_checkpoint(path: str | Path, progress: Progress) -> Inspection:
 def render(found: Inspection) -> str:
     """What was found, and the bytes and dialects of all layers, projections, depths and layers."""
     scheme = found.packed.scheme
+    rotation = "" if scheme.rotation == "none" else f", rotation {scheme.rotation}"
     summary = (
         f"valid: format version {scheme.format_version}, book {scheme.book}, activations "
-        f"{scheme.activation_format} ({METHODS[scheme.activation_format].bits})\n"
+        f"{scheme.activation_format} ({METHODS[scheme.activation_format].bits}){rotation}\n"
         f"{len(found.layers)} packed layers, {found.bits_per_weight:.3f} bits per weight; "
         f"{len(scheme.ignore)} names or patterns in 16 bit"
     )
-    heads = ["shape", "block", "bytes", "max\ndelta", "commonest\ndialects"]
-    return f"{summary}\n\n{layer_table(heads, found.layers, _cells)}"
+    mixed = mixed_keys(layer.format for layer in found.layers)
+    heads = ["shape", "block", *(head for _, head in mixed), "bytes"]
+    heads += ["max\ndelta", "commonest\ndialects"]
+
+    def cells(layers: Sequence[LayerInspection]) -> list[str]:
+        keys = ("block_size", *(key for key, _ in mixed))
+        return [
+            shape_cell(layers),
+            *(only_or_blank(str(getattr(layer.format, key)) for layer in layers) for key in keys),
+            f"{sum(layer.nbytes for layer in layers):,}",
+            str(max((layer.largest_delta for layer in layers), default=0)),
+            _commonest(layers),
+        ]
+
+    return f"{summary}\n\n{layer_table(heads, found.layers, cells)}"
 
 
-def _cells(layers: Sequence[LayerInspection]) -> list[str]:
+def _commonest(layers: Sequence[LayerInspection]) -> str:
+    """The three commonest dialects of layers that have one book, else nothing."""
+    if len({layer.format.book for layer in layers}) != 1:
+        return ""
     counts = [sum(column) for column in zip(*(layer.dialects for layer in layers), strict=True)]
     total = max(1, sum(counts))
     common = Counter(dict(enumerate(counts))).most_common(3)
-    return [
-        shape_cell(layers),
-        only_or_blank(str(layer.block_size) for layer in layers),
-        f"{sum(layer.nbytes for layer in layers):,}",
-        str(max((layer.largest_delta for layer in layers), default=0)),
-        " ".join(f"{identity}:{100 * count / total:.0f}%" for identity, count in common),
-    ]
+    return " ".join(f"{identity}:{100 * count / total:.0f}%" for identity, count in common)

@@ -7,10 +7,19 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dialect_kernels.formatbook import ROTATION_GROUP
 from dialect_kernels.layer_names import matches
 
 from .. import architectures
-from ..scheme import Scheme, SchemeError, check_patterns, fitting_block_size
+from ..scheme import (
+    LayerFormat,
+    Scheme,
+    SchemeError,
+    check_patterns,
+    disagreement,
+    fitted,
+    fitting_block_size,
+)
 from .options import ConvertOptions
 from .reader import Checkpoint, CheckpointError
 
@@ -39,8 +48,10 @@ class LayerChoice:
     """Which layers of a checkpoint are quantized, and how.
 
     Attributes:
-        block_sizes: layer -> block size of every layer that is quantized.
+        formats: layer -> how it is quantized, for every layer that is.
         adapted: layers whose columns their block size does not divide, and that take another one.
+        unrotated: layers that are not rotated because the rotation's group does not divide their
+            columns.
         indivisible: layers that stay in 16 bit because no block size divides their columns.
         incomplete: layers that stay in 16 bit because the checkpoint lacks another part of the
             matrix that engines fuse them into.
@@ -48,8 +59,9 @@ class LayerChoice:
         has_experts: whether the model has experts; they stay in 16 bit.
     """
 
-    block_sizes: dict[str, int]
+    formats: dict[str, LayerFormat]
     adapted: tuple[str, ...]
+    unrotated: tuple[str, ...]
     indivisible: tuple[str, ...]
     incomplete: tuple[str, ...]
     scheme: Scheme
@@ -57,14 +69,14 @@ class LayerChoice:
 
 
 def choose_layers(checkpoint: Checkpoint, options: ConvertOptions) -> LayerChoice:
-    """Choose the layers to quantize and their block sizes.
+    """Choose the layers to quantize, and how.
 
     Raises:
         CheckpointError: if the checkpoint is quantized already, its architecture is not known and
             no targets are given, or a chosen layer has a dtype that is not supported or is stored
             transposed.
-        SchemeError: if a pattern matches nothing, the parts of a fused layer disagree, or `strict`
-            finds a layer that does not fit.
+        SchemeError: if a pattern matches nothing, the parts of a fused layer disagree, or with
+            `strict` the columns of a layer do not fit.
     """
     _refuse_quantized(checkpoint)
     _ = checkpoint.architecture  # engines need it, whatever chooses the layers
@@ -79,17 +91,19 @@ def choose_layers(checkpoint: Checkpoint, options: ConvertOptions) -> LayerChoic
     _refuse_transposed(checkpoint, chosen)
     absent = _absent_parts(checkpoint, chosen)
     chosen = [name for name in chosen if name not in absent]
-    block_sizes, adapted, indivisible = _fit(checkpoint, chosen, options)
-    if not block_sizes:
+    wanted = {name: scheme.layer(name) for name in chosen}
+    formats = _fit(checkpoint, wanted, strict=options.strict)
+    if not formats:
         raise _nothing_fits(checkpoint)
-    _check_fused_layers(linear, block_sizes)
+    _check_fused_layers(linear, formats)
     missing = sorted({part for parts in absent.values() for part in parts})
     return LayerChoice(
-        block_sizes,
-        tuple(adapted),
-        tuple(indivisible),
+        formats,
+        tuple(n for n, form in formats.items() if form.block_size != wanted[n].block_size),
+        tuple(n for n, form in formats.items() if form.rotation != wanted[n].rotation),
+        tuple(name for name in chosen if name not in formats),
         tuple(absent),
-        _resolved(scheme, linear, block_sizes, missing),
+        _resolved(scheme, linear, formats, missing),
         has_experts=any(architectures.is_expert(name) for name in checkpoint.tensors),
     )
 
@@ -118,36 +132,37 @@ def _nothing_fits(checkpoint: Checkpoint) -> CheckpointError:
 
 
 def _fit(
-    checkpoint: Checkpoint, chosen: Collection[str], options: ConvertOptions
-) -> tuple[dict[str, int], list[str], list[str]]:
-    """Block sizes that divide the columns, the layers they were adapted for, and those left out.
+    checkpoint: Checkpoint, wanted: Mapping[str, LayerFormat], *, strict: bool
+) -> dict[str, LayerFormat]:
+    """How the layers are quantized whose columns some block size divides.
 
     Raises:
         CheckpointError, SchemeError: as :func:`choose_layers`.
     """
-    block_sizes: dict[str, int] = {}
-    adapted, indivisible = [], []
-    for name in chosen:
+    formats = {}
+    for name, layer in wanted.items():
         info = checkpoint.tensors[f"{name}.weight"]
         if info.dtype not in _QUANTIZABLE:
             raise CheckpointError(
                 f"{name}.weight: has dtype {info.dtype}; only BF16, F16 and F32 can be quantized: "
                 f"use the original checkpoint, or --ignore {name}"
             )
-        wanted = options.scheme.block_size_of(name)
-        fitting = fitting_block_size(info.shape[1], wanted)
-        if fitting != wanted and options.strict:
+        columns = info.shape[1]
+        fitting = fitted(layer, columns)
+        if strict and fitting_block_size(columns, layer.block_size) != layer.block_size:
             raise SchemeError(
-                f"{name}: its {info.shape[1]} columns are not a multiple of the block size "
-                f"{wanted}; override its block size, ignore it, or drop --strict"
+                f"{name}: its {columns} columns are not a multiple of the block size "
+                f"{layer.block_size}; override its block size, ignore it, or drop --strict"
             )
-        if fitting is None:
-            indivisible.append(name)
-            continue
-        if fitting != wanted:
-            adapted.append(name)
-        block_sizes[name] = fitting
-    return block_sizes, adapted, indivisible
+        if strict and fitting != layer:
+            raise SchemeError(
+                f"{name}: its {columns} columns are not a multiple of {ROTATION_GROUP}, which the "
+                f"rotation {layer.rotation} needs; override its rotation with none, ignore it, or "
+                "drop --strict"
+            )
+        if fitting is not None:
+            formats[name] = fitting
+    return formats
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -298,40 +313,33 @@ def _check_targets(targets: Collection[str], linear: list[str]) -> None:
             )
 
 
-def _check_fused_layers(linear: Collection[str], block_sizes: Mapping[str, int]) -> None:
+def _check_fused_layers(linear: Collection[str], formats: Mapping[str, LayerFormat]) -> None:
     """Raise SchemeError if layers that engines run as one matrix would be stored differently."""
     present = set(linear)
-    for name in block_sizes:
+    for name in formats:
         parts = [part for part in architectures.fused_with(name) if part in present]
-        if len({block_sizes.get(part) for part in parts}) > 1:
-            listed = ", ".join(
-                f"{part} block size {block_sizes[part]}"
-                if part in block_sizes
-                else f"{part} 16 bit"
-                for part in parts
-            )
+        found = disagreement({part: formats.get(part) for part in parts})
+        if found is not None:
+            listed, common = found
             raise SchemeError(
-                f"{listed}: engines run these as one matrix; give all of them the same block "
-                "size, or ignore all of them"
+                f"{listed}: engines run these as one matrix; give all of them the same {common}, "
+                "or ignore all of them"
             )
 
 
 def _resolved(
-    scheme: Scheme, linear: list[str], block_sizes: dict[str, int], absent: list[str]
+    scheme: Scheme, linear: list[str], formats: Mapping[str, LayerFormat], absent: list[str]
 ) -> Scheme:
-    """The scheme with exact names: what stays in 16 bit, and every block size that differs."""
-    untouched = [*(name for name in linear if name not in block_sizes), *absent]
-    overrides = {
-        name: {"block_size": size}
-        for name, size in block_sizes.items()
-        if size != scheme.block_size
-    }
+    """The scheme with exact names: what stays in 16 bit, and every layer that differs."""
+    untouched = [*(name for name in linear if name not in formats), *absent]
+    overrides = {name: scheme.differing(form) for name, form in formats.items()}
+    config = {k: v for k, v in scheme.to_config().items() if k != "format_version"}
     return Scheme.parse(
-        scheme.to_config()
+        config
         | {
             "serialized": True,
             "ignore": architectures.collapse_experts(untouched),
-            "overrides": overrides,
-            "lm_head": "lm_head" in block_sizes,
+            "overrides": {name: keys for name, keys in overrides.items() if keys},
+            "lm_head": "lm_head" in formats,
         }
     )

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dialect_kernels import __version__
+from dialect_kernels.formatbook import ROTATION_GROUP
 from dialect_kernels.packed import bits_per_weight
 
 from ..scheme import METHODS
 from .layer_choice import LayerChoice
 from .loss import sqnr
 from .reader import Checkpoint
+from .tables import mixed_keys
 
 if TYPE_CHECKING:
     from .journal import LayerRecord
@@ -42,10 +44,12 @@ def model_card(checkpoint: Checkpoint, layers: Sequence[LayerRecord], choice: La
         scheme=choice.scheme,
         choice=choice,
         layers=layers,
+        mixed=mixed_keys(choice.formats.values()),
         below=[layer for layer in layers if layer.rows_below_window],
         weights=weights,
         bits=bits_per_weight(sum(layer.packed_bytes for layer in layers), weights),
         sqnr_db=sqnr(sum(x.signal for x in layers), sum(x.noise for x in layers)),
         methods=METHODS,
+        rotation_group=ROTATION_GROUP,
         version=__version__,
     )

@@ -268,10 +268,16 @@ class PackedCheckpoint(Mapping[str, PackedTensor]):
                 tensors.append(file.get_tensor(name + suffix))
         codes, meta, row_exponent = tensors
         shape = (codes.shape[0], codes.shape[1] * 2) if codes.dim() == 2 else (0, 0)
-        block_size = self.scheme.block_size_of(name)
+        form = self.scheme.layer(name)
         try:
             packed = PackedTensor(
-                codes, meta, row_exponent, shape, self.scheme.formatbook, block_size
+                codes,
+                meta,
+                row_exponent,
+                shape,
+                form.formatbook,
+                form.block_size,
+                form.rotation,
             )
         except ValueError as error:
             raise CheckpointError(f"{self.checkpoint.path}: layer {name}: {error}") from None
@@ -404,7 +410,7 @@ def _check_packed_layers(checkpoint: Checkpoint, scheme: Scheme, found: Collecti
     for name in scheme.overrides:
         if not is_expression(name) and name not in found:
             raise CheckpointError(
-                f"{path}: config.json gives {name} a block size, but no such layer is packed; "
+                f"{path}: config.json has an override for {name}, but no such layer is packed; "
                 "convert the model again"
             )
 

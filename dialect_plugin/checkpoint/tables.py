@@ -11,10 +11,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-__all__ = ["folded", "layer_table", "natural_order", "only_or_blank", "shape_cell"]
+from ..scheme import LayerFormat
+
+__all__ = ["folded", "layer_table", "mixed_keys", "natural_order", "only_or_blank", "shape_cell"]
 
 _NUMBER = re.compile(r"(\d+)")
 _GAP = "  "
+_MIXED = (("book", "book"), ("activation_format", "activations"), ("rotation", "rotation"))
+"""Keys of a layer's format that have a column only where layers differ, and the columns' heads."""
 
 
 class _Shaped(Protocol):
@@ -123,6 +127,13 @@ def only_or_blank(values: Iterable[str]) -> str:
     """The value if all are the same, else an empty cell."""
     found = set(values)
     return found.pop() if len(found) == 1 else ""
+
+
+def mixed_keys(formats: Iterable[LayerFormat]) -> list[tuple[str, str]]:
+    """What layers differ in, beside the block size: keys of their formats, and the heads of columns
+    for them."""
+    found = list(formats)
+    return [(key, head) for key, head in _MIXED if len({getattr(f, key) for f in found}) > 1]
 
 
 @dataclass(frozen=True)

@@ -31,16 +31,18 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from dialect_kernels.layer_names import is_expression, matches, near_misses
+from dialect_kernels.layer_names import is_expression, near_misses
 
 from .. import architectures
 from ..scheme import (
     METHODS,
     QUANT_METHOD,
     ActivationFormat,
+    LayerFormat,
     Scheme,
     SchemeError,
-    fitting_block_size,
+    disagreement,
+    fitted,
 )
 from . import compat, loading
 from .errors import LoadError
@@ -89,8 +91,7 @@ class BlockDialectConfig(QuantizationConfig):
         super().__init__()
         scheme = scheme or Scheme(serialized=False)
         if self.forced_activation_format is not None:
-            update = {"activation_format": self.forced_activation_format}
-            scheme = scheme.model_copy(update=update)
+            scheme = scheme.with_activation_format(self.forced_activation_format)
         self.scheme = scheme
         self.complete = self.draft = False
         self._names = [*scheme.ignore, *scheme.overrides]
@@ -190,30 +191,29 @@ class BlockDialectConfig(QuantizationConfig):
             watch(layer, partial(loading.load, self))
             self.complete, self.draft = compat.loads_through_loaders(), compat.is_draft()
             columns = getattr(layer, "input_size_per_partition", layer.input_size)
-            block_size = self._block_size(prefix, layer.input_size, columns)
-            if block_size is None:
+            form = self._format(prefix, layer.input_size, columns)
+            if form is None:
                 return UnquantizedLinearMethod()
-            return BlockDialectLinearMethod(self._spec(prefix, block_size))
+            return BlockDialectLinearMethod(self._spec(prefix, form))
         if isinstance(layer, ParallelLMHead) and self.scheme.lm_head:
             if compat.is_pooling():
                 _log_once("the output projection of a pooling model is not quantized")
                 return None
             if compat.tied_embeddings():
                 raise SchemeError(_TIED)
-            block_size = self.scheme.block_size_of("lm_head")
-            return BlockDialectLinearMethod(self._spec("lm_head", block_size))
+            form = self.scheme.layer("lm_head")
+            if not self.scheme.serialized:
+                form = fitted(form, layer.embedding_dim) or form
+            return BlockDialectLinearMethod(self._spec("lm_head", form))
         if compat.is_expert_layer(layer):
             _log_once("MoE experts stay in 16 bit: blockdialect quantizes linear layers only")
         return None
 
-    def _spec(self, prefix: str, block_size: int) -> LinearSpec:
-        scheme = self.scheme
+    def _spec(self, prefix: str, form: LayerFormat) -> LinearSpec:
         return LinearSpec(
             name=prefix,
-            serialized=scheme.serialized or compat.loads_sharded_state(),
-            book=scheme.book,
-            block_size=block_size,
-            activation_format=scheme.activation_format,
+            serialized=self.scheme.serialized or compat.loads_sharded_state(),
+            format=form,
             complete=compat.loads_through_loaders(),
         )
 
@@ -247,43 +247,31 @@ class BlockDialectConfig(QuantizationConfig):
                 "expression"
             )
 
-    def _block_size(self, prefix: str, input_size: int, columns: int) -> int | None:
-        """Block size of a (fused) layer, or None if it stays in 16 bit."""
+    def _format(self, prefix: str, input_size: int, columns: int) -> LayerFormat | None:
+        """How a (fused) layer is quantized, or None if it stays in 16 bit."""
         parts = self._parts(prefix)
-        sizes = {part: self._part_block_size(part, input_size, columns) for part in parts}
-        if len(set(sizes.values())) > 1:
-            listed = ", ".join(
-                f"{part} {'16 bit' if size is None else f'block size {size}'}"
-                for part, size in sizes.items()
-            )
+        formats = {part: self._part_format(part, input_size, columns) for part in parts}
+        if (found := disagreement(formats)) is not None:
+            listed, common = found
             raise ValueError(
                 f"quantization_config: the parts of the fused layer {prefix} disagree ({listed}); "
-                "give all of them the same block size, or ignore all of them"
+                f"give all of them the same {common}, or ignore all of them"
             )
         self._fused |= dict.fromkeys(parts, prefix)
-        return sizes[parts[0]]
+        return formats[parts[0]]
 
-    def _part_block_size(self, name: str, input_size: int, columns: int) -> int | None:
-        """Block size of a layer of `input_size` columns, of which this rank has `columns`."""
+    def _part_format(self, name: str, input_size: int, columns: int) -> LayerFormat | None:
+        """How a layer of `input_size` columns is quantized, of which this rank has `columns`."""
         scheme = self.scheme
         spellings = _spellings(name)
         if any(scheme.is_ignored(spelling) for spelling in spellings):
             return None
-        wanted = scheme.block_size_of(self._overridden(spellings))
+        wanted = scheme.layer(*spellings)
         if scheme.serialized:
             return wanted  # the converter resolved everything to exact names
         if not _quantized_online(name):
             return None
-        return fitting_block_size(columns, wanted) or fitting_block_size(input_size, wanted)
-
-    def _overridden(self, spellings: list[str]) -> str:
-        """The spelling of a layer's name that an override has, an exact one first."""
-        overrides = self.scheme.overrides
-        for spelling in spellings:
-            if spelling in overrides:
-                return spelling
-        found = (s for s in spellings if any(matches(pattern, s) for pattern in overrides))
-        return next(found, spellings[0])
+        return fitted(wanted, columns) or fitted(wanted, input_size)
 
     def _parts(self, prefix: str) -> list[str]:
         """The checkpoint's names of a layer that vLLM may have fused."""

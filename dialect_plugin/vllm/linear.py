@@ -27,10 +27,11 @@ from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 from vllm.platforms import current_platform
 
 from dialect_kernels import PackedTensor, cpu, quantize
-from dialect_kernels.formatbook import book_by_name
+from dialect_kernels.formatbook import ROTATION_GROUP
 from dialect_kernels.ops import linear, warm_up
 from dialect_kernels.packed import STORED_FIELDS
 
+from ..scheme import LayerFormat
 from . import heap
 from .errors import LoadError
 from .parameters import checked, forget_loaded, held, loaded_shards
@@ -59,19 +60,24 @@ class LinearSpec:
     Attributes:
         name: vLLM's name of the layer, for messages.
         serialized: whether the checkpoint holds packed weights.
-        book: name of the formatbook.
-        block_size: 16, 32 or 64.
-        activation_format: ``"dialect"``, ``"fp8"`` or ``"none"``.
+        format: of its weight and of its activations.
         complete: whether every tensor must come from the checkpoint; False for load formats that
             fill parameters without their loaders, such as ``dummy``.
     """
 
     name: str
     serialized: bool
-    book: str
-    block_size: int
-    activation_format: str
+    format: LayerFormat
     complete: bool = True
+
+    def quantize(self, weight: torch.Tensor, name: str) -> PackedTensor:
+        """Quantize a weight of the layer, [N, K], called `name` in messages.
+
+        Raises:
+            ValueError: if it holds NaN or Inf.
+        """
+        form = self.format
+        return quantize(weight, form.formatbook, form.block_size, name=name, rotation=form.rotation)
 
 
 @register_weight_loader_v2_supported_method
@@ -125,7 +131,7 @@ class BlockDialectLinearMethod(LinearMethodBase):
             set_weight_attrs(layer.weight, extra_weight_attrs)
             initialize_online_processing(layer)
             return
-        sizes = (rows, columns, self.spec.block_size)
+        sizes = (rows, columns, self.spec.format.block_size)
         for field in STORED_FIELDS:
             data = torch.zeros(field.shape(*sizes), dtype=field.dtype)
             layer.register_parameter(field.stored, self._stored(field.stored, data))
@@ -134,7 +140,7 @@ class BlockDialectLinearMethod(LinearMethodBase):
         """The parameter that a packed tensor of the checkpoint is loaded into; it shares `data`."""
         field, (kind, dimensions) = _PARAMETERS[name]
         # a checkpoint's tensor is as wide as the whole layer, whatever this rank's share is
-        whole = field.shape(1, self._input_size, self.spec.block_size)
+        whole = field.shape(1, self._input_size, self.spec.format.block_size)
         width = whole[1] if len(whole) > 1 else None
         loader = checked(self._loader(), self.spec.name, name, width, (field.dtype,))
         made: Parameter = kind(data=data, output_dim=0, weight_loader=loader, **dimensions)
@@ -171,12 +177,7 @@ class BlockDialectLinearMethod(LinearMethodBase):
         original = self._loader
 
         def take(param: Any, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-            packed = quantize(
-                loaded_weight,
-                book_by_name(self.spec.book),
-                self.spec.block_size,
-                name=f"{self.spec.name}.{WEIGHT}",
-            )
+            packed = self.spec.quantize(loaded_weight, f"{self.spec.name}.{WEIGHT}")
             for name, tensor in packed.stored.items():
                 original()(getattr(layer, name), tensor, *args, **kwargs)
 
@@ -213,12 +214,7 @@ class BlockDialectLinearMethod(LinearMethodBase):
             self._packed(layer).validate(self.spec.name, prefix="weight_")
         else:
             weight = layer.weight.data
-            packed = quantize(
-                weight,
-                book_by_name(self.spec.book),
-                self.spec.block_size,
-                name=f"{self.spec.name}.weight",
-            )
+            packed = self.spec.quantize(weight, f"{self.spec.name}.{WEIGHT}")
             del layer.weight, weight
             if packed.device.type == "cpu":
                 heap.trim()
@@ -231,6 +227,7 @@ class BlockDialectLinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``x @ weight.T + bias``, [..., K] -> [..., N] in x's dtype."""
+        form = self.spec.format
         return linear(
             x,
             layer.weight_packed,
@@ -238,10 +235,11 @@ class BlockDialectLinearMethod(LinearMethodBase):
             layer.weight_row_exponent,
             bias,
             layer.weight_packed.shape[1] * 2,
-            self.spec.book,
-            self.spec.block_size,
-            self.spec.activation_format,
+            form.book,
+            form.block_size,
+            form.activation_format,
             "default",
+            form.rotation,
         )
 
     def _warm_up(self, layer: Any) -> None:
@@ -251,7 +249,7 @@ class BlockDialectLinearMethod(LinearMethodBase):
         if getattr(layer, "tp_rank", 0) > 0:
             dtypes.add(None)  # where ranks add up their parts, only the first adds the bias
         for bias_dtype in dtypes:
-            warm_up(self._packed(layer), self.spec.activation_format, self.dtype, bias_dtype)
+            warm_up(self._packed(layer), self.spec.format.activation_format, self.dtype, bias_dtype)
 
     @staticmethod
     def is_loaded(layer: Any) -> bool:
@@ -284,27 +282,33 @@ class BlockDialectLinearMethod(LinearMethodBase):
         return PackedTensor.from_stored(
             {field.stored: getattr(layer, field.stored).data for field in STORED_FIELDS},
             layer.weight_packed.shape[1] * 2,
-            book_by_name(self.spec.book),
-            self.spec.block_size,
+            self.spec.format.formatbook,
+            self.spec.format.block_size,
+            self.spec.format.rotation,
         )
 
     def _check(self, dtype: torch.dtype, columns: int, all_columns: int) -> None:
-        name, block_size = self.spec.name, self.spec.block_size
+        name, block_size = self.spec.name, self.spec.format.block_size
         if dtype not in _DTYPES:
             raise ValueError(
                 f"{name}: dtype {dtype} is not supported; use --dtype bfloat16, float16 or float32"
             )
-        if columns % block_size == 0:
+        if columns % block_size:
+            unit, key = f"the block size {block_size}", "block size"
+        elif self.spec.format.rotation != "none" and columns % ROTATION_GROUP:
+            unit = f"{ROTATION_GROUP}, which the rotation {self.spec.format.rotation} needs"
+            key = "rotation"
+        else:
             return
         if columns == all_columns:
             raise ValueError(
-                f"{name}: its {columns} input columns are not a multiple of the block size "
-                f"{block_size}; override its block size or ignore the layer"
+                f"{name}: its {columns} input columns are not a multiple of {unit}; override its "
+                f"{key} or ignore the layer"
             )
         raise ValueError(
             f"{name}: {columns} of {all_columns} input columns per tensor-parallel rank are not a "
-            f"multiple of the block size {block_size}; use another --tensor-parallel-size, or "
-            "override the layer's block size"
+            f"multiple of {unit}; use another --tensor-parallel-size, or override the layer's "
+            f"{key}"
         )
 
 

@@ -20,8 +20,6 @@ from typing import Any, Protocol
 import torch
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from dialect_kernels import quantize
-from dialect_kernels.formatbook import book_by_name
 from dialect_kernels.packed import STORED_FIELDS
 
 from ..scheme import Scheme, SchemeError
@@ -171,9 +169,7 @@ def _reload(
             if field != WEIGHT or method is None:
                 yield name, tensor
                 continue
-            spec = method.spec
-            packed = quantize(tensor, book_by_name(spec.book), spec.block_size, name=name)
-            for stored, value in packed.stored.items():
+            for stored, value in method.spec.quantize(tensor, name).stored.items():
                 yield f"{layer}.{stored}", value
 
     try:

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from dialect_kernels import PackedTensor, quantize
-from dialect_kernels.formatbook import ActivationFormat, Formatbook, book_by_name
+from dialect_kernels.formatbook import ActivationFormat, Formatbook, Rotation, book_by_name
 from dialect_kernels.ops import dequantize
+from dialect_kernels.rotation import rotate_activation
 
 from ..layouts import Stream
 from ..tokens import ops
@@ -48,6 +49,7 @@ class DialectLinear(QuantizedLinear):
         self.out_features, self.in_features = packed.shape
         self.book = packed.book.name
         self.block_size = packed.block_size
+        self.rotation = packed.rotation
         self.activation_format = activation_format
         self.stream = stream
         self.original_dtype = dtype
@@ -69,6 +71,7 @@ class DialectLinear(QuantizedLinear):
         block_size: int,
         activation_format: ActivationFormat,
         name: str,
+        rotation: Rotation = "none",
     ) -> DialectLinear:
         """Quantize a layer by exact error; its bias is shared.
 
@@ -79,12 +82,13 @@ class DialectLinear(QuantizedLinear):
             block_size: 16, 32 or 64; it divides K.
             activation_format: see :class:`~diffusers_hook.config.SemanticDialectConfig`.
             name: what error messages call the layer.
+            rotation: of weight and activations; it divides K.
 
         Raises:
             ValueError: if the weight cannot be quantized (naming it).
         """
         weight = layer.weight.detach()
-        packed = quantize(weight, book, block_size, "mse", name=f"{name}.weight")
+        packed = quantize(weight, book, block_size, "mse", name=f"{name}.weight", rotation=rotation)
         return cls(packed, layer.bias, stream, activation_format, weight.dtype)
 
     @classmethod
@@ -95,10 +99,11 @@ class DialectLinear(QuantizedLinear):
         book: Formatbook,
         block_size: int,
         activation_format: ActivationFormat,
+        rotation: Rotation = "none",
     ) -> DialectLinear:
         """A layer of the same shape without contents, on the meta device."""
         shape = (layer.out_features, layer.in_features)
-        packed = PackedTensor.empty(shape, book, block_size, "meta")
+        packed = PackedTensor.empty(shape, book, block_size, "meta", rotation)
         return cls(packed, layer.bias, stream, activation_format, layer.weight.dtype)
 
     def check(self, name: str) -> None:
@@ -110,12 +115,13 @@ class DialectLinear(QuantizedLinear):
     def packed(self) -> PackedTensor:
         """The weight as a packed tensor."""
         book = book_by_name(self.book)
-        tensors = self.packed_tensors
-        return PackedTensor.from_stored(tensors, self.in_features, book, self.block_size)
+        tensors, columns = self.packed_tensors, self.in_features
+        return PackedTensor.from_stored(tensors, columns, book, self.block_size, self.rotation)
 
     def decode(self) -> torch.Tensor:
-        """The decoded weight [N, K], a new tensor."""
-        return dequantize(self.packed, torch.float32).to(self.original_dtype)
+        """The decoded weight [N, K], rotated back, a new tensor."""
+        values = dequantize(self.packed, torch.float32)
+        return rotate_activation(values, self.rotation).to(self.original_dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``input @ weight.T + bias``, [..., K] -> [..., N] in the input's dtype."""
@@ -131,6 +137,7 @@ class DialectLinear(QuantizedLinear):
             self.block_size,
             self.activation_format,
             self.stream.value,
+            self.rotation,
         )
         return y
 
@@ -139,5 +146,6 @@ class DialectLinear(QuantizedLinear):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, book={self.book}, block_size={self.block_size}, "
-            f"activation_format={self.activation_format}, stream={self.stream.value}"
+            f"activation_format={self.activation_format}, rotation={self.rotation}, "
+            f"stream={self.stream.value}"
         )

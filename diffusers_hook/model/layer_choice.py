@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from dialect_kernels.arguments import check_dtype
-from dialect_kernels.formatbook import book_by_name
+from dialect_kernels.formatbook import ROTATION_GROUP, Rotation, book_by_name
 from dialect_kernels.layer_names import matches, near_misses
 
 from ..config import ConfigError, SemanticDialectConfig
@@ -21,6 +22,7 @@ from ..tokens.observe import Observed, observed_class
 
 __all__ = ["LayerChoice", "check_mechanisms", "choose_layers", "put"]
 
+_log = logging.getLogger(__name__)
 _MODULATION_SHARE = 0.05
 """Share of the parameters above which adaLN modulation is stored in FP8 by default."""
 
@@ -53,18 +55,18 @@ class LayerChoice:
         if path in self.modulation:
             return Fp8Linear.quantized(self.modulation[path], name)
         layer, stream = self.quantized[path]
-        book = book_by_name(config.book)
-        return DialectLinear.quantized(
-            layer, stream, book, config.block_size, config.activation_format, name
-        )
+        book, form = book_by_name(config.book), config.activation_format
+        rotation = _rotation(layer, config)
+        return DialectLinear.quantized(layer, stream, book, config.block_size, form, name, rotation)
 
     def empty_layer(self, path: str, config: SemanticDialectConfig) -> DialectLinear | Fp8Linear:
         """The layer that takes the place of `path`, on the meta device, for a loader to fill."""
         if path in self.modulation:
             return Fp8Linear.empty(self.modulation[path])
         layer, stream = self.quantized[path]
-        book = book_by_name(config.book)
-        return DialectLinear.empty(layer, stream, book, config.block_size, config.activation_format)
+        book, form = book_by_name(config.book), config.activation_format
+        rotation = _rotation(layer, config)
+        return DialectLinear.empty(layer, stream, book, config.block_size, form, rotation)
 
 
 def choose_layers(
@@ -109,6 +111,7 @@ def choose_layers(
         )
     for path, (layer, _) in quantized.items():
         _check_layer(f"{name}.{path}", layer, config.block_size, empty)
+    _check_rotation(name, quantized, config)
     modulation = _modulation(module, layout, config)
     _check_ignore(name, config, [*linears, *_modulation_layers(module, layout)])
     config = config.replaced(modulation="fp8" if modulation else "16bit")
@@ -164,6 +167,27 @@ def _check_layer(name: str, layer: nn.Linear, block_size: int, empty: bool) -> N
             f"{name}.weight: has {layer.in_features} columns, not a multiple of block_size "
             f"{block_size}; choose a smaller block_size or add the layer to ignore"
         )
+
+
+def _rotation(layer: nn.Linear, config: SemanticDialectConfig) -> Rotation:
+    """The rotation of a layer: none where it does not divide the columns."""
+    return "none" if layer.in_features % ROTATION_GROUP else config.rotation
+
+
+def _check_rotation(
+    name: str, layers: Mapping[str, tuple[nn.Linear, Stream]], config: SemanticDialectConfig
+) -> None:
+    """Warn of layers that cannot be rotated; with `strict`, raise ValueError."""
+    left = [path for path, (layer, _) in layers.items() if _rotation(layer, config) == "none"]
+    if config.rotation == "none" or not left:
+        return
+    fault = (
+        f"{name}: the columns of {', '.join(left)} are not a multiple of {ROTATION_GROUP}, which "
+        f"the rotation {config.rotation} needs"
+    )
+    if config.strict:
+        raise ValueError(f"{fault}; add these layers to ignore, or pass strict=False")
+    _log.warning("%s; they are not rotated", fault)
 
 
 def _modulation(

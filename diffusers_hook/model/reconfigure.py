@@ -15,7 +15,7 @@ from .saved_mark import mark
 
 __all__ = ["change_options", "changed_config"]
 
-_IN_THE_WEIGHTS = ("book", "block_size", "ignore", "modulation", "keep_original")
+_IN_THE_WEIGHTS = ("book", "block_size", "rotation", "ignore", "modulation", "keep_original")
 """Options that decide which weights are stored where."""
 
 _OF_THE_DIALECTS = ("salient_fraction", "seda")
@@ -42,7 +42,7 @@ def changed_config(
     """
     hook = attached(module)
     assert hook is not None
-    given = {n: getattr(config, n) for n in config.model_fields_set}
+    given = {n: getattr(config, n) for n in config.model_fields_set - {"format_version"}}
     if hook.originals is not None:
         raise RuntimeError(
             f"{name}: SemanticDialect is enabled already; call disable_semantic_dialect() first"

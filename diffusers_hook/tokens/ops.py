@@ -34,18 +34,19 @@ def _linear(
     block_size: int,
     activation_format: str,
     stream: str,
+    rotation: str = "none",
 ) -> torch.Tensor:
     weight = (codes, meta, row_exponent, bias, in_features, book, block_size)
     state = state_of(slot)
     if state is None:
-        return dialect_op(x, *weight, activation_format, "default")
+        return dialect_op(x, *weight, activation_format, "default", rotation)
     count = x.numel() // in_features
     rows = state.rows(Stream(stream), count, x.device)
     with state.meter.clock("linear layers"):
         if rows.salient is None and rows.group is None:
-            return dialect_op(x, *weight, activation_format, "default")
+            return dialect_op(x, *weight, activation_format, "default", rotation)
         samples = x.reshape(rows.batch, rows.tokens, in_features)
-        y = semantic_op(samples, *weight, rows.salient, rows.group)
+        y = semantic_op(samples, *weight, rows.salient, rows.group, rotation)
         return y.view(*x.shape[:-1], codes.shape[0])
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dialect_kernels import quantize
-from dialect_kernels.formatbook import DIALECT_FP4, Formatbook
+from dialect_kernels.formatbook import DIALECT_FP4, Formatbook, Rotation
 from tests.support.served_models import PROMPT, VOCABULARY
 
 FUSED = {
@@ -106,13 +106,14 @@ def expected_bytes(
     module: str,
     book: Formatbook = DIALECT_FP4,
     block_size: int = 32,
+    rotation: Rotation = "none",
 ) -> dict[str, torch.Tensor]:
     """The packed parameters of vLLM's `module`, quantized part by part from 16-bit `weights`."""
     parent, _, leaf = module.rpartition(".")
     names = [f"{module}.weight"]
     if names[0] not in weights:
         names = [f"{parent}.{part}.weight" for part in FUSED[leaf]]
-    parts = [quantize(weights[name], book, block_size) for name in names]
+    parts = [quantize(weights[name], book, block_size, rotation=rotation) for name in names]
     return {
         f"{module}.weight_packed": torch.cat([part.codes for part in parts]),
         f"{module}.weight_meta": torch.cat([part.meta for part in parts]),

@@ -10,8 +10,9 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from dialect_kernels import baselines, quantize, reference
-from dialect_kernels.formatbook import DIALECT_FP4, Formatbook
+from dialect_kernels import PackedTensor, baselines, quantize, reference
+from dialect_kernels.formatbook import DIALECT_FP4, Formatbook, Rotation
+from dialect_kernels.rotation import rotate_activation
 
 VOCABULARY = 500  # vLLM pads it to 512
 PROMPT = [1, 17, 300, 42, 499, 8, 8, 123, 77, 250, 3]
@@ -105,12 +106,13 @@ def expected_logprobs(
     lm_head: bool = False,
     adapter: dict[str, torch.Tensor] | None = None,
     adapter_scale: float = 1.0,
+    rotation: Rotation = "none",
 ) -> torch.Tensor:
     """Log-probabilities [len(PROMPT), VOCABULARY] of the quantized model, float32.
 
     transformers computes the model; the quantized layers get decoded weights and rounded inputs.
     `block_size` says None for layers that stay in 16 bit. `adapter` holds a LoRA adapter's tensors,
-    which see the inputs before they are rounded.
+    which see the inputs before they are rotated and rounded.
     """
     model = getattr(transformers, architecture).from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
@@ -124,20 +126,21 @@ def expected_logprobs(
             down = adapter[f"base_model.model.{name}.lora_A.weight"]
             up = adapter[f"base_model.model.{name}.lora_B.weight"]
             module.register_forward_hook(_add_adapter(down, up, adapter_scale))
-        module.weight.data = quantize(module.weight.data, book, size).dequantize()
-        module.forward = _on_rounded_input(module.forward, activation_format, book, size)
+        packed = quantize(module.weight.data, book, size, rotation=rotation)
+        module.weight.data = packed.dequantize()
+        module.forward = _on_rounded_input(module.forward, activation_format, packed)
     with torch.no_grad():
         logits = model(torch.tensor([PROMPT])).logits[0, :, :VOCABULARY]
     return torch.log_softmax(logits, dim=-1)
 
 
 def _on_rounded_input(
-    forward: Callable[..., torch.Tensor], activation_format: str, book: Formatbook, block_size: int
+    forward: Callable[..., torch.Tensor], activation_format: str, weight: PackedTensor
 ) -> Callable[..., torch.Tensor]:
     def rounded(x: torch.Tensor) -> torch.Tensor:
-        tokens = x.reshape(-1, x.shape[-1])
+        tokens = rotate_activation(x.reshape(-1, x.shape[-1]), weight.rotation)
         if activation_format == "dialect":
-            tokens = reference.round_activation(tokens, book, block_size)
+            tokens = reference.round_activation(tokens, weight.book, weight.block_size)
         elif activation_format == "fp8":
             codes, scale = baselines.quantize_fp8(tokens)
             tokens = codes.to(torch.float32) * scale[:, None]

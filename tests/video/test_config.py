@@ -49,8 +49,12 @@ from diffusers_hook import ConfigError, SemanticDialectConfig
          "'ignore'?"),
         ({"seda": "yes"}, "seda: 'yes' cannot be used: "),
         ({"keep_original": "tape"}, "keep_original: 'tape' cannot be used: "),
-        ({"format_version": 2}, "format_version: 2 cannot be used: this release reads version 1; "
-         "upgrade blockdialect to read it"),
+        ({"format_version": 3}, "format_version: 3 cannot be used: this release reads versions up "
+         "to 2; upgrade blockdialect to read it"),
+        ({"rotation": "hadamard"}, "rotation: 'hadamard' cannot be used: input should be 'none' "
+         "or 'hadamard_32'"),
+        ({"rotation": "hadamard_32", "format_version": 1}, "rotation: 'hadamard_32' needs "
+         "format_version 2, not 1; save the model again"),
         ({"format_version": 0}, "format_version: 0 cannot be used: versions begin at 1; "),
     ],
 )  # fmt: skip
@@ -76,6 +80,24 @@ def test_it_survives_json():
         "seda_window": [2, 2, 2],
         "selection": "bottom",
     }
+
+
+def test_a_rotation_makes_it_version_2():
+    rotated = SemanticDialectConfig(rotation="hadamard_32")
+    assert rotated.to_dict()["format_version"] == 2
+    assert SemanticDialectConfig.from_dict(rotated.to_dict()) == rotated
+    assert rotated.to_diff_dict() == {
+        "quant_method": "semantic_dialect",
+        "format_version": 2,
+        "rotation": "hadamard_32",
+    }
+    plain = rotated.replaced(rotation="none")
+    assert plain.to_dict() == SemanticDialectConfig().to_dict()
+    assert plain.to_dict()["format_version"] == 1
+    assert "rotation" not in plain.to_dict()
+    assert plain.replaced(rotation="hadamard_32").to_dict() == rotated.to_dict()
+    read = SemanticDialectConfig.from_dict(plain.to_dict() | {"format_version": 2})
+    assert read.to_dict() == plain.to_dict()
 
 
 OLD_NAMES = {"activation": "fp8", "skip": [r"blocks\.0\..*", "proj"], "salient_fraction": 0.0}

@@ -243,7 +243,7 @@ def test_the_chosen_scheme_is_that_of_the_options_with_exact_names(tiny_model):
     assert list(choice.scheme.overrides) == ["model.layers.1.mlp.down_proj"]
     assert choice.scheme.serialized  # a conversion packs, whatever the scheme was made for
     assert choice.scheme.activation_format == "fp8"
-    assert "lm_head" in choice.block_sizes
+    assert "lm_head" in choice.formats
 
 
 def test_options_are_closed_and_their_patterns_compile():

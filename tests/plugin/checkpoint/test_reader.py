@@ -124,7 +124,7 @@ def test_the_scheme_and_the_tensors_must_agree(packed):
     [
         ({"surprise": 1}, "the key 'surprise' is not known"),
         ({"block_size": "32"}, "block_size is '32'"),
-        ({"format_version": 2}, "upgrade blockdialect"),
+        ({"format_version": 3}, "upgrade blockdialect"),
         ({"format_version": 0}, "versions begin at 1"),
         ({"book": "other"}, "it must be 'dialect_fp4' or 'semantic_32'"),
         ({"serialized": False}, "serialized is false"),

@@ -21,7 +21,7 @@ def test_converts_without_options(architecture, tmp_path):
     source = make_dense_model(tmp_path / "source", architecture)
     result = convert(source, tmp_path / "packed")
     linear = open_checkpoint(source).linear_layers()
-    assert list(result.choice.block_sizes) == candidate_layers(linear)
+    assert list(result.choice.formats) == candidate_layers(linear)
 
 
 @pytest.mark.slow

@@ -348,9 +348,9 @@ def test_the_block_size_fits_the_columns_of_a_rank():
     config = get_quantization_config("blockdialect")(Scheme(serialized=False))
     prefix = "model.layers.0.mlp.down_proj"
     layer = RowParallelLinear(192, 128, bias=False, quant_config=config, prefix=prefix)
-    assert layer.quant_method.spec.block_size == 32
+    assert layer.quant_method.spec.format.block_size == 32
     layer.input_size_per_partition = 48  # of four ranks
-    assert config.get_quant_method(layer, prefix).spec.block_size == 16
+    assert config.get_quant_method(layer, prefix).spec.format.block_size == 16
 
 
 def test_a_packed_output_projection_of_a_pooling_model(tmp_path):

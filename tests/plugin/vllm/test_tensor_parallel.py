@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dialect_plugin.checkpoint.convert import convert
+from dialect_plugin.scheme import Scheme
 from tests.support.served_models import build, expected_logprobs
 
 pytestmark = pytest.mark.slow
@@ -42,7 +43,8 @@ def logprobs_on_two_ranks(model, tmp_path, options=""):
     return torch.tensor(json.loads(line.removeprefix("logprobs ")))
 
 
-def test_two_ranks_compute_what_one_does(tmp_path):
+@pytest.mark.parametrize("rotation", ["none", "hadamard_32"])
+def test_two_ranks_compute_what_one_does(rotation, tmp_path):
     """W4A16: the ranks' parts add up to the same sums, so the comparison can be tight.
 
     With rounded activations each rank rounds its own share of a row-parallel layer's inputs with a
@@ -50,9 +52,9 @@ def test_two_ranks_compute_what_one_does(tmp_path):
     whole row.
     """
     source = build("LlamaForCausalLM", tmp_path / "source")
-    convert(source, tmp_path / "packed")
+    convert(source, tmp_path / "packed", Scheme(rotation=rotation))
     found = logprobs_on_two_ranks(
         tmp_path / "packed", tmp_path, 'quantization="blockdialect_w4a16"'
     )
-    oracle = expected_logprobs(source, "LlamaForCausalLM", "none")[:-1]
+    oracle = expected_logprobs(source, "LlamaForCausalLM", "none", rotation=rotation)[:-1]
     torch.testing.assert_close(found, oracle, rtol=1e-4, atol=1e-3)

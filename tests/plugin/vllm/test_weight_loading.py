@@ -379,7 +379,9 @@ def test_parts_of_a_fused_layer_that_disagree():
 def test_columns_of_a_rank_and_dtypes_are_checked():
     from dialect_plugin.vllm.linear import BlockDialectLinearMethod, LinearSpec
 
-    method = BlockDialectLinearMethod(LinearSpec("down_proj", True, "dialect_fp4", 64, "dialect"))
+    method = BlockDialectLinearMethod(
+        LinearSpec("down_proj", True, Scheme(block_size=64).layer("x"))
+    )
     arguments = {"weight_loader": lambda parameter, loaded: None}
     with pytest.raises(ValueError) as caught:
         method.create_weights(torch.nn.Module(), 96, [128], 192, 128, torch.bfloat16, **arguments)
@@ -408,7 +410,7 @@ def test_what_is_compiled_for_a_layer(rank, bias, compiled, monkeypatch):
         linear, "warm_up", lambda p, form, dtype, bias_dtype: seen.append(bias_dtype)
     )
     method = linear.BlockDialectLinearMethod(
-        linear.LinearSpec("down_proj", True, "dialect_fp4", 32, "dialect")
+        linear.LinearSpec("down_proj", True, Scheme().layer("down_proj"))
     )
     method.dtype = torch.bfloat16
     layer = SimpleNamespace(

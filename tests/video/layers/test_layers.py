@@ -5,10 +5,15 @@ import torch
 from torch import nn
 
 import diffusers_hook
+from dialect_kernels import SEMANTIC_32, dialect_linear, quantize, semantic_linear
 from diffusers_hook.layers.dialect import DialectLinear
 from diffusers_hook.layers.fp8 import Fp8Linear
-from tests.video.support.tiny_video import wan
+from diffusers_hook.layouts import Stream
+from diffusers_hook.tokens.block_state import state_of
+from tests.support.brute_force import butterfly
+from tests.video.support.tiny_video import run, wan
 
+ROTATED = "hadamard_32"
 HALF_UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
@@ -117,7 +122,55 @@ def test_the_weight_follows_the_layers_dtype():
         assert layer.weight.dtype == torch.float16
 
 
-def book():
-    from dialect_kernels import SEMANTIC_32
+@pytest.mark.parametrize("activation_format", ["dialect", "fp8", "none"])
+def test_a_rotated_layer_rotates_its_input_and_shows_its_weight_as_it_was(activation_format):
+    torch.manual_seed(0)
+    plain = nn.Linear(96, 40)
+    layer = DialectLinear.quantized(
+        plain, Stream.VIDEO, SEMANTIC_32, 32, activation_format, "layer", ROTATED
+    )
+    packed = quantize(plain.weight.detach(), SEMANTIC_32, rotation=ROTATED)
+    x = torch.randn(2, 3, 96)
+    assert torch.equal(layer(x), dialect_linear(x, packed, plain.bias, activation_format))
+    back = torch.from_numpy(butterfly(packed.dequantize().numpy())) / 32
+    assert torch.equal(layer.decode(), back)
+    assert (layer.decode() - plain.weight).abs().max() < plain.weight.abs().max() / 4
+    assert "rotation=hadamard_32" in repr(layer)
 
+
+def test_the_salient_tokens_and_groups_of_a_rotated_layer():
+    """The hooked layers compute what the ground floor's semantic linear layer does."""
+    model = wan(layers=1)
+    diffusers_hook.enable(model, progress=False, seda=True, salient_fraction=0.25, rotation=ROTATED)
+    layer, seen = model.blocks[0].ffn.net[2], []
+
+    def compare(module, inputs, output):
+        (x,) = inputs
+        rows = state_of(layer.slot).rows(layer.stream, x.shape[0] * x.shape[1], x.device)
+        assert rows.salient is not None
+        assert rows.group is not None
+        assert layer.packed.rotation == ROTATED
+        expected = semantic_linear(x, layer.packed, layer.bias, rows.salient, rows.group)
+        seen.append(torch.equal(output, expected))
+
+    layer.register_forward_hook(compare)
+    run(model)
+    assert seen == [True]
+
+
+def test_layers_that_cannot_be_rotated(caplog):
+    model = wan(layers=1, ffn_dim=48)
+    left = "blocks.0.ffn.net.2"
+    message = f"the columns of {left} are not a multiple of 32, which the rotation {ROTATED} needs"
+    options = {"rotation": ROTATED, "block_size": 16, "progress": False}
+    with pytest.raises(ValueError, match=f"{message}; add these layers to ignore, or pass strict="):
+        diffusers_hook.enable(model, strict=True, **options)
+    diffusers_hook.enable(model, **options)
+    assert f"{message}; they are not rotated" in caplog.text
+    assert model.get_submodule(left).rotation == "none"
+    assert model.blocks[0].ffn.net[0].proj.rotation == ROTATED
+    assert run(model).isfinite().all()
+
+
+def book():
     return SEMANTIC_32, 32, "dialect"

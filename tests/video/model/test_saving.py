@@ -51,6 +51,32 @@ def test_a_saved_model_comes_back_with_its_bytes_and_its_configuration(saved):
     assert found.salient_share == 0.25 * 5 / 8
 
 
+def test_a_rotated_model_comes_back_with_its_rotation(plain, tmp_path):
+    options = {"rotation": "hadamard_32", "seda": True, "salient_fraction": 0.25}
+    model = WanTransformer3DModel.from_pretrained(plain)
+    diffusers_hook.enable(model, progress=False, **options)
+    model.save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
+    assert (config["format_version"], config["rotation"]) == (2, "hadamard_32")
+    loaded = WanTransformer3DModel.from_pretrained(tmp_path / "saved")
+    assert_same(model, loaded)
+    video = run(model)
+    assert torch.equal(run(loaded), video)
+    config = SemanticDialectConfig(**options)
+    online = WanTransformer3DModel.from_pretrained(plain, quantization_config=config)
+    assert torch.equal(run(online), video)
+    diffusers_hook.enable(loaded, progress=False, salient_fraction=0.5)  # rotation is kept
+    assert not torch.equal(run(loaded), video)
+    with pytest.raises(ConfigError, match="rotation: 'none' needs other weights than those loaded"):
+        diffusers_hook.enable(loaded, progress=False, rotation="none")
+
+
+def test_a_model_without_rotation_is_saved_as_version_1(saved):
+    config = json.loads((saved[1] / "config.json").read_text())["quantization_config"]
+    assert config["format_version"] == 1
+    assert "rotation" not in config
+
+
 def test_sharded_files_come_back_too(saved, tmp_path):
     model, _ = saved
     model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
@@ -373,7 +399,8 @@ def test_tampered_tensors_are_refused_by_name(saved, edit, sentence):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"format_version": 2}, "format_version: 2 cannot be used: this release reads version 1"),
+        ({"format_version": 3}, "format_version: 3 cannot be used: this release reads versions up"),
+        ({"rotation": "hadamard_32"}, "rotation: 'hadamard_32' needs format_version 2, not 1"),
         ({"blok_size": 32}, "blok_size: is not an option of SemanticDialectConfig; did you mean"),
         ({"block_size": 24}, "block_size: 24 cannot be used"),
     ],
