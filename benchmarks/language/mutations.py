@@ -287,8 +287,10 @@ def _names(header: dict[str, Any], draw: random.Random) -> None:
 
 def _entries(header: dict[str, Any], draw: random.Random) -> None:
     name = draw.choice(sorted(header))
-    how = draw.randrange(4)
-    if how == 0:
+    how = draw.randrange(5)
+    if how == 4:
+        _add_empty(header, draw)
+    elif how == 0:
         header[name] = odd_json.value(draw)
     elif how == 1:
         header[name].pop(draw.choice(sorted(header[name])))
@@ -296,6 +298,24 @@ def _entries(header: dict[str, Any], draw: random.Random) -> None:
         header[name][draw.choice(odd_json.TEXTS)] = odd_json.value(draw)
     else:
         header["__metadata__"] = odd_json.value(draw)
+
+
+def _add_empty(header: dict[str, Any], draw: random.Random) -> None:
+    """Add a layer without a byte, whose other dimension may be anything."""
+    layer = f"model.layers.{draw.choice([0, 1, 7])}.mlp.{draw.choice(['up_proj', 'new_proj'])}"
+    size = draw.choice([0, 1, 64, 2**20, 2**40, 2**41, 2**58, 2**62, 2**63, 2**64 - 1])
+    end = max(entry["data_offsets"][1] for entry in header.values())
+    shapes: dict[str, tuple[str, list[int]]] = {".weight": ("BF16", [0, size])}
+    if draw.random() < 0.5:
+        shapes = {".weight": ("BF16", [size, 0])}
+    if draw.random() < 0.5:
+        shapes = {
+            ".weight_packed": ("U8", [0, size // 2]),
+            ".weight_meta": ("U8", [0, size // 32]),
+            ".weight_row_exponent": ("I8", [0]),
+        }
+    for suffix, (dtype, shape) in shapes.items():
+        header[layer + suffix] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end]}
 
 
 def _change_json(

@@ -68,6 +68,8 @@ _HUB_LEFT_OUT = ("*.py", _OTHER_FORMAT, "[!0-9]*/*.safetensors")
 """Of the folders only those with a number hold weights of the model (sentence-transformers)."""
 _DEEPEST = 100
 """Levels of a JSON file: far more than any has, and far from Python's limit of recursion."""
+_LARGEST_DIMENSION = 1 << 40
+"""Of an empty tensor, which may have any; torch fails where sizes leave 64 bits."""
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -564,6 +566,11 @@ def _read_header(path: Path, shard: str) -> dict[str, TensorInfo]:
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
         begin, end = entry["data_offsets"]
         shape = tuple(entry["shape"])
+        if max(shape, default=0) > _LARGEST_DIMENSION:
+            raise CheckpointError(
+                f"{path / shard}: {name} has the shape {list(shape)}; no dimension may be larger "
+                "than 2**40: download or convert it again"
+            )
         tensors[name] = TensorInfo(shard, entry["dtype"], shape, end - begin, 8 + length + begin)
     return tensors
 

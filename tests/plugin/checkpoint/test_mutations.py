@@ -178,6 +178,15 @@ class TestHeaders:
             open_checkpoint(tmp_path)
         assert str(caught.value).isprintable()
 
+    @pytest.mark.parametrize("shape", [[2**63, 0], [0, 2**62], [0, 2**41]])
+    def test_empty_tensors_beyond_64_bits(self, tmp_path, shape):
+        (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+        entry = {"dtype": "BF16", "shape": shape, "data_offsets": [0, 0]}
+        header = {"model.layers.0.mlp.up_proj.weight": entry}
+        raw_header(tmp_path / "model.safetensors", json.dumps(header).encode())
+        with pytest.raises(CheckpointError, match=r"no dimension may be larger than 2\*\*40"):
+            convert(tmp_path, tmp_path.with_name("packed"))
+
 
 class TestCompanions:
     """Files beside the weights that point to somewhere else."""
