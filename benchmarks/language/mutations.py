@@ -83,6 +83,7 @@ def make_victims(directory: Path) -> None:
             book="semantic_32",
             block_size=64,
             activation_format="none",
+            rotation="hadamard_32",
             ignore=["model.layers.0.self_attn.o_proj"],
             overrides={"re:.*down_proj": LayerOverride(block_size=16)},
             lm_head=True,
