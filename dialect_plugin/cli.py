@@ -27,6 +27,8 @@ from .scheme import (
 if TYPE_CHECKING:
     from dialect_kernels.verify import CheckResult
 
+    from .calibration.calibrator import Calibrator
+    from .calibration.options import CalibrationOptions
     from .checkpoint.options import ConvertOptions
     from .checkpoint.reader import Checkpoint
 
@@ -102,13 +104,26 @@ _Packed = Annotated[Path, typer.Argument(help="Directory of a packed checkpoint.
 _BlockSizeOption = Annotated[
     BlockSize, _one_of("--block-size", BlockSize, "Elements that share a dialect and a scale.")
 ]
-_Book = Annotated[BookName, _one_of("--book", BookName, "Formatbook of weights and activations.")]
+_BookOrDefault = Annotated[
+    BookName | None,
+    _one_of(
+        "--book",
+        BookName,
+        "Formatbook of weights and activations; default: semantic_32 with --calibrate, else "
+        "dialect_fp4.",
+    ),
+]
 _Activations = Annotated[
     ActivationFormat,
     _one_of("--activation-format", ActivationFormat, "Activations that engines use by default."),
 ]
-_Rotation = Annotated[
-    Rotation, _one_of("--rotation", Rotation, "Rotation of weights and activations.")
+_RotationOrDefault = Annotated[
+    Rotation | None,
+    _one_of(
+        "--rotation",
+        Rotation,
+        "Rotation of weights and activations; default: hadamard_32 with --calibrate, else none.",
+    ),
 ]
 _RotationOfWeights = Annotated[
     Rotation, _one_of("--rotation", Rotation, "Rotation of the weights before they are rounded.")
@@ -137,6 +152,28 @@ _Strict = Annotated[
 ]
 _Overwrite = Annotated[bool, typer.Option(help="Replace the files in DST.")]
 _Workers = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all.")]
+_Calibrate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="Choose the bytes by what they do to a layer's output on this text: a text file, a "
+        "JSONL file of texts or chat messages, or `default`.",
+    ),
+]
+_Samples = Annotated[
+    int | None, typer.Option(help="Most windows of calibration text; default: 128.")
+]
+_SequenceLength = Annotated[
+    int | None, typer.Option(help="Tokens in a window of calibration text; default: 512.")
+]
+_Damping = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of their mean that is added to the diagonal of the second moments of a layer's "
+        "inputs; default: 0.01."
+    ),
+]
+_Device = Annotated[str | None, typer.Option(help="Where calibration computes; default: cpu.")]
 _MaxRows = Annotated[
     int | None,
     typer.Option(
@@ -159,9 +196,9 @@ def quantize(
         Path, typer.Argument(help="Directory to write: new, empty, or an unfinished conversion.")
     ],
     block_size: _BlockSizeOption = 32,
-    book: _Book = "dialect_fp4",
+    book: _BookOrDefault = None,
     activation_format: _Activations = "dialect",
-    rotation: _Rotation = "none",
+    rotation: _RotationOrDefault = None,
     ignore: _Ignore = None,
     override: _Override = None,
     overrides: _Overrides = None,
@@ -170,16 +207,28 @@ def quantize(
     strict: _Strict = False,
     overwrite: _Overwrite = False,
     workers: _Workers = None,
+    calibrate: _Calibrate = None,
+    samples: _Samples = None,
+    sequence_length: _SequenceLength = None,
+    damping: _Damping = None,
+    device: _Device = None,
 ) -> None:
     """Quantize a 16-bit checkpoint. After a crash, the same command continues."""
     with _one_sentence_errors():
+        calibration = _calibration(
+            calibrate,
+            samples=samples,
+            sequence_length=sequence_length,
+            damping=damping,
+            device=device,
+        )
         options = _options(
             targets,
             strict,
             block_size=block_size,
-            book=book,
+            book=book or ("semantic_32" if calibration else "dialect_fp4"),
             activation_format=activation_format,
-            rotation=rotation,
+            rotation=rotation or ("hadamard_32" if calibration else "none"),
             ignore=ignore or [],
             overrides=_read_overrides(override or [], overrides),
             lm_head=lm_head,
@@ -188,7 +237,15 @@ def quantize(
     from .checkpoint.progress import ProgressBar
 
     with _one_sentence_errors(), ProgressBar() as progress:
-        result = convert(src, dst, options, overwrite=overwrite, workers=workers, progress=progress)
+        result = convert(
+            src,
+            dst,
+            options,
+            overwrite=overwrite,
+            workers=workers,
+            progress=progress,
+            calibration=None if calibration is None else _calibrator(calibration),
+        )
     print(render(result))
 
 
@@ -334,6 +391,27 @@ def _options(targets: list[str] | None, strict: bool = False, **scheme: Any) -> 
     return ConvertOptions(
         scheme=Scheme.model_validate(scheme), targets=targets or [], strict=strict
     )
+
+
+def _calibration(text: str | None, **given: Any) -> CalibrationOptions | None:
+    """The options of a calibration; None without one."""
+    from .calibration.options import CalibrationOptions
+
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if text is not None:
+        return CalibrationOptions(calibrate=text, **chosen)
+    for name, value in chosen.items():
+        raise ValueError(
+            f"--{name.replace('_', '-')}: {value} has no effect without --calibrate; give both, or "
+            "leave it out"
+        )
+    return None
+
+
+def _calibrator(options: CalibrationOptions) -> Calibrator:
+    from .calibration.calibrator import Calibrator
+
+    return Calibrator(options)
 
 
 def _chosen(src: str, options: ConvertOptions) -> tuple[Checkpoint, list[str]]:

@@ -41,6 +41,15 @@ API = {
         "`round_activation`, which shows how activations are rounded in flight.",
         ("quantize", "semantic_linear", "round_activation"),
     ),
+    "dialect_kernels.rotation": (
+        "What a rotated layer multiplies its weight and its input by; the second is also the way "
+        "back from `PackedTensor.dequantize()` of a rotated weight.",
+        ("rotate_weight", "rotate_activation"),
+    ),
+    "dialect_kernels.calibrated": (
+        "Rule `gptq`, which `blockdialect quantize --calibrate` applies to every layer.",
+        ("quantize_calibrated", "CalibratedWeight"),
+    ),
     "dialect_kernels.baselines": (
         "The formats that BlockDialect is compared with.",
         ("quantize_mxfp4", "quantize_nvfp4", "quantize_fp8"),

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,6 +26,7 @@ from dialect_kernels.packed import STORED_FIELDS, bits_per_weight
 from dialect_kernels.rotation import rotate_activation, rotate_weight
 
 from ..scheme import LayerFormat, Rotation, Scheme
+from .calibrated import CalibratedLayers, Calibration, CalibrationRecord, recorded_fingerprint
 from .companions import Companions, find_companions
 from .finish import finish_checkpoint
 from .journal import FinishedShard, Journal, LayerRecord, fingerprint, open_journal
@@ -37,6 +38,7 @@ from .progress import Progress, Silent
 from .reader import (
     CONFIG,
     JOURNAL,
+    PACKED_SUFFIXES,
     Checkpoint,
     CheckpointError,
     find_checkpoint,
@@ -79,6 +81,7 @@ class ConversionResult:
         source_bytes, packed_bytes: bytes of all tensors before and after.
         resumed: shards that an earlier, unfinished run had written.
         finished_before: whether an earlier run had finished, so that nothing was written.
+        calibration: what its layers were calibrated on; None without calibration.
     """
 
     source: Path
@@ -91,6 +94,7 @@ class ConversionResult:
     packed_bytes: int
     resumed: int
     finished_before: bool = False
+    calibration: CalibrationRecord | None = None
 
 
 def convert(
@@ -101,6 +105,7 @@ def convert(
     overwrite: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
+    calibration: Calibration | None = None,
 ) -> ConversionResult:
     """Quantize a checkpoint.
 
@@ -110,8 +115,10 @@ def convert(
             finished or not.
         options: which layers to quantize and how; a scheme is short for options with this scheme.
         overwrite: replace what is in `destination`.
-        workers: CPU threads, default all; the bytes do not depend on it.
+        workers: CPU threads, default all; the bytes do not depend on it without calibration.
         progress: receives every pass and tensor.
+        calibration: quantizes layers on calibration text, e.g. a
+            :class:`~dialect_plugin.calibration.calibrator.Calibrator`.
 
     Raises:
         CheckpointError, SchemeError, ValueError: one sentence, before anything is written, if
@@ -125,14 +132,21 @@ def convert(
     choice = choose_layers(checkpoint, options)
     companions = find_companions(checkpoint)
     check_destination(checkpoint.path, destination)
-    if not overwrite and _is_finished(checkpoint, choice, companions, destination):
+    identity = None if calibration is None else calibration.prepare(checkpoint, choice)
+    own = fingerprint(checkpoint, options, companions.copied, identity)
+    calibrated = None if identity is None else own
+    if not overwrite and _is_finished(checkpoint, choice, companions, destination, calibrated):
+        CalibratedLayers(destination, own).remove()  # a crash at the very end leaves them there
         return _nothing_to_do(checkpoint, choice, companions, destination)
-    own = fingerprint(checkpoint, options, companions.copied)
     journal = open_journal(destination, own, overwrite, companions.copied)
     resumed = len(journal.shards)
     missing = [shard for shard in checkpoint.shards if shard not in journal.shards]
     contents = [_contents(checkpoint, shard, choice) for shard in missing]
-    check_disk_space(destination, sum(t.nbytes for shard in contents for t in shard.values()))
+    needed = sum(tensor.nbytes for shard in contents for tensor in shard.values())
+    if identity is not None:  # packed layers wait in files of their own
+        tensors = (entry for shard in contents for entry in shard.items())
+        needed += sum(t.nbytes for name, t in tensors if name.endswith(PACKED_SUFFIXES))
+    check_disk_space(destination, needed)
     with Workers(workers) as pool:
         conversion = _Conversion(
             checkpoint, choice, companions, destination, journal, progress or Silent(), pool
@@ -144,9 +158,18 @@ def convert(
                 _empty(destination)
             remove_temporary(destination)
             journal.write(destination)
+            if calibration is not None and identity is not None:
+                conversion = conversion.calibrated(calibration, identity)
             conversion.write_shards()
-            _refuse_changed(checkpoint, options, companions, own)
+            _refuse_changed(checkpoint, options, companions, own, identity)
             return conversion.finish(resumed)
+
+
+class _Calibrated(NamedTuple):
+    """The layers that were quantized on calibration text, and what that was."""
+
+    layers: CalibratedLayers
+    identity: Mapping[str, Any]
 
 
 class _Rows(NamedTuple):
@@ -169,6 +192,19 @@ class _Conversion:
     journal: Journal
     progress: Progress
     workers: Workers
+    calibration: _Calibrated | None = None
+
+    def calibrated(self, calibration: Calibration, identity: Mapping[str, Any]) -> _Conversion:
+        """This conversion, with the layers of its missing shards quantized on calibration text."""
+        done = CalibratedLayers(self.destination, self.journal.fingerprint)
+        missing = [
+            layer
+            for layer in self.choice.formats
+            if self.checkpoint.tensors[f"{layer}.weight"].shard not in self.journal.shards
+        ]
+        with self.workers.set_aside():
+            calibration.run(missing, done, self.progress)
+        return replace(self, calibration=_Calibrated(done, identity))
 
     def check_weights(self) -> None:
         """Raise CheckpointError at the first NaN or Inf in a weight that will be quantized.
@@ -246,8 +282,11 @@ class _Conversion:
     def _quantized_groups(self, layer: str) -> Iterator[_Rows]:
         """Groups of rows of a layer, quantized by the workers, in order."""
         name, form = f"{layer}.weight", self.choice.formats[layer]
+        columns = self.checkpoint.tensors[name].shape[1]
+        whole = self.calibration and self.calibration.layers.read(layer, columns, form)
 
-        def quantize_rows(weight: torch.Tensor) -> _Rows:
+        def quantize_rows(group: tuple[int, torch.Tensor]) -> _Rows:
+            first, weight = group
             packed, below = _quantized(weight, form, name)
             if bool((packed.row_exponent == NAN_ROW).any()):  # checked before: it has changed
                 shard = self.checkpoint.path / self.checkpoint.tensors[name].shard
@@ -255,15 +294,22 @@ class _Conversion:
                     f"{shard}: {name} changed while it was converted and holds NaN or Inf now; "
                     "leave the source alone during a conversion, and convert it again"
                 )
+            if whole is not None:
+                packed = whole.slice_rows(first, first + len(weight))
             signal, noise = signal_and_noise(weight, partial(_values, packed))
             return _Rows(packed, signal, noise, int((below > 0).sum()))
 
-        return self.workers.map(quantize_rows, self.checkpoint.read_rows(name, _CHUNK_ELEMENTS))
+        return self.workers.map(quantize_rows, _numbered(self.checkpoint, name))
 
     def finish(self, resumed: int) -> ConversionResult:
         """Write everything but the shards, and drop the journal."""
         finished = [(shard, self.journal.shards[shard]) for shard in self.checkpoint.shards]
-        layers = tuple(record for _, shard in finished for record in shard.records)
+        layers = tuple(layer for _, shard in finished for layer in shard.records)
+        record = None
+        if self.calibration is not None:
+            done, identity = self.calibration
+            record = done.record(identity, (layer.name for layer in layers))
+            record.write(self.destination, self.journal.fingerprint)
         packed_bytes = finish_checkpoint(
             self.checkpoint,
             self.destination,
@@ -272,11 +318,13 @@ class _Conversion:
                 for file, shard in finished
                 for name, nbytes in shard.tensors.items()
             },
-            model_card(self.checkpoint, layers, self.choice),
+            model_card(self.checkpoint, layers, self.choice, record),
             self.companions,
             self.choice.scheme.to_config(),
         )
         (self.destination / JOURNAL).unlink()
+        if self.calibration is not None:
+            self.calibration.layers.remove()
         sync_directory(self.destination)
         return ConversionResult(
             source=self.checkpoint.path,
@@ -288,6 +336,7 @@ class _Conversion:
             source_bytes=sum(info.nbytes for info in self.checkpoint.tensors.values()),
             packed_bytes=packed_bytes,
             resumed=resumed,
+            calibration=record,
         )
 
 
@@ -311,6 +360,8 @@ def render(result: ConversionResult) -> str:
         lines.insert(
             0, f"continued an unfinished conversion that had written {result.resumed} files"
         )
+    if result.calibration is not None:
+        lines += result.calibration.lines()
     if choice.adapted:
         lines.append(
             "the block size does not divide the columns of these layers, which have another one: "
@@ -380,6 +431,14 @@ def _values(packed: PackedTensor, start: int, stop: int) -> torch.Tensor:
     return rotate_activation(values, packed.rotation)
 
 
+def _numbered(checkpoint: Checkpoint, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+    """Groups of rows of a matrix, each behind the number of its first row."""
+    first = 0
+    for rows in checkpoint.read_rows(name, _CHUNK_ELEMENTS):
+        yield first, rows
+        first += len(rows)
+
+
 def _contents(checkpoint: Checkpoint, shard: str, choice: LayerChoice) -> dict[str, StoredTensor]:
     """The tensors of the output shard."""
     stored = {}
@@ -421,7 +480,11 @@ def _largest(weight: torch.Tensor) -> float:
 
 
 def _refuse_changed(
-    checkpoint: Checkpoint, options: ConvertOptions, companions: Companions, own: str
+    checkpoint: Checkpoint,
+    options: ConvertOptions,
+    companions: Companions,
+    own: str,
+    identity: Mapping[str, Any] | None,
 ) -> None:
     """Raise CheckpointError unless the source still has the fingerprint `own` and its headers.
 
@@ -429,7 +492,7 @@ def _refuse_changed(
     """
     try:
         same = (
-            fingerprint(checkpoint, options, companions.copied) == own
+            fingerprint(checkpoint, options, companions.copied, identity) == own
             and open_checkpoint(checkpoint.path).tensors == checkpoint.tensors
         )
     except (CheckpointError, OSError):
@@ -452,12 +515,17 @@ def _empty(destination: Path) -> None:
 
 
 def _is_finished(
-    checkpoint: Checkpoint, choice: LayerChoice, companions: Companions, destination: Path
+    checkpoint: Checkpoint,
+    choice: LayerChoice,
+    companions: Companions,
+    destination: Path,
+    calibrated: str | None,
 ) -> bool:
     """Whether `destination` holds this conversion whole.
 
-    The headers and config.json are compared, and of each tensor the first rows; no file of the
-    source may be younger than config.json, which is written last.
+    The headers and config.json are compared, and of each tensor the first rows; of a calibrated
+    conversion, which would have to be calibrated for that, its fingerprint. No file of the source
+    may be younger than config.json, which is written last.
     """
     try:
         packed = open_packed(destination)
@@ -482,6 +550,8 @@ def _is_finished(
         }
         if stored != _contents(checkpoint, shard, choice):
             return False
+    if calibrated is not None or recorded_fingerprint(destination) is not None:
+        return recorded_fingerprint(destination) == calibrated
     return all(
         _begins_alike(checkpoint, packed.checkpoint, name, choice) for name in checkpoint.tensors
     )

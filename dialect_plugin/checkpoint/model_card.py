@@ -18,18 +18,25 @@ from .reader import Checkpoint
 from .tables import mixed_keys
 
 if TYPE_CHECKING:
+    from .calibrated import CalibrationRecord
     from .journal import LayerRecord
 
 __all__ = ["model_card"]
 
 
-def model_card(checkpoint: Checkpoint, layers: Sequence[LayerRecord], choice: LayerChoice) -> str:
+def model_card(
+    checkpoint: Checkpoint,
+    layers: Sequence[LayerRecord],
+    choice: LayerChoice,
+    calibration: CalibrationRecord | None = None,
+) -> str:
     """Markdown text: what was done, bits per weight, SQNR of every layer, how to serve.
 
     Args:
         checkpoint: the source.
         layers: what quantizing did, layer by layer.
         choice: which layers were quantized, adapted or left in 16 bit.
+        calibration: what the layers were calibrated on.
     """
     environment = Environment(
         loader=PackageLoader("dialect_plugin"),
@@ -43,6 +50,7 @@ def model_card(checkpoint: Checkpoint, layers: Sequence[LayerRecord], choice: La
         architecture=checkpoint.architecture,
         scheme=choice.scheme,
         choice=choice,
+        calibration=calibration,
         layers=layers,
         mixed=mixed_keys(choice.formats.values()),
         below=[layer for layer in layers if layer.rows_below_window],
