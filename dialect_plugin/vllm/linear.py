@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +13,9 @@ import torch
 from torch.nn import Parameter
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
+    LinearBase,
     LinearMethodBase,
+    QKVParallelLinear,
     register_weight_loader_v2_supported_method,
 )
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
@@ -122,11 +124,14 @@ class BlockDialectLinearMethod(LinearMethodBase):
         self.dtype = params_dtype
         layer.logical_widths = output_partition_sizes
         self._loader = held(extra_weight_attrs.pop("weight_loader"))
+        self._rows = _whole_rows(layer)
         self._input_size = input_size
         if not self.spec.serialized:
             # float32 holds every 16-bit dtype, so that the packed bytes depend on the checkpoint
             # alone and not on --dtype; one layer at a time, it is small
-            loader = checked(self._loader(), self.spec.name, WEIGHT, input_size, _DTYPES)
+            loader = checked(
+                self._loader(), self.spec.name, WEIGHT, self._rows, input_size, _DTYPES
+            )
             layer.register_parameter(WEIGHT, _weight(rows, columns, loader))
             set_weight_attrs(layer.weight, extra_weight_attrs)
             initialize_online_processing(layer)
@@ -142,7 +147,7 @@ class BlockDialectLinearMethod(LinearMethodBase):
         # a checkpoint's tensor is as wide as the whole layer, whatever this rank's share is
         whole = field.shape(1, self._input_size, self.spec.format.block_size)
         width = whole[1] if len(whole) > 1 else None
-        loader = checked(self._loader(), self.spec.name, name, width, (field.dtype,))
+        loader = checked(self._loader(), self.spec.name, name, self._rows, width, (field.dtype,))
         made: Parameter = kind(data=data, output_dim=0, weight_loader=loader, **dimensions)
         return made
 
@@ -158,7 +163,7 @@ class BlockDialectLinearMethod(LinearMethodBase):
         plain = {field.stored: getattr(layer, field.stored) for field in STORED_FIELDS}
         codes = plain[STORED_FIELDS[0].stored]
         take = self._quantizing(layer) if quantizes else self._refusing()
-        loader = checked(take, self.spec.name, WEIGHT, self._input_size, _DTYPES)
+        loader = checked(take, self.spec.name, WEIGHT, self._rows, self._input_size, _DTYPES)
         weight = _weight(codes.shape[0], codes.shape[1] * 2, loader)
         if quantizes:
             for name, parameter in plain.items():
@@ -316,6 +321,19 @@ class BlockDialectLinearMethod(LinearMethodBase):
 def _log_kernel() -> None:
     if current_platform.is_cpu() and cpu.available():
         logger.info("blockdialect runs on the CPU with %s", cpu.describe())
+
+
+def _whole_rows(layer: Any) -> dict[Hashable, int]:
+    """Rows of the checkpoint's tensors by shard id; None stands for the whole layer.
+
+    Where ranks share a layer its loaders may take rows from several of them, so that nothing is
+    known; nor of an output projection, which has more rows than the vocabulary.
+    """
+    if not isinstance(layer, LinearBase) or getattr(layer, "tp_size", 1) > 1:
+        return {}
+    parts: list[int] = layer.logical_widths
+    ids = ("q", "k", "v") if isinstance(layer, QKVParallelLinear) else range(len(parts))
+    return {None: sum(parts)} | (dict(zip(ids, parts, strict=False)) if len(parts) > 1 else {})
 
 
 def _weight(rows: int, columns: int, loader: Callable[..., Any]) -> ModelWeightParameter:

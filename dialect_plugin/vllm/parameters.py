@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -27,13 +27,14 @@ def checked(
     loader: Callable[..., Any],
     layer: str,
     field: str,
+    rows: Mapping[Hashable, int],
     width: int | None,
     dtypes: tuple[torch.dtype, ...],
 ) -> Callable[..., Any]:
     """`loader` with checks of the loaded tensor; it marks the parameter's shards as loaded.
 
-    vLLM's loaders cut the part they need out of a tensor that is too wide, and cast any dtype, so
-    that a mislabelled checkpoint would give wrong weights silently.
+    vLLM's loaders cut the part they need out of a tensor that is too high or too wide, and cast any
+    dtype, so that a mislabelled checkpoint would give wrong weights silently.
 
     vLLM counts the elements that arrive for a layer on the meta device, and quantizes it when they
     are enough. A shard is counted once, even if blocks of the model share its layer and it arrives
@@ -44,6 +45,7 @@ def checked(
             expects them not to keep the layer alive.
         layer: vLLM's name of the layer.
         field: name of the parameter in it.
+        rows: rows of the checkpoint's tensor for each shard id that is known.
         width: columns of the checkpoint's tensor, or None.
         dtypes: allowed dtypes.
     """
@@ -53,7 +55,8 @@ def checked(
         shards = shards_of(original(), param, loaded_weight, *args, **kwargs)
         if probes.record(loaded_weight, field, layer, shards):
             return None
-        _check(loaded_weight, name, width, dtypes)
+        height = sum(rows[shard] for shard in shards) if rows.keys() >= set(shards) else None
+        _check(loaded_weight, name, height, width, dtypes)
         if param.is_meta:
             counted = param.__dict__.setdefault(_COUNTED, set())
             if shards in counted:
@@ -135,13 +138,22 @@ def forget_loaded(param: torch.Tensor) -> None:
 
 
 def _check(
-    tensor: torch.Tensor, name: str, width: int | None, dtypes: tuple[torch.dtype, ...]
+    tensor: torch.Tensor,
+    name: str,
+    height: int | None,
+    width: int | None,
+    dtypes: tuple[torch.dtype, ...],
 ) -> None:
     if tensor.dtype not in dtypes:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise LoadError(
             f"{name}: the checkpoint holds {tensor.dtype}; it must be {allowed}: give "
             "the original 16-bit checkpoint, or convert it again"
+        )
+    if height is not None and tensor.dim() and tensor.shape[0] != height:
+        raise LoadError(
+            f"{name}: the checkpoint's tensor has {tensor.shape[0]} rows where the model needs "
+            f"{height}; config.json belongs to another model: copy it and the weights again"
         )
     if width is not None and tensor.shape[-1] != width:
         raise LoadError(

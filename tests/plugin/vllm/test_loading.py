@@ -121,6 +121,35 @@ def test_a_16_bit_weight_of_a_packed_layer_is_refused(source, packed, tmp_path):
     )
 
 
+@pytest.mark.parametrize("quantization", [None, "blockdialect"])
+@pytest.mark.parametrize("more", [32, -32])
+@pytest.mark.parametrize(
+    ("leaf", "fused", "rows"),
+    [
+        ("self_attn.q_proj", "self_attn.qkv_proj", 128),
+        ("self_attn.k_proj", "self_attn.qkv_proj", 64),
+        ("mlp.up_proj", "mlp.gate_up_proj", 192),
+        ("mlp.down_proj", "mlp.down_proj", 128),
+    ],
+)
+def test_rows_that_the_model_does_not_have(
+    leaf, fused, rows, more, quantization, source, packed, tmp_path
+):
+    """A config.json with other heads: vLLM would take the first rows and serve them."""
+    origin = source if quantization else packed
+    tensors = checkpoint_tensors(origin)
+    for name in ("weight",) if quantization else STORED:
+        full = tensors[f"model.layers.0.{leaf}.{name}"]
+        tensors[f"model.layers.0.{leaf}.{name}"] = torch.cat([full, full])[: rows + more]
+    with pytest.raises(ValueError) as caught:
+        load_model(write(tmp_path / "odd", origin, tensors), quantization=quantization)
+    assert str(caught.value).startswith(f"model.layers.0.{fused}.weight")
+    assert str(caught.value).endswith(
+        f": the checkpoint's tensor has {rows + more} rows where the model needs {rows}; "
+        "config.json belongs to another model: copy it and the weights again"
+    )
+
+
 INCOMPLETE = "; complete the checkpoint, or convert the model again from a complete one"
 
 
