@@ -235,7 +235,8 @@ class DecoderBlocks:
                     shard = self._checkpoint.tensors[stored].shard
                     if shard not in opened:
                         opened[shard] = stack.enter_context(self._checkpoint.open_shard(shard))
-                    tensors[stored] = opened[shard].get_slice(stored)
+                    # in this thread: memory that transformers' threads free does not come back
+                    tensors[stored] = opened[shard].get_tensor(stored).to(device, held[name].dtype)
             settings = LoadStateDictConfig(
                 dtype=torch.float32, weight_mapping=self._conversions, device_map={"": device}
             )
