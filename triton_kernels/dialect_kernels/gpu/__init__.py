@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import cache
 
 import torch
@@ -46,7 +45,7 @@ def runs_on(device: torch.device) -> bool:
 
 def covers(x: torch.Tensor, p: PackedTensor, activation_format: str, accumulation: str) -> bool:
     """Whether the kernels compute this product; see :func:`dialect_kernels.gpu.linear.covers`."""
-    if not _may_run_on(x.device) or p.rotation != "none":
+    if not _may_run_on(x.device):
         return False
     from . import linear
 
@@ -64,10 +63,8 @@ def quantize(
     """See :class:`~dialect_kernels.backend.Backend`."""
     from . import quantize_packed
 
-    x = rotate_weight(x, rotation)
     with _current(x.device):
-        packed = quantize_packed.quantize_weight(x, book, block_size, rule, window)
-    return replace(packed, rotation=rotation)
+        return quantize_packed.quantize_weight(x, book, block_size, rule, window, rotation)
 
 
 def quantize_counted(

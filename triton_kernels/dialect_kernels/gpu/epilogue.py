@@ -18,14 +18,14 @@ import triton.language as tl
 
 from ..formatbook import LOWEST_EXPONENT, NAN_ROW
 
-__all__ = ["store_tile"]
+__all__ = ["rounded", "store_tile"]
 
 _LOWEST_EXPONENT = tl.constexpr(LOWEST_EXPONENT)
 _NAN_ROW = tl.constexpr(NAN_ROW)
 
 
 @triton.jit
-def _rounded(y, p_y, ASM: tl.constexpr):
+def rounded(y, p_y, ASM: tl.constexpr):
     """y in the output's type; the interpreter's own conversion to bfloat16 truncates."""
     if (p_y.dtype.element_ty == tl.bfloat16) and not ASM:
         bits = y.to(tl.uint32, bitcast=True)
@@ -65,7 +65,7 @@ def _write(
     if BIAS:
         y += tl.load(p_bias + o_feature, mask=m_feature, other=0.0).to(tl.float32)[:, None]
     p_tile = p_y + o_token.to(tl.int64)[None, :] * features + o_feature[:, None]
-    tl.store(p_tile, _rounded(y, p_y, ASM), mask=m_token & m_feature[:, None])
+    tl.store(p_tile, rounded(y, p_y, ASM), mask=m_token & m_feature[:, None])
 
 
 @triton.jit

@@ -46,10 +46,10 @@ class RowConfig:
     num_warps: int
 
 
-def row_config(columns: int) -> RowConfig:
-    """A safe default: the whole row at once, up to 8192 columns."""
+def row_config(columns: int, rotated: bool = False) -> RowConfig:
+    """A safe default: the whole row at once, up to 8192 columns; a thread rotates 32 of them."""
     chunk = min(8192, max(128, int(triton.next_power_of_2(columns))))
-    return RowConfig(chunk, num_warps=max(1, min(8, chunk // 512)))
+    return RowConfig(chunk, num_warps=max(1, min(8, chunk // (1024 if rotated else 512))))
 
 
 def interpreted() -> bool:

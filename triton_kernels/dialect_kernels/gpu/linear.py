@@ -17,6 +17,7 @@ from .gemm import arrivals, launch_eight_bits, launch_sixteen_bits
 from .layout import interpreted, with_unit_stride
 from .quantize_activations import quantize_activation
 from .quantize_fp8 import quantize_activation_fp8
+from .rotation import rotate_tokens
 from .tuning import FUSED_FOR_MANY, GemmPlan, choose
 
 __all__ = [
@@ -101,7 +102,8 @@ def dialect_linear(
 ) -> torch.Tensor:
     """``tokens @ p.T + bias`` as :func:`dialect_kernels.dialect_linear`, for covered products.
 
-    Two launches where the kernel decodes in registers, three where a library multiplies.
+    Two launches where the kernel decodes in registers, three where a library multiplies; one more
+    for the 16-bit tokens of a rotated weight.
 
     Args:
         tokens: float32, bfloat16 or float16 [T, K].
@@ -115,6 +117,8 @@ def dialect_linear(
         tokens.shape[0], p.shape, activation_format, tokens.dtype, tokens.device, accumulation
     )
     if activation_format == "none":
+        if p.rotation != "none":
+            tokens = rotate_tokens(tokens)
         return multiply(with_unit_stride(tokens), None, p, bias, tokens.dtype, how)
     zeros = arrivals(tokens.shape[0], p.shape[0], how.plan, tokens.device)
     q, scale = quantize_tokens(tokens, p, activation_format, how, zeros=zeros)
@@ -216,7 +220,12 @@ def quantize_tokens(
     dtype = torch.float8_e4m3fn if how.eight_bits else torch.bfloat16
     if activation_format == "fp8":
         return quantize_activation_fp8(
-            tokens, p.block_size, dtype=dtype, operand_order=how.eight_bits, zeros=zeros
+            tokens,
+            p.block_size,
+            dtype=dtype,
+            operand_order=how.eight_bits,
+            zeros=zeros,
+            rotation=p.rotation,
         )
     return quantize_activation(
         tokens,
@@ -227,6 +236,7 @@ def quantize_tokens(
         dtype=dtype,
         operand_order=how.eight_bits,
         zeros=zeros,
+        rotation=p.rotation,
     )
 
 
@@ -242,7 +252,8 @@ def multiply(
     """``(x * scale) @ p.T + bias`` of a route's operands, at least one token.
 
     Args:
-        x: from :func:`quantize_tokens`, or bfloat16 or float16 [T, K] with neighbouring elements.
+        x: from :func:`quantize_tokens`, or bfloat16 or float16 [T, K] with neighbouring elements
+            (of a rotated weight, rotated).
         scale: float32 [T], or None for 16-bit tokens.
         p: packed weight [N, K], N > 0.
         bias: [N] or None.
@@ -354,7 +365,8 @@ def warm_up(
     """
     if p.shape[0] == 0 or not runs_on(p.device):
         return
-    facts = (p.shape, p.book.name, p.block_size, bias_dtype, activation_format, dtype, p.device)
+    weight = (p.shape, p.book.name, p.block_size, p.rotation, p.device)
+    facts = (*weight, bias_dtype, activation_format, dtype)
     if facts in _warm:
         return
     bias = None

@@ -22,20 +22,21 @@ import triton.language as tl
 
 from ..arguments import check_matrix
 from ..arithmetic import padded_columns
-from ..formatbook import DIALECT_FP4, Formatbook
+from ..formatbook import DIALECT_FP4, Formatbook, Rotation
 from ..packed import check_block_size
+from ..rotation import check_rotation
 from .layout import (
     RowConfig,
     aligned,
     block_columns,
     clear,
     interpreted,
-    load_blocks,
     operand_columns,
     row_config,
     with_unit_stride,
     written_dtype,
 )
+from .rotation import load_activation
 from .rounding import (
     DELTAS,
     WINDOW,
@@ -83,17 +84,19 @@ def _round(
     DIALECTS: tl.constexpr,
     B: tl.constexpr,
     GROUPED: tl.constexpr,
+    ROTATED: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """E4M3 bytes of a chunk, uint8 [G, B], by the book's online rule."""
     cell, delta, largest_cell = scale_blocks(b_x, exponent, WINDOW, ASM)
     m = block_range(largest_cell)
     if GROUPED:
-        e0, e1, e2, e3 = variant_errors(cell, m, p_book + DIALECTS * (1 + 2 * DELTAS))
+        p_selection = p_book + DIALECTS * (1 + 2 * DELTAS)
+        e0, e1, e2, e3 = variant_errors(cell, m, p_selection, ROTATED and ASM)
         e0, e1, e2, e3 = _load_totals(e0, e1, e2, e3, p_totals, first, columns, label, B)
         dialect = select_by_variant(e0, e1, e2, e3, m)
     else:
-        dialect = select_online(cell, m, p_book, DIALECTS)
+        dialect = select_online(cell, m, p_book, DIALECTS, ROTATED and ASM)
     return e4m3_bytes(b_x, cell, delta, dialect, finite, p_book, DIALECTS, ASM)
 
 
@@ -112,10 +115,11 @@ def _source(
     CHUNK: tl.constexpr,
     SALIENT: tl.constexpr,
     GROUPED: tl.constexpr,
+    ROTATED: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """The numbers that a row's program rounds: a chunk of the token or of its residual."""
-    b_x = load_blocks(p_row, first, columns, B, CHUNK)
+    b_x = load_activation(p_row, first, columns, B, CHUNK, ROTATED)
     if SALIENT:  # noqa: SIM102 (decided while compiling)
         if residual:
             b_q = _round(
@@ -130,6 +134,7 @@ def _source(
                 DIALECTS,
                 B,
                 GROUPED,
+                ROTATED,
                 ASM,
             )
             b_x = b_x - e4m3_values(b_q) * power_of_two(exponent - 5)  # exact
@@ -160,6 +165,7 @@ def _quantize_activation_kernel(
     OPERANDS: tl.constexpr,
     SALIENT: tl.constexpr,
     GROUPED: tl.constexpr,
+    ROTATED: tl.constexpr,
     ALIGNED: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -189,7 +195,7 @@ def _quantize_activation_kernel(
         if residual:
             largest = tl.zeros((CHUNK // B,), tl.int32)
             for first in range(0, columns, CHUNK):
-                b_x = load_blocks(p_row, first, columns, B, CHUNK)
+                b_x = load_activation(p_row, first, columns, B, CHUNK, ROTATED)
                 largest = tl.maximum(largest, block_largest(b_x))
             first_exponent, _ = row_exponent(tl.max(largest, axis=0))
 
@@ -198,7 +204,7 @@ def _quantize_activation_kernel(
     for first in range(0, columns, CHUNK):
         b_x = _source(
             p_row, first, columns, residual, first_exponent, label, p_totals, p_book,
-            DIALECTS, B, CHUNK, SALIENT, GROUPED, ASM,
+            DIALECTS, B, CHUNK, SALIENT, GROUPED, ROTATED, ASM,
         )  # fmt: skip
         largest = tl.maximum(largest, block_largest(b_x))
     exponent, finite = row_exponent(tl.max(largest, axis=0))
@@ -209,11 +215,11 @@ def _quantize_activation_kernel(
         if not ONE_CHUNK:
             b_x = _source(
                 p_row, first, columns, residual, first_exponent, label, p_totals, p_book,
-                DIALECTS, B, CHUNK, SALIENT, GROUPED, ASM,
+                DIALECTS, B, CHUNK, SALIENT, GROUPED, ROTATED, ASM,
             )  # fmt: skip
         b_q = _round(
             b_x, first, columns, exponent, finite, own_label, p_totals, p_book,
-            DIALECTS, B, GROUPED, ASM,
+            DIALECTS, B, GROUPED, ROTATED, ASM,
         )  # fmt: skip
         o_column = block_columns(first, B, CHUNK)
         o_place = operand_columns(o_column, padded) if OPERANDS else o_column
@@ -233,6 +239,7 @@ def _group_errors_kernel(
     stride,
     B: tl.constexpr,
     CHUNK: tl.constexpr,
+    ROTATED: tl.constexpr,
     ALIGNED: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -249,15 +256,16 @@ def _group_errors_kernel(
         p_row = p_x + i_token.to(tl.int64) * stride
         largest = tl.zeros((CHUNK // B,), tl.int32)
         for first in range(0, columns, CHUNK):
-            b_x = load_blocks(p_row, first, columns, B, CHUNK)
+            b_x = load_activation(p_row, first, columns, B, CHUNK, ROTATED)
             largest = tl.maximum(largest, block_largest(b_x))
         exponent, finite = row_exponent(tl.max(largest, axis=0))
         blocks = tl.cdiv(columns, B)
         for first in range(0, columns, CHUNK):
-            b_x = load_blocks(p_row, first, columns, B, CHUNK)
+            b_x = load_activation(p_row, first, columns, B, CHUNK, ROTATED)
             cell, _, largest_cell = scale_blocks(b_x, exponent, WINDOW, ASM)
             p_selection = p_book + 32 * (1 + 2 * DELTAS)
-            e0, e1, e2, e3 = variant_errors(cell, block_range(largest_cell), p_selection)
+            m = block_range(largest_cell)
+            e0, e1, e2, e3 = variant_errors(cell, m, p_selection, ROTATED and ASM)
             o_block = first // B + tl.arange(0, CHUNK // B)
             p_total = p_totals + (label.to(tl.int64) * blocks + o_block) * 4
             m_block = o_block < blocks
@@ -277,6 +285,7 @@ def _launch_quantize_activation(
     group: torch.Tensor | None,
     operand_order: bool,
     zeros: torch.Tensor | None,
+    rotation: Rotation,
     config: RowConfig,
 ) -> None:
     """Fill `q` (uint8 or bfloat16 [T + S, Kp]) and `scale`; one launch, three with `group`."""
@@ -288,6 +297,7 @@ def _launch_quantize_activation(
     shape = {
         "B": block_size,
         "CHUNK": config.chunk,
+        "ROTATED": rotation != "none",
         "ALIGNED": aligned(x),
         "ASM": not interpreted(),
         "num_warps": config.num_warps,
@@ -332,6 +342,7 @@ def quantize_activation(
     dtype: torch.dtype = torch.float8_e4m3fn,
     operand_order: bool = False,
     zeros: torch.Tensor | None = None,
+    rotation: Rotation = "none",
     config: RowConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Round tokens as ``reference.round_activation`` does, to FP8 rows that hold them exactly.
@@ -341,28 +352,27 @@ def quantize_activation(
         book: the weight's formatbook; its online rule selects the dialects (``two_stage``:
             BlockDialect, ``lut``: SemanticDialect).
         block_size: 16, 32 or 64.
-        salient: int32 or int64 [S], rows of x whose residual is rounded too (SemanticDialect's
-            activation decomposition; formulas ours); an index outside 0..T-1, such as -1, is an
-            unused place.
+        salient: int32 or int64 [S], rows of x whose residual is rounded too (decomposition of
+            SemanticDialect; formulas ours); an index outside 0..T-1 is an unused place.
         group: int32 [T], labels 0..T-1 of tokens that share the shape of their dialects in each
-            channel block (SemanticDialect's SeDA; formulas ours); -1 (or any label outside the
-            range) is a free token. 32-dialect book only. Residuals are always free.
+            channel block (SemanticDialect's SeDA; formulas ours; 32-dialect book only); any other
+            label is a free token, as all residuals are.
         dtype: of q: float8_e4m3fn, or bfloat16 with the same numbers.
         operand_order: write the columns in the order of the GEMM's operands, see above.
         zeros: int32, contiguous: memory that the same launch fills with zeros if T > 0.
+        rotation: the weight's; tokens are rotated before anything else.
         config: how a program works; any gives the same bytes.
 
     Returns:
         (q [T + S, Kp], float32 scale [T + S]): a value is ``q * scale``. Kp is K in whole blocks;
-        the tail is zero. A row with NaN or Inf has NaN as its scale and zeros in q, so that every
-        product with it is NaN. An unused place has zeros and the scale 1.
+        the tail is zero. A row with NaN or Inf is zeros with the scale NaN, an unused place with 1.
 
     Raises:
         ValueError: if dtypes, shapes, devices or options do not fit.
     """
     check_matrix(x, "x")
     check_block_size(block_size)
-    _check_rows(x, salient, group, book)
+    _check_rows(x, salient, group, book, rotation)
     x = with_unit_stride(x)
     padded = padded_columns(x.shape[1], block_size)
     rows = x.shape[0] + (0 if salient is None else salient.shape[0])
@@ -378,7 +388,8 @@ def quantize_activation(
         group,
         operand_order,
         zeros,
-        config or row_config(padded),
+        rotation,
+        config or row_config(padded, rotation != "none"),
     )
     return q.view(dtype), scale
 
@@ -388,7 +399,9 @@ def _check_rows(
     salient: torch.Tensor | None,
     group: torch.Tensor | None,
     book: Formatbook,
+    rotation: Rotation,
 ) -> None:
+    check_rotation(rotation, x.shape[1], "x")
     if salient is not None and (
         salient.dtype not in (torch.int32, torch.int64) or salient.dim() != 1
     ):

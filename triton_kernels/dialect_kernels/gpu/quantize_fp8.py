@@ -18,19 +18,20 @@ import triton.language as tl
 
 from ..arguments import check_matrix
 from ..arithmetic import padded_columns
-from ..formatbook import E4M3_MAX
+from ..formatbook import E4M3_MAX, Rotation
 from ..packed import check_block_size
+from ..rotation import check_rotation
 from .layout import (
     RowConfig,
     aligned,
     block_columns,
     clear,
-    load_blocks,
     operand_columns,
     row_config,
     with_unit_stride,
     written_dtype,
 )
+from .rotation import load_activation
 from .rounding import INFINITY_BITS, block_largest, e4m3_values
 
 __all__ = ["quantize_activation_fp8"]
@@ -65,19 +66,21 @@ def _quantize_activation_fp8_kernel(
     CHUNK: tl.constexpr,
     ONE_CHUNK: tl.constexpr,
     OPERANDS: tl.constexpr,
+    ROTATED: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     if ALIGNED:
         columns = columns // 16 * 16
         padded = padded // 16 * 16
         stride = stride // 16 * 16
-    clear(p_zeros, zeros)
+    if not ROTATED:
+        clear(p_zeros, zeros)
     i_row = tl.program_id(0).to(tl.int64)
     p_row = p_x + i_row * stride
     b_x = tl.zeros((CHUNK // _B, _B), tl.float32)
     largest = tl.zeros((CHUNK // _B,), tl.int32)
     for first in range(0, columns, CHUNK):
-        b_x = load_blocks(p_row, first, columns, _B, CHUNK)
+        b_x = load_activation(p_row, first, columns, _B, CHUNK, ROTATED)
         largest = tl.maximum(largest, block_largest(b_x))
     top = tl.max(largest, axis=0)
     finite = top < INFINITY_BITS
@@ -87,7 +90,7 @@ def _quantize_activation_fp8_kernel(
 
     for first in range(0, padded, CHUNK):
         if not ONE_CHUNK:
-            b_x = load_blocks(p_row, first, columns, _B, CHUNK)
+            b_x = load_activation(p_row, first, columns, _B, CHUNK, ROTATED)
         o_column = block_columns(first, _B, CHUNK)
         b_q = _rounded_bytes(tl.div_rn(b_x, scale))
         b_q = tl.where(finite | (o_column >= columns), b_q, 0x7F)
@@ -95,6 +98,8 @@ def _quantize_activation_fp8_kernel(
             b_q = e4m3_values(b_q).to(tl.bfloat16)
         o_place = operand_columns(o_column, padded) if OPERANDS else o_column
         tl.store(p_q + i_row * padded + o_place, b_q, mask=o_column < padded)
+    if ROTATED:
+        clear(p_zeros, zeros)  # not before: on sm_100 two registers would be spilled
 
 
 def quantize_activation_fp8(
@@ -104,6 +109,7 @@ def quantize_activation_fp8(
     dtype: torch.dtype = torch.float8_e4m3fn,
     operand_order: bool = False,
     zeros: torch.Tensor | None = None,
+    rotation: Rotation = "none",
     config: RowConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize tokens as ``baselines.quantize_fp8`` does, padded to a weight's columns.
@@ -115,6 +121,7 @@ def quantize_activation_fp8(
         operand_order: write the columns in the order of the GEMM's operands, see
             :mod:`dialect_kernels.gpu.layout`.
         zeros: int32, contiguous: memory that the same launch fills with zeros if T > 0.
+        rotation: the weight's; the tokens are rotated before anything else (ours).
         config: how a program works on a row; any gives the same bytes.
 
     Returns:
@@ -126,12 +133,13 @@ def quantize_activation_fp8(
     """
     check_matrix(x, "x")
     check_block_size(block_size)
+    check_rotation(rotation, x.shape[1], "x")
     x = with_unit_stride(x)
     rows, columns = x.shape
     padded = padded_columns(columns, block_size)
     q = torch.empty(rows, padded, dtype=written_dtype(dtype), device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    config = config or row_config(padded)
+    config = config or row_config(padded, rotation != "none")
     if rows:
         _quantize_activation_fp8_kernel[(rows,)](
             x,
@@ -145,6 +153,7 @@ def quantize_activation_fp8(
             CHUNK=config.chunk,
             ONE_CHUNK=padded <= config.chunk,
             OPERANDS=operand_order,
+            ROTATED=rotation != "none",
             ALIGNED=aligned(x),
             num_warps=config.num_warps,
         )

@@ -12,8 +12,8 @@ thresholds ``t_i = h_(i-1) + h_i``, the cost of an element is ::
 because every threshold that q passes adds ``h_i**2 - h_(i-1)**2 = (h_i - h_(i-1)) t_i`` to h**2.
 The block's dialect is the one with the largest sum on the right. All its terms are non-negative, so
 no partial sum exceeds 64 * 255: with the 11 significant bits of float16 or the 8 of bfloat16
-float32 holds each of them exactly, for float32 input float64 does. (Definition of the cost: the
-format, section 1; this form of it: ours.)
+float32 holds each of them exactly, for float32 and rotated input float64 does. (Definition of the
+cost: the format, section 1; this form of it: ours.)
 """
 
 # Kernel arguments are Triton's: pointers and tensors have no Python types.
@@ -31,9 +31,10 @@ import triton.language as tl
 
 from ..arguments import check_matrix
 from ..arithmetic import padded_columns
-from ..formatbook import DIALECT_FP4, E4M3_WINDOW, NAN_ROW, Formatbook
+from ..formatbook import DIALECT_FP4, E4M3_WINDOW, NAN_ROW, Formatbook, Rotation
 from ..packed import PackedTensor, check_block_size
-from .layout import RowConfig, aligned, interpreted, load_blocks, row_config, with_unit_stride
+from .layout import RowConfig, aligned, interpreted, row_config, with_unit_stride
+from .rotation import load_weight
 from .rounding import (
     block_largest,
     block_range,
@@ -105,6 +106,7 @@ def _quantize_packed_kernel(
     CHUNK: tl.constexpr,
     EXACT_ERROR: tl.constexpr,
     WIDE: tl.constexpr,
+    ROTATED: tl.constexpr,
     ALIGNED: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -118,12 +120,13 @@ def _quantize_packed_kernel(
 
     largest = tl.zeros((G,), tl.int32)
     for first in range(0, columns, CHUNK):
-        largest = tl.maximum(largest, block_largest(load_blocks(p_row, first, columns, B, CHUNK)))
+        b_x = load_weight(p_row, first, columns, B, CHUNK, ROTATED)
+        largest = tl.maximum(largest, block_largest(b_x))
     exponent, finite = row_exponent(tl.max(largest, axis=0))
     tl.store(p_row_exponent + i_row, tl.where(finite != 0, exponent, _NAN_ROW).to(tl.int8))
 
     for first in range(0, columns, CHUNK):
-        b_x = load_blocks(p_row, first, columns, B, CHUNK)
+        b_x = load_weight(p_row, first, columns, B, CHUNK, ROTATED)
         cell, delta, largest_cell = scale_blocks(b_x, exponent, window, ASM)
         if EXACT_ERROR:
             b_quarters = tl.abs(b_x) * power_of_two(2 - exponent + delta)[:, None]
@@ -131,7 +134,8 @@ def _quantize_packed_kernel(
                 b_quarters = b_quarters.to(tl.float64)
             dialect = _select_by_exact_error(b_quarters, p_steps, DIALECTS)
         else:
-            dialect = select_online(cell, block_range(largest_cell), p_book, DIALECTS)
+            m = block_range(largest_cell)
+            dialect = select_online(cell, m, p_book, DIALECTS, ROTATED and ASM)
         meta = tl.where((largest_cell == 0) | (finite == 0), 0, (delta << ID_BITS) | dialect)
         o_block = first // B + tl.arange(0, G)
         p_block_meta = p_meta + i_row * blocks + o_block
@@ -152,6 +156,7 @@ def _launch_quantize_packed(
     rule: str,
     window: int,
     meta_dtype: torch.dtype,
+    rotation: Rotation,
     config: RowConfig,
 ) -> PackedTokens:
     """One launch."""
@@ -177,7 +182,8 @@ def _launch_quantize_packed(
             B=block_size,
             CHUNK=config.chunk,
             EXACT_ERROR=rule == "mse",
-            WIDE=x.dtype == torch.float32,
+            WIDE=x.dtype == torch.float32 or rotation != "none",
+            ROTATED=rotation != "none",
             ALIGNED=aligned(x),
             ASM=not interpreted(),
             num_warps=config.num_warps,
@@ -191,6 +197,7 @@ def quantize_weight(
     block_size: int,
     rule: str,
     window: int,
+    rotation: Rotation = "none",
     config: RowConfig | None = None,
 ) -> PackedTensor:
     """Quantize a matrix to the bytes of ``reference.quantize``; arguments are not checked.
@@ -201,13 +208,14 @@ def quantize_weight(
         block_size: 16, 32 or 64.
         rule: one of the book's rules.
         window: largest delta, 0..book.largest_stored_delta.
+        rotation: what the matrix is multiplied by before.
         config: how a program works on a row; any gives the same bytes.
     """
-    config = config or row_config(min(x.shape[1], 2048))
-    codes, meta, exponent = _launch_quantize_packed(
-        x, book, block_size, rule, window, torch.uint8, config
+    config = config or row_config(min(x.shape[1], 2048), rotation != "none")
+    stored = _launch_quantize_packed(
+        x, book, block_size, rule, window, torch.uint8, rotation, config
     )
-    return PackedTensor(codes, meta, exponent, (x.shape[0], x.shape[1]), book, block_size)
+    return PackedTensor(*stored, (x.shape[0], x.shape[1]), book, block_size, rotation)
 
 
 def quantize_activation_packed(
@@ -238,5 +246,5 @@ def quantize_activation_packed(
     meta_dtype = torch.uint8 if book.id_bits + E4M3_WINDOW.bit_length() <= 8 else torch.int16
     config = config or row_config(x.shape[1])
     return _launch_quantize_packed(
-        x, book, block_size, book.online_rule, E4M3_WINDOW, meta_dtype, config
+        x, book, block_size, book.online_rule, E4M3_WINDOW, meta_dtype, "none", config
     )

@@ -218,13 +218,23 @@ def _select_in_pairs(cell, m, p_selection):
 
 
 @triton.jit
-def variant_errors(cell, m, p_selection):
+def variant_errors(cell, m, p_selection, PTX: tl.constexpr = False):
     """Summed LUT errors of the four variants of M, four int32 [G] (SemanticDialect).
 
     The table word of a cell holds four bytes; even and odd variants are added as two 16-bit lanes.
+
+    Args:
+        PTX: look the words up without the compiler's knowledge. For a load of its own it would
+            carry the cells of rotated tokens through shared memory, into the layout of the store.
     """
     row = (_LARGEST - m) * _CELLS
-    word = tl.load(p_selection + (row[:, None] + (cell & (_CELLS - 1))))
+    p_word = p_selection + (row[:, None] + (cell & (_CELLS - 1)))
+    if PTX:
+        word = tl.inline_asm_elementwise(
+            "ld.global.nc.b32 $0, [$1];", "=r,l", [p_word], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        word = tl.load(p_word)
     even = tl.sum(word & 0x00FF00FF, axis=1)
     odd = tl.sum((word >> 8) & 0x00FF00FF, axis=1)
     return even & 0xFFFF, odd & 0xFFFF, even >> 16, odd >> 16
@@ -242,13 +252,13 @@ def select_by_variant(e0, e1, e2, e3, m):
 
 
 @triton.jit
-def select_online(cell, m, p_book, DIALECTS: tl.constexpr):
-    """The dialects of the blocks by the book's online rule, int32 [G]."""
+def select_online(cell, m, p_book, DIALECTS: tl.constexpr, PTX: tl.constexpr = False):
+    """The dialects of the blocks by the book's online rule, int32 [G]; `PTX`: `variant_errors`."""
     p_selection = p_book + DIALECTS * (1 + 2 * DELTAS)
     if DIALECTS == 16:
         return _select_in_pairs(cell, m, p_selection)
     else:
-        e0, e1, e2, e3 = variant_errors(cell, m, p_selection)
+        e0, e1, e2, e3 = variant_errors(cell, m, p_selection, PTX)
         return select_by_variant(e0, e1, e2, e3, m)
 
 

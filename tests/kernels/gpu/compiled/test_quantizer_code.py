@@ -39,7 +39,7 @@ def test_activations(capability, kind):
     dialects, video = ACTIVATIONS[kind]
     constants = {
         "DIALECTS": dialects, "B": 32, "CHUNK": 4096, "ONE_CHUNK": True, "OPERANDS": False,
-        "SALIENT": video, "GROUPED": video, "ALIGNED": True, "ASM": True,
+        "SALIENT": video, "GROUPED": video, "ROTATED": False, "ALIGNED": True, "ASM": True,
     }  # fmt: skip
     if video:
         constants |= {"p_zeros": None}
@@ -56,6 +56,7 @@ def test_activations(capability, kind):
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.get)
 def test_fp8_activations(capability, dtype):
     constants = {"CHUNK": 4096, "ONE_CHUNK": True, "OPERANDS": True, "ALIGNED": True}
+    constants["ROTATED"] = False
     kernel = quantize_fp8._quantize_activation_fp8_kernel
     checked(kernel, capability, constants, {"p_x": dtype}, num_warps=8)
 
@@ -67,6 +68,6 @@ def test_packed(capability, dialects, exact_error):
     kernel = quantize_packed._quantize_packed_kernel
     constants = {
         "DIALECTS": dialects, "ID_BITS": {16: 4, 32: 5}[dialects], "B": 32, "CHUNK": 2048,
-        "EXACT_ERROR": exact_error, "WIDE": False, "ALIGNED": True, "ASM": True,
+        "EXACT_ERROR": exact_error, "WIDE": False, "ROTATED": False, "ALIGNED": True, "ASM": True,
     }  # fmt: skip
     checked(kernel, capability, constants, {"p_steps": "*i32"}, num_warps=4)

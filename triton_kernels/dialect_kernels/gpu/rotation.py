@@ -1,0 +1,159 @@
+"""Rotation ``hadamard_32`` in registers, and of whole tokens (ours; format, section 9).
+
+Every 32 columns of a row are multiplied by a Hadamard matrix, in the five steps of a butterfly
+whose order is part of the format: step s makes a sum and a difference of the columns i and i + s,
+for all i without the bit s. A thread holds whole groups of 32, in four parts of eight columns::
+
+    columns of a group   | 0 .. 7 | 8 .. 15 | 16 .. 23 | 24 .. 31 |
+                           part 0   part 1    part 2     part 3
+
+so that the steps 1, 2 and 4 stay inside a part, 8 and 16 add whole parts, and nothing is sent from
+thread to thread.
+"""
+
+# Kernel arguments are Triton's: pointers and tensors have no Python types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..formatbook import ROTATION_GROUP
+from .epilogue import rounded
+from .layout import aligned, block_columns, interpreted, load_blocks, row_config, with_unit_stride
+
+__all__ = ["load_activation", "load_weight", "rotate_tokens"]
+
+_GROUP = tl.constexpr(ROTATION_GROUP)
+
+
+@triton.jit
+def _step(x, STEP: tl.constexpr):
+    """Sums and differences of columns STEP apart, [G, W] -> [G, W]."""
+    G: tl.constexpr = x.shape[0]
+    W: tl.constexpr = x.shape[1]
+    pairs = tl.reshape(x, (G, W // (2 * STEP), 2, STEP))
+    a, b = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
+    joined = tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2))
+    return tl.reshape(joined, (G, W))
+
+
+@triton.jit
+def _load_part(p_row, o_column, columns):
+    """Columns of each group as float32 [G, 8] after the steps 1, 2 and 4, or [G, 4] after 1 and 2.
+
+    A thread loads 16 bytes at a time.
+    """
+    x = tl.load(p_row + o_column, mask=o_column < columns, other=0.0).to(tl.float32)
+    x = _step(_step(x, 1), 2)
+    return _step(x, 4) if o_column.shape[1] == 8 else x
+
+
+@triton.jit
+def _added_parts(x0, x1, x2, x3):
+    """The steps 8 and 16 of the four parts of a group, [G, W] each -> [G, part 2, part 1, W]."""
+    x0, x1 = x0 + x1, x0 - x1
+    x2, x3 = x2 + x3, x2 - x3
+    x0, x2 = x0 + x2, x0 - x2
+    x1, x3 = x1 + x3, x1 - x3
+    return tl.permute(tl.join(tl.join(x0, x2), tl.join(x1, x3)), (0, 2, 3, 1))
+
+
+@triton.jit
+def _load_rotated(p_row, first, columns, scale, B: tl.constexpr, CHUNK: tl.constexpr):
+    """A chunk of a rotated row times `scale`, float32 [CHUNK / B, B]; zero beyond the row's end.
+
+    Args:
+        columns: of the row, a multiple of 32.
+        scale: 1.0 for weights, 1/32 for activations.
+    """
+    columns = columns // _GROUP * _GROUP
+    o_group = first + tl.arange(0, CHUNK // _GROUP)[:, None] * _GROUP
+    if p_row.dtype.element_ty == tl.float32:  # every part in two halves, which the step 4 adds
+        o_column = o_group + tl.arange(0, 4)[None, :]
+        a0 = _load_part(p_row, o_column, columns)
+        b0 = _load_part(p_row, o_column + 4, columns)
+        a1 = _load_part(p_row, o_column + 8, columns)
+        b1 = _load_part(p_row, o_column + 12, columns)
+        a2 = _load_part(p_row, o_column + 16, columns)
+        b2 = _load_part(p_row, o_column + 20, columns)
+        a3 = _load_part(p_row, o_column + 24, columns)
+        b3 = _load_part(p_row, o_column + 28, columns)
+        a = _added_parts(a0 + b0, a1 + b1, a2 + b2, a3 + b3)
+        b = _added_parts(a0 - b0, a1 - b1, a2 - b2, a3 - b3)
+        group = tl.permute(tl.join(a, b), (0, 1, 2, 4, 3))
+    else:
+        o_column = o_group + tl.arange(0, 8)[None, :]
+        x0 = _load_part(p_row, o_column, columns)
+        x1 = _load_part(p_row, o_column + 8, columns)
+        x2 = _load_part(p_row, o_column + 16, columns)
+        x3 = _load_part(p_row, o_column + 24, columns)
+        group = _added_parts(x0, x1, x2, x3)
+    return tl.reshape(group * scale, (CHUNK // B, B))
+
+
+@triton.jit
+def load_activation(
+    p_row, first, columns, B: tl.constexpr, CHUNK: tl.constexpr, ROTATED: tl.constexpr
+):
+    """A chunk of a token, rotated if its layer is, float32 [CHUNK / B, B]."""
+    if ROTATED:
+        return _load_rotated(p_row, first, columns, 1 / _GROUP, B, CHUNK)
+    else:
+        return load_blocks(p_row, first, columns, B, CHUNK)
+
+
+@triton.jit
+def load_weight(p_row, first, columns, B: tl.constexpr, CHUNK: tl.constexpr, ROTATED: tl.constexpr):
+    """A chunk of a row of a weight, rotated if its layer is, float32 [CHUNK / B, B]."""
+    if ROTATED:
+        return _load_rotated(p_row, first, columns, 1.0, B, CHUNK)
+    else:
+        return load_blocks(p_row, first, columns, B, CHUNK)
+
+
+@triton.jit(do_not_specialize=["columns", "stride"])
+def _rotate_kernel(
+    p_x,
+    p_y,
+    columns,
+    stride,
+    CHUNK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    columns = columns // _GROUP * _GROUP
+    if ALIGNED:
+        stride = stride // 16 * 16
+    i_row = tl.program_id(0).to(tl.int64)
+    for first in range(0, columns, CHUNK):
+        b_x = load_activation(p_x + i_row * stride, first, columns, _GROUP, CHUNK, True)
+        o_column = block_columns(first, _GROUP, CHUNK)
+        p_out = p_y + i_row * columns + o_column
+        tl.store(p_out, rounded(b_x, p_y, ASM), mask=o_column < columns)
+
+
+def rotate_tokens(x: torch.Tensor) -> torch.Tensor:
+    """Rotated activations in their own dtype, rounded once: what ``"none"`` multiplies.
+
+    Args:
+        x: float32, bfloat16 or float16 [T, K], K a multiple of 32.
+    """
+    x = with_unit_stride(x)
+    rows, columns = x.shape
+    y = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
+    config = row_config(columns, rotated=True)
+    if rows and columns:
+        _rotate_kernel[(rows,)](
+            x,
+            y,
+            columns,
+            x.stride(0),
+            CHUNK=config.chunk,
+            ALIGNED=aligned(x),
+            ASM=not interpreted(),
+            num_warps=config.num_warps,
+        )
+    return y
