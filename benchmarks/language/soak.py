@@ -155,10 +155,9 @@ async def _client(
     leaves = number % load.leaving == 0
     while True:
         tokens = draw.randint(*load.tokens)
-        body = {
+        body = {  # no seed: with one, vLLM 0.32 on a CPU ends at the first prompt in two parts
             "prompt": draw.choice(load.prompts),
             "max_tokens": tokens,
-            "seed": draw.randrange(1 << 31),
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
