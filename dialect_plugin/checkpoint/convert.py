@@ -21,9 +21,9 @@ import torch
 from dialect_kernels import PackedTensor
 from dialect_kernels.backend import Quantized
 from dialect_kernels.formatbook import NAN_ROW, ROTATION_GROUP
-from dialect_kernels.ops import dequantize, quantize_counted
+from dialect_kernels.ops import quantize_counted, rounding_loss
 from dialect_kernels.packed import STORED_FIELDS, bits_per_weight
-from dialect_kernels.rotation import rotate_activation, rotate_weight
+from dialect_kernels.rotation import rotate_weight
 
 from ..scheme import LayerFormat, Rotation, Scheme
 from .calibrated import CalibratedLayers, Calibration, CalibrationRecord, recorded_fingerprint
@@ -31,7 +31,6 @@ from .companions import Companions, find_companions
 from .finish import finish_checkpoint
 from .journal import FinishedShard, Journal, LayerRecord, fingerprint, open_journal
 from .layer_choice import LayerChoice, choose_layers
-from .loss import signal_and_noise
 from .model_card import model_card
 from .options import ConvertOptions
 from .progress import Progress, Silent
@@ -62,7 +61,7 @@ from .writer import (
 __all__ = ["ConversionResult", "convert", "render"]
 
 _STORED_DTYPES = {torch.uint8: "U8", torch.int8: "I8"}
-_CHUNK_ELEMENTS = 1 << 18  # fits in the cache; memory is some 16 bytes per element and worker
+_CHUNK_ELEMENTS = 1 << 20  # memory is some 3 to 5 bytes per element for each worker and two more
 _COPY_BYTES = 1 << 20
 _ROTATES = torch.finfo(torch.float32).max / ROTATION_GROUP
 """Numbers up to this one never overflow when they are rotated."""
@@ -173,11 +172,10 @@ class _Calibrated(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """A group of quantized rows, and what rounding them lost."""
+    """A group of quantized rows, the rounding loss of each, and how many are below the window."""
 
     packed: PackedTensor
-    signal: float
-    noise: float
+    loss: torch.Tensor
     below_window: int
 
 
@@ -215,7 +213,7 @@ class _Conversion:
         infos = {n: info for n, info in infos.items() if info.shard not in self.journal.shards}
         self.progress.begin("checking", len(infos), sum(info.nbytes for info in infos.values()))
         for layer, info in infos.items():
-            groups = self.checkpoint.read_rows(f"{layer}.weight", _CHUNK_ELEMENTS)
+            groups = self._groups(f"{layer}.weight")
             check = partial(_first_not_finite, self.choice.formats[layer].rotation)
             first_row = 0
             for rows, fault in self.workers.map(check, groups):
@@ -268,13 +266,15 @@ class _Conversion:
 
     def _write_layer(self, layer: str, writer: ShardWriter) -> LayerRecord:
         """Quantize a layer group of rows by group of rows, which gives the bytes of the whole."""
-        packed_bytes, signal, noise, below = 0, 0.0, 0.0, 0
+        packed_bytes, below = 0, 0
+        losses = [torch.zeros(1, 2, dtype=torch.float64)]
         for group in self._quantized_groups(layer):
             for field, tensor in zip(STORED_FIELDS, group.packed.tensors, strict=True):
                 writer.append(f"{layer}.{field.stored}", tensor.flatten().numpy().data)
             packed_bytes += group.packed.nbytes
-            signal, noise = signal + group.signal, noise + group.noise
+            losses.append(group.loss)
             below += group.below_window
+        signal, noise = map(math.fsum, torch.cat(losses).T.tolist())  # exact, whatever the groups
         rows, columns = self.checkpoint.tensors[f"{layer}.weight"].shape
         block_size = self.choice.formats[layer].block_size
         return LayerRecord(layer, rows, columns, block_size, packed_bytes, signal, noise, below)
@@ -296,10 +296,15 @@ class _Conversion:
                 )
             if whole is not None:
                 packed = whole.slice_rows(first, first + len(weight))
-            signal, noise = signal_and_noise(weight, partial(_values, packed))
-            return _Rows(packed, signal, noise, int((below > 0).sum()))
+            return _Rows(packed, rounding_loss(weight, packed), int((below > 0).sum()))
 
-        return self.workers.map(quantize_rows, _numbered(self.checkpoint, name))
+        return self.workers.map(quantize_rows, _numbered(self._groups(name)))
+
+    def _groups(self, name: str) -> Iterator[torch.Tensor]:
+        """Groups of rows of a matrix: several for each worker, unless they would be very small."""
+        share = math.prod(self.checkpoint.tensors[name].shape) // (4 * self.workers.count)
+        elements = min(_CHUNK_ELEMENTS, max(_CHUNK_ELEMENTS // 4, share))
+        return self.checkpoint.read_rows(name, elements)
 
     def finish(self, resumed: int) -> ConversionResult:
         """Write everything but the shards, and drop the journal."""
@@ -425,16 +430,10 @@ def _quantized(rows: torch.Tensor, form: LayerFormat, name: str) -> Quantized:
     )
 
 
-def _values(packed: PackedTensor, start: int, stop: int) -> torch.Tensor:
-    """These rows of a packed weight, rotated back, float32, fresh."""
-    values = dequantize(packed.slice_rows(start, stop))
-    return rotate_activation(values, packed.rotation)
-
-
-def _numbered(checkpoint: Checkpoint, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+def _numbered(groups: Iterator[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
     """Groups of rows of a matrix, each behind the number of its first row."""
     first = 0
-    for rows in checkpoint.read_rows(name, _CHUNK_ELEMENTS):
+    for rows in groups:
         yield first, rows
         first += len(rows)
 
@@ -564,7 +563,7 @@ def _begins_alike(source: Checkpoint, packed: Checkpoint, name: str, choice: Lay
         chunks = (file.read_bytes(name, _COPY_BYTES) for file in (source, packed))
         first, second = (next(chunk, b"") for chunk in chunks)
         return first == second
-    rows = next(source.read_rows(name, _CHUNK_ELEMENTS))
+    rows = next(source.read_rows(name, _CHUNK_ELEMENTS // 4))
     expected = _quantized(rows, choice.formats[layer], name).packed
     for field, tensor in zip(STORED_FIELDS, expected.tensors, strict=True):
         data = tensor.flatten().view(torch.uint8).numpy().tobytes()

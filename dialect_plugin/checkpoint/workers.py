@@ -32,6 +32,11 @@ class Workers:
         self._pool = ThreadPoolExecutor(self._count)
         self._torch_threads = 1
 
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return self._count
+
     def __enter__(self) -> Workers:
         self._torch_threads = torch.get_num_threads()
         torch.set_num_threads(1)

@@ -91,13 +91,13 @@ def test_other_dtypes(source, tmp_path, dtype):
 
 
 def test_a_layer_is_converted_piece_by_piece(tiny_model, tmp_path, monkeypatch):
-    convert(tiny_model(), tmp_path / "whole")
-    monkeypatch.setattr(
-        "dialect_plugin.checkpoint.convert._CHUNK_ELEMENTS", 1000
-    )  # 7 or 3 rows at a time
+    whole = convert(tiny_model(), tmp_path / "whole")
+    monkeypatch.setattr("dialect_plugin.checkpoint.convert._CHUNK_ELEMENTS", 1000)
     monkeypatch.setattr("dialect_plugin.checkpoint.convert._COPY_BYTES", 1000)
-    convert(tiny_model(), tmp_path / "pieces")
-    assert hashes(tmp_path / "whole") == hashes(tmp_path / "pieces")
+    for workers in (2, 90):  # 7 or 3 rows at a time, and single rows
+        pieces = convert(tiny_model(), tmp_path / f"{workers}", workers=workers)
+        assert hashes(tmp_path / "whole") == hashes(tmp_path / f"{workers}")
+        assert pieces.layers == whole.layers  # their losses are exact sums
 
 
 def test_rows_below_the_window_are_reported(source, tmp_path):
