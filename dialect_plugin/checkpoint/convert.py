@@ -139,13 +139,7 @@ def convert(
         return _nothing_to_do(checkpoint, choice, companions, destination)
     journal = open_journal(destination, own, overwrite, companions.copied)
     resumed = len(journal.shards)
-    missing = [shard for shard in checkpoint.shards if shard not in journal.shards]
-    contents = [_contents(checkpoint, shard, choice) for shard in missing]
-    needed = sum(tensor.nbytes for shard in contents for tensor in shard.values())
-    if identity is not None:  # packed layers wait in files of their own
-        tensors = (entry for shard in contents for entry in shard.items())
-        needed += sum(t.nbytes for name, t in tensors if name.endswith(PACKED_SUFFIXES))
-    check_disk_space(destination, needed)
+    _check_space(checkpoint, choice, destination, journal, calibrated)
     with Workers(workers) as pool:
         conversion = _Conversion(
             checkpoint, choice, companions, destination, journal, progress or Silent(), pool
@@ -162,6 +156,23 @@ def convert(
             conversion.write_shards()
             _refuse_changed(checkpoint, options, companions, own, identity)
             return conversion.finish(resumed)
+
+
+def _check_space(
+    checkpoint: Checkpoint,
+    choice: LayerChoice,
+    destination: Path,
+    journal: Journal,
+    calibrated: str | None,
+) -> None:
+    """Raise CheckpointError if the disk cannot hold what is still to be written."""
+    missing = [shard for shard in checkpoint.shards if shard not in journal.shards]
+    contents = [_contents(checkpoint, shard, choice) for shard in missing]
+    needed = sum(tensor.nbytes for shard in contents for tensor in shard.values())
+    if calibrated is not None:  # packed layers wait in files of their own
+        tensors = (entry for shard in contents for entry in shard.items())
+        needed += sum(t.nbytes for name, t in tensors if name.endswith(PACKED_SUFFIXES))
+    check_disk_space(destination, needed)
 
 
 class _Calibrated(NamedTuple):
