@@ -78,6 +78,26 @@ _QWEN3_5 = (
     "linear_attn.in_proj_a",
     "linear_attn.out_proj",
 )
+_LATENT = (
+    "self_attn.q_proj",
+    "self_attn.q_a_proj",
+    "self_attn.q_b_proj",
+    "self_attn.kv_a_proj_with_mqa",
+    "self_attn.kv_b_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+_SHARED_MLP = ("shared_mlp.input_linear", "shared_mlp.output_linear")
+_BERT = (
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+    "intermediate.dense",
+    "output.dense",
+)
 
 ARCHITECTURES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
@@ -103,14 +123,36 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
             "SeedOssForCausalLM",
             "SmolLM3ForCausalLM",
             "StableLmForCausalLM",
+            "CwmForCausalLM",
+            "GraniteSWAForCausalLM",
+            "HyperCLOVAXForCausalLM",
+            "VaultGemmaForCausalLM",
+            "Cohere2MoeForCausalLM",
+            "Ernie4_5_MoeForCausalLM",
+            "ExaoneMoeForCausalLM",
+            "Glm4MoeForCausalLM",
+            "MellumForCausalLM",
+            "Gemma2Model",
+            "Gemma3TextModel",
+            "LlamaModel",
+            "LlamaForSequenceClassification",
+            "MistralModel",
+            "Qwen2Model",
+            "Qwen3Model",
+            "Qwen3ForSequenceClassification",
+            "PaliGemmaForConditionalGeneration",
         ),
         _LLAMA,
     ),
-    **dict.fromkeys(("ApertusForCausalLM", "ArceeForCausalLM", "NemotronForCausalLM"), _UNGATED),
+    **dict.fromkeys(
+        ("ApertusForCausalLM", "ArceeForCausalLM", "Jais2ForCausalLM", "NemotronForCausalLM"),
+        _UNGATED,
+    ),
     **dict.fromkeys(("GlmForCausalLM", "Glm4ForCausalLM"), _GLM),
     "Phi3ForCausalLM": _PHI3,
     "PhiForCausalLM": (*_ATTENTION[:3], "self_attn.dense", "mlp.fc1", "mlp.fc2"),
     "OPTForCausalLM": _OPT,
+    "GPTBigCodeForCausalLM": ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
     "Starcoder2ForCausalLM": (*_ATTENTION, "mlp.c_fc", "mlp.c_proj"),
     "FalconForCausalLM": _FALCON,
     "BloomForCausalLM": _FALCON,
@@ -118,11 +160,56 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "GPTJForCausalLM": _GPTJ,
     "FalconH1ForCausalLM": _FALCON_H1,
     "NemotronHForCausalLM": _NEMOTRON_H,
-    "Lfm2ForCausalLM": _LFM2,
+    **dict.fromkeys(("Lfm2ForCausalLM", "Lfm2MoeForCausalLM"), _LFM2),
     "Qwen3_5ForCausalLM": _QWEN3_5,
     "Qwen3_5ForConditionalGeneration": _QWEN3_5,
     "Gemma4ForCausalLM": (*_LLAMA, "per_layer_projection"),
-    "MixtralForCausalLM": _ATTENTION,
+    **dict.fromkeys(
+        (
+            "FlexOlmoForCausalLM",
+            "GptOssForCausalLM",
+            "GraniteMoeForCausalLM",
+            "MixtralForCausalLM",
+            "OlmoeForCausalLM",
+            "Qwen2MoeForCausalLM",
+            "Qwen3MoeForCausalLM",
+        ),
+        _ATTENTION,
+    ),
+    **dict.fromkeys(
+        ("GraniteMoeSWAForCausalLM", "GraniteMoeSharedForCausalLM"), (*_ATTENTION, *_SHARED_MLP)
+    ),
+    "GraniteMoeHybridForCausalLM": (
+        *_ATTENTION,
+        *_SHARED_MLP,
+        "mamba.in_proj",
+        "mamba.out_proj",
+    ),
+    "HrmTextForCausalLM": ("attn.gqkv_proj", "attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
+    "HunYuanMoEV1ForCausalLM": (
+        *_ATTENTION,
+        "mlp.shared_mlp.gate_proj",
+        "mlp.shared_mlp.up_proj",
+        "mlp.shared_mlp.down_proj",
+    ),
+    "Mamba2ForCausalLM": ("mixer.in_proj", "mixer.out_proj"),
+    **dict.fromkeys(
+        ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Glm4MoeLiteForCausalLM"), _LATENT
+    ),
+    **dict.fromkeys(
+        (
+            "BertModel",
+            "BertForSequenceClassification",
+            "RobertaModel",
+            "XLMRobertaModel",
+            "XLMRobertaForSequenceClassification",
+        ),
+        _BERT,
+    ),
+    **dict.fromkeys(
+        ("ModernBertModel", "ModernBertForSequenceClassification"),
+        ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo"),
+    ),
 }
 """Architecture (config.json) -> names inside a decoder layer that are quantized."""
 
@@ -143,7 +230,7 @@ _ROUTED_EXPERTS = "re:.*\\.experts\\..*"
 """One pattern for the experts of a model: their names alone would make config.json megabytes."""
 
 _REPEATED_BLOCK = re.compile(r"(?:^|\.)\d+\.")
-_DECODER_LAYER = re.compile(r"(?:^|.*\.)(?:layers|h)\.(?P<block>\d+)\.(?P<inner>.+)$")
+_DECODER_LAYER = re.compile(r"(?:^|.*\.)(?:layers?|h)\.(?P<block>\d+)\.(?P<inner>.+)$")
 _NOT_TEXT = re.compile(
     r"(?:^|\.)(?:"
     r"vision\w*|visual\w*|vit|\w*_vit|vit_\w*|image\w*|img\w*|video\w*|vpm|siglip\w*|clip\w*"

@@ -12,6 +12,7 @@ from dialect_plugin.architectures import ARCHITECTURES
 from dialect_plugin.scheme import Scheme
 from diffusers_hook import SemanticDialectConfig
 from tests.documents.markdown import ROOT
+from tests.support import support_table
 
 REFERENCE = ROOT / "docs" / "reference"
 PRODUCT = [
@@ -64,9 +65,12 @@ def test_options_of_vllm_are_those_of_the_scheme():
     assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == list(Scheme.model_fields)
 
 
-def test_architectures_are_those_of_the_table():
-    found = re.findall(r"^\| `(\w+For\w+)` \|", page("support-models"), re.MULTILINE)
-    assert found == list(ARCHITECTURES)
+def test_the_table_of_language_models_is_the_record():
+    text = page("support-models")
+    assert text == support_table.page(text, support_table.recorded())
+    rows = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    assert len(rows) == len(set(rows))
+    assert set(rows) >= set(ARCHITECTURES)
 
 
 def sentences():

@@ -5,7 +5,7 @@ import pytest
 from dialect_kernels.layer_names import matches
 from dialect_plugin import architectures
 from dialect_plugin.checkpoint.reader import open_checkpoint
-from tests.support import dense_models
+from tests.support import swept_models
 from tests.support.tiny_models import CONFIGS
 
 GATES = [
@@ -72,13 +72,15 @@ def test_the_table_is_what_engines_quantize_while_loading(architecture, tiny_mod
     assert inside <= set(architectures.ARCHITECTURES[architecture])
 
 
-def test_table_covers_what_is_tested():
-    untested = set(architectures.ARCHITECTURES) - set(CONFIGS) - set(dense_models.CONFIGS)
+def test_table_is_what_is_swept():
+    untested = set(architectures.ARCHITECTURES) - set(swept_models.CONFIGS)
     assert untested == {
         "Gemma3ForConditionalGeneration",  # test_weight_loading has it
         "Qwen3_5ForCausalLM",  # vLLM's module needs torchvision, of which there is no CPU build
         "Qwen3_5ForConditionalGeneration",
     }
+    assert untested <= set(swept_models.UNSERVED)
+    assert set(swept_models.CONFIGS) <= set(architectures.ARCHITECTURES)
     name = "model.language_model.layers.3.mlp.up_proj"
     tower = "model.vision_tower.vision_model.encoder.layers.3.self_attn.q_proj"
     found = architectures.default_layers("Gemma3ForConditionalGeneration", [name, tower])

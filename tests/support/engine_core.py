@@ -1,0 +1,135 @@
+"""vLLM's engine core on tiny models, one after another in this process: loader, scheduler, runner.
+
+What `LLM` puts in front of it (tokenizer, renderer, output processor) is left out, as are process
+groups that are torn down between two models: a model takes a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dialect_kernels.packed import STORED_FIELDS
+from dialect_plugin.checkpoint.reader import open_checkpoint
+from tests.support.served_models import PROMPT, VOCABULARY
+
+
+@dataclass(frozen=True)
+class Served:
+    """What one model computed, and what it held.
+
+    Attributes:
+        output: log-probabilities [len(PROMPT) - 1, VOCABULARY] of the token after each prefix of
+            PROMPT; of a pooling model its embedding or scores.
+        packed: names of the engine's layers with packed weights, and their numbers of weights.
+    """
+
+    output: torch.Tensor
+    packed: dict[str, int]
+
+
+def text_models() -> set[str]:
+    """The text models of this vLLM whose classes transformers has."""
+    import transformers
+    from vllm.model_executor.models import registry
+
+    known = {*registry._TEXT_GENERATION_MODELS, *registry._TRANSFORMERS_SUPPORTED_MODELS}
+    return {name for name in known & set(dir(transformers)) if "Conditional" not in name}
+
+
+def serve(model: Path, quantization: str | None = None, **options: Any) -> Served:
+    """Load `model` and run PROMPT through it, in float32."""
+    with _core(model, quantization=quantization, **options) as core:
+        core.add_request(_request(core))
+        outputs, _ = core.step()
+        [output] = outputs[0].outputs
+        runner = core.model_executor.driver_worker.worker.model_runner
+        stored = STORED_FIELDS[0].stored
+        packed = {
+            name.removesuffix(f".{stored}"): 2 * value.numel()
+            for name, value in runner.get_model().named_parameters()
+            if name.endswith(stored)
+        }
+    if output.pooling_output is not None:
+        return Served(output.pooling_output, packed)
+    found = output.new_prompt_logprobs_tensors
+    logprobs = torch.full((len(PROMPT) - 1, VOCABULARY), torch.nan)
+    # the first column is the prompt's own token, which the others have too
+    logprobs.scatter_(1, found.logprob_token_ids[:, 1:].long(), found.logprobs[:, 1:])
+    return Served(logprobs, packed)
+
+
+def _request(core: Any) -> Any:
+    from vllm import PoolingParams, SamplingParams
+    from vllm.v1.request import Request
+
+    if core.is_pooling_model:
+        [task] = {"embed", "classify"} & set(core.get_supported_tasks())
+        pooling = PoolingParams(task=task)
+        pooling.verify(core.vllm_config.model_config)
+        return Request("one", PROMPT, None, pooling)
+    sampling = SamplingParams(
+        max_tokens=1, temperature=0, prompt_logprobs=VOCABULARY, detokenize=False
+    )
+    return Request("one", PROMPT, sampling, None)
+
+
+@contextmanager
+def many_engines() -> Iterator[None]:
+    """Spare each engine what takes most of its time and needs to be done once in a process."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    current_platform.register_triton_kernel_overrides()  # a search through all modules
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            type(current_platform), "register_triton_kernel_overrides", staticmethod(lambda: None)
+        )
+        yield
+        cleanup_dist_env_and_memory()
+
+
+@contextmanager
+def _core(model: Path, **options: Any) -> Iterator[Any]:
+    from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    defaults: dict[str, Any] = {
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "max_model_len": 64,
+        "max_num_seqs": 1,
+        "max_num_batched_tokens": 64,
+        "dtype": "float32",
+        "max_logprobs": -1,
+        "enable_prefix_caching": False,
+        "num_gpu_blocks_override": 16,
+    }
+    # vLLM would inspect the class in a process of its own
+    for name in open_checkpoint(model).config["architectures"]:
+        if name in ModelRegistry.models:
+            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+    arguments = EngineArgs(str(model), **(defaults | options))
+    gc.freeze()  # an engine collects garbage six times, which is most of its time
+    try:
+        core = EngineCore(arguments.create_engine_config(), UniProcExecutor, log_stats=False)
+        try:
+            yield core
+        finally:
+            core.model_executor.shutdown()
+            core.scheduler.shutdown()
+    finally:
+        destroy_model_parallel()  # a mixture of experts needs one group more
+        destroy_distributed_environment()
