@@ -18,7 +18,7 @@ from typing import Any
 from ..lib.gate import golden_gate
 from ..lib.harness import ROOT, Table, main
 
-PACKAGES = ("torch", "transformers", "vllm")
+PACKAGES = ("torch", "vllm")
 MODEL = "smollm2"
 TOKENS = 2_048
 CONTEXT = 512
