@@ -57,7 +57,7 @@ def gate() -> list[str]:
     faults = golden_faults("cpu")
     for book in (DIALECT_FP4, SEMANTIC_32):
         p = reference.quantize(w, book, BLOCK_SIZE)
-        q = cpu.quantize(w, book, BLOCK_SIZE, "mse", book.largest_stored_delta)
+        q = cpu.quantize(w, book, BLOCK_SIZE, "mse", book.largest_stored_delta, "none")
         for name in ("codes", "meta", "row_exponent"):
             if not torch.equal(getattr(p, name), getattr(q, name)):
                 faults.append(f"quantize, {book.name}: {name} differs from the reference")
@@ -136,7 +136,7 @@ def _measure_linear(tokens: int) -> dict[str, Any]:
     w = random_weight(SIZE, SIZE)
     x = random_tokens(tokens, SIZE, seed=tokens)
     x32 = x.float()
-    q = cpu.quantize(w, DIALECT_FP4, BLOCK_SIZE, "mse", DIALECT_FP4.largest_stored_delta)
+    q = cpu.quantize(w, DIALECT_FP4, BLOCK_SIZE, "mse", DIALECT_FP4.largest_stored_delta, "none")
     packed = _copies(lambda: _copy(q), q.codes.nbytes)
     dense = {
         dtype: _copies(lambda d=dtype: w.to(d, copy=True), w.numel() * dtype.itemsize)

@@ -338,7 +338,7 @@ from dialect_kernels import DIALECT_FP4, cpu
 torch.set_num_threads(2)
 torch.randn(1 << 22).exp_()
 before = set(os.listdir("/proc/self/task"))
-cpu.quantize(torch.ones(256, 64), DIALECT_FP4, 32, "mse", 13)
+cpu.quantize(torch.ones(256, 64), DIALECT_FP4, 32, "mse", 13, "none")
 print(cpu.describe(), len(set(os.listdir("/proc/self/task")) - before))
 """
 
@@ -362,12 +362,12 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="instructions: 'sse'"):
         calls.linear(x, p, None, "dialect", instructions="sse")
     with pytest.raises(ValueError, match="rule 'lut'"):
-        cpu.quantize(x, DIALECT_FP4, 32, "lut", 13)
+        cpu.quantize(x, DIALECT_FP4, 32, "lut", 13, "none")
     for block_size in (8, 128):
         with pytest.raises(ValueError, match=f"block_size: {block_size}; allowed are 16, 32 and"):
-            cpu.quantize(x, DIALECT_FP4, block_size, "mse", 13)
+            cpu.quantize(x, DIALECT_FP4, block_size, "mse", 13, "none")
     with pytest.raises(ValueError, match=r"x: torch.float64 on cpu"):
-        cpu.quantize(x.double(), DIALECT_FP4, 32, "mse", 13)
+        cpu.quantize(x.double(), DIALECT_FP4, 32, "mse", 13, "none")
     with pytest.raises(ValueError, match=r"bias: has shape \[8\] on meta"):
         calls.linear(x, p, torch.zeros(8, device="meta"), "dialect")
 
