@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from dialect_kernels import PackedTensor, dialect_linear, quantize
 from dialect_kernels.formatbook import DIALECT_FP4, SEMANTIC_32
+from dialect_plugin.architectures import ARCHITECTURES
 from dialect_plugin.checkpoint.convert import convert
 from dialect_plugin.scheme import Scheme
 from tests.support.engines import (
@@ -280,9 +281,10 @@ def test_gemma3_with_its_vision_tower_keeps_it_in_16_bit(tmp_path):
     assert isinstance(vision.quant_method, UnquantizedLinearMethod)
 
 
-def test_an_architecture_that_is_not_in_the_table_keeps_experts_and_routers(tmp_path):
+def test_an_architecture_that_is_not_in_the_table_keeps_experts_and_routers(tmp_path, monkeypatch):
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+    monkeypatch.delitem(ARCHITECTURES, "Qwen2MoeForCausalLM")
     config = Qwen2MoeConfig(
         vocab_size=512,
         hidden_size=128,
