@@ -1,7 +1,7 @@
 # make demo [MODEL=DIR|smollm2]       quantize a model, serve it, compare it with bf16 and MXFP4
 # make video [ARGS="..."]             the same videos in 16 bit, MXFP4 and SemanticDialect
 # make serve MODEL=DIR [ARGS="..."]   serve a model with BlockDialect and leave the server running
-# make test                           all tests, in four stages
+# make test                           all tests, in four stages of two processes
 # make lint                           formatting, lint, types, import directions
 # make clean                          remove what the others made
 PYTHON ?= python3

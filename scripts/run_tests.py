@@ -1,8 +1,11 @@
-"""Run all tests in four processes and sum them up in the last line. Run by `make test`.
+"""Run all tests in four stages and sum them up in the last line. Run by `make test`.
 
-Triton reads `TRITON_INTERPRET` once, when it is imported, so tests in its interpreter have a
-process of their own; so do those that compile with an older Triton, the one beside the oldest torch
-that is supported. Each stage runs even if an earlier one failed.
+Triton reads `TRITON_INTERPRET` once, when it is imported, so tests in its interpreter have
+processes of their own; so do those that compile with an older Triton, the one beside the oldest
+torch that is supported. Each stage runs even if an earlier one failed.
+
+A stage has two processes, as most tests compute on one core. Each takes half of the list, and what
+the other has not begun when its own is done: neighbours, which share their fixtures, stay together.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ STAGES = (
     ("vLLM's engine and server, crashes, wheels, compiled kernels", {}, ("-m", "slow")),
 )
 INTERPRETED = "--ignore=tests/kernels/gpu/interpreted"
+PROCESSES = ("--numprocesses=2", "--dist=worksteal")
 
 
 def main() -> int:
@@ -73,7 +77,8 @@ def run_stage(environment: dict[str, str], arguments: tuple[str, ...]) -> tuple[
     ignored = () if environment else (INTERPRETED,)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", f"--junit-xml={report}", *ignored, *arguments]
+        options = (*PROCESSES, f"--junit-xml={report}", *ignored, *arguments)
+        command = [sys.executable, "-m", "pytest", *options]
         status = subprocess.run(command, cwd=ROOT, env=os.environ | environment).returncode
         return outcomes(report), status
 
