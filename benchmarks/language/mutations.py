@@ -407,7 +407,8 @@ def _files(directory: Path, draw: random.Random) -> None:
 
 
 def _links(directory: Path, draw: random.Random) -> None:
-    if draw.random() < 0.15 and (directory / "1_Pooling").is_dir():
+    folder = directory / "1_Pooling"
+    if draw.random() < 0.15 and folder.is_dir() and not folder.is_symlink():
         (directory / "1_Pooling").rename(directory / "2_Pooling")
         (directory / "1_Pooling").symlink_to(draw.choice(["/", "..", ".", "2_Pooling", "nothing"]))
         return
