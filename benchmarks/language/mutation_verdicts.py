@@ -293,7 +293,7 @@ def _decoded(
     magnitude = half_units[identity[:, :, None], nibbles & 7]
     signed = torch.where(nibbles >= 8, -magnitude, magnitude)
     scale = torch.pow(2.0, (exponent[:, None] - delta - 1).to(torch.float64))
-    return (signed * scale[:, :, None]).view(rows, -1).to(torch.float32)
+    return (signed * scale[:, :, None]).view(rows, blocks * block_size).to(torch.float32)
 
 
 def _option(scheme: Any, layer: str, key: str) -> Any:
