@@ -20,7 +20,7 @@ from dialect_plugin.checkpoint.reader import CheckpointError, load_json, open_ch
 from dialect_plugin.scheme import Scheme, SchemeError
 from tests.support.conversions import edit_config, refused
 
-SHARE = range(1_000_000, 1_000_250)
+SHARE = range(1_000_000, 1_000_200)
 """Cases of every run of the tests; the benchmark takes thousands of others."""
 
 
