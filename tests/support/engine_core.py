@@ -85,6 +85,7 @@ def _request(core: Any) -> Any:
 def many_engines() -> Iterator[None]:
     """Spare each engine what takes most of its time and needs to be done once in a process."""
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.model_executor.models.transformers.base import Base
     from vllm.platforms import current_platform
     from vllm.plugins import load_general_plugins
 
@@ -94,6 +95,9 @@ def many_engines() -> Iterator[None]:
         patch.setattr(
             type(current_platform), "register_triton_kernel_overrides", staticmethod(lambda: None)
         )
+        # it changes transformers' own class, which then cannot be built outside of vLLM; eager
+        # engines compile nothing
+        patch.setattr(Base, "_decorate_for_torch_compile", lambda self: None)
         yield
         cleanup_dist_env_and_memory()
 
