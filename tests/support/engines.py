@@ -30,7 +30,6 @@ def engine(model: Path, **options: Any) -> Iterator[Any]:
     float32 only, so that a comparison can be tight.
     """
     from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
 
     defaults: dict[str, Any] = {
         "skip_tokenizer_init": True,
@@ -41,14 +40,12 @@ def engine(model: Path, **options: Any) -> Iterator[Any]:
         "max_logprobs": -1,
         "enable_prefix_caching": False,
     }
+    gc.freeze()  # an engine collects garbage six times; its shutdown thaws and collects once more
     llm = LLM(str(model), **(defaults | options))
     try:
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
 
 
 def load_model(path: Path, **options: Any) -> torch.nn.Module:
