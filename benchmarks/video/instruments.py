@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from dialect_kernels import PackedTensor
-
 __all__ = ["clocked", "peak_memory", "refreshed_in_time", "rounding_apart", "wait"]
 
 ROWS = 16
@@ -123,11 +121,7 @@ def _first_rows(layer: Any) -> nn.Module:
     """A quantized layer with the first `ROWS` rows of another's weight, in the same block."""
     from diffusers_hook.layers.dialect import DialectLinear
 
-    p = layer.packed
-    rows = PackedTensor(
-        p.codes[:ROWS], p.meta[:ROWS], p.row_exponent[:ROWS], (ROWS, p.shape[1]), p.book,
-        p.block_size,
-    )  # fmt: skip
+    rows = layer.packed.slice_rows(0, ROWS)
     few = DialectLinear(rows, None, layer.stream, layer.activation_format, layer.original_dtype)
     few.slot = layer.slot
     return few

@@ -391,7 +391,7 @@ def _handed(case, model, batch, context, noise):
     def note(function):
         def noted(*arguments):
             before = frozenset(name for name, *_ in watch.attention)
-            salient, group = arguments[-2:] if function is semantic else (None, None)
+            salient, group = arguments[-3:-1] if function is semantic else (None, None)
             handed[inside[-1]] = Handed(salient, group, before)
             return function(*arguments)
 
