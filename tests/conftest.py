@@ -17,6 +17,7 @@ os.environ.update(
     GLOO_SOCKET_IFNAME="lo",  # ranks find each other on machines without a network too
 )
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two processes of tests share the cores
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns until 3.10 changes it
 
 
