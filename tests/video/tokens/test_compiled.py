@@ -88,7 +88,7 @@ def test_the_ops_have_the_schemas_that_compiled_models_rely_on():
     assert str(ops.linear.default._schema) == (
         "semantic_dialect::linear(Tensor x, Tensor codes, Tensor meta, Tensor row_exponent, "
         "Tensor? bias, Tensor(a5!) slot, SymInt in_features, str book, SymInt block_size, "
-        "str activation_format, str stream) -> Tensor"
+        'str activation_format, str stream, str rotation="none") -> Tensor'
     )
     assert str(ops.observe.default._schema) == (
         "semantic_dialect::observe(Tensor query, Tensor key, Tensor? mask, Tensor(a3!) slot, "
