@@ -78,12 +78,12 @@ def _select_by_exact_error(b_quarters, p_steps, DIALECTS: tl.constexpr):
     best = tl.full((b_quarters.shape[0],), -1.0, b_quarters.dtype)
     dialect = tl.zeros((b_quarters.shape[0],), tl.int32)
     for i_dialect in range(DIALECTS):
-        gain = tl.zeros_like(b_quarters)
+        total = tl.zeros((b_quarters.shape[0],), b_quarters.dtype)
         for i in tl.static_range(7):
             p_step = p_steps + (i_dialect * 7 + i) * 2
             threshold = tl.load(p_step).to(b_quarters.dtype)
-            gain += tl.load(p_step + 1).to(b_quarters.dtype) * tl.maximum(b_quarters - threshold, 0)
-        total = tl.sum(gain, axis=1)
+            above = tl.sum(tl.maximum(b_quarters - threshold, 0), axis=1)
+            total += tl.load(p_step + 1).to(b_quarters.dtype) * above
         dialect = tl.where(total > best, i_dialect, dialect)
         best = tl.maximum(best, total)
     return dialect
