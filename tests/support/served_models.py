@@ -17,7 +17,7 @@ from dialect_kernels.rotation import rotate_activation
 VOCABULARY = 500  # vLLM pads it to 512
 PROMPT = [1, 17, 300, 42, 499, 8, 8, 123, 77, 250, 3]
 
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 128,
     "intermediate_size": 192,
@@ -81,7 +81,7 @@ def build(architecture: str, directory: Path, seed: int = 0, **changes: Any) -> 
     """Save a random bfloat16 model of `architecture` in `directory`, in several shards."""
     torch.manual_seed(seed)
     config_class, differing = CONFIGS[architecture]
-    config = getattr(transformers, config_class)(**(_COMMON | differing | changes))
+    config = getattr(transformers, config_class)(**(COMMON | differing | changes))
     model = getattr(transformers, architecture)(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -15,22 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from dialect_kernels.ops import dequantize
 from dialect_plugin.checkpoint.reader import open_packed
-from tests.support.served_models import VOCABULARY
+from tests.support.served_models import COMMON, VOCABULARY
 
-_COMMON: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.1,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+_COMMON = COMMON | {"intermediate_size": 256}
 _HEADS = {"head_dim": 32}
 _TIED = {"tie_word_embeddings": True}
 _GPT = {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 128}
