@@ -44,7 +44,9 @@ class CalibrationText:
         return hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
 
 
-def read_text(model: Path, options: CalibrationOptions, vocabulary: int) -> CalibrationText:
+def read_text(
+    model: Path, options: CalibrationOptions, vocabulary: int, option: str = "--calibrate"
+) -> CalibrationText:
     """Read and cut the calibration text.
 
     Where the tokenizer has a begin token, every window begins with it. Of a text that holds more
@@ -54,6 +56,7 @@ def read_text(model: Path, options: CalibrationOptions, vocabulary: int) -> Cali
         model: directory of a checkpoint with its tokenizer.
         options: names the text, the number and the length of the windows.
         vocabulary: rows of the model's embedding.
+        option: what named the text; error messages begin with it.
 
     Raises:
         CheckpointError: if the text cannot be read or is shorter than one window, there is no
@@ -62,15 +65,15 @@ def read_text(model: Path, options: CalibrationOptions, vocabulary: int) -> Cali
     tokenizer = _tokenizer(model)
     name = options.calibrate
     tokens: list[int] = []
-    for document in _documents(name):
-        tokens += _tokens(document, tokenizer, name)
+    for document in _documents(name, option):
+        tokens += _tokens(document, tokenizer, name, option)
     begin = getattr(tokenizer, "bos_token_id", None)
     head = [begin] if isinstance(begin, int) else []
     step = options.sequence_length - len(head)
     found = len(tokens) // step
     if not found:
         raise CheckpointError(
-            f"--calibrate: {name} holds {len(tokens)} tokens, and one window takes "
+            f"{option}: {name} holds {len(tokens)} tokens, and one window takes "
             f"{options.sequence_length}; give a longer text or a smaller --sequence-length"
         )
     used = min(found, options.samples)
@@ -94,35 +97,35 @@ def _tokenizer(model: Path) -> Any:
         reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
         raise CheckpointError(
             f"{model}: has no tokenizer that transformers can read ({reason}); put the model's "
-            "tokenizer files there, or convert without --calibrate"
+            "tokenizer files there"
         ) from None
 
 
-def _documents(name: str) -> Iterator[str | list[dict[str, str]]]:
+def _documents(name: str, option: str) -> Iterator[str | list[dict[str, str]]]:
     """Texts, and conversations as lists of messages."""
     if name == DEFAULT_TEXT:
         packaged = files(__package__).joinpath(_DEFAULT_FILE)
-        yield from _lines(_DEFAULT_FILE, packaged.read_text(encoding="utf-8"))
+        yield from _lines(_DEFAULT_FILE, option, packaged.read_text(encoding="utf-8"))
         return
     path = Path(name)
     if not path.is_file():
         raise CheckpointError(
-            f"--calibrate: {name} is not a file; give a text file, a JSONL file or {DEFAULT_TEXT!r}"
+            f"{option}: {name} is not a file; give a text file, a JSONL file or {DEFAULT_TEXT!r}"
         )
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(
-            f"--calibrate: {name} is not UTF-8 text ({error.reason} at byte {error.start}); give "
+            f"{option}: {name} is not UTF-8 text ({error.reason} at byte {error.start}); give "
             "a text file or a JSONL file"
         ) from None
     if path.suffix == ".jsonl":
-        yield from _lines(name, text)
+        yield from _lines(name, option, text)
     else:
         yield text
 
 
-def _lines(name: str, contents: str) -> Iterator[str | list[dict[str, str]]]:
+def _lines(name: str, option: str, contents: str) -> Iterator[str | list[dict[str, str]]]:
     for number, line in enumerate(contents.splitlines(), 1):
         if not line.strip():
             continue
@@ -137,7 +140,7 @@ def _lines(name: str, contents: str) -> Iterator[str | list[dict[str, str]]]:
         elif _is_conversation(messages):
             yield messages
         else:
-            raise CheckpointError(f"--calibrate: {name}: line {number} must be {_FORMS}")
+            raise CheckpointError(f"{option}: {name}: line {number} must be {_FORMS}")
 
 
 def _is_conversation(value: Any) -> TypeGuard[list[dict[str, str]]]:
@@ -153,26 +156,28 @@ def _is_conversation(value: Any) -> TypeGuard[list[dict[str, str]]]:
     )
 
 
-def _tokens(document: str | list[dict[str, str]], tokenizer: Any, name: str) -> list[int]:
+def _tokens(
+    document: str | list[dict[str, str]], tokenizer: Any, name: str, option: str
+) -> list[int]:
     if not isinstance(document, str):
-        document = _conversation(document, tokenizer, name)
+        document = _conversation(document, tokenizer, name, option)
     found: list[int] = tokenizer(document, add_special_tokens=False, verbose=False).input_ids
     return found
 
 
-def _conversation(messages: list[dict[str, str]], tokenizer: Any, name: str) -> str:
+def _conversation(messages: list[dict[str, str]], tokenizer: Any, name: str, option: str) -> str:
     """A conversation as the model's template writes it."""
     if getattr(tokenizer, "chat_template", None) is None:
         if name == DEFAULT_TEXT:
             return "".join(f"{message['content']}\n\n" for message in messages)
         raise CheckpointError(
-            f"--calibrate: {name} holds chat messages, but the model's tokenizer has no chat "
+            f"{option}: {name} holds chat messages, but the model's tokenizer has no chat "
             'template; give {"text": "..."} lines or plain text'
         )
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # templates raise whatever they like
         raise CheckpointError(
-            f"--calibrate: {name}: the model's chat template does not take the conversation that "
+            f"{option}: {name}: the model's chat template does not take the conversation that "
             f"begins with {messages[0]['content'][:40]!r} ({error}); leave it out"
         ) from None
