@@ -48,7 +48,12 @@ API = {
     ),
     "dialect_kernels.calibrated": (
         "Rule `gptq`, which `blockdialect quantize --calibrate` applies to every layer.",
-        ("quantize_calibrated", "CalibratedWeight"),
+        (
+            "quantize_calibrated",
+            "CalibratedWeight",
+            "quantize_calibrated_baseline",
+            "CalibratedValues",
+        ),
     ),
     "dialect_kernels.baselines": (
         "The formats that BlockDialect is compared with.",

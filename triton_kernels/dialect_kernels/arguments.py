@@ -23,6 +23,7 @@ __all__ = [
     "check_loss",
     "check_matrix",
     "check_quantize",
+    "check_rotates",
     "check_semantic",
     "each_once",
     "numbers_of_batch",
@@ -95,8 +96,7 @@ def check_quantize(
         raise ValueError(f"window: {window} with book {book.name!r}; allowed are 0..{largest}")
     if not finite:
         check_finite(x, name)
-    if rotation != "none":
-        _check_rotates(x, rotation, name)
+    check_rotates(x, rotation, name)
     return window
 
 
@@ -113,8 +113,10 @@ def check_loss(x: torch.Tensor, p: PackedTensor) -> None:
         )
 
 
-def _check_rotates(x: torch.Tensor, rotation: Rotation, name: str) -> None:
+def check_rotates(x: torch.Tensor, rotation: Rotation, name: str) -> None:
     """Raise ValueError naming the first row of a finite matrix that overflows when rotated."""
+    if rotation == "none":
+        return
     if not x.numel() or all(abs(float(end)) <= _ALWAYS_ROTATES for end in torch.aminmax(x)):
         return
     overflows = ~rotate_weight(x, rotation).isfinite().all(dim=1)

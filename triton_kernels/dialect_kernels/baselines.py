@@ -8,7 +8,15 @@ from .arguments import check_finite, check_matrix
 from .arithmetic import blocks_of, divisor, power_of_two, row_chunks
 from .formatbook import E4M3_MAX
 
-__all__ = ["quantize_fp8", "quantize_mxfp4", "quantize_nvfp4"]
+__all__ = [
+    "mxfp4_scale",
+    "nvfp4_block_scale",
+    "nvfp4_tensor_scale",
+    "quantize_fp8",
+    "quantize_mxfp4",
+    "quantize_nvfp4",
+    "round_scaled",
+]
 
 _CHUNK_ELEMENTS = 1 << 16  # float32 copies of a chunk stay in the cache of a core
 _EXPONENT_BITS = 0x7F800000
@@ -58,13 +66,8 @@ def quantize_mxfp4(x: torch.Tensor, block_size: int = 32) -> torch.Tensor:
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     for part in row_chunks(rows, columns, _CHUNK_ELEMENTS):
         blocks = blocks_of(x[part], block_size)
-        # frexp is exact for subnormals too: largest = mantissa * 2**power, mantissa in [0.5, 1)
-        exponent = torch.frexp(_largest(blocks)).exponent - 1 - 2
-        exponent = exponent.to(torch.int32).clamp_(min=-127)
         # exact: a quotient that float32 cannot hold lies far below the smallest element
-        rounded = _round_to_e2m1(blocks * power_of_two(-exponent))
-        rounded *= power_of_two(exponent.clamp(min=-126))
-        rounded *= torch.where(exponent < -126, 0.5, 1.0)
+        rounded = round_scaled(blocks, mxfp4_scale(_largest(blocks)))
         out[part] = rounded.flatten(1)[:, :columns]
     return out
 
@@ -91,23 +94,40 @@ def quantize_nvfp4(
     if largest is None:
         empty = torch.zeros((), device=x.device)
         largest = x.abs().amax().to(torch.float32) if x.numel() else empty
-    tensor_scale = largest / divisor(E4M3_MAX * 6, x)
-    if tensor_scale == 0:
-        tensor_scale = torch.ones_like(tensor_scale)
+    tensor_scale = nvfp4_tensor_scale(largest)
     rows, columns = x.shape
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     for part in row_chunks(rows, columns, _CHUNK_ELEMENTS):
         blocks = blocks_of(x[part], block_size)
-        wanted = _largest(blocks) / divisor(6.0, x) / tensor_scale
-        block_scale = wanted.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
-        scale = block_scale * tensor_scale
-        quotient = blocks / scale
-        if bool((scale == 0).any()):
-            quotient = torch.where(scale == 0, 0.0, quotient)
-        rounded = _round_to_e2m1(quotient)
-        rounded *= scale
+        rounded = round_scaled(blocks, nvfp4_block_scale(_largest(blocks), tensor_scale))
         out[part] = rounded.flatten(1)[:, :columns]
     return out
+
+
+def mxfp4_scale(largest: torch.Tensor) -> torch.Tensor:
+    """MXFP4's scale of blocks with these largest magnitudes, float32, a power of two."""
+    # frexp is exact for subnormals too: largest = mantissa * 2**power, mantissa in [0.5, 1)
+    exponent = (torch.frexp(largest).exponent - 1 - 2).to(torch.int32).clamp_(min=-127)
+    scale = power_of_two(exponent.clamp(min=-126))
+    return scale.mul_(torch.where(exponent < -126, 0.5, 1.0))
+
+
+def nvfp4_tensor_scale(largest: torch.Tensor) -> torch.Tensor:
+    """NVFP4's scale of a tensor with this largest magnitude, float32 []."""
+    scale = largest / divisor(E4M3_MAX * 6, largest)
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def nvfp4_block_scale(largest: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
+    """NVFP4's scale of blocks with these largest magnitudes, float32; 0 where they are lost."""
+    wanted = largest / divisor(6.0, largest) / tensor_scale
+    rounded: torch.Tensor = wanted.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
+    return rounded * tensor_scale
+
+
+def round_scaled(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Float32 numbers on the grids of E2M1 times their scales; 0 where the scale is 0."""
+    return _round_to_e2m1(x / torch.where(scale == 0, torch.inf, scale)).mul_(scale)
 
 
 def _largest(blocks: torch.Tensor) -> torch.Tensor:

@@ -1,39 +1,41 @@
 """Rounding a weight so that the layer's output changes little on calibration text: rule ``gptq``.
 
-After GPTQ (Frantar et al., arXiv 2210.17323), for blocks whose dialect and exponent are chosen
-on the way (ours). With the layer's inputs X [T, K] and ``A = X.T @ X / T``, the columns are rounded
-one by one, and what a column loses is made good by the columns to its right::
-
-    A + damping * mean(diag A) * I  =  inverse(U.T @ U),  U upper triangular
-    err_c  =  (w_c - round(w_c)) / U[c, c]
-    w_j   -=  err_c * U[c, j]          for every j > c
-
-A block's grid is chosen by rule ``mse`` when its first column is due, from the weights as they have
-become. The rule chooses bytes; the format, its readers and its kernels do not know of it.
+:mod:`~.gptq` holds the loop; here are the formats that it rounds to: dialects, whose blocks choose
+exponent and dialect by rule ``mse``, and the formats that they are compared with. The rule chooses
+bytes; the format, its readers and its kernels do not know of it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from .arguments import check_finite, check_quantize
+from .arguments import check_finite, check_matrix, check_quantize, check_rotates
 from .arithmetic import block_exponents, blocks_of, flat_table, power_of_two, row_exponents, take
+from .baselines import (
+    mxfp4_scale,
+    nvfp4_block_scale,
+    nvfp4_tensor_scale,
+    quantize_mxfp4,
+    quantize_nvfp4,
+    round_scaled,
+)
 from .formatbook import CELLS, DIALECT_FP4, Formatbook, Rotation
+from .gptq import check_moments, growing_dampings, round_in_order, upper_factor
 from .ops import quantize, quantize_counted
-from .packed import PackedTensor, pack_codes
-from .rotation import rotate_weight
+from .packed import PackedTensor, check_block_size, pack_codes
+from .rotation import check_rotation, rotate_weight
 
-__all__ = ["CalibratedWeight", "quantize_calibrated"]
+__all__ = [
+    "CalibratedValues",
+    "CalibratedWeight",
+    "quantize_calibrated",
+    "quantize_calibrated_baseline",
+]
 
-_LAZY_COLUMNS = 256
-"""Columns after which the errors go to the rest of the matrix, in one product."""
-_INVERTED_COLUMNS = 512
-"""Columns of a triangular matrix that are inverted at a time: in float64 they are large."""
+_Baseline = Literal["mxfp4", "nvfp4"]
 
 
 class CalibratedWeight(NamedTuple):
@@ -42,6 +44,15 @@ class CalibratedWeight(NamedTuple):
     packed: PackedTensor
     damping: float | None
     """The damping that was used; None if no damping helped and rule ``mse`` was used instead."""
+
+
+class CalibratedValues(NamedTuple):
+    """A weight that was calibrated in a format to compare with."""
+
+    values: torch.Tensor
+    """float32 [N, K]; of the rotated weight, if it is rotated."""
+    damping: float | None
+    """The damping that was used; None if no damping helped and each value was rounded alone."""
 
 
 def quantize_calibrated(
@@ -77,68 +88,142 @@ def quantize_calibrated(
             or `A` hold NaN or Inf.
     """
     window = check_quantize(w, book, block_size, "mse", window, name, rotation)
-    _check_moments(w, A, block_size, damping, name)
+    check_moments(w, A, block_size, damping, name)
     exact = rotate_weight(w, rotation).to(torch.float32)
-    for share in _growing(damping):
-        factor = _upper_factor(A, share)
-        packed = None if factor is None else _round(exact, factor, book, block_size, window)
-        if packed is not None:
-            return CalibratedWeight(replace(packed, rotation=rotation), share)
+    for share in growing_dampings(damping):
+        factor = upper_factor(A, share)
+        if factor is None:
+            continue
+        rounder = _DialectRounder(exact, book, block_size, window)
+        if round_in_order(exact, factor, block_size, rounder):
+            return CalibratedWeight(replace(rounder.packed(), rotation=rotation), share)
     return CalibratedWeight(quantize(w, book, block_size, "mse", window, name, rotation), None)
 
 
-def _check_moments(
-    w: torch.Tensor, A: torch.Tensor, block_size: int, damping: float, name: str
-) -> None:
-    columns = w.shape[1]
-    if columns % block_size:
-        raise ValueError(
-            f"{name}: has {columns} columns; they must be a multiple of the block size "
-            f"{block_size}: choose another block size"
-        )
-    if A.dtype != torch.float32 or A.shape != (columns, columns) or A.device != w.device:
-        raise ValueError(
-            f"A: {A.dtype} {list(A.shape)} on {A.device}; it must be torch.float32 "
-            f"[{columns}, {columns}] on {w.device}, where the weight is"
-        )
-    if not 0 < damping <= 1:
-        raise ValueError(f"damping: {damping}; it must be above 0 and at most 1")
-    check_finite(A, f"A of {name}")
+def quantize_calibrated_baseline(
+    w: torch.Tensor,
+    A: torch.Tensor,
+    format_name: _Baseline,
+    block_size: int | None = None,
+    damping: float = 0.01,
+    rotation: Rotation = "none",
+    name: str = "tensor",
+) -> CalibratedValues:
+    """Round a weight to MXFP4 or NVFP4 by rule ``gptq``, to compare with the same care.
 
+    A block's scale is chosen as these formats do, from the weights as they have become; NVFP4's
+    scale of the tensor is that of the weight before any rounding.
 
-def _growing(damping: float) -> Iterator[float]:
-    """The dampings to try."""
-    while damping <= 1 or math.isclose(damping, 1):
-        yield damping
-        damping *= 10
+    Args:
+        w: float32, bfloat16 or float16 [N, K], K a multiple of `block_size`.
+        A: as for :func:`quantize_calibrated`.
+        format_name: ``"mxfp4"`` or ``"nvfp4"``.
+        block_size: default: 32 for MXFP4, 16 for NVFP4.
+        damping: as for :func:`quantize_calibrated`.
+        rotation: of the weight, as for :func:`dialect_kernels.quantize`.
+        name: what error messages call the weight.
 
+    Returns:
+        The rounded values, and the damping that was used.
 
-def _upper_factor(A: torch.Tensor, damping: float) -> torch.Tensor | None:
-    """U of ``inverse(A) = U.T @ U`` after damping, float32 [K, K]; None if there is none.
-
-    With both axes reversed A has a lower factor L, ``A = V @ V.T`` for the upper V that reversing L
-    gives, and U is the inverse of V: one factorization, where inverting A first would take two.
+    Raises:
+        ValueError: if shape, dtype, format, block size, damping or rotation are not allowed, or `w`
+            or `A` hold NaN or Inf.
     """
-    damped = A.flip(0, 1).to(torch.float64)
-    dead = damped.diagonal() == 0
-    damped[dead] = 0
-    damped[:, dead] = 0
-    diagonal = damped.diagonal()
-    mean = diagonal.sum() / max(1, int((~dead).sum()))
-    diagonal.copy_(torch.where(dead, mean, diagonal))
-    diagonal += damping * mean if mean else 1.0  # without any input every rounding is as good
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    del damped
-    if int(failed):
-        return None
-    size, upper = len(A), torch.zeros_like(A)
-    for first in range(0, size, _INVERTED_COLUMNS):
-        stop = min(first + _INVERTED_COLUMNS, size)
-        one = torch.eye(size - first, stop - first, dtype=torch.float64, device=A.device)
-        inverse = torch.linalg.solve_triangular(lower[first:, first:], one, upper=False)
-        upper[first:, first:stop] = inverse
-    upper = upper.flip(0, 1)
-    return upper if bool(upper.isfinite().all()) and bool((upper.diagonal() > 0).all()) else None
+    if format_name not in get_args(_Baseline):
+        raise ValueError(f"format_name: {format_name!r}; allowed are 'mxfp4' and 'nvfp4'")
+    block_size = block_size or (32 if format_name == "mxfp4" else 16)
+    check_matrix(w, name)
+    check_block_size(block_size)
+    check_rotation(rotation, w.shape[1], name)
+    check_finite(w, name)
+    check_rotates(w, rotation, name)
+    check_moments(w, A, block_size, damping, name)
+    exact = rotate_weight(w, rotation).to(torch.float32)
+    largest = exact.abs().amax() if exact.numel() else exact.new_zeros(())
+    for share in growing_dampings(damping):
+        factor = upper_factor(A, share)
+        if factor is None:
+            continue
+        scale = None if format_name == "mxfp4" else nvfp4_tensor_scale(largest)
+        rounder = _E2M1Rounder(exact, scale)
+        if round_in_order(exact, factor, block_size, rounder):
+            return CalibratedValues(rounder.values(), share)
+    plain = quantize_mxfp4 if format_name == "mxfp4" else quantize_nvfp4
+    return CalibratedValues(plain(exact, block_size), None)
+
+
+class _DialectRounder:
+    """Rounds to a formatbook; :class:`~.gptq.BlockRounder`.
+
+    Args:
+        w: the weight before anything is rounded, float32 [N, K]: its rows' exponents are kept.
+    """
+
+    def __init__(self, w: torch.Tensor, book: Formatbook, block_size: int, window: int) -> None:
+        self._book, self._block_size, self._window = book, block_size, window
+        self._shape = (w.shape[0], w.shape[1])
+        self._row_exponent = row_exponents(
+            block_exponents(blocks_of(w, block_size).abs().amax(dim=-1))
+        )
+        self._half_units = flat_table(book, "rounded_half_units", torch.float32, w.device)
+        self._codes: list[torch.Tensor] = []
+        self._meta: list[torch.Tensor] = []
+        self._grid: _Grid
+
+    def begin(self, block: torch.Tensor) -> None:
+        self._grid = _choose_grid(block, self._row_exponent, self._book, self._window)
+
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        grid = self._grid
+        cell = (x.abs() * grid.quarter).clamp_(max=CELLS - 1).to(torch.int32)
+        return take(self._half_units, cell.add_(grid.table)).mul_(grid.unit).copysign_(x)
+
+    def end(self, block: torch.Tensor) -> None:
+        grid, book = self._grid, self._book
+        meta = torch.where(grid.zero, 0, (grid.delta << book.id_bits) | grid.dialect)
+        self._meta.append(meta.to(torch.uint8)[:, None])
+        self._codes.append(_codes(block, grid, book))
+
+    def packed(self) -> PackedTensor:
+        """All blocks, after the last one."""
+        rows, columns = self._shape
+        empty = self._row_exponent.new_empty(rows, 0, dtype=torch.uint8)
+        codes = torch.cat([empty.T, *self._codes])
+        return PackedTensor(
+            pack_codes(codes.T),
+            torch.cat([empty, *self._meta], dim=1),
+            self._row_exponent.to(torch.int8),
+            (rows, columns),
+            self._book,
+            self._block_size,
+        )
+
+
+class _E2M1Rounder:
+    """Rounds to MXFP4, or to NVFP4 where a scale of the tensor is given."""
+
+    def __init__(self, w: torch.Tensor, tensor_scale: torch.Tensor | None) -> None:
+        self._tensor_scale = tensor_scale
+        self._scale: torch.Tensor
+        self._values = [w.new_empty(0, len(w))]
+
+    def begin(self, block: torch.Tensor) -> None:
+        largest = block.abs().amax(dim=0)
+        if self._tensor_scale is None:
+            self._scale = mxfp4_scale(largest)
+        else:
+            self._scale = nvfp4_block_scale(largest, self._tensor_scale)
+
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        return round_scaled(x, self._scale)
+
+    def end(self, block: torch.Tensor) -> None:
+        self._values.append(self.rounded(block))
+
+    def values(self) -> torch.Tensor:
+        """All blocks, after the last one, float32 [N, K]."""
+        return torch.cat(self._values).T.contiguous()
 
 
 class _Grid(NamedTuple):
@@ -146,44 +231,10 @@ class _Grid(NamedTuple):
 
     dialect: torch.Tensor  # int32 [N]
     delta: torch.Tensor  # int32 [N]
-    effective: torch.Tensor  # int32 [N], E
     zero: torch.Tensor  # bool [N], blocks that stay zero
-
-
-def _round(
-    w: torch.Tensor, factor: torch.Tensor, book: Formatbook, block_size: int, window: int
-) -> PackedTensor | None:
-    """Round a float32 weight [N, K]; None if the errors overflowed on their way to the right."""
-    rows, columns = w.shape
-    row_exponent = row_exponents(block_exponents(blocks_of(w, block_size).abs().amax(dim=-1)))
-    left = w.T.contiguous()  # [K, N]: what is left to round, a column in one piece
-    errors = torch.empty(_LAZY_COLUMNS, rows, device=w.device)
-    codes = torch.empty(columns, rows, dtype=torch.uint8, device=w.device)
-    meta = torch.empty(columns // block_size, rows, dtype=torch.uint8, device=w.device)
-    for first in range(0, columns, _LAZY_COLUMNS):
-        last = min(first + _LAZY_COLUMNS, columns)
-        for start in range(first, last, block_size):
-            stop = start + block_size
-            block, lost = left[start:stop], errors[start - first : stop - first]
-            grid = _choose_grid(block, row_exponent, book, window)
-            _round_block(block, factor[start:stop, start:stop], grid, book, lost)
-            codes[start:stop] = _codes(block, grid, book)
-            meta[start // block_size] = torch.where(
-                grid.zero, 0, (grid.delta << book.id_bits) | grid.dialect
-            )
-            left[stop:last].addmm_(factor[start:stop, stop:last].T, lost, alpha=-1)
-        done = errors[: last - first]
-        left[last:].addmm_(factor[first:last, last:].T, done, alpha=-1)
-    if not bool(left.isfinite().all()):
-        return None
-    return PackedTensor(
-        pack_codes(codes.T),
-        meta.T.contiguous(),
-        row_exponent.to(torch.int8),
-        (rows, columns),
-        book,
-        block_size,
-    )
+    table: torch.Tensor  # int32 [N], where the dialect's cells begin in a table
+    quarter: torch.Tensor  # float32 [N], number -> quarter units
+    unit: torch.Tensor  # float32 [N], half units -> number; 0 where zero
 
 
 def _choose_grid(
@@ -205,7 +256,9 @@ def _choose_grid(
     if bool(above.any()):
         delta = delta.masked_fill(above, 0)
         dialect[above] = _saturated_dialects(block[:, above], row_exponent[above], book)
-    return _Grid(dialect, delta, row_exponent - delta, zero)
+    effective = row_exponent - delta
+    unit = power_of_two(effective - 1).masked_fill(zero, 0)
+    return _Grid(dialect, delta, zero, dialect * CELLS, power_of_two(2 - effective), unit)
 
 
 def _saturated_dialects(
@@ -220,34 +273,10 @@ def _saturated_dialects(
     return cost.argmin(dim=0).to(torch.int32)
 
 
-def _round_block(
-    block: torch.Tensor,
-    factor: torch.Tensor,
-    grid: _Grid,
-    book: Formatbook,
-    errors: torch.Tensor,
-) -> None:
-    """Round the columns of a block [B, N] one by one; write ``err`` of each to `errors` [B, N].
-
-    Every column of `block` keeps the value that was rounded.
-    """
-    half_units = flat_table(book, "rounded_half_units", torch.float32, block.device)
-    table = grid.dialect * CELLS
-    quarter, unit = power_of_two(2 - grid.effective), power_of_two(grid.effective - 1)
-    unit = unit.masked_fill(grid.zero, 0)
-    for column, pivot in enumerate(factor.diagonal().tolist()):
-        x = block[column]
-        cell = (x.abs() * quarter).clamp_(max=CELLS - 1).to(torch.int32)
-        rounded = take(half_units, cell.add_(table)).mul_(unit).copysign_(x)
-        error = torch.sub(x, rounded, out=errors[column]).div_(pivot)
-        block[column + 1 :].addr_(factor[column, column + 1 :], error, alpha=-1)
-
-
 def _codes(block: torch.Tensor, grid: _Grid, book: Formatbook) -> torch.Tensor:
     """The codes of a rounded block, uint8 [B, N]."""
     index_lut = flat_table(book, "index_lut", torch.uint8, block.device)
-    quarter = power_of_two(2 - grid.effective)
-    cell = (block.abs() * quarter).clamp_(max=CELLS - 1).to(torch.int32)
-    index = take(index_lut, cell.add_(grid.dialect * CELLS)).masked_fill_(grid.zero, 0)
+    cell = (block.abs() * grid.quarter).clamp_(max=CELLS - 1).to(torch.int32)
+    index = take(index_lut, cell.add_(grid.table)).masked_fill_(grid.zero, 0)
     sign = ((block < 0) & (index > 0)).to(torch.uint8) << 3
     return index | sign

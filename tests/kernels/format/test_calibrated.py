@@ -10,25 +10,9 @@ import torch
 from dialect_kernels import DIALECT_FP4, SEMANTIC_32, quantize
 from dialect_kernels.calibrated import quantize_calibrated
 from dialect_kernels.rotation import rotate_activation, rotate_weight
+from tests.support.calibration_cases import correlated, moments, slow_factor, weight
 
 BOOKS = (DIALECT_FP4, SEMANTIC_32)
-
-
-def moments(x):
-    return (x.T @ x / len(x)).contiguous()
-
-
-def correlated(tokens, columns, seed, shared=0.7):
-    """Inputs whose columns resemble each other and differ in size, float32 [tokens, columns]."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, columns, generator=generator)
-    common = torch.randn(tokens, 4, generator=generator)
-    x = x + shared * common @ torch.randn(4, columns, generator=generator)
-    return x * torch.randn(columns, generator=generator).exp()
-
-
-def weight(rows, columns, seed):
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(1000 + seed)) * 0.05
 
 
 class Slow:
@@ -38,22 +22,13 @@ class Slow:
         self.w = w.double().numpy().copy()
         self.book, self.block_size = book, block_size
         self.window = book.largest_stored_delta if window is None else window
-        self.factor = self._factor(a.double().numpy().copy(), damping)
+        self.factor = slow_factor(a, damping)
         self.codes = np.zeros(self.w.shape, dtype=np.uint8)
         self.meta = np.zeros((len(w), self.w.shape[1] // block_size), dtype=np.uint8)
         self.rows = np.zeros(len(w), dtype=np.int8)
         self.saturated = self.zero_blocks = 0
         for row in range(len(w)):
             self._round_row(row)
-
-    @staticmethod
-    def _factor(a, damping):
-        dead = np.diag(a) == 0
-        a[dead, :] = 0
-        a[:, dead] = 0
-        mean = np.diag(a)[~dead].mean()
-        a[dead, dead] = mean
-        return np.linalg.cholesky(np.linalg.inv(a + damping * mean * np.eye(len(a)))).T
 
     @staticmethod
     def _exponent(values):
@@ -253,7 +228,7 @@ def test_weights_without_rows():
 def test_a_wide_matrix_is_inverted_piece_by_piece(monkeypatch):
     w, a = weight(4, 128, 12), moments(correlated(500, 128, 12))
     whole = quantize_calibrated(w, a, SEMANTIC_32, 32).packed
-    monkeypatch.setattr("dialect_kernels.calibrated._INVERTED_COLUMNS", 48)
+    monkeypatch.setattr("dialect_kernels.gptq._INVERTED_COLUMNS", 48)
     pieces = quantize_calibrated(w, a, SEMANTIC_32, 32).packed
     assert torch.equal(whole.codes, pieces.codes)
     assert torch.equal(whole.meta, pieces.meta)
