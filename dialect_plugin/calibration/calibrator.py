@@ -7,13 +7,14 @@ next one is read.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from dialect_kernels import PackedTensor, quantize
-from dialect_kernels.calibrated import quantize_calibrated
+from dialect_kernels.calibrated import quantize_factored
 
 from ..checkpoint.calibrated import CalibratedLayers
 from ..checkpoint.layer_choice import LayerChoice
@@ -25,10 +26,8 @@ from .moments import SharedInput, Watch
 from .options import CalibrationOptions
 from .text import CalibrationText, read_text
 
-__all__ = ["Calibrator"]
+__all__ = ["Calibrator", "check_device", "open_calibration"]
 
-_TOGETHER = 1 << 25
-"""Weights of layers with one input that are rounded as one matrix: more would take much memory."""
 _FEWEST = 4
 """A layer needs a token for so many columns."""
 
@@ -45,24 +44,11 @@ class Calibrator:
 
     def prepare(self, checkpoint: Checkpoint, choice: LayerChoice) -> Mapping[str, Any]:
         """Build the empty model and read the text; see the protocol."""
-        try:
-            import transformers
-        except ImportError:
-            raise CheckpointError(
-                "--calibrate: needs transformers; install it with pip install "
-                "'blockdialect[calibrate]'"
-            ) from None
         options = self._options
-        _check_device(options.device)
         self._checkpoint, self._forms = checkpoint, choice.formats
-        self._blocks = DecoderBlocks(checkpoint, choice.formats, options.device)
-        longest = self._blocks.longest
-        if longest is not None and options.sequence_length > longest:
-            raise CheckpointError(
-                f"--sequence-length: {options.sequence_length}; the model takes at most {longest} "
-                "tokens: give fewer"
-            )
-        self._text = read_text(checkpoint.path, options, self._blocks.vocabulary)
+        self._blocks, self._text = open_calibration(checkpoint, choice.formats, options)
+        import transformers
+
         return {
             "rule": "gptq",
             "text": self._text.name,
@@ -119,44 +105,61 @@ class Calibrator:
         packed: dict[str, PackedTensor] = {}
         dampings: dict[str, float | None] = {}
         while inputs:
-            shared = inputs.pop()  # its moments are freed before the next are factored
-            moments = shared.mean()
-            enough = shared.tokens * _FEWEST >= len(moments)
-            for names in _together(shared.layers, modules):
-                weights = [modules[name].weight.detach() for name in names]
-                whole = weights[0] if len(weights) == 1 else torch.cat(weights)
-                form = shared.form
-                settings = (form.formatbook, form.block_size)
-                damping = None
-                if enough:
-                    rounded, damping = quantize_calibrated(
-                        whole,
-                        moments,
-                        *settings,
-                        damping=self._options.damping,
-                        rotation=form.rotation,
-                        name=names[0],
-                    )
-                else:
-                    rounded = quantize(whole, *settings, rotation=form.rotation, name=names[0])
-                first = 0
-                for name, weight in zip(names, weights, strict=True):
-                    packed[name] = rounded.slice_rows(first, first + len(weight))
-                    dampings[name] = damping
-                    first += len(weight)
+            shared = inputs.pop()  # what it holds is freed before the next is factored
+            shared.check_finite()
+            enough = shared.tokens * _FEWEST >= len(shared.moments)
+            found = shared.factor(self._options.damping) if enough else None
+            for name in shared.layers:
+                weight = modules[name].weight.detach()
+                rounded, dampings[name] = None, None
+                if found is not None:
+                    rounded = quantize_factored(weight, found[0], **_settings(shared.form, name))
+                    dampings[name] = None if rounded is None else found[1]
+                if rounded is None:
+                    rounded = quantize(weight, **_settings(shared.form, name))
+                packed[name] = rounded
         return packed, dampings
 
 
-def _together(
-    layers: Sequence[str], modules: Mapping[str, torch.nn.Linear]
-) -> list[tuple[str, ...]]:
-    """Layers with one input in one group, or each alone where that is too large."""
-    if sum(modules[name].weight.numel() for name in layers) <= _TOGETHER:
-        return [tuple(layers)]
-    return [(name,) for name in layers]
+def open_calibration(
+    checkpoint: Checkpoint, layers: Collection[str], options: CalibrationOptions
+) -> tuple[DecoderBlocks, CalibrationText]:
+    """Build the empty model and read the text.
+
+    Args:
+        checkpoint: a 16-bit checkpoint.
+        layers: names of its linear layers to calibrate.
+        options: text, windows and device.
+
+    Raises:
+        CheckpointError: one sentence, if text, tokenizer, model or device cannot be used.
+    """
+    if find_spec("transformers") is None:
+        raise CheckpointError(
+            "--calibrate: needs transformers; install it with pip install 'blockdialect[calibrate]'"
+        )
+    check_device(options.device)
+    blocks = DecoderBlocks(checkpoint, layers, options.device)
+    longest = blocks.longest
+    if longest is not None and options.sequence_length > longest:
+        raise CheckpointError(
+            f"--sequence-length: {options.sequence_length}; the model takes at most {longest} "
+            "tokens: give fewer"
+        )
+    return blocks, read_text(checkpoint.path, options, blocks.vocabulary)
 
 
-def _check_device(name: str) -> None:
+def _settings(form: LayerFormat, name: str) -> dict[str, Any]:
+    """How a weight is quantized, as arguments of ``quantize``."""
+    return {
+        "book": form.formatbook,
+        "block_size": form.block_size,
+        "rotation": form.rotation,
+        "name": name,
+    }
+
+
+def check_device(name: str) -> None:
     """Raise CheckpointError unless tensors can be put on the device."""
     try:
         torch.empty(0, device=name)

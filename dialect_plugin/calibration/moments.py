@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dialect_kernels.rotation import rotate_activation
+from dialect_kernels.second_moments import SecondMoments, UpperFactor, growing_dampings
 
 from ..checkpoint.reader import CheckpointError
 from ..scheme import LayerFormat
@@ -24,33 +25,54 @@ class SharedInput:
     Attributes:
         layers: their names.
         form: how all of them are quantized.
-        moments: float32 [K, K], sum of ``x x.T`` over the tokens, rotated as `form` says.
-        tokens: how many these are.
+        moments: of their inputs, rotated as `form` says.
     """
 
     layers: list[str]
     form: LayerFormat
-    moments: torch.Tensor = field(repr=False)
-    tokens: int = 0
+    moments: SecondMoments = field(repr=False)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the layers have seen."""
+        return self.moments.tokens
 
     def add(self, x: torch.Tensor) -> None:
         """Add the tokens of an input [..., K]."""
-        tokens = rotate_activation(x.reshape(-1, x.shape[-1]).float(), self.form.rotation)
-        self.moments.addmm_(tokens.T, tokens)
-        self.tokens += len(tokens)
+        tokens = x.reshape(-1, x.shape[-1]).float()
+        self.moments.add(rotate_activation(tokens, self.form.rotation))
 
     def mean(self) -> torch.Tensor:
-        """The mean of ``x x.T``, float32 [K, K], in the memory of :attr:`moments`.
+        """The mean of ``x x.T``, float32 [K, K].
 
         Raises:
             CheckpointError: naming a layer, if an input held NaN or Inf.
         """
-        if not bool(self.moments.isfinite().all()):
+        self.check_finite()
+        return self.moments.mean()
+
+    def factor(self, damping: float) -> tuple[UpperFactor, float] | None:
+        """The factor of the moments, which are used up by it.
+
+        Args:
+            damping: the least damping; where it is too little, ten times as much is tried.
+
+        Returns:
+            The factor and the damping that was used; None if no damping up to 1 is enough.
+        """
+        for share in growing_dampings(damping):
+            factor = self.moments.factor(share)
+            if factor is not None:
+                return factor, share
+        return None
+
+    def check_finite(self) -> None:
+        """Raise CheckpointError, naming a layer, if an input held NaN or Inf."""
+        if not self.moments.isfinite():
             raise CheckpointError(
                 f"{self.layers[0]}: its input holds NaN or Inf on the calibration text; calibrate "
                 "on other text, or convert without --calibrate"
             )
-        return self.moments.div_(max(1, self.tokens))
 
 
 class Watch:
@@ -87,8 +109,7 @@ class Watch:
                     return
             if any(layer in shared.layers for shared in self.inputs):
                 return  # called twice in one pass; the later passes count both
-            columns = x.shape[-1]
-            shared = SharedInput([layer], form, torch.zeros(columns, columns, device=x.device))
+            shared = SharedInput([layer], form, SecondMoments(x.shape[-1], x.device))
             shared.add(x)
             self.inputs.append(shared)
             seen.append((x, x._version, shared))

@@ -7,7 +7,6 @@ bytes; the format, its readers and its kernels do not know of it.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -23,19 +22,24 @@ from .baselines import (
     round_scaled,
 )
 from .formatbook import CELLS, DIALECT_FP4, Formatbook, Rotation
-from .gptq import check_moments, growing_dampings, round_in_order, upper_factor
+from .gptq import check_moments, round_in_order
 from .ops import quantize, quantize_counted
 from .packed import PackedTensor, check_block_size, pack_codes
 from .rotation import check_rotation, rotate_weight
+from .second_moments import SecondMoments, UpperFactor, growing_dampings
 
 __all__ = [
     "CalibratedValues",
     "CalibratedWeight",
     "quantize_calibrated",
     "quantize_calibrated_baseline",
+    "quantize_factored",
 ]
 
 _Baseline = Literal["mxfp4", "nvfp4"]
+
+_ROWS = 2048
+"""Rows that are rounded at a time: they are held twice in float32."""
 
 
 class CalibratedWeight(NamedTuple):
@@ -89,14 +93,11 @@ def quantize_calibrated(
     """
     window = check_quantize(w, book, block_size, "mse", window, name, rotation)
     check_moments(w, A, block_size, damping, name)
-    exact = rotate_weight(w, rotation).to(torch.float32)
     for share in growing_dampings(damping):
-        factor = upper_factor(A, share)
-        if factor is None:
-            continue
-        rounder = _DialectRounder(exact, book, block_size, window)
-        if round_in_order(exact, factor, block_size, rounder):
-            return CalibratedWeight(replace(rounder.packed(), rotation=rotation), share)
+        factor = SecondMoments.of(A).factor(share)
+        packed = factor and _rounded(w, factor, book, block_size, window, rotation)
+        if packed:
+            return CalibratedWeight(packed, share)
     return CalibratedWeight(quantize(w, book, block_size, "mse", window, name, rotation), None)
 
 
@@ -142,7 +143,7 @@ def quantize_calibrated_baseline(
     exact = rotate_weight(w, rotation).to(torch.float32)
     largest = exact.abs().amax() if exact.numel() else exact.new_zeros(())
     for share in growing_dampings(damping):
-        factor = upper_factor(A, share)
+        factor = SecondMoments.of(A).factor(share)
         if factor is None:
             continue
         scale = None if format_name == "mxfp4" else nvfp4_tensor_scale(largest)
@@ -151,6 +152,47 @@ def quantize_calibrated_baseline(
             return CalibratedValues(rounder.values(), share)
     plain = quantize_mxfp4 if format_name == "mxfp4" else quantize_nvfp4
     return CalibratedValues(plain(exact, block_size), None)
+
+
+def quantize_factored(
+    w: torch.Tensor,
+    factor: UpperFactor,
+    book: Formatbook = DIALECT_FP4,
+    block_size: int = 32,
+    rotation: Rotation = "none",
+    name: str = "tensor",
+) -> PackedTensor | None:
+    """As :func:`quantize_calibrated`, with a factor that serves several weights.
+
+    Args:
+        factor: U of the second moments, from :meth:`~.second_moments.SecondMoments.factor`.
+
+    Returns:
+        None if the errors overflowed on their way to the right.
+    """
+    window = check_quantize(w, book, block_size, "mse", None, name, rotation)
+    return _rounded(w, factor, book, block_size, window, rotation)
+
+
+def _rounded(
+    w: torch.Tensor,
+    factor: UpperFactor,
+    book: Formatbook,
+    block_size: int,
+    window: int,
+    rotation: Rotation,
+) -> PackedTensor | None:
+    """A weight by rule ``gptq``, some rows at a time; None if errors overflowed."""
+    parts = []
+    for start in range(0, max(1, len(w)), _ROWS):
+        exact = rotate_weight(w[start : start + _ROWS], rotation).to(torch.float32)
+        rounder = _DialectRounder(exact, book, block_size, window)
+        if not round_in_order(exact, factor, block_size, rounder):
+            return None
+        parts.append(rounder.packed())
+    codes, meta, row_exponent = map(torch.cat, zip(*(p.tensors for p in parts), strict=True))
+    shape = (w.shape[0], w.shape[1])
+    return PackedTensor(codes, meta, row_exponent, shape, book, block_size, rotation)
 
 
 class _DialectRounder:

@@ -13,20 +13,17 @@ A block's grid is chosen when its first column is due, from the weights as they 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 
 from .arguments import check_finite
+from .second_moments import UpperFactor
 
-__all__ = ["BlockRounder", "check_moments", "growing_dampings", "round_in_order", "upper_factor"]
+__all__ = ["BlockRounder", "check_moments", "round_in_order"]
 
 _LAZY_COLUMNS = 256
 """Columns after which the errors go to the rest of the matrix, in one product."""
-_INVERTED_COLUMNS = 512
-"""Columns of a triangular matrix that are inverted at a time: in float64 they are large."""
 
 
 class BlockRounder(Protocol):
@@ -62,49 +59,14 @@ def check_moments(
     check_finite(A, f"A of {name}")
 
 
-def growing_dampings(damping: float) -> Iterator[float]:
-    """The dampings to try: ten times as much each time, up to 1."""
-    while damping <= 1 or math.isclose(damping, 1):
-        yield damping
-        damping *= 10
-
-
-def upper_factor(A: torch.Tensor, damping: float) -> torch.Tensor | None:
-    """U of ``inverse(A) = U.T @ U`` after damping, float32 [K, K]; None if there is none.
-
-    With both axes reversed A has a lower factor L, ``A = V @ V.T`` for the upper V that reversing L
-    gives, and U is the inverse of V: one factorization, where inverting A first would take two.
-    """
-    damped = A.flip(0, 1).to(torch.float64)
-    dead = damped.diagonal() == 0
-    damped[dead] = 0
-    damped[:, dead] = 0
-    diagonal = damped.diagonal()
-    mean = diagonal.sum() / max(1, int((~dead).sum()))
-    diagonal.copy_(torch.where(dead, mean, diagonal))
-    diagonal += damping * mean if mean else 1.0  # without any input every rounding is as good
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    del damped
-    if int(failed):
-        return None
-    size, upper = len(A), torch.zeros_like(A)
-    for first in range(0, size, _INVERTED_COLUMNS):
-        stop = min(first + _INVERTED_COLUMNS, size)
-        one = torch.eye(size - first, stop - first, dtype=torch.float64, device=A.device)
-        inverse = torch.linalg.solve_triangular(lower[first:, first:], one, upper=False)
-        upper[first:, first:stop] = inverse
-    upper = upper.flip(0, 1)
-    return upper if bool(upper.isfinite().all()) and bool((upper.diagonal() > 0).all()) else None
-
-
 def round_in_order(
-    w: torch.Tensor, factor: torch.Tensor, block_size: int, rounder: BlockRounder
+    w: torch.Tensor, factor: UpperFactor, block_size: int, rounder: BlockRounder
 ) -> bool:
     """Round the columns of a float32 weight [N, K] one by one.
 
     Args:
         w: the weight, which is not written to.
-        factor: from :func:`upper_factor`.
+        factor: of the second moments of the layer's inputs.
         block_size: divides K.
         rounder: rounds and keeps.
 
@@ -116,15 +78,16 @@ def round_in_order(
     errors = torch.empty(_LAZY_COLUMNS, rows, device=w.device)
     for first in range(0, columns, _LAZY_COLUMNS):
         last = min(first + _LAZY_COLUMNS, columns)
+        upper = factor.rows(first, last)  # from the column `first` on
         for start in range(first, last, block_size):
             stop = start + block_size
             block, lost = left[start:stop], errors[start - first : stop - first]
+            own = upper[start - first : stop - first, start - first : last - first]
             rounder.begin(block)
-            _round_block(block, factor[start:stop, start:stop], rounder, lost)
+            _round_block(block, own[:, :block_size], rounder, lost)
             rounder.end(block)
-            left[stop:last].addmm_(factor[start:stop, stop:last].T, lost, alpha=-1)
-        done = errors[: last - first]
-        left[last:].addmm_(factor[first:last, last:].T, done, alpha=-1)
+            left[stop:last].addmm_(own[:, block_size:].T, lost, alpha=-1)
+        left[last:].addmm_(upper[:, last - first :].T, errors[: last - first], alpha=-1)
     return bool(left.isfinite().all())
 
 

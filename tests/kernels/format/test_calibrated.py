@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from dialect_kernels import DIALECT_FP4, SEMANTIC_32, quantize
-from dialect_kernels.calibrated import quantize_calibrated
+from dialect_kernels.calibrated import quantize_calibrated, quantize_factored
 from dialect_kernels.rotation import rotate_activation, rotate_weight
+from dialect_kernels.second_moments import SecondMoments
 from tests.support.calibration_cases import correlated, moments, slow_factor, weight
 
 BOOKS = (DIALECT_FP4, SEMANTIC_32)
@@ -225,10 +226,27 @@ def test_weights_without_rows():
     assert found.packed.shape == (0, 32)
 
 
-def test_a_wide_matrix_is_inverted_piece_by_piece(monkeypatch):
-    w, a = weight(4, 128, 12), moments(correlated(500, 128, 12))
+def test_a_wide_matrix_in_panels_and_a_tall_one_in_groups_of_rows(monkeypatch):
+    w, a = weight(7, 576, 12), moments(correlated(1500, 576, 12))
     whole = quantize_calibrated(w, a, SEMANTIC_32, 32).packed
-    monkeypatch.setattr("dialect_kernels.gptq._INVERTED_COLUMNS", 48)
+    monkeypatch.setattr("dialect_kernels.second_moments._PANEL", 256)
+    monkeypatch.setattr("dialect_kernels.calibrated._ROWS", 3)
     pieces = quantize_calibrated(w, a, SEMANTIC_32, 32).packed
+    assert pieces.shape == w.shape
     assert torch.equal(whole.codes, pieces.codes)
     assert torch.equal(whole.meta, pieces.meta)
+    assert torch.equal(whole.row_exponent, pieces.row_exponent)
+
+
+def test_one_factor_for_several_weights():
+    a = moments(correlated(500, 96, 13))
+    factor = SecondMoments.of(a).factor(0.01)
+    for seed, rotation in ((1, "none"), (2, "hadamard_32")):
+        w = weight(5, 96, seed)
+        found = quantize_factored(w, factor, SEMANTIC_32, 16, rotation)
+        expected = quantize_calibrated(w, a, SEMANTIC_32, 16, rotation=rotation).packed
+        assert torch.equal(found.codes, expected.codes)
+        assert torch.equal(found.meta, expected.meta)
+        assert found.rotation == rotation
+    with pytest.raises(ValueError, match="layer: inf at"):
+        quantize_factored(w / 0, factor, name="layer")
