@@ -487,7 +487,7 @@ def _read_overrides(options: list[str], file: Path | None) -> dict[str, Any]:
                 "activation_format or rotation, such as 're:.*down_proj=rotation:none'"
             )
     if file is not None:
-        from .checkpoint.reader import read_json
+        from .checkpoint.json_files import read_json
 
         for pattern, override in Scheme.parse(
             {"overrides": read_json(file, unique=True)}, str(file)

@@ -15,7 +15,8 @@ from typing import Annotated
 
 import typer
 
-from dialect_plugin.checkpoint.reader import CONFIG, CheckpointError, read_json
+from dialect_plugin.checkpoint.json_files import CheckpointError, read_json
+from dialect_plugin.checkpoint.reader import CONFIG
 from dialect_plugin.scheme import QUANT_METHOD
 
 from .server import serve_command, serve_environment

@@ -20,9 +20,10 @@ from dialect_kernels import PackedTensor
 from dialect_kernels.packed import STORED_FIELDS
 
 from ..scheme import LayerFormat
+from .json_files import read_json
 from .layer_choice import LayerChoice
 from .progress import Progress
-from .reader import Checkpoint, read_json
+from .reader import Checkpoint
 from .tables import folded
 from .writer import write_file, write_text
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .reader import CONFIG, INDEX, Checkpoint, CheckpointError, load_json
+from .json_files import load_json
+from .reader import CONFIG, INDEX, Checkpoint, CheckpointError
 
 __all__ = ["Companions", "find_companions", "without_local_code"]
 

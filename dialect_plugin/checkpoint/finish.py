@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .companions import Companions, without_local_code
-from .reader import CONFIG, INDEX, Checkpoint, read_json
+from .json_files import read_json
+from .reader import CONFIG, INDEX, Checkpoint
 from .writer import write_file, write_text
 
 __all__ = ["finish_checkpoint"]

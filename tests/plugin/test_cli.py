@@ -138,6 +138,34 @@ def test_help_and_wrong_options_do_not_wait_for_torch(arguments, sentence):
         assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("{", "is not valid JSON (Expecting property name"),
+        (
+            '{"down_proj": {"block_size": 48}}',
+            "overrides.down_proj.block_size is 48; it must be 16",
+        ),
+        ('{"a": {"block_size": 16}, "a": {"block_size": 32}}', "the key 'a' is given 2 times"),
+        (None, "is missing"),
+    ],
+)
+def test_a_faulty_overrides_file_does_not_wait_for_torch(text, sentence, tmp_path):
+    file = tmp_path / "overrides.json"
+    if text is not None:
+        file.write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, "quantize", "S", "D", "--overrides", str(file)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.endswith("False\n")
+    assert done.stderr.startswith(f"blockdialect: {file}: ")
+    assert sentence in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_quantize_says_what_it_did_and_how_to_go_on(tiny_model, tmp_path):
     done = run("quantize", tiny_model(intermediate_size=208), tmp_path / "packed")
     said = done.stdout.splitlines()

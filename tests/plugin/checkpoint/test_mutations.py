@@ -15,8 +15,9 @@ from benchmarks.language.mutations import KINDS, PACKED, SOURCES, make_victims
 from dialect_plugin.checkpoint.companions import find_companions
 from dialect_plugin.checkpoint.convert import convert
 from dialect_plugin.checkpoint.inspection import inspect_checkpoint
+from dialect_plugin.checkpoint.json_files import load_json
 from dialect_plugin.checkpoint.progress import Silent
-from dialect_plugin.checkpoint.reader import CheckpointError, load_json, open_checkpoint
+from dialect_plugin.checkpoint.reader import CheckpointError, open_checkpoint
 from dialect_plugin.scheme import Scheme, SchemeError
 from tests.support.conversions import edit_config, refused
 
