@@ -14,7 +14,8 @@ class CalibrationOptions(BaseModel):
     """Options of a calibration.
 
     Attributes:
-        calibrate: a text file, a JSONL file of texts or chat messages, or ``"default"``.
+        calibrate: a text file, a JSONL file of texts or chat messages, ``"default"``, or a data set:
+            ``owner/name/configuration:split:column`` or a directory, the last three parts optional.
         samples: most windows of text to run.
         sequence_length: tokens in a window.
         damping: share of the mean diagonal of the second moments that is added to the diagonal.

@@ -1,29 +1,23 @@
 """From calibration text to windows of tokens.
 
-A plain text file is one document. A JSONL file holds one document a line: ``{"text": "..."}``, or
-``{"messages": [{"role": "user", "content": "..."}, ...]}``, which the model's chat template turns
-into text. The documents' tokens are put one after another and cut into windows of one length.
+The documents' tokens are put one after another and cut into windows of one length. The model's chat
+template turns conversations into text.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 
 from ..checkpoint.reader import CheckpointError
+from .documents import Document, is_long, read_documents
 from .options import DEFAULT_TEXT, CalibrationOptions
 
 __all__ = ["CalibrationText", "read_text"]
-
-_DEFAULT_FILE = "default.jsonl"
-_FORMS = '{"text": "..."} or {"messages": [{"role": "...", "content": "..."}]}'
 
 
 @dataclass(frozen=True)
@@ -49,8 +43,8 @@ def read_text(
 ) -> CalibrationText:
     """Read and cut the calibration text.
 
-    Where the tokenizer has a begin token, every window begins with it. Of a text that holds more
-    windows than `options.samples`, so many are taken, evenly spread.
+    Where the tokenizer has a begin token, every window begins with it. Of a file that holds more
+    windows than `options.samples`, so many are taken, evenly spread; of a data set, the first ones.
 
     Args:
         model: directory of a checkpoint with its tokenizer.
@@ -64,12 +58,14 @@ def read_text(
     """
     tokenizer = _tokenizer(model)
     name = options.calibrate
-    tokens: list[int] = []
-    for document in _documents(name, option):
-        tokens += _tokens(document, tokenizer, name, option)
     begin = getattr(tokenizer, "bos_token_id", None)
     head = [begin] if isinstance(begin, int) else []
     step = options.sequence_length - len(head)
+    tokens: list[int] = []
+    for document in read_documents(name, option):
+        tokens += _tokens(document, tokenizer, name, option)
+        if is_long(name) and len(tokens) >= step * options.samples:
+            break
     found = len(tokens) // step
     if not found:
         raise CheckpointError(
@@ -101,64 +97,7 @@ def _tokenizer(model: Path) -> Any:
         ) from None
 
 
-def _documents(name: str, option: str) -> Iterator[str | list[dict[str, str]]]:
-    """Texts, and conversations as lists of messages."""
-    if name == DEFAULT_TEXT:
-        packaged = files(__package__).joinpath(_DEFAULT_FILE)
-        yield from _lines(_DEFAULT_FILE, option, packaged.read_text(encoding="utf-8"))
-        return
-    path = Path(name)
-    if not path.is_file():
-        raise CheckpointError(
-            f"{option}: {name} is not a file; give a text file, a JSONL file or {DEFAULT_TEXT!r}"
-        )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(
-            f"{option}: {name} is not UTF-8 text ({error.reason} at byte {error.start}); give "
-            "a text file or a JSONL file"
-        ) from None
-    if path.suffix == ".jsonl":
-        yield from _lines(name, option, text)
-    else:
-        yield text
-
-
-def _lines(name: str, option: str, contents: str) -> Iterator[str | list[dict[str, str]]]:
-    for number, line in enumerate(contents.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            entry = None
-        fields = entry if isinstance(entry, dict) else {}
-        text, messages = fields.get("text"), fields.get("messages")
-        if isinstance(text, str) and text:
-            yield text
-        elif _is_conversation(messages):
-            yield messages
-        else:
-            raise CheckpointError(f"{option}: {name}: line {number} must be {_FORMS}")
-
-
-def _is_conversation(value: Any) -> TypeGuard[list[dict[str, str]]]:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-            for message in value
-        )
-    )
-
-
-def _tokens(
-    document: str | list[dict[str, str]], tokenizer: Any, name: str, option: str
-) -> list[int]:
+def _tokens(document: Document, tokenizer: Any, name: str, option: str) -> list[int]:
     if not isinstance(document, str):
         document = _conversation(document, tokenizer, name, option)
     found: list[int] = tokenizer(document, add_special_tokens=False, verbose=False).input_ids

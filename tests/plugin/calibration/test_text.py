@@ -96,7 +96,6 @@ def refused(path, text, match, **options):
 
 def test_bad_text(source, tmp_path):
     refused(source, tmp_path / "absent", "--calibrate: .*absent is not a file; give a text file")
-    refused(source, tmp_path, "is not a file")
     (tmp_path / "short").write_text("abc")
     refused(source, tmp_path / "short", "short holds . tokens, and one window takes 512; give a lo")
     (tmp_path / "empty").write_text("")
@@ -144,3 +143,62 @@ def test_a_tokenizer_of_another_model(source, tmp_path):
         "its tokenizer gives token .*, but the model's vocabulary has 50 entries",
         vocabulary=50,
     )
+
+
+ROWS = {"text": ["one two", "", "three"], "body": ["a", "b", "c"], "number": [1, 2, 3]}
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+
+
+def decoded(source, text, **options):
+    windows = read(source, text, sequence_length=4, **options).windows
+    return AutoTokenizer.from_pretrained(source).decode(windows[:, 1:].flatten())
+
+
+def test_a_data_set_that_was_saved_on_disk(source, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict(ROWS)
+    rows.save_to_disk(tmp_path / "rows")
+    assert "one twothree".startswith(decoded(source, tmp_path / "rows"))
+    both = datasets.DatasetDict({"other": rows.select([2]), "train": rows})
+    both.save_to_disk(tmp_path / "both")
+    assert decoded(source, tmp_path / "both")[:3] == "one"
+    assert "three".startswith(decoded(source, f"{tmp_path}/both:other"))
+    assert decoded(source, f"{tmp_path}/both:train:body") == "abc"
+    assert decoded(source, f"{tmp_path}/both::body", samples=1) == "abc"
+    refused(source, f"{tmp_path}/both:train:number", "column number of row 0 is neither text nor a")
+    refused(source, f"{tmp_path}/both:train:nothing", "has no column nothing; it has text, body, n")
+    refused(source, f"{tmp_path}/both:dev", "has no split dev; it has other, train")
+
+
+def test_a_directory_of_data_files_and_conversations(chatty, tmp_path):
+    pytest.importorskip("datasets")
+    line = json.dumps({"id": 1, "messages": CHAT})
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text(f"{line}\n{line}\n")
+    found = decoded(chatty, tmp_path / "set")
+    assert ("[user]hi[assistant]hello" * 2).startswith(found)
+    assert len(found) > 30
+    bare = tmp_path / "set" / "train.jsonl"
+    bare.write_text(json.dumps({"id": 1}) + "\n")
+    refused(
+        chatty, tmp_path / "set", "has no column text or messages; it has id: name one as .*set:"
+    )
+
+
+def test_of_a_data_set_no_more_is_read_than_is_needed(source, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"text": ["some words and more " * 9, "x" * 30_000]})
+    rows.save_to_disk(tmp_path / "rows")
+    first = read(source, tmp_path / "rows", sequence_length=16, samples=2)
+    assert "x" not in AutoTokenizer.from_pretrained(source).decode(first.windows.flatten())
+    assert len(read(source, tmp_path / "rows", sequence_length=16, samples=99).windows) == 99
+
+
+def test_what_is_no_data_set(source, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    refused(source, tmp_path / "empty", "is not a file, and not a data set that can be read")
+    monkeypatch.setattr(
+        "dialect_plugin.calibration.documents.find_spec", {"datasets": None}.__getitem__
+    )
+    refused(source, "owner/name:train", "owner/name is not a file, and data sets are read by the "
+            "package datasets; install it with pip install 'blockdialect.datasets.'")  # fmt: skip
