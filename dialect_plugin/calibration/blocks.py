@@ -16,9 +16,9 @@ import torch
 
 from ..checkpoint.reader import Checkpoint, CheckpointError
 
-__all__ = ["DecoderBlocks"]
+__all__ = ["DecoderBlocks", "parameter_names"]
 
-_INSTEAD = "convert without --calibrate"
+_INSTEAD = "leave --calibrate out"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class DecoderBlocks:
         self._checkpoint = checkpoint
         self._device = torch.device(device)
         self._model = _empty_model(checkpoint)
-        self._conversions, self._parameters = _names(self._model, checkpoint)
+        self._conversions, self._parameters = parameter_names(self._model, checkpoint)
         modules = {name: self._module_of(name) for name in layers}
         self._path = self._container(modules)
         self._blocks = list(self._model.get_submodule(self._path))
@@ -68,6 +68,9 @@ class DecoderBlocks:
             for name, module in self._modules.items()
         }
         self._calls: list[_Call] = []
+        self._wrapped = False  # whether the blocks return tuples
+        output, embedding = self._model.get_output_embeddings(), self._model.get_input_embeddings()
+        self._tied = output is not None and output.weight is embedding.weight
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -101,7 +104,7 @@ class DecoderBlocks:
         # the rest sees float32, and a large vocabulary stays as small as it is stored
         widen = embedding.register_forward_hook(lambda module, arguments, y: y.float())
         output = self._model.get_output_embeddings()
-        head = None if output is None or output.weight is embedding.weight else output.weight
+        head = None if output is None or self._tied else output.weight
         self._load(
             lambda name, tensor: not name.startswith(front) and tensor is not head,
             torch.device("cpu"),
@@ -119,9 +122,7 @@ class DecoderBlocks:
             self._calls = calls
             inputs.append(hidden)
         widen.remove()
-        for name, module in self._model.named_modules():
-            if not f"{name}.".startswith(front):
-                _drop(module)
+        self._drop_outside()
         return inputs
 
     @contextmanager
@@ -155,15 +156,83 @@ class DecoderBlocks:
 
     def run(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
         """The output of a loaded block, float32 [1, tokens, width], on the device of `hidden`."""
-        call, device = self._calls[number], self._device
-        given = hidden.to(device)
-        arguments, keywords = _moved((call.arguments, call.keywords), device)
+        with torch.no_grad():
+            return self._output(number, hidden.to(self._device)).to(hidden.device)
+
+    def differentiate(
+        self, number: int, hidden: torch.Tensor, gradient: torch.Tensor
+    ) -> torch.Tensor:
+        """The gradient of a number with respect to the input of a loaded block.
+
+        Args:
+            number: of the block.
+            hidden: the block's input, float32 [1, tokens, width].
+            gradient: that of the same number with respect to the block's output, of its shape.
+
+        Returns:
+            float32 [1, tokens, width], on the device of `hidden`.
+
+        Raises:
+            CheckpointError: if the block cannot be run alone, or not be differentiated.
+        """
+        given = hidden.detach().to(self._device).requires_grad_()
+        output = self._output(number, given)
         try:
-            with torch.no_grad():
-                if call.by_name:
-                    found = self._blocks[number](*arguments, hidden_states=given, **keywords)
-                else:
-                    found = self._blocks[number](given, *arguments, **keywords)
+            (found,) = torch.autograd.grad(output, given, gradient.to(output.device))
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{self._path}.{number}: its output cannot be differentiated ({_reason(error)}); "
+                f"{_INSTEAD}"
+            ) from None
+        return found.to(hidden.device)
+
+    def scores(self, windows: torch.Tensor, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What moving the last block's output does to the model's predictions.
+
+        At each position one token is drawn from the model's own distribution, always the same.
+        The gradient of its log-likelihood has the mean 0 and the Fisher information as its second
+        moment, which is what the KL divergence of a small change is made of.
+
+        Args:
+            windows: int64 [samples, tokens].
+            hidden: the last block's output for each of them, float32 [1, tokens, width].
+
+        Returns:
+            For each window the gradient of the summed log-likelihood with respect to `hidden`.
+
+        Raises:
+            CheckpointError: if the model has no output projection, or predicts NaN.
+        """
+        self._load_head()
+        draw = torch.Generator().manual_seed(0)
+        found = []
+        for window, state in zip(windows, hidden, strict=True):
+            final = state.detach().cpu().requires_grad_()
+            with _bypassed(self._blocks, final, self._wrapped):
+                logits = self._model(input_ids=window[None], use_cache=False).logits
+            share = logits.detach().float().softmax(-1)[0]
+            if not bool(share.isfinite().all()):
+                raise CheckpointError(
+                    f"{self._checkpoint.path}: the model predicts NaN or Inf on the text; give "
+                    f"other text, or {_INSTEAD}"
+                )
+            drawn = torch.multinomial(share, 1, generator=draw)
+            score = share.neg_().scatter_add_(1, drawn, torch.ones(len(share), 1))
+            (gradient,) = torch.autograd.grad(logits, final, score[None].to(logits.dtype))
+            found.append(gradient.to(state.device))
+            del logits, share, score
+        self._drop_outside()
+        return found
+
+    def _output(self, number: int, given: torch.Tensor) -> torch.Tensor:
+        """The output of a loaded block for an input on its device."""
+        call = self._calls[number]
+        arguments, keywords = _moved((call.arguments, call.keywords), self._device)
+        try:
+            if call.by_name:
+                found = self._blocks[number](*arguments, hidden_states=given, **keywords)
+            else:
+                found = self._blocks[number](given, *arguments, **keywords)
         except CheckpointError:
             raise
         except Exception as error:
@@ -171,8 +240,31 @@ class DecoderBlocks:
                 f"{self._path}.{number}: transformers cannot run this block alone "
                 f"({_reason(error)}); {_INSTEAD}"
             ) from None
-        output = found[0] if isinstance(found, tuple) else found
-        return output.to(hidden.device)
+        return found[0] if isinstance(found, tuple) else found
+
+    def _load_head(self) -> None:
+        """Read what lies outside of the blocks, the output projection included, as float32."""
+        embedding, front = self._model.get_input_embeddings(), f"{self._path}."
+        output = self._model.get_output_embeddings()
+        if output is None:
+            raise CheckpointError(
+                f"{self._checkpoint.architecture}: has no output projection, whose predictions "
+                f"show what an error does; {_INSTEAD}"
+            )
+        embedding.float()
+        self._load(lambda name, tensor: not name.startswith(front), torch.device("cpu"))
+        if self._tied:
+            output.weight = embedding.weight
+        if output.weight.is_meta:
+            raise CheckpointError(
+                f"{self._checkpoint.path}: holds no tensor for its output projection; {_INSTEAD}"
+            )
+
+    def _drop_outside(self) -> None:
+        """Free what lies outside of the blocks."""
+        for name, module in self._model.named_modules():
+            if not f"{name}.".startswith(f"{self._path}."):
+                _drop(module)
 
     def _module_of(self, layer: str) -> str:
         """Path of the module that transformers has for a layer.
@@ -251,6 +343,7 @@ class DecoderBlocks:
                 with torch.no_grad():
                     self._model.get_decoder()(input_ids=tokens, use_cache=False)
             except _CallsKnownError:
+                self._wrapped = wrapped
                 return recorder.calls, recorder.hidden
             except _IndexesOutputsError:
                 continue
@@ -305,6 +398,27 @@ class _Recorder:
         return forward
 
 
+@contextmanager
+def _bypassed(blocks: list[torch.nn.Module], final: torch.Tensor, wrapped: bool) -> Iterator[None]:
+    """Have blocks that do nothing, but for the last, which returns `final`."""
+
+    def stand_in(last: bool) -> Callable[..., Any]:
+        def forward(*arguments: Any, **keywords: Any) -> Any:
+            given = arguments[0] if arguments else keywords["hidden_states"]
+            output = final if last else given
+            return (output,) if wrapped else output
+
+        return forward
+
+    for block in blocks:
+        block.forward = stand_in(block is blocks[-1])
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
 def _empty_model(checkpoint: Checkpoint) -> Any:
     """The model without its weights; what it computes itself, such as rotary frequencies, is there.
 
@@ -341,7 +455,7 @@ def _empty_model(checkpoint: Checkpoint) -> Any:
     return model
 
 
-def _names(model: Any, checkpoint: Checkpoint) -> tuple[list[Any], dict[str, str]]:
+def parameter_names(model: Any, checkpoint: Checkpoint) -> tuple[list[Any], dict[str, str]]:
     """transformers' rules for stored names, and stored tensor -> the parameter it belongs to."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (

@@ -1,5 +1,7 @@
 """Blocks that run alone compute what they compute inside their model."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 import transformers
@@ -95,6 +97,57 @@ def test_only_one_block_is_in_memory(tiny_model):
     assert not held()
 
 
+@pytest.mark.parametrize(
+    "architecture", ["LlamaForCausalLM", "Gemma2ForCausalLM", "OPTForCausalLM"]
+)
+def test_gradients_are_those_of_the_whole_model(architecture, tiny_model):
+    """Untied, tied with capped logits, and with blocks that return tuples."""
+    path = tiny_model(architecture)
+    blocks = blocks_of(path)
+    inputs, hidden = [], blocks.embed(WINDOWS)
+    for number in range(len(blocks)):
+        inputs.append(hidden)
+        with blocks.loaded(number):
+            hidden = [blocks.run(number, state) for state in hidden]
+    gradients = blocks.scores(WINDOWS, hidden)
+    assert all(tensor.is_meta for tensor in blocks._model.parameters())
+    for number in reversed(range(len(blocks))):
+        with blocks.loaded(number):
+            gradients = [
+                blocks.differentiate(number, state, gradient)
+                for state, gradient in zip(inputs[number], gradients, strict=True)
+            ]
+    model = getattr(transformers, architecture).from_pretrained(path, dtype=torch.float32)
+    stored = deepcopy(model.get_input_embeddings()).to(torch.bfloat16)
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, arguments, y: stored(arguments[0]).float().requires_grad_()
+    )
+    given = []
+
+    def keep(module, arguments, keywords):
+        given.append(keywords["hidden_states"] if not arguments else arguments[0])
+        given[-1].retain_grad()
+
+    model.get_submodule(f"{blocks._path}.0").register_forward_pre_hook(keep, with_kwargs=True)
+    draw = torch.Generator().manual_seed(0)
+    for window, found in zip(WINDOWS, gradients, strict=True):
+        logits = model(window[None]).logits[0]
+        drawn = torch.multinomial(logits.softmax(-1), 1, generator=draw)
+        logits.log_softmax(-1).gather(1, drawn).sum().backward()
+        torch.testing.assert_close(found, given[-1].grad, rtol=1e-3, atol=1e-5)
+        assert float(found.std()) > 1e-3
+
+
+def test_a_model_without_predictions_has_no_scores(tiny_model, tmp_path):
+    path = tiny_model()
+    model = transformers.AutoModel.from_pretrained(path)
+    model.save_pretrained(tmp_path)
+    edit_config(tmp_path, architectures=["LlamaModel"])
+    blocks = blocks_of(tmp_path)
+    with pytest.raises(CheckpointError, match="LlamaModel: has no output projection"):
+        blocks.scores(WINDOWS, blocks.embed(WINDOWS))
+
+
 def test_weights_are_the_stored_ones(tiny_model):
     path = tiny_model("Gemma2ForCausalLM")
     stored = load_file(path / "model.safetensors")
@@ -122,14 +175,14 @@ def test_an_architecture_that_transformers_lacks(source):
     edit_config(source, architectures=["NewForCausalLM"])
     refused(
         source,
-        "NewForCausalLM: transformers .* does not have this architecture.*without --calibrate",
+        "NewForCausalLM: transformers .* does not have this architecture.*leave --calibrate out",
         targets=["re:.*mlp.*"],
     )
 
 
 def test_a_config_that_transformers_refuses(source):
     edit_config(source, num_attention_heads="many")
-    refused(source, "transformers cannot build LlamaForCausalLM .*without --calibrate")
+    refused(source, "transformers cannot build LlamaForCausalLM .*leave --calibrate out")
 
 
 def test_a_weight_that_is_missing(source):
