@@ -13,7 +13,15 @@ from typing import Protocol, TypeVar
 
 from ..scheme import LayerFormat
 
-__all__ = ["folded", "layer_table", "mixed_keys", "natural_order", "only_or_blank", "shape_cell"]
+__all__ = [
+    "aligned",
+    "folded",
+    "layer_table",
+    "mixed_keys",
+    "natural_order",
+    "only_or_blank",
+    "shape_cell",
+]
 
 _NUMBER = re.compile(r"(\d+)")
 _GAP = "  "
@@ -79,7 +87,7 @@ def layer_table(
         lines.append(_Title(f"{title}{names.below}"))
     for layer in sorted(shown, key=_place):
         lines.append((names.short(layer.name), *cells([layer])))
-    return _aligned(("layer", *heads), lines)
+    return aligned(("layer", *heads), lines)
 
 
 def folded(names: Iterable[str]) -> str:
@@ -187,8 +195,13 @@ def _split(name: str) -> tuple[str, str, str] | None:
     return None if found is None else (found[1], found[2], found[3])
 
 
-def _aligned(heads: Sequence[str], lines: Sequence[Sequence[str] | _Title]) -> str:
-    """Names to the left, all other cells to the right, a blank line in front of every title."""
+def aligned(heads: Sequence[str], lines: Sequence[Sequence[str] | _Title]) -> str:
+    """A table: the first column to the left, all others to the right.
+
+    Args:
+        heads: lines of a head are separated by newlines.
+        lines: rows of as many cells, and titles, which get a blank line in front of them.
+    """
     height = max(head.count("\n") for head in heads) + 1
     stacked = [[""] * (height - 1 - head.count("\n")) + head.split("\n") for head in heads]
     rows = [list(row) for row in zip(*stacked, strict=True)]

@@ -1,0 +1,1 @@
+"""How much a quantized model loses against its 16-bit original, on text."""

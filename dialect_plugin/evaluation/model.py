@@ -1,0 +1,125 @@
+"""The 16-bit model in transformers, with linear layers and attention that can be exchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..calibration.blocks import parameter_names
+from ..checkpoint.reader import Checkpoint, CheckpointError
+from .attention import AttentionRounding, rounded_attention
+
+__all__ = ["EvaluatedModel"]
+
+
+class EvaluatedModel:
+    """A 16-bit model whose layers another format may stand in for.
+
+    Args:
+        checkpoint: the 16-bit checkpoint.
+        layers: names of linear layers as the checkpoint stores them.
+        device: where it runs.
+
+    Attributes:
+        linear: layer -> its module.
+
+    Raises:
+        CheckpointError: if transformers cannot load the model, or has no such linear layers.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, layers: Collection[str], device: str) -> None:
+        self._checkpoint = checkpoint
+        self._model = _loaded(checkpoint).to(device)
+        self._device = torch.device(device)
+        _, parameters = parameter_names(self._model, checkpoint)
+        paths = {layer: self._path_of(layer, parameters) for layer in layers}
+        self.linear = {layer: self._model.get_submodule(path) for layer, path in paths.items()}
+        self._paths = paths
+
+    @property
+    def dtype(self) -> str:
+        """Of the model's numbers, such as ``"bfloat16"``."""
+        return str(self._model.dtype).removeprefix("torch.")
+
+    @torch.inference_mode()
+    def logits(self, window: torch.Tensor) -> torch.Tensor:
+        """Predictions of every token of a window but the first.
+
+        Args:
+            window: int64 [T].
+
+        Returns:
+            [T - 1, V] on the model's device.
+        """
+        found = self._model(window[None].to(self._device), use_cache=False).logits
+        rows: torch.Tensor = found[0, :-1]
+        return rows
+
+    @contextmanager
+    def replaced(
+        self, modules: Mapping[str, torch.nn.Module], attention: AttentionRounding | None
+    ) -> Iterator[None]:
+        """Run other linear layers inside the ``with`` block.
+
+        Args:
+            modules: layer -> what runs in its place.
+            attention: how the operands of attention's products are rounded; None leaves them.
+
+        Raises:
+            CheckpointError: if attention cannot be rounded in this model.
+        """
+        self._put(modules)
+        try:
+            if attention is None:
+                yield
+            else:
+                with rounded_attention(self._model, attention, self._checkpoint.architecture):
+                    yield
+        finally:
+            self._put(self.linear)
+
+    def _put(self, modules: Mapping[str, torch.nn.Module]) -> None:
+        for layer, module in modules.items():
+            parent, _, leaf = self._paths[layer].rpartition(".")
+            setattr(self._model.get_submodule(parent), leaf, module)
+
+    def _path_of(self, layer: str, parameters: Mapping[str, str]) -> str:
+        """Path of the module that transformers has for a layer."""
+        path = parameters.get(f"{layer}.weight", "").removesuffix(".weight")
+        try:
+            module = self._model.get_submodule(path) if path else None
+        except AttributeError:
+            module = None
+        shape = self._checkpoint.tensors[f"{layer}.weight"].shape
+        if isinstance(module, torch.nn.Linear) and tuple(module.weight.shape) == shape:
+            return path
+        raise CheckpointError(
+            f"{layer}: transformers has no linear layer of {list(shape)} for it in "
+            f"{self._checkpoint.architecture}, so that it cannot be evaluated; serve the model and "
+            "measure it there"
+        )
+
+
+def _loaded(checkpoint: Checkpoint) -> Any:
+    """transformers' model in the dtype of the checkpoint."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            checkpoint.path, dtype="auto", local_files_only=True, trust_remote_code=False
+        ).eval()
+    except Exception as error:  # transformers raises whatever its parts do
+        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+        raise CheckpointError(
+            f"{checkpoint.path}: transformers cannot load the model ({type(error).__name__}: "
+            f"{reason}); serve the model and measure it there"
+        ) from None
+    finally:
+        if shown:
+            logging.enable_progress_bar()
