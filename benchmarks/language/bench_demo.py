@@ -44,20 +44,28 @@ def measure() -> dict[str, Any]:
 
 
 def tables(figures: dict[str, Any]) -> dict[str, Table]:
-    """``perplexity``: size and perplexity of every format."""
+    """``perplexity``: size, perplexity and divergence of every format."""
     base = next(row["perplexity"] for row in figures["rows"] if row["name"] == "bf16")
     rows = [["format", "MB on disk", "perplexity", "to bf16", "measured by"]]
+    differences = any(row.get("divergence") is not None for row in figures["rows"])
+    rows[0] += ["KL to bf16", "same top token"] if differences else []
     for row in figures["rows"]:
-        rows.append(
-            [
-                row["name"],
-                f"{row['bytes'] / 1e6:.2f}",
-                f"{row['perplexity']:.3f}",
-                f"{row['perplexity'] / base - 1:+.2%}",
-                "`vllm serve`" if row["source"] == "server" else "emulation",
-            ]
-        )
+        cells = [
+            row["name"],
+            f"{row['bytes'] / 1e6:.2f}",
+            f"{row['perplexity']:.3f}",
+            f"{row['perplexity'] / base - 1:+.2%}",
+            "`vllm serve`" if row["source"] == "server" else "emulation",
+        ]
+        rows.append(cells + (_differences(row) if differences else []))
     return {"perplexity": rows}
+
+
+def _differences(row: dict[str, Any]) -> list[str]:
+    if row["divergence"] is None:
+        return ["–", "–"]
+    kl = f"{row['divergence']:.4f} ± {row['divergence_error']:.4f}"
+    return [kl, f"{row['same_top']:.1%}"]
 
 
 if __name__ == "__main__":

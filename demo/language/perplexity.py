@@ -2,19 +2,25 @@
 
 The text is cut into windows that do not overlap. In each, every token but the first is predicted
 from those before it; where the tokenizer has a begin token, that is the first of every window.
-Perplexity is ``exp`` of the mean negative log-probability.
+Perplexity is ``exp`` of the mean negative log-probability. A model in this process is compared with
+the 16-bit model too: by the KL divergence of what the two predict.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
+
+from dialect_plugin.evaluation.divergence import compare
 
 from .server import Server
 
 __all__ = [
+    "Emulated",
+    "model_differences",
     "model_logprobs",
     "paired_standard_error",
     "perplexity",
@@ -24,6 +30,19 @@ __all__ = [
 ]
 
 Windows = Sequence[list[int]]
+
+
+class Emulated(NamedTuple):
+    """What a model in this process predicts."""
+
+    logprobs: torch.Tensor
+    """float64 [number of predicted tokens]."""
+    divergence: float | None = None
+    """Mean KL(bf16 || model), nats; None for the bf16 model itself."""
+    standard_error: float | None = None
+    """Of the mean divergence, over the windows."""
+    same_top: float | None = None
+    """Share of positions at which both hold the same token most probable."""
 
 
 def windows(
@@ -112,3 +131,33 @@ def model_logprobs(
         found.append(logits.log_softmax(dim=-1).gather(1, tokens[0, 1:, None])[:, 0].double())
         done()
     return torch.cat(found)
+
+
+@torch.inference_mode()
+def model_differences(
+    model: torch.nn.Module,
+    reference: torch.nn.Module,
+    parts: Windows,
+    done: Callable[[], object] = lambda: None,
+) -> Emulated:
+    """Log-probabilities of a transformers model, and how it differs from the bf16 model.
+
+    Args:
+        model: the emulation of a format.
+        reference: the bf16 model.
+        parts: windows of token ids.
+        done: called after each window.
+    """
+    logprobs, divergence, same = [], [], []
+    for part in parts:
+        tokens = torch.tensor([part])
+        logits = [m(tokens, use_cache=False).logits[0, :-1] for m in (reference, model)]
+        found = compare(*logits, tokens[0, 1:])
+        logprobs.append(-found.nll)
+        divergence.append(found.divergence)
+        same.append(found.expected == found.top)
+        done()
+    everywhere = torch.cat(divergence)
+    error = paired_standard_error(everywhere, torch.zeros_like(everywhere), parts)
+    agreement = float(torch.cat(same).double().mean())
+    return Emulated(torch.cat(logprobs), float(everywhere.mean()), error, agreement)

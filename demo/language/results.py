@@ -22,6 +22,9 @@ class Figures:
         source: ``"server"`` or ``"emulation"``, which measured `perplexity`.
         completions: greedy continuations of the prompts, by the server.
         emulated_perplexity: of the emulation, where it was compared with the server's.
+        divergence: mean KL(bf16 || format) of the emulation, nats; None for bf16.
+        divergence_error: its standard error over the windows.
+        same_top: share of positions with bf16's most probable token.
     """
 
     name: str
@@ -30,6 +33,9 @@ class Figures:
     source: str
     completions: list[str]
     emulated_perplexity: float | None = None
+    divergence: float | None = None
+    divergence_error: float | None = None
+    same_top: float | None = None
 
 
 @dataclass
@@ -71,25 +77,26 @@ def completions_table(result: Demonstration, prompt: int) -> Table:
 
 
 def figures_table(result: Demonstration) -> Table:
-    """Size and perplexity of every format; the change against bf16 where that was served."""
-    base = next((row.perplexity for row in result.rows if row.name == "bf16"), None)
+    """Size and perplexity of every format, and how much its answers differ from those of bf16."""
     table = Table(
-        title=f"{escape(result.model)}, {result.tokens:,} tokens of {escape(result.text)}",
+        title=f"{escape(result.model)}, perplexity of {result.tokens:,} tokens of "
+        f"{escape(result.text)}",
         title_justify="left",
         caption=None if result.origin is None else escape(result.origin),
         caption_justify="left",
     )
-    for column in ("format", "MB", "perplexity", "to bf16", "measured by", "emulated"):
-        text = column in {"format", "measured by"}
-        table.add_column(column, justify="left" if text else "right", no_wrap=True)
+    for column in ("format", "MB", "served", "emulated", "KL to bf16", "same top"):
+        name = column == "format"
+        table.add_column(column, justify="left" if name else "right", no_wrap=not name)
     for row in result.rows:
-        check = row.emulated_perplexity
+        served = row.perplexity if row.source == "server" else None
+        emulated = row.emulated_perplexity if row.source == "server" else row.perplexity
         table.add_row(
             row.name,
             f"{row.bytes / 1e6:.2f}",
-            f"{row.perplexity:.3f}",
-            "" if base is None else f"{row.perplexity / base - 1:+.2%}",
-            row.source,
-            "" if check is None else f"{check:.3f}",
+            "" if served is None else f"{served:.3f}",
+            "" if emulated is None else f"{emulated:.3f}",
+            "" if row.divergence is None else f"{row.divergence:.3f} ± {row.divergence_error:.3f}",
+            "" if row.same_top is None else f"{row.same_top:.1%}",
         )
     return table

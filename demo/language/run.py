@@ -3,8 +3,9 @@
     python -m demo.language.run [--model MODEL] [--tokens N] [--formats bf16,w4a4,...] [--text FILE]
 
 MODEL is the directory of a 16-bit checkpoint, or a name in `real_models`, which is then fetched.
-The figures of bf16 and BlockDialect come from running servers, that of MXFP4 from an emulation,
-because no engine serves it on a CPU. Two checks stand behind them:
+The perplexities of bf16 and BlockDialect come from running servers, that of MXFP4 from an
+emulation, because no engine serves it on a CPU. The divergence of a format from bf16 is that of its
+emulation: a server sends no distributions. Two checks stand behind them:
 
 * Every quantized layer gives the reference's bits on real activations.
 * A server's perplexity is that of its emulation: within 0.5 % for the shipped model. Other models
@@ -21,10 +22,11 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
@@ -34,12 +36,15 @@ from transformers import AutoTokenizer
 
 import dialect_kernels
 import dialect_plugin
+from dialect_plugin.calibration.options import DEFAULT_TEXT, CalibrationOptions
 from dialect_plugin.checkpoint.reader import Checkpoint, open_checkpoint, open_packed
 from dialect_plugin.scheme import METHODS, QUANT_METHOD
 
 from ..terminal import interrupt_on_signals, shown
 from . import emulation
 from .perplexity import (
+    Emulated,
+    model_differences,
     model_logprobs,
     paired_standard_error,
     perplexity,
@@ -62,7 +67,10 @@ FORMATS: dict[str, tuple[str, str | None]] = {"bf16": ("bf16", None)} | {
     for method in METHODS.values()
 }
 """Key -> name in the tables, vLLM's quantization method."""
+CALIBRATED = "calibrated"
+FORMATS[CALIBRATED] = (f"{FORMATS['w4a4'][0]} calibrated", QUANT_METHOD)
 EMULATED = {method.bits.lower(): activations for activations, method in METHODS.items()}
+EMULATED[CALIBRATED] = EMULATED["w4a4"]
 """Key -> activation format of the emulation that the server is compared with."""
 
 TOLERANCE = 0.005
@@ -78,7 +86,10 @@ class DemoError(RuntimeError):
     """Why the demonstration failed, in one sentence."""
 
 
-@dataclass(frozen=True)
+_Found = TypeVar("_Found")
+
+
+@dataclass
 class _Task:
     """The inputs of every step, and what they found beside the figures.
 
@@ -88,6 +99,7 @@ class _Task:
         context: for ``--max-model-len``.
         parts: windows of held-out tokens.
         console: for progress messages.
+        calibrated: directory of the one that was calibrated, if it is wanted.
         check: of the layers of the emulations.
         doubts: sentences about figures that a check does not bear out.
     """
@@ -97,6 +109,7 @@ class _Task:
     context: int
     parts: list[list[int]]
     console: Console
+    calibrated: Path | None = None
     check: emulation.LayerCheck = field(default_factory=emulation.LayerCheck)
     doubts: list[str] = field(default_factory=list)
 
@@ -105,15 +118,23 @@ class _Task:
         """Whether this is the model that ships, whose noise is known."""
         return self.model.resolve() == SHIPPED
 
-    def measure(
-        self, what: str, logprobs: Callable[[Any, Any, Callable[[], object]], Any], source: object
-    ) -> torch.Tensor:
-        """Log-probabilities of the windows by `source`, with a progress bar."""
+    @cached_property
+    def bf16(self) -> Any:
+        """The bf16 model in this process, which emulations are compared with."""
+        return emulation.load_bf16(self.model)
+
+    def directory(self, key: str) -> Path:
+        """The checkpoint of a format."""
+        if key == "bf16":
+            return self.model
+        return self.calibrated if key == CALIBRATED and self.calibrated else self.packed
+
+    def measure(self, what: str, function: Callable[..., _Found], *sources: object) -> _Found:
+        """What a function finds on the windows by `sources`, with a progress bar."""
         console = self.console
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task(f"  {what}", total=len(self.parts))
-            found: torch.Tensor = logprobs(source, self.parts, lambda: bar.advance(task))
-            return found
+            return function(*sources, self.parts, lambda: bar.advance(task))
 
 
 def demonstrate(
@@ -149,6 +170,8 @@ def demonstrate(
     steps = 2 + len(formats)
     console.print(f"1/{steps} quantizing the model")
     task = _Task(model, _quantize(model, console), context, parts, console)
+    if CALIBRATED in formats:
+        formats = _calibrate(task, formats)
     rows = []
     for number, key in enumerate(formats, start=2):
         console.print(f"{number}/{steps} serving {FORMATS[key][0]}")
@@ -157,7 +180,8 @@ def demonstrate(
     emulated = _emulated("mxfp4", task)
     if emulated is not None:
         nbytes = _mxfp4_bytes(checkpoint, task.packed)
-        row = Figures("MXFP4-32 W4A4", nbytes, perplexity(emulated), "emulation", [])
+        row = Figures("MXFP4-32 W4A4", nbytes, perplexity(emulated.logprobs), "emulation", [])
+        _add_differences(row, emulated)
         console.print(f"  perplexity {row.perplexity:.3f}")
         rows.insert(int(formats[0] == "bf16"), row)
     return Demonstration(
@@ -245,16 +269,27 @@ def _tokenize(model: Path, text: str) -> tuple[list[int], int | None]:
     return ids, tokenizer.bos_token_id
 
 
-def _quantize(model: Path, console: Console) -> Path:
-    """The packed checkpoint of `model`, made by the command that a user would type."""
-    destination = CACHE / f"{model.resolve().name}-blockdialect"
+def _calibrate(task: _Task, formats: list[str]) -> list[str]:
+    """Make the calibrated checkpoint; if that is not possible, the formats without its row."""
+    length = min(task.context, CalibrationOptions().sequence_length)
+    options = ["--calibrate", DEFAULT_TEXT, "--sequence-length", str(length)]
+    try:
+        task.calibrated = _quantize(task.model, task.console, f"-{CALIBRATED}", options)
+    except DemoError as error:
+        task.doubts.append(f"{FORMATS[CALIBRATED][0]}: {error}; its row is left out")
+    return formats if task.calibrated else [key for key in formats if key != CALIBRATED]
+
+
+def _quantize(model: Path, console: Console, suffix: str = "", options: Sequence[str] = ()) -> Path:
+    """A packed checkpoint of `model`, made by the command that a user would type."""
+    destination = CACHE / f"{model.resolve().name}-blockdialect{suffix}"
     stamp = destination.with_name(f"{destination.name}.stamp")
     wanted = _fingerprint(model)
     if (destination / "config.json").exists() and stamp.exists() and stamp.read_text() == wanted:
         console.print(f"  {shown(destination)} was made from this model by this code before")
         return destination
     stamp.unlink(missing_ok=True)
-    command = ["blockdialect", "quantize", str(model), str(destination), "--overwrite"]
+    command = ["blockdialect", "quantize", str(model), str(destination), "--overwrite", *options]
     _say_command([*command[:2], shown(model), shown(destination), *command[4:]], console)
     destination.parent.mkdir(parents=True, exist_ok=True)
     done = subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]])
@@ -272,7 +307,7 @@ def _fingerprint(model: Path) -> str:
         digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
     for package in (dialect_kernels, dialect_plugin):
         for source in sorted(Path(package.__path__[0]).rglob("*")):
-            if source.suffix in {".py", ".cpp"}:
+            if source.suffix in {".py", ".cpp", ".jsonl"}:
                 digest.update(source.read_bytes())
     return digest.hexdigest()
 
@@ -280,7 +315,7 @@ def _fingerprint(model: Path) -> str:
 def _serve(key: str, task: _Task) -> Figures:
     """Start a server, get completions and log-probabilities, stop it, check its perplexity."""
     name, method = FORMATS[key]
-    directory = task.model if method is None else task.packed
+    directory = task.directory(key)
     # --dtype: the same for all; --enforce-eager: compiling takes longer than all requests together
     arguments = ["--dtype", "bfloat16", "--max-model-len", str(task.context), "--enforce-eager"]
     # vLLM recognizes a packed checkpoint by itself, and a user would rely on that
@@ -301,9 +336,15 @@ def _serve(key: str, task: _Task) -> Figures:
     task.console.print(f"  perplexity {row.perplexity:.3f}; the server is stopped")
     emulated = _emulated(key, task)
     if emulated is not None:
-        row.emulated_perplexity = perplexity(emulated)
-        _compare(row, served, emulated, task)
+        row.emulated_perplexity = perplexity(emulated.logprobs)
+        _add_differences(row, emulated)
+        _compare(row, served, emulated.logprobs, task)
     return row
+
+
+def _add_differences(row: Figures, emulated: Emulated) -> None:
+    row.divergence, row.divergence_error = emulated.divergence, emulated.standard_error
+    row.same_top = emulated.same_top
 
 
 def _compare(row: Figures, served: torch.Tensor, emulated: torch.Tensor, task: _Task) -> None:
@@ -319,22 +360,23 @@ def _compare(row: Figures, served: torch.Tensor, emulated: torch.Tensor, task: _
         task.console.print(f"  the emulation agrees: {figures[1]:.3f}")
 
 
-def _emulated(key: str, task: _Task) -> torch.Tensor | None:
-    """The emulation's log-probabilities; None, and a doubt, if transformers has other layers."""
+def _emulated(key: str, task: _Task) -> Emulated | None:
+    """What the emulation predicts; None, and a doubt, if transformers has other layers."""
+    what = "perplexity by emulation"
     try:
         if key == "bf16":
-            model = emulation.load_bf16(task.model)
-        elif key == "mxfp4":
+            return Emulated(task.measure(what, model_logprobs, task.bf16))
+        if key == "mxfp4":
             model = emulation.emulate_mxfp4(task.model, task.packed)
         else:
-            model = emulation.emulate_blockdialect(task.model, task.packed, EMULATED[key])
+            model = emulation.emulate_blockdialect(task.model, task.directory(key), EMULATED[key])
     except ValueError as error:
         if str(error) not in task.doubts:
             task.doubts.append(str(error))
         return None
     before, known = task.check.compared, len(task.check.unequal)
     with task.check.watching(model):
-        found = task.measure("perplexity by emulation", model_logprobs, model)
+        found = task.measure(what, model_differences, model, task.bf16)
     if task.check.compared > before:
         unequal = task.check.unequal[known:]
         count = task.check.compared - before

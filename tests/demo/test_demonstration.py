@@ -25,6 +25,7 @@ import demo.language.run
 import demo.language.serve
 from demo.language import emulation
 from demo.language.perplexity import (
+    model_differences,
     model_logprobs,
     paired_standard_error,
     perplexity,
@@ -204,24 +205,48 @@ def shown(table):
     return console.file.getvalue()
 
 
+@torch.inference_mode()
+def test_an_emulation_is_compared_with_bf16_at_every_position(tiny_model, tmp_path):
+    source, packed = tiny_model(), tmp_path / "packed"
+    convert(source, packed)
+    reference, model = emulation.load_bf16(source), emulation.emulate_blockdialect(source, packed)
+    parts = [list(range(10, 60)), list(range(60, 90)), list(range(90, 140))]
+    found = model_differences(model, reference, parts)
+    divergence, same = [], 0
+    for part in parts:
+        p, q = (
+            m(torch.tensor([part])).logits[0, :-1].double().log_softmax(dim=-1)
+            for m in (reference, model)
+        )
+        divergence += (p.exp() * (p - q)).sum(dim=-1).tolist()
+        same += int((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
+    assert found.logprobs.tolist() == pytest.approx(model_logprobs(model, parts).tolist(), abs=1e-5)
+    assert found.divergence == pytest.approx(sum(divergence) / predicted(parts), rel=1e-4)
+    assert found.same_top == pytest.approx(same / predicted(parts))
+    assert 0 < found.standard_error < found.divergence
+    assert model_differences(reference, reference, parts)[1:] == (0.0, 0.0, 1.0)
+
+
 def test_tables_show_what_was_found():
     rows = [
         Figures("bf16", 2_000_000, 10.0, "server", ["[red]x\n", "b"], 10.01),
-        Figures("MXFP4-32 W4A4", 1_000_000, 11.0, "emulation", []),
+        Figures("MXFP4-32 W4A4", 1_000_000, 11.0, "emulation", [], None, 0.25, 0.0125, 0.5),
         Figures("BlockDialect W4A8", 1_060_000, 10.5, "server", ["y", "d"]),
     ]
     result = Demonstration("m", "t.txt", 1234, 511, ["p [1]", "q"], rows)
     lines = [" ".join(line.split()) for line in shown(figures_table(result)).splitlines()]
-    assert "m, 1,234 tokens of t.txt" in lines
-    assert "│ bf16 │ 2.00 │ 10.000 │ +0.00% │ server │ 10.010 │" in lines
-    assert "│ MXFP4-32 W4A4 │ 1.00 │ 11.000 │ +10.00% │ emulation │ │" in lines
-    assert "│ BlockDialect W4A8 │ 1.06 │ 10.500 │ +5.00% │ server │ │" in lines
+    assert "m, perplexity of 1,234 tokens of t.txt" in lines
+    assert "│ bf16 │ 2.00 │ 10.000 │ 10.010 │ │ │" in lines
+    assert "│ MXFP4-32 W4A4 │ 1.00 │ │ 11.000 │ 0.250 ± 0.013 │ 50.0% │" in lines
+    assert "│ BlockDialect W4A8 │ 1.06 │ 10.500 │ │ │ │" in lines
     text = shown(completions_table(result, 0))
     assert "prompt 'p [1]'" in text
     assert "│ [red]x " in text  # a model's text is no markup
     assert "MXFP4" not in text
-    without_base = Demonstration("m", "t.txt", 1234, 511, [], rows[1:])
-    assert "%" not in shown(figures_table(without_base))
+    long = Figures("BlockDialect W4A4 calibrated", 113e6, 9.5, "server", [], 9.5, 0.2, 0.01, 0.77)
+    narrow = Console(width=80, file=io.StringIO())
+    narrow.print(figures_table(Demonstration("m", "t.txt", 1234, 511, [], [*rows, long])))
+    assert "…" not in narrow.file.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -299,7 +324,27 @@ def test_a_model_that_transformers_builds_otherwise_is_not_emulated_and_not_lost
     assert demo.language.run._emulated("mxfp4", made) is None
     [doubt] = made.doubts
     assert "transformers has no linear layer model.layers.2." in doubt
-    assert len(demo.language.run._emulated("bf16", made)) == predicted(made.parts)
+    assert len(demo.language.run._emulated("bf16", made).logprobs) == predicted(made.parts)
+
+
+def test_a_model_that_cannot_be_calibrated_keeps_its_other_rows(task, monkeypatch, tmp_path):
+    made = task()
+    monkeypatch.setattr("demo.language.run.CACHE", tmp_path / "cache")
+    (made.model / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    try:
+        assert demo.language.run._calibrate(made, ["bf16", "calibrated"]) == ["bf16"]
+    finally:
+        (tmp_path / "tokenizer.json").rename(made.model / "tokenizer.json")
+    [doubt] = made.doubts
+    assert doubt.startswith("BlockDialect W4A4 calibrated: blockdialect quantize ended with status")
+    assert demo.language.run._calibrate(made, ["bf16", "calibrated"]) == ["bf16", "calibrated"]
+    assert (
+        made.directory("calibrated")
+        == tmp_path / "cache" / f"{made.model.name}-blockdialect-calibrated"
+    )
+    emulated = demo.language.run._emulated("calibrated", made)
+    assert emulated.divergence > 0
+    assert (made.check.compared, made.check.unequal) == (14, [])
 
 
 PACKED = {"quantization_config": {"quant_method": "blockdialect"}}
