@@ -66,6 +66,11 @@ API = {
         ("convert",),
     ),
     "dialect_plugin.checkpoint.options": ("", ("ConvertOptions",)),
+    "dialect_plugin.transformers": (
+        "Importing the package adds the method to transformers' tables of quantizers: "
+        "[guide](../guides/transformers.md).",
+        ("BlockDialectConfig", "DialectLinear"),
+    ),
     "diffusers_hook": (
         "Importing the package adds `enable_semantic_dialect`, `disable_semantic_dialect` and "
         "`semantic_dialect_summary` to diffusers' pipelines; they call the three functions here. "

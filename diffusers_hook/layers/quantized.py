@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .packed_weight import PackedWeight
+from dialect_kernels.packed_weight import PackedWeight
 
 __all__ = ["QuantizedLinear", "check_stored"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TO_WRITE = "call disable_semantic_dialect() first, e.g. to fuse or unfuse a LoRA"
 
 
 class QuantizedLinear(nn.Linear):
@@ -53,7 +54,7 @@ class QuantizedLinear(nn.Linear):
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """The weight [N, K], read-only; see :class:`PackedWeight`."""
         shape = (self.out_features, self.in_features)
-        return PackedWeight(self.decode, shape, self.original_dtype, self.device)
+        return PackedWeight(self.decode, shape, self.original_dtype, self.device, _TO_WRITE)
 
     def decoded(self) -> nn.Linear:
         """A plain linear layer with the decoded weight."""

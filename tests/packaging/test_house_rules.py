@@ -43,6 +43,7 @@ PUBLIC_API = {
     "dialect_kernels.verify": "the golden vectors, to check an implementation with",
     "dialect_plugin": "vLLM's entry point, and the reader of packed directories",
     "dialect_plugin.cli": "the command blockdialect",
+    "dialect_plugin.transformers": "packed checkpoints in transformers",
     "diffusers_hook": "the video hook",
 }
 """Modules whose `__all__` is for users -> what they offer."""
@@ -50,6 +51,7 @@ HANDED_OVER = {
     "dialect_kernels.gpu.quantize_packed": "quantize_activation_packed, for caches to come",
     "dialect_kernels.cpu.build": "the compiler, which setup.py loads by its path",
     "dialect_plugin.cli": "commands, which Typer calls",
+    "dialect_plugin.transformers.quantizer": "the quantizer, which transformers takes from there",
     "dialect_plugin.vllm.config": "configurations, which vLLM takes from its registry",
     "diffusers_hook.pipeline_methods": "methods that are added to DiffusionPipeline",
     **{

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch.utils._pytree import tree_any, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = ["PackedWeight"]
 
@@ -15,11 +15,12 @@ class PackedWeight(torch.Tensor):
     """A read-only weight [N, K]: shape, dtype and device cost nothing, all else decodes it.
 
     PEFT reads these three of every weight some twenty times while it loads an adapter. What it
-    would write into a decoded copy (`fuse_lora`) would be lost with the copy, so writing is
-    refused.
+    would write into a decoded copy (to merge an adapter) would be lost with the copy, so writing
+    is refused.
     """
 
     _decode: Callable[[], torch.Tensor]
+    _remedy: str
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
@@ -29,10 +30,14 @@ class PackedWeight(torch.Tensor):
         shape: tuple[int, int],
         dtype: torch.dtype,
         device: torch.device,
+        remedy: str,
     ) -> PackedWeight:
-        """A weight of that shape, dtype and device that `decode` makes."""
+        """A weight of that shape, dtype and device that `decode` makes.
+
+        `remedy` ends the sentence that refuses to write into it.
+        """
         new = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        new._decode = decode
+        new._decode, new._remedy = decode, remedy
         return new
 
     @classmethod
@@ -51,11 +56,14 @@ class PackedWeight(torch.Tensor):
         kwargs = kwargs or {}
         if func is torch.ops.aten.detach.default:
             weight = args[0]
-            return cls(weight._decode, tuple(weight.shape), weight.dtype, weight.device)
+            shape = tuple(weight.shape)
+            return cls(weight._decode, shape, weight.dtype, weight.device, weight._remedy)
         for number, argument in enumerate(func._schema.arguments):
             value = args[number] if number < len(args) else kwargs.get(argument.name)
-            if argument.is_write and tree_any(lambda leaf: isinstance(leaf, cls), value):
-                _refuse()
+            if argument.is_write:
+                for leaf in tree_leaves(value):
+                    if isinstance(leaf, cls):
+                        leaf._refuse()
         args, kwargs = tree_map_only(cls, lambda weight: weight._decode(), (args, kwargs))
         return func(*args, **kwargs)
 
@@ -66,20 +74,16 @@ class PackedWeight(torch.Tensor):
 
     @data.setter
     def data(self, value: object) -> None:
-        _refuse()
+        self._refuse()
 
     def __setitem__(self, key: object, value: object) -> None:
         """Refuse: torch would write into a decoded copy."""
-        _refuse()
+        self._refuse()
 
     def __repr__(self) -> str:  # type: ignore[override]
         """Shape, dtype and device; nothing is decoded."""
         shape = list(self.shape)
         return f"PackedWeight(shape={shape}, dtype={self.dtype}, device={self.device})"
 
-
-def _refuse() -> None:
-    raise RuntimeError(
-        "the weight of a quantized layer cannot be written to; call disable_semantic_dialect() "
-        "first, e.g. to fuse or unfuse a LoRA"
-    )
+    def _refuse(self) -> NoReturn:
+        raise RuntimeError(f"the weight of a quantized layer cannot be written to; {self._remedy}")

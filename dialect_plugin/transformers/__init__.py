@@ -1,0 +1,17 @@
+"""BlockDialect for transformers: packed checkpoints in ``from_pretrained``.
+
+Importing this package adds the method ``blockdialect`` to transformers' tables of quantizers; then
+``AutoModelForCausalLM.from_pretrained`` reads packed checkpoints, and quantizes 16-bit ones while
+loading if it is given a :class:`BlockDialectConfig`. Without the import transformers warns about an
+unknown quantization type and fills the layers with random numbers.
+"""
+
+from __future__ import annotations
+
+from .config import BlockDialectConfig
+from .linear import DialectLinear
+from .quantizer import register
+
+__all__ = ["BlockDialectConfig", "DialectLinear"]
+
+register()

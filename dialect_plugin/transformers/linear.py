@@ -1,0 +1,179 @@
+"""The linear layer of a packed model in transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from dialect_kernels import PackedTensor
+from dialect_kernels.formatbook import book_by_name
+from dialect_kernels.ops import dequantize, linear
+from dialect_kernels.packed import STORED_FIELDS
+from dialect_kernels.packed_weight import PackedWeight
+from dialect_kernels.rotation import rotate_activation
+
+from ..scheme import LayerFormat
+
+__all__ = ["DialectLinear"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TO_WRITE = "keep an adapter apart, or call the model's dequantize() before merging it"
+
+
+class DialectLinear(nn.Linear):
+    """A linear layer with a packed weight, computed by the ops of vLLM's layers.
+
+    It is an ``nn.Linear``, because PEFT looks for that class. Its gradient with respect to the
+    input passes straight through the rounding of the activations (ours, as others do it): it is
+    that of a product with the decoded weight, ``grad @ weight``. The packed weight itself cannot be
+    trained; the bias can.
+
+    Attributes:
+        weight_packed: uint8 [N, K/2], the codes; weight_meta: uint8 [N, K/B]; weight_row_exponent:
+            int8 [N]; all three are parameters, because accelerate offloads no buffers.
+        bias: parameter [N] or None.
+        format: how weight and activations are quantized.
+        accumulation: ``"default"`` or ``"exact"``, see :func:`dialect_kernels.dialect_linear`.
+    """
+
+    weight_packed: torch.Tensor
+    weight_meta: torch.Tensor
+    weight_row_exponent: torch.Tensor
+
+    _is_hf_initialized = True  # or transformers would fill what a checkpoint lacks at random
+
+    def __init__(
+        self,
+        packed: PackedTensor,
+        bias: nn.Parameter | None,
+        form: LayerFormat,
+        accumulation: str,
+        dtype: torch.dtype,
+    ) -> None:
+        """A layer around a packed weight [N, K]; `dtype` is what ``weight`` is decoded to."""
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = packed.shape
+        self.format = form
+        self.accumulation = accumulation
+        self._decoded_dtype = dtype
+        for name, tensor in packed.stored.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def empty(cls, layer: nn.Linear, form: LayerFormat, accumulation: str) -> DialectLinear:
+        """A layer of the same shape on the meta device, without contents; it shares the bias."""
+        shape = (layer.out_features, layer.in_features)
+        packed = PackedTensor.empty(
+            shape, book_by_name(form.book), form.block_size, "meta", form.rotation
+        )
+        return cls(packed, layer.bias, form, accumulation, layer.weight.dtype)
+
+    @property
+    def packed(self) -> PackedTensor:
+        """The weight as a packed tensor.
+
+        Raises:
+            ValueError: if its parts do not fit together.
+        """
+        form = self.format
+        return PackedTensor.from_stored(
+            {part.stored: getattr(self, part.stored).data for part in STORED_FIELDS},
+            self.in_features,
+            form.formatbook,
+            form.block_size,
+            form.rotation,
+        )
+
+    def decode(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The decoded weight [N, K], rotated back, a new tensor in `dtype` or the model's."""
+        values = dequantize(self.packed, torch.float32)
+        return rotate_activation(values, self.format.rotation).to(dtype or self._decoded_dtype)
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The weight [N, K], read-only; see :class:`~dialect_kernels.packed_weight.PackedWeight`"""
+        shape = (self.out_features, self.in_features)
+        device = self.weight_packed.device
+        return PackedWeight(self.decode, shape, self._decoded_dtype, device, _TO_WRITE)
+
+    def decoded(self) -> nn.Linear:
+        """A plain linear layer with the decoded weight; it shares the bias."""
+        with torch.device("meta"):
+            plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        plain.weight = nn.Parameter(self.decode(), requires_grad=False)
+        plain.bias = self.bias
+        return plain.train(self.training)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """``input @ weight.T + bias`` with rounded activations, [..., K] -> [..., N].
+
+        Raises:
+            ValueError: if the width or the dtype of `input` does not fit.
+        """
+        if input.dtype not in _DTYPES or input.shape[-1] != self.in_features:
+            raise ValueError(
+                f"input: {input.dtype} {list(input.shape)}; it must be float32, bfloat16 or "
+                f"float16 [..., {self.in_features}]"
+            )
+        bias = self.bias
+        trained = input.requires_grad or (bias is not None and bias.requires_grad)
+        if trained and torch.is_grad_enabled():
+            y: torch.Tensor = _StraightThrough.apply(input, bias, self)  # type: ignore[no-untyped-call]
+            return y
+        return self.product(input)
+
+    def product(self, input: torch.Tensor) -> torch.Tensor:
+        """What :meth:`forward` computes, without its checks and its gradient."""
+        form = self.format
+        return linear(
+            input,
+            self.weight_packed,
+            self.weight_meta,
+            self.weight_row_exponent,
+            self.bias,
+            self.in_features,
+            form.book,
+            form.block_size,
+            form.activation_format,
+            self.accumulation,
+            form.rotation,
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes and format."""
+        form = ", ".join(f"{key}={value}" for key, value in self.format._asdict().items())
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, {form}"
+        )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """What ``.to``, ``.half`` and their like do to tensors; the packed ones are integers."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = self.weight_packed.device
+        self._decoded_dtype = fn(torch.empty(0, dtype=self._decoded_dtype, device=device)).dtype
+        return self
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The product, and its gradient as if the activations had not been rounded."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, layer: DialectLinear
+    ) -> torch.Tensor:
+        ctx.layer = layer
+        return layer.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        of_x, of_bias = ctx.needs_input_grad[:2]
+        return (
+            grad @ ctx.layer.decode(grad.dtype) if of_x else None,
+            grad.flatten(0, -2).sum(0) if of_bias else None,
+            None,
+        )
