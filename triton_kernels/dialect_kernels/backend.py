@@ -12,7 +12,7 @@ import torch
 from .formatbook import Formatbook, Rotation
 from .packed import PackedTensor
 
-__all__ = ["Backend", "Quantized", "with_residuals"]
+__all__ = ["Backend", "BlockGrid", "Quantized", "with_residuals"]
 
 
 class Quantized(NamedTuple):
@@ -21,6 +21,17 @@ class Quantized(NamedTuple):
     packed: PackedTensor
     blocks_below_window: torch.Tensor
     """int64 [N], as :func:`dialect_kernels.reference.blocks_below_window`."""
+
+
+class BlockGrid(NamedTuple):
+    """How one block of every row of a weight is rounded; N rows."""
+
+    dialect: torch.Tensor
+    """int32 [N]"""
+    quarter: torch.Tensor
+    """float32 [N], what a number times it is in quarter units"""
+    unit: torch.Tensor
+    """float32 [N], what a half-unit stands for; 0 where the block stays zero"""
 
 
 class Backend(Protocol):
@@ -61,6 +72,16 @@ class Backend(Protocol):
 
     def rounding_loss(self, x: torch.Tensor, p: PackedTensor) -> torch.Tensor:
         """``reference.rounding_loss(x, p)``, but for the order of its float64 sums."""
+
+    def feed_back(
+        self,
+        block: torch.Tensor,
+        factor: torch.Tensor,
+        grid: BlockGrid,
+        book: Formatbook,
+        errors: torch.Tensor,
+    ) -> torch.Tensor:
+        """The bits of ``reference.feed_back``: one block of columns by rule ``gptq``."""
 
     def dialect_linear(
         self,

@@ -12,7 +12,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from .arguments import check_finite, check_matrix, check_quantize, check_rotates
-from .arithmetic import block_exponents, blocks_of, flat_table, power_of_two, row_exponents, take
+from .arithmetic import block_exponents, blocks_of, flat_table, power_of_two, row_exponents
+from .backend import BlockGrid
 from .baselines import (
     mxfp4_scale,
     nvfp4_block_scale,
@@ -22,8 +23,8 @@ from .baselines import (
     round_scaled,
 )
 from .formatbook import CELLS, DIALECT_FP4, Formatbook, Rotation
-from .gptq import check_moments, round_in_order
-from .ops import quantize, quantize_counted
+from .gptq import check_moments, feed_back_columns, round_in_order
+from .ops import feed_back, quantize, quantize_counted
 from .packed import PackedTensor, check_block_size, pack_codes
 from .rotation import check_rotation, rotate_weight
 from .second_moments import SecondMoments, UpperFactor, growing_dampings
@@ -208,24 +209,14 @@ class _DialectRounder:
         self._row_exponent = row_exponents(
             block_exponents(blocks_of(w, block_size).abs().amax(dim=-1))
         )
-        self._half_units = flat_table(book, "rounded_half_units", torch.float32, w.device)
         self._codes: list[torch.Tensor] = []
         self._meta: list[torch.Tensor] = []
-        self._grid: _Grid
 
-    def begin(self, block: torch.Tensor) -> None:
-        self._grid = _choose_grid(block, self._row_exponent, self._book, self._window)
-
-    def rounded(self, x: torch.Tensor) -> torch.Tensor:
-        grid = self._grid
-        cell = (x.abs() * grid.quarter).clamp_(max=CELLS - 1).to(torch.int32)
-        return take(self._half_units, cell.add_(grid.table)).mul_(grid.unit).copysign_(x)
-
-    def end(self, block: torch.Tensor) -> None:
-        grid, book = self._grid, self._book
-        meta = torch.where(grid.zero, 0, (grid.delta << book.id_bits) | grid.dialect)
-        self._meta.append(meta.to(torch.uint8)[:, None])
-        self._codes.append(_codes(block, grid, book))
+    def round(self, block: torch.Tensor, factor: torch.Tensor, errors: torch.Tensor) -> None:
+        book = self._book
+        grid, meta = _choose_grid(block, self._row_exponent, book, self._window)
+        self._codes.append(feed_back(block, factor, grid, book, errors))
+        self._meta.append(meta[:, None])
 
     def packed(self) -> PackedTensor:
         """All blocks, after the last one."""
@@ -247,42 +238,26 @@ class _E2M1Rounder:
 
     def __init__(self, w: torch.Tensor, tensor_scale: torch.Tensor | None) -> None:
         self._tensor_scale = tensor_scale
-        self._scale: torch.Tensor
         self._values = [w.new_empty(0, len(w))]
 
-    def begin(self, block: torch.Tensor) -> None:
+    def round(self, block: torch.Tensor, factor: torch.Tensor, errors: torch.Tensor) -> None:
         largest = block.abs().amax(dim=0)
         if self._tensor_scale is None:
-            self._scale = mxfp4_scale(largest)
+            scale = mxfp4_scale(largest)
         else:
-            self._scale = nvfp4_block_scale(largest, self._tensor_scale)
-
-    def rounded(self, x: torch.Tensor) -> torch.Tensor:
-        return round_scaled(x, self._scale)
-
-    def end(self, block: torch.Tensor) -> None:
-        self._values.append(self.rounded(block))
+            scale = nvfp4_block_scale(largest, self._tensor_scale)
+        feed_back_columns(block, factor, errors, lambda x: round_scaled(x, scale))
+        self._values.append(round_scaled(block, scale))
 
     def values(self) -> torch.Tensor:
         """All blocks, after the last one, float32 [N, K]."""
         return torch.cat(self._values).T.contiguous()
 
 
-class _Grid(NamedTuple):
-    """How one block of every row is rounded; N rows."""
-
-    dialect: torch.Tensor  # int32 [N]
-    delta: torch.Tensor  # int32 [N]
-    zero: torch.Tensor  # bool [N], blocks that stay zero
-    table: torch.Tensor  # int32 [N], where the dialect's cells begin in a table
-    quarter: torch.Tensor  # float32 [N], number -> quarter units
-    unit: torch.Tensor  # float32 [N], half units -> number; 0 where zero
-
-
 def _choose_grid(
     block: torch.Tensor, row_exponent: torch.Tensor, book: Formatbook, window: int
-) -> _Grid:
-    """Exponent and dialect of a block [B, N] by rule ``mse``, below given row exponents [N].
+) -> tuple[BlockGrid, torch.Tensor]:
+    """The grids of a block [B, N] by rule ``mse``, below given row exponents [N]; its meta bytes.
 
     The quantizer takes the row's exponent from a second block, which holds ``2**(R + 2)``.
     """
@@ -300,7 +275,8 @@ def _choose_grid(
         dialect[above] = _saturated_dialects(block[:, above], row_exponent[above], book)
     effective = row_exponent - delta
     unit = power_of_two(effective - 1).masked_fill(zero, 0)
-    return _Grid(dialect, delta, zero, dialect * CELLS, power_of_two(2 - effective), unit)
+    meta = torch.where(zero, 0, (delta << book.id_bits) | dialect).to(torch.uint8)
+    return BlockGrid(dialect, power_of_two(2 - effective), unit), meta
 
 
 def _saturated_dialects(
@@ -313,12 +289,3 @@ def _saturated_dialects(
     half_units = rounded[:, cell]  # [dialects, n, B]
     cost = (half_units * (half_units - quarters.to(torch.float64))).sum(dim=-1)
     return cost.argmin(dim=0).to(torch.int32)
-
-
-def _codes(block: torch.Tensor, grid: _Grid, book: Formatbook) -> torch.Tensor:
-    """The codes of a rounded block, uint8 [B, N]."""
-    index_lut = flat_table(book, "index_lut", torch.uint8, block.device)
-    cell = (block.abs() * grid.quarter).clamp_(max=CELLS - 1).to(torch.int32)
-    index = take(index_lut, cell.add_(grid.table)).masked_fill_(grid.zero, 0)
-    sign = ((block < 0) & (index > 0)).to(torch.uint8) << 3
-    return index | sign

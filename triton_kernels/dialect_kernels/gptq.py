@@ -13,6 +13,7 @@ A block's grid is chosen when its first column is due, from the weights as they 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -20,7 +21,7 @@ import torch
 from .arguments import check_finite
 from .second_moments import UpperFactor
 
-__all__ = ["BlockRounder", "check_moments", "round_in_order"]
+__all__ = ["BlockRounder", "check_moments", "feed_back_columns", "round_in_order"]
 
 _LAZY_COLUMNS = 256
 """Columns after which the errors go to the rest of the matrix, in one product."""
@@ -29,14 +30,11 @@ _LAZY_COLUMNS = 256
 class BlockRounder(Protocol):
     """A format, for the N rows of one weight; blocks come in ascending order."""
 
-    def begin(self, block: torch.Tensor) -> None:
-        """Choose the grid of every row for a block [B, N] that is about to be rounded."""
+    def round(self, block: torch.Tensor, factor: torch.Tensor, errors: torch.Tensor) -> None:
+        """Choose the grids of a block [B, N], round its columns, and keep what comes out.
 
-    def rounded(self, x: torch.Tensor) -> torch.Tensor:
-        """Numbers [..., N] of the block that was begun, on its grids; in new memory."""
-
-    def end(self, block: torch.Tensor) -> None:
-        """Keep a block [B, N] whose columns hold what was rounded."""
+        The columns are rounded as :func:`feed_back_columns` does.
+        """
 
 
 def check_moments(
@@ -83,22 +81,29 @@ def round_in_order(
             stop = start + block_size
             block, lost = left[start:stop], errors[start - first : stop - first]
             own = upper[start - first : stop - first, start - first : last - first]
-            rounder.begin(block)
-            _round_block(block, own[:, :block_size], rounder, lost)
-            rounder.end(block)
+            rounder.round(block, own[:, :block_size], lost)
             left[stop:last].addmm_(own[:, block_size:].T, lost, alpha=-1)
         left[last:].addmm_(upper[:, last - first :].T, errors[: last - first], alpha=-1)
     return bool(left.isfinite().all())
 
 
-def _round_block(
-    block: torch.Tensor, factor: torch.Tensor, rounder: BlockRounder, errors: torch.Tensor
+def feed_back_columns(
+    block: torch.Tensor,
+    factor: torch.Tensor,
+    errors: torch.Tensor,
+    rounded: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
-    """Round the columns of a block [B, N] one by one; write ``err`` of each to `errors` [B, N].
+    """Round the columns of a block one by one; what one loses goes to those behind it.
 
-    Every column of `block` keeps the value that was rounded.
+    Products and differences are rounded one by one, so that all implementations give the same bits.
+
+    Args:
+        block: float32 [B, N]; every column keeps the value that was rounded.
+        factor: float32 [B, B].
+        errors: float32 [B, N], which receives ``err`` of each column.
+        rounded: numbers [N] on the grids of their rows, in new memory.
     """
-    for column, pivot in enumerate(factor.diagonal().tolist()):
-        x = block[column]
-        error = torch.sub(x, rounder.rounded(x), out=errors[column]).div_(pivot)
-        block[column + 1 :].addr_(factor[column, column + 1 :], error, alpha=-1)
+    for column in range(len(block)):
+        x, upper = block[column], factor[column]
+        error = torch.sub(x, rounded(x), out=errors[column]).div_(upper[column])
+        block[column + 1 :].sub_(torch.outer(upper[column + 1 :], error))

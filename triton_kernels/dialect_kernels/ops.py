@@ -23,7 +23,7 @@ from .arguments import (
     numbers_of_batch,
     renumbered,
 )
-from .backend import Backend, Quantized
+from .backend import Backend, BlockGrid, Quantized
 from .formatbook import DIALECT_FP4, Formatbook, Rotation
 from .packed import PackedTensor
 
@@ -31,6 +31,7 @@ __all__ = [
     "dequantize",
     "devices",
     "dialect_linear",
+    "feed_back",
     "linear",
     "quantize",
     "quantize_counted",
@@ -97,6 +98,17 @@ def quantize_counted(
     """
     window = check_quantize(x, book, block_size, rule, window, name, rotation, finite)
     return _running(x.device).quantize_counted(x, book, block_size, rule, window, rotation)
+
+
+def feed_back(
+    block: torch.Tensor,
+    factor: torch.Tensor,
+    grid: BlockGrid,
+    book: Formatbook,
+    errors: torch.Tensor,
+) -> torch.Tensor:
+    """See :func:`dialect_kernels.reference.feed_back`, whose bits it returns."""
+    return _running(block.device).feed_back(block, factor, grid, book, errors)
 
 
 def rounding_loss(x: torch.Tensor, p: PackedTensor) -> torch.Tensor:

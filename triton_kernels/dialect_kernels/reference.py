@@ -33,6 +33,7 @@ from .arithmetic import (
     row_scale,
     take,
 )
+from .backend import BlockGrid
 from .baselines import quantize_fp8
 from .formatbook import (
     CELLS,
@@ -44,12 +45,14 @@ from .formatbook import (
     Formatbook,
     Rotation,
 )
+from .gptq import feed_back_columns
 from .packed import PackedTensor, check_block_size, pack_codes
 from .rotation import check_rotation, energy_of_rotation, rotate_activation, rotate_weight
 
 __all__ = [
     "blocks_below_window",
     "dialect_linear",
+    "feed_back",
     "group_variants",
     "pack_rounded",
     "quantize",
@@ -157,6 +160,42 @@ def round_activation(
     values = half_units.view(*relative.shape, block_size) * relative[:, :, None]
     values = values.flatten(1)[:, : x.shape[-1]] * scale[:, None]
     return values.view(x.shape)
+
+
+def feed_back(
+    block: torch.Tensor,
+    factor: torch.Tensor,
+    grid: BlockGrid,
+    book: Formatbook,
+    errors: torch.Tensor,
+) -> torch.Tensor:
+    """Round one block of columns by rule ``gptq``, as :func:`~.gptq.feed_back_columns`.
+
+    Args:
+        block: float32 [B, N], columns of a weight; it keeps what was rounded.
+        factor: float32 [B, B].
+        grid: of the N rows.
+        book: the formatbook.
+        errors: float32 [B, N], written to.
+
+    Returns:
+        The codes, uint8 [B, N].
+    """
+    half_units = flat_table(book, "rounded_half_units", torch.float32, block.device)
+    table = grid.dialect * CELLS
+
+    def cells(x: torch.Tensor) -> torch.Tensor:
+        cell = (x.abs() * grid.quarter).clamp_(max=CELLS - 1).to(torch.int32)
+        return cell.add_(table)
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        return take(half_units, cells(x)).mul_(grid.unit).copysign_(x)
+
+    feed_back_columns(block, factor, errors, rounded)
+    index = take(flat_table(book, "index_lut", torch.uint8, block.device), cells(block))
+    index.masked_fill_(grid.unit == 0, 0)
+    sign = ((block < 0) & (index > 0)).to(torch.uint8) << 3
+    return index | sign
 
 
 def blocks_below_window(

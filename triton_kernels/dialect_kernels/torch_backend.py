@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from . import reference
-from .backend import Quantized, with_residuals
+from .backend import BlockGrid, Quantized, with_residuals
 from .baselines import quantize_fp8
 from .formatbook import Formatbook, Rotation
 from .packed import PackedTensor
@@ -23,6 +23,7 @@ __all__ = [
     "covers",
     "dequantize",
     "dialect_linear",
+    "feed_back",
     "quantize",
     "quantize_counted",
     "rounding_loss",
@@ -78,6 +79,17 @@ def dequantize(p: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
 def rounding_loss(x: torch.Tensor, p: PackedTensor) -> torch.Tensor:
     """See :class:`~dialect_kernels.backend.Backend`."""
     return reference.rounding_loss(x, p)
+
+
+def feed_back(
+    block: torch.Tensor,
+    factor: torch.Tensor,
+    grid: BlockGrid,
+    book: Formatbook,
+    errors: torch.Tensor,
+) -> torch.Tensor:
+    """See :class:`~dialect_kernels.backend.Backend`; torch computes it."""
+    return reference.feed_back(block, factor, grid, book, errors)
 
 
 def dialect_linear(

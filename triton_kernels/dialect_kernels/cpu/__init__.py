@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ..backend import Quantized, with_residuals
+from ..backend import BlockGrid, Quantized, with_residuals
 from ..formatbook import Formatbook, Rotation
 from ..packed import PackedTensor
 from ..reference import group_variants
@@ -23,6 +23,7 @@ __all__ = [
     "describe",
     "dialect_linear",
     "features",
+    "feed_back",
     "quantize",
     "quantize_counted",
     "rounding_loss",
@@ -75,6 +76,17 @@ def dequantize(p: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
 def rounding_loss(x: torch.Tensor, p: PackedTensor) -> torch.Tensor:
     """See :class:`~dialect_kernels.backend.Backend`."""
     return calls.rounding_loss(x, p)
+
+
+def feed_back(
+    block: torch.Tensor,
+    factor: torch.Tensor,
+    grid: BlockGrid,
+    book: Formatbook,
+    errors: torch.Tensor,
+) -> torch.Tensor:
+    """See :class:`~dialect_kernels.backend.Backend`."""
+    return calls.feed_back(block, factor, grid, book, errors)
 
 
 def dialect_linear(

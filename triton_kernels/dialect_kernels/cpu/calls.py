@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 
 from ..arithmetic import padded_columns
-from ..backend import Quantized
+from ..backend import BlockGrid, Quantized
 from ..formatbook import CELLS, LARGEST_HALF_UNIT, SMALLEST_RANGE, Formatbook, Rotation
 from ..packed import PackedTensor, check_block_size
 from ..rotation import check_rotation
@@ -22,6 +22,7 @@ from .library import call, instructions_or_best, threads_or_torch
 __all__ = [
     "decomposed_linear",
     "dequantize",
+    "feed_back",
     "linear",
     "quantize",
     "rounding_loss",
@@ -293,6 +294,54 @@ def rounding_loss(
     )
     del kept
     return out
+
+
+def feed_back(
+    block: torch.Tensor,
+    factor: torch.Tensor,
+    grid: BlockGrid,
+    book: Formatbook,
+    errors: torch.Tensor,
+    threads: int | None = None,
+    instructions: str | None = None,
+) -> torch.Tensor:
+    """Round the columns of a block as ``reference.feed_back`` does.
+
+    Args:
+        block: float32 [B, N] on CPU, contiguous; it keeps what was rounded.
+        factor: float32 [B, B].
+        grid: of the N rows.
+        book: the formatbook.
+        errors: float32 [B, N], contiguous; written to.
+        threads: default: as many as torch uses.
+        instructions: default: the best this processor has, see :func:`~.library.features`.
+
+    Returns:
+        The codes, uint8 [B, N].
+
+    Raises:
+        ValueError: if shapes do not fit.
+    """
+    columns, rows = block.shape
+    check_block_size(columns)
+    fits = errors.shape == block.shape and factor.shape == (columns, columns)
+    if not (fits and block.is_contiguous() and errors.is_contiguous()):
+        raise ValueError(f"block {list(block.shape)}: factor and errors do not fit")
+    codes = torch.empty(block.shape, dtype=torch.uint8, device="cpu")
+    given = [factor.contiguous(), *(part.contiguous() for part in grid)]
+    call(
+        "dialect_feed_back",
+        block.data_ptr(),
+        *(tensor.data_ptr() for tensor in given),
+        ctypes.byref(_book(book)),
+        errors.data_ptr(),
+        codes.data_ptr(),
+        rows,
+        columns,
+        threads_or_torch(threads),
+        instructions_or_best(instructions),
+    )
+    return codes
 
 
 class _Book(ctypes.Structure):

@@ -166,6 +166,10 @@ def _declare(handle: ctypes.CDLL) -> None:
             *(pointer, i32, i64, pointer, pointer, i64),
             *(pointer, pointer, pointer, i32, i32),
         ),
+        "dialect_feed_back": (
+            *(pointer, pointer, pointer, pointer, pointer, pointer, pointer, pointer),
+            *(i64, i32, i32, i32),
+        ),
         "dialect_costs": (*(pointer, i32, i64, i64, pointer, i32, i32, pointer, i32, i32),),
     }
     for name, arguments in signatures.items():

@@ -14,7 +14,7 @@ from functools import cache
 import torch
 
 from .. import reference
-from ..backend import Quantized
+from ..backend import BlockGrid, Quantized
 from ..formatbook import Formatbook, Rotation
 from ..packed import PackedTensor
 from ..rotation import rotate_weight
@@ -23,6 +23,7 @@ __all__ = [
     "covers",
     "dequantize",
     "dialect_linear",
+    "feed_back",
     "quantize",
     "quantize_counted",
     "rounding_loss",
@@ -89,6 +90,17 @@ def dequantize(p: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
 def rounding_loss(x: torch.Tensor, p: PackedTensor) -> torch.Tensor:
     """See :class:`~dialect_kernels.backend.Backend`; torch computes it."""
     return reference.rounding_loss(x, p)
+
+
+def feed_back(
+    block: torch.Tensor,
+    factor: torch.Tensor,
+    grid: BlockGrid,
+    book: Formatbook,
+    errors: torch.Tensor,
+) -> torch.Tensor:
+    """See :class:`~dialect_kernels.backend.Backend`; torch computes it."""
+    return reference.feed_back(block, factor, grid, book, errors)
 
 
 def dialect_linear(

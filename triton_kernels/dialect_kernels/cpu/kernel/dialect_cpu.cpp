@@ -20,6 +20,7 @@
 //     rows.h       whole rows: round, quantize, cost, cut into digits
 //     weights.h    a packed weight as it is stored
 //     loss.h       what rounding a weight loses
+//     feedback.h   rule gptq inside a block of columns
 //     output.h     where the products go
 //     tasks.h      how a call is cut into tasks
 //     decode.h     AVX2: eight rows of a weight, decoded and transposed
@@ -36,6 +37,7 @@
 #include <cstdint>
 #include <new>
 
+#include "feedback.h"
 #include "interface.h"
 #include "linear.h"
 #include "loss.h"
@@ -189,6 +191,29 @@ int32_t dialect_loss(const void* x, int32_t dtype, const Weight* weight, const B
                          BY_FEATURES(loss_of_row, features, weight->block, x, dtype, n, r, values,
                                      out + 2 * n);
                      });
+    });
+}
+
+// Rounds a block of columns by rule gptq: block [columns, rows], which keeps what was rounded;
+// factor [columns, columns]; dialect, quarter and unit [rows], unit 0 where the block stays zero ->
+// errors [columns, rows] and codes [columns, rows].
+int32_t dialect_feed_back(float* block, const float* factor, const int32_t* dialect,
+                          const float* quarter, const float* unit, const Book* book, float* errors,
+                          uint8_t* codes, int64_t rows, int32_t columns, int32_t threads,
+                          int32_t features) {
+    const Feedback f = {block, factor, dialect, quarter, unit, errors, codes, rows, columns};
+    return guarded([&] {
+        const RoundedCells rounded(*book);
+        const int64_t groups = (rows + kSide - 1) / kSide;
+        const int64_t tasks = std::min<int64_t>(groups, 4 * int64_t(threads));
+        parallel(threads, tasks, [&](int64_t task) {
+            const int64_t end = groups * (task + 1) / tasks;
+            for (int64_t group = groups * task / tasks; group < end; group++) {
+                const int64_t first = group * kSide;
+                const int count = int(std::min<int64_t>(kSide, rows - first));
+                BY_FEATURES(feed_back, features, f, *book, rounded, first, count);
+            }
+        });
     });
 }
 
