@@ -14,6 +14,8 @@ from pydantic import ValidationError
 
 from dialect_kernels.formatbook import BLOCK_SIZES
 
+from .evaluation import arguments as of_evaluation
+from .evaluation.options import EvaluationOptions
 from .scheme import (
     ActivationFormat,
     BlockSize,
@@ -364,6 +366,66 @@ def export(
     with _one_sentence_errors(), ProgressBar() as progress:
         result = export_fp8(open_packed(src), dst, progress)
     print(render(result))
+
+
+@app.command()
+def evaluate(
+    dst: _Packed,
+    against: of_evaluation.Against,
+    text: of_evaluation.Text,
+    windows: of_evaluation.Windows = 16,
+    sequence_length: of_evaluation.SequenceLength = 512,
+    activations: of_evaluation.Activations = "own",
+    formats: of_evaluation.Formats = None,
+    calibrate: of_evaluation.Calibrate = None,
+    samples: _Samples = None,
+    scope: of_evaluation.Scope = "linear",
+    ratio_to: of_evaluation.RatioTo = None,
+    worst: of_evaluation.Worst = 10,
+    json_file: of_evaluation.Json = None,
+    plot: of_evaluation.Plot = None,
+    device: _Device = None,
+) -> None:
+    """Measure on text what a packed checkpoint loses against its 16-bit original."""
+    with _one_sentence_errors():
+        for option, file in (("--json", json_file), ("--plot", plot)):
+            if file is not None:
+                _check_file(option, file)
+        if samples is not None and calibrate is None:
+            _calibration(None, samples=samples)
+        given = {
+            "text": text,
+            "windows": windows,
+            "sequence_length": sequence_length,
+            "activations": activations,
+            "formats": formats,
+            "calibrate": calibrate,
+            "samples": samples,
+            "scope": scope,
+            "ratio_to": ratio_to,
+            "worst": worst,
+            "device": device,
+        }
+        options = EvaluationOptions.model_validate(
+            {name: value for name, value in given.items() if value is not None}
+        )
+    from .checkpoint.writer import write_text
+    from .evaluation.evaluator import evaluate as run
+    from .evaluation.plot import check_plot
+    from .evaluation.plot import plot as draw
+    from .evaluation.progress import Bar
+    from .evaluation.result import render
+
+    with _one_sentence_errors():
+        if plot is not None:
+            check_plot(plot)
+        with Bar() as progress:
+            found = run([dst], against, options, progress)
+        if json_file is not None:
+            write_text(json_file, json.dumps(found.to_json(), indent=1, allow_nan=False) + "\n")
+        if plot is not None:
+            draw(found, plot)
+    print(render(found))
 
 
 @app.command()

@@ -42,7 +42,7 @@ Activations = Annotated[
     ),
 ]
 Formats = Annotated[
-    str,
+    str | None,
     typer.Option(
         metavar="LIST",
         help="Formats to emulate in the same layers, separated by commas: fp8, mxfp4-32, mxfp4-16, "
