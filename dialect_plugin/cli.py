@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from .calibration.calibrator import Calibrator
     from .calibration.options import CalibrationOptions
     from .checkpoint.options import ConvertOptions
-    from .checkpoint.reader import Checkpoint
 
 __all__ = ["app", "main"]
 
@@ -127,9 +127,6 @@ _RotationOrDefault = Annotated[
         "Rotation of weights and activations; default: hadamard_32 with --calibrate, else none.",
     ),
 ]
-_RotationOfWeights = Annotated[
-    Rotation, _one_of("--rotation", Rotation, "Rotation of the weights before they are rounded.")
-]
 _Ignore = Annotated[
     list[str] | None, typer.Option(help="Layer, or re:PATTERN, to leave in 16 bit; repeatable.")
 ]
@@ -159,7 +156,22 @@ _Calibrate = Annotated[
     typer.Option(
         metavar="TEXT",
         help="Choose the bytes by what they do to a layer's output on this text: a text file, a "
-        "JSONL file of texts or chat messages, or `default`.",
+        "JSONL file of texts or chat messages, a data set `owner/name:split:column`, or `default`.",
+    ),
+]
+_MeasureOn = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="Measure what rounding does to the layers' outputs on this text, given as for "
+        "`quantize`.",
+    ),
+]
+_WindowsToMeasure = Annotated[
+    int | None,
+    typer.Option(
+        help="Most windows of calibration text, of which one in four is measured and the others "
+        "calibrate; default: 32."
     ),
 ]
 _Samples = Annotated[
@@ -185,7 +197,23 @@ _MaxRows = Annotated[
 _AllRows = Annotated[bool, typer.Option(help="Measure every row of every layer.")]
 _Html = Annotated[Path | None, typer.Option(help="Write table and plots as one HTML page.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")]
-_Bits = Annotated[float, typer.Option(help="Bits per weight on average, scales included.")]
+_Bits = Annotated[float | None, typer.Option(help="Bits per weight on average, scales included.")]
+_Fp8Share = Annotated[
+    float | None,
+    typer.Option(
+        help="Most of the weights, as a share such as 0.15, whose layers take FP8 activations "
+        "(W4A8); with --calibrate."
+    ),
+]
+_Objective = Annotated[
+    Literal["error", "relative"] | None,
+    _one_of(
+        "--objective",
+        Literal["error", "relative"],
+        "Error of the weights to make small: the summed squared error (default), or that relative "
+        "to each layer; without --calibrate.",
+    ),
+]
 _Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="File to write, for `quantize --overrides`.")
 ]
@@ -228,9 +256,8 @@ def quantize(
             targets,
             strict,
             block_size=block_size,
-            book=book or ("semantic_32" if calibration else "dialect_fp4"),
             activation_format=activation_format,
-            rotation=rotation or ("hadamard_32" if calibration else "none"),
+            **_book_and_rotation(book, rotation, calibration),
             ignore=ignore or [],
             overrides=_read_overrides(override or [], overrides),
             lm_head=lm_head,
@@ -267,87 +294,107 @@ def report(
     src: _Source,
     html: _Html = None,
     as_json: _Json = False,
-    rotation: _RotationOfWeights = "none",
+    book: _BookOrDefault = None,
+    rotation: _RotationOrDefault = None,
     ignore: _Ignore = None,
     targets: _Targets = None,
     lm_head: _LmHead = False,
     max_rows: _MaxRows = None,
     all_rows: _AllRows = False,
+    calibrate: _MeasureOn = None,
+    samples: _WindowsToMeasure = None,
+    sequence_length: _SequenceLength = None,
+    damping: _Damping = None,
+    device: _Device = None,
 ) -> None:
-    """Compare 4-bit formats on a checkpoint's weights, layer by layer."""
+    """Compare 4-bit formats on a checkpoint's weights or, with text, outputs, layer by layer."""
     with _one_sentence_errors():
         _check_rows(max_rows, all_rows)
         if html is not None:
             _check_file("--html", html)
-        options = _options(targets, ignore=ignore or [], lm_head=lm_head)
-    from .analysis.report import FORMATS, Report, measure_layers, render
-    from .analysis.report_page import check_plots, report_page
+        calibration = _calibration(
+            calibrate,
+            samples=_windows(calibrate, samples),
+            sequence_length=sequence_length,
+            damping=damping,
+            device=device,
+        )
+        chosen = _book_and_rotation(book, rotation, calibration)
+        options = _options(targets, ignore=ignore or [], lm_head=lm_head, **chosen)
+    from .analysis.commands import report_on
+    from .analysis.report_page import check_plots
     from .checkpoint.progress import ProgressBar
     from .checkpoint.writer import write_text
 
     with _one_sentence_errors():
         if html is not None:
             check_plots()
-        checkpoint, layers = _chosen(src, options)
         rows = _measured_rows(max_rows, all_rows)
         with ProgressBar() as progress:
-            measured = measure_layers(checkpoint, layers, FORMATS, progress, rows, rotation)
-        name = checkpoint.path.resolve().name
-        found = Report(name, tuple(entry.name for entry in FORMATS), measured, rotation)
+            found = report_on(src, options, calibration, rows, progress)
         if html is not None:
-            write_text(html, report_page(found))
+            write_text(html, found.page())
     if as_json:
-        print(json.dumps(found.to_json(), indent=1, allow_nan=False))
+        print(json.dumps(found.data, indent=1, allow_nan=False))
     else:
-        print(render(found))
+        print(found.table)
 
 
 @app.command()
 def plan(
     src: _Source,
-    bits: _Bits,
+    bits: _Bits = None,
     output: _Output = None,
-    objective: Annotated[
-        Literal["error", "relative"],
-        _one_of(
-            "--objective",
-            Literal["error", "relative"],
-            "Error to make small: the summed squared error, or that relative to each layer.",
-        ),
-    ] = "error",
-    rotation: _RotationOfWeights = "none",
+    objective: _Objective = None,
+    fp8_share: _Fp8Share = None,
+    book: _BookOrDefault = None,
+    rotation: _RotationOrDefault = None,
     ignore: _Ignore = None,
     targets: _Targets = None,
     lm_head: _LmHead = False,
     max_rows: _MaxRows = None,
     all_rows: _AllRows = False,
+    calibrate: _MeasureOn = None,
+    samples: _WindowsToMeasure = None,
+    sequence_length: _SequenceLength = None,
+    damping: _Damping = None,
+    device: _Device = None,
 ) -> None:
-    """Choose blocks of 16, 32 or 64 for every layer under a bit budget."""
+    """Choose each layer's block size and activations under a budget of bits or of FP8."""
     with _one_sentence_errors():
-        _check_bits(bits)
+        calibration = _calibration(
+            calibrate,
+            samples=_windows(calibrate, samples),
+            sequence_length=sequence_length,
+            damping=damping,
+            device=device,
+        )
+        _check_budgets(bits, fp8_share, objective, calibration)
         _check_rows(max_rows, all_rows)
         if output is not None:
             _check_file("--output", output)
-        options = _options(targets, ignore=ignore or [], lm_head=lm_head)
-    from .analysis.bit_budget import allocate_bits, check_budget, render
-    from .analysis.report import dialect_format, measure_layers
+        chosen = _book_and_rotation(book, rotation, calibration)
+        options = _options(targets, ignore=ignore or [], lm_head=lm_head, **chosen)
+    from .analysis.commands import plan_by_outputs, plan_by_weights
     from .checkpoint.progress import ProgressBar
     from .checkpoint.writer import write_text
 
     with _one_sentence_errors():
         rows = _measured_rows(max_rows, all_rows)
-        checkpoint, layers = _chosen(src, options)
-        check_budget({name: checkpoint.tensors[f"{name}.weight"].shape for name in layers}, bits)
-        formats = [dialect_format(block_size) for block_size in BLOCK_SIZES]
         with ProgressBar() as progress:
-            measured = measure_layers(checkpoint, layers, formats, progress, rows, rotation)
-        found = allocate_bits(measured, bits, objective)
+            if calibration is not None:
+                budgets = bits, fp8_share
+                found = plan_by_outputs(src, options, calibration, rows, progress, *budgets)
+            elif bits is not None:
+                found = plan_by_weights(src, options, rows, progress, bits, objective or "error")
         if output is not None:
-            write_text(output, json.dumps(found.overrides(), indent=1) + "\n")
-    print(render(found))
+            write_text(output, json.dumps(found.overrides, indent=1) + "\n")
+    print(found.table)
     if output is not None:
-        rotated = "" if rotation == "none" else f" --rotation {rotation}"
-        print(f"use it with: blockdialect quantize {src} DST --overrides {output}{rotated}")
+        text = "" if calibrate is None else f" --calibrate {shlex.quote(calibrate)}"
+        usual = _book_and_rotation(None, None, calibration)
+        other = "".join(f" --{key} {value}" for key, value in chosen.items() if value != usual[key])
+        print(f"use it with: blockdialect quantize {src} DST{text} --overrides {output}{other}")
 
 
 @app.command()
@@ -470,25 +517,59 @@ def _calibration(text: str | None, **given: Any) -> CalibrationOptions | None:
     return None
 
 
+def _windows(text: str | None, samples: int | None) -> int | None:
+    """How many windows to measure on; None for none, or for a number without text."""
+    return 32 if text is not None and samples is None else samples
+
+
+def _book_and_rotation(
+    book: BookName | None, rotation: Rotation | None, calibration: CalibrationOptions | None
+) -> dict[str, Any]:
+    """Those of a conversion, by default the ones that lose least with or without calibration."""
+    return {
+        "book": book or ("semantic_32" if calibration else "dialect_fp4"),
+        "rotation": rotation or ("hadamard_32" if calibration else "none"),
+    }
+
+
 def _calibrator(options: CalibrationOptions) -> Calibrator:
     from .calibration.calibrator import Calibrator
 
     return Calibrator(options)
 
 
-def _chosen(src: str, options: ConvertOptions) -> tuple[Checkpoint, list[str]]:
-    """A checkpoint and the layers that a conversion with these options would quantize."""
-    from .checkpoint.layer_choice import choose_layers
-    from .checkpoint.reader import find_checkpoint, open_checkpoint
-    from .checkpoint.tables import natural_order
-
-    checkpoint = open_checkpoint(find_checkpoint(src))
-    layers = choose_layers(checkpoint, options).formats
-    return checkpoint, sorted(layers, key=natural_order)
+def _check_budgets(
+    bits: float | None,
+    fp8_share: float | None,
+    objective: str | None,
+    calibration: CalibrationOptions | None,
+) -> None:
+    """Refuse, before torch is imported, budgets that are missing or out of reach anywhere."""
+    if calibration is None and fp8_share is not None:
+        raise ValueError(
+            f"--fp8-share: {fp8_share:g} has no effect without --calibrate; give both, or leave it "
+            "out"
+        )
+    if calibration is not None and objective is not None:
+        raise ValueError(
+            f"--objective: {objective} has no effect with --calibrate; give one of the two"
+        )
+    if fp8_share is not None and not 0 < fp8_share <= 1:
+        raise ValueError(
+            f"--fp8-share: {fp8_share:g}; it must be above 0 and at most 1, such as 0.15 for 15 % "
+            "of the weights"
+        )
+    if bits is not None:
+        _check_bits(bits)
+    elif fp8_share is None:
+        raise ValueError(
+            "--bits: is missing; give a budget in bits per weight, such as 4.4, or with "
+            "--calibrate an --fp8-share"
+        )
 
 
 def _check_bits(bits: float) -> None:
-    """Refuse, before torch is imported, a budget that is out of reach whatever the shapes are."""
+    """Refuse a budget that is out of reach whatever the shapes are."""
     smallest, largest = min(BLOCK_SIZES), max(BLOCK_SIZES)
     # a block has a meta byte, a row an exponent, and a row has one block at least
     least, most = 4 + 8 / largest, 4 + 8 / smallest + 8 / smallest

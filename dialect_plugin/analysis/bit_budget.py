@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from dialect_kernels.formatbook import BLOCK_SIZES
 
@@ -24,9 +24,19 @@ from ..checkpoint.tables import layer_table, only_or_blank, shape_cell
 from ..scheme import SchemeError, fitting_block_size
 from .report import LayerReport, dialect_bits, dialect_name, sample_note
 
-__all__ = ["Allocation", "Objective", "allocate_bits", "check_budget", "render"]
+__all__ = [
+    "Allocation",
+    "Objective",
+    "allocate_bits",
+    "check_budget",
+    "first_part",
+    "refuse_below",
+    "render",
+    "spend",
+]
 
 Objective = Literal["error", "relative"]
+_Choice = TypeVar("_Choice")
 _UNIFORM = 32
 
 
@@ -88,14 +98,14 @@ def check_budget(shapes: Mapping[str, Sequence[int]], bits_per_weight: float) ->
     """
     groups: dict[str, list[Sequence[int]]] = {}
     for name, shape in shapes.items():
-        groups.setdefault(_first_part(name), []).append(shape)
+        groups.setdefault(first_part(name), []).append(shape)
     least = most = 0.0
     for group in groups.values():
         sizes = [b for b in BLOCK_SIZES if all(columns % b == 0 for _, columns in group)]
         bits = [sum(m * k * dialect_bits(m, k, size) for m, k in group) for size in sizes]
         least, most = least + min(bits), most + max(bits)
     weights = sum(rows * columns for rows, columns in shapes.values())
-    _refuse_below(least / weights, bits_per_weight)
+    refuse_below(least / weights, bits_per_weight)
     if bits_per_weight > most / weights:
         raise SchemeError(
             f"--bits: {bits_per_weight:g}; the smallest blocks need only {most / weights:.4f} bits "
@@ -118,17 +128,18 @@ def allocate_bits(
     """
     members: dict[str, list[LayerReport]] = {}
     for layer in layers:
-        members.setdefault(_first_part(layer.name), []).append(layer)
+        members.setdefault(first_part(layer.name), []).append(layer)
     points = {name: _points(parts, objective) for name, parts in members.items()}
     weights = sum(layer.weights for layer in layers)
     least = sum(min(bits for bits, _ in sizes.values()) for sizes in points.values())
-    _refuse_below(least / weights, bits_per_weight)
-    chosen = _choose_block_sizes(points, bits_per_weight * weights)
-    sizes = {layer.name: chosen[_first_part(layer.name)] for layer in layers}
+    refuse_below(least / weights, bits_per_weight)
+    chosen = spend(points, bits_per_weight * weights)
+    sizes = {layer.name: chosen[first_part(layer.name)] for layer in layers}
     return Allocation(tuple(layers), sizes, objective)
 
 
-def _refuse_below(least: float, bits_per_weight: float) -> None:
+def refuse_below(least: float, bits_per_weight: float) -> None:
+    """Raise SchemeError if a budget is below the bits that the largest blocks need."""
     if not bits_per_weight >= least:  # NaN too
         raise SchemeError(
             f"--bits: {bits_per_weight:g}; the largest blocks need {least:.4f} bits per weight: "
@@ -136,17 +147,17 @@ def _refuse_below(least: float, bits_per_weight: float) -> None:
         )
 
 
-def _choose_block_sizes(
-    points: Mapping[str, Mapping[int, tuple[int, float]]], budget: float
-) -> dict[str, int]:
+def spend(
+    points: Mapping[str, Mapping[_Choice, tuple[float, float]]], budget: float
+) -> dict[str, _Choice]:
     """Take the best step per bit until the budget is spent.
 
     Args:
-        points: layer -> block size -> (bits, error).
-        budget: bits for all layers together, at least the sum of the cheapest.
+        points: layer -> choice, such as a block size -> (bits or another cost, error).
+        budget: cost of all layers together, at least the sum of the cheapest.
 
     Returns:
-        layer -> block size.
+        layer -> choice.
     """
     hulls = {name: _lower_hull(sizes) for name, sizes in points.items()}
     chosen = {name: hull[0] for name, hull in hulls.items()}
@@ -164,9 +175,9 @@ def _choose_block_sizes(
     return chosen
 
 
-def _lower_hull(sizes: Mapping[int, tuple[int, float]]) -> list[int]:
-    """Block sizes on the lower convex hull, cheapest first, each with less error than before."""
-    hull: list[int] = []
+def _lower_hull(sizes: Mapping[_Choice, tuple[float, float]]) -> list[_Choice]:
+    """Choices on the lower convex hull, cheapest first, each with less error than before."""
+    hull: list[_Choice] = []
     for size in sorted(sizes, key=lambda size: sizes[size]):
         if hull and sizes[size][1] >= sizes[hull[-1]][1]:
             continue
@@ -176,12 +187,12 @@ def _lower_hull(sizes: Mapping[int, tuple[int, float]]) -> list[int]:
     return hull
 
 
-def _slope(sizes: Mapping[int, tuple[int, float]], before: int, after: int) -> float:
+def _slope(sizes: Mapping[_Choice, tuple[float, float]], before: _Choice, after: _Choice) -> float:
     """Change of error per bit, negative."""
     return (sizes[after][1] - sizes[before][1]) / (sizes[after][0] - sizes[before][0])
 
 
-def _first_part(name: str) -> str:
+def first_part(name: str) -> str:
     """The first of the layers that engines fuse with the layer `name`: it stands for all."""
     return (fused_with(name) or (name,))[0]
 

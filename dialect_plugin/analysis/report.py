@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -36,7 +36,6 @@ from ..checkpoint.tables import layer_table, shape_cell
 from ..checkpoint.workers import Workers
 
 __all__ = [
-    "FORMATS",
     "SAMPLED_ROWS",
     "Format",
     "FormatLoss",
@@ -47,6 +46,7 @@ __all__ = [
     "dialect_name",
     "measure_layers",
     "render",
+    "report_formats",
     "sample_note",
     "sqnr_cells",
 ]
@@ -174,6 +174,15 @@ class Report:
         }
 
 
+class _Sampled(Protocol):
+    """A layer of which some rows were measured."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def measured_rows(self) -> int: ...
+
+
 def _loss_to_json(loss: FormatLoss) -> dict[str, Any]:
     finite = loss.sqnr_db if math.isfinite(loss.sqnr_db) else None
     return asdict(loss) | {"sqnr_db": finite}
@@ -203,22 +212,23 @@ def dialect_format(block_size: int, book: Formatbook = DIALECT_FP4) -> Format:
     )
 
 
-FORMATS = (
-    *(dialect_format(block_size) for block_size in BLOCK_SIZES),
-    Format(
-        "MXFP4-32",
-        32,
-        lambda rows, columns: 4 + 8 / 32,
-        lambda rows, largest: _Rounded(quantize_mxfp4(rows), None),
-    ),
-    Format(
-        "NVFP4-16",
-        16,
-        lambda rows, columns: 4 + 8 / 16,
-        lambda rows, largest: _Rounded(quantize_nvfp4(rows, largest=largest), None),
-    ),
-)
-"""The formats of ``blockdialect report``."""
+def report_formats(book: Formatbook = DIALECT_FP4) -> tuple[Format, ...]:
+    """The formats of ``blockdialect report``."""
+    return (
+        *(dialect_format(block_size, book) for block_size in BLOCK_SIZES),
+        Format(
+            "MXFP4-32",
+            32,
+            lambda rows, columns: 4 + 8 / 32,
+            lambda rows, largest: _Rounded(quantize_mxfp4(rows), None),
+        ),
+        Format(
+            "NVFP4-16",
+            16,
+            lambda rows, columns: 4 + 8 / 16,
+            lambda rows, largest: _Rounded(quantize_nvfp4(rows, largest=largest), None),
+        ),
+    )
 
 
 def measure_layers(
@@ -336,7 +346,7 @@ def render(report: Report) -> str:
     return f"SQNR of the weights{rotated} in dB\n{sample_note(report.layers)}\n\n{table}"
 
 
-def sample_note(layers: Sequence[LayerReport]) -> str:
+def sample_note(layers: Sequence[_Sampled]) -> str:
     """Which rows of the layers were measured, in a line."""
     sampled = [layer.measured_rows for layer in layers if layer.measured_rows < layer.rows]
     if not sampled:

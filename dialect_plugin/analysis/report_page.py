@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from io import StringIO
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from dialect_kernels import __version__
 
+from ..scheme import METHODS
+from .output_error import FINEST_FIRST, LayerOutput
+from .output_report import SHOWN, OutputReport, nats_of, sqnr_of_output
 from .report import Report, dialect_name, sqnr_cells
 
-__all__ = ["check_plots", "report_page"]
+__all__ = ["check_plots", "output_page", "report_page"]
 
 _SHOWN_BLOCK_SIZE = 32
 
@@ -24,15 +28,8 @@ def report_page(report: Report) -> str:
     Raises:
         ValueError: if matplotlib is not installed.
     """
-    environment = Environment(
-        loader=PackageLoader("dialect_plugin"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     layers = [(layer, sqnr_cells(layer.losses, report.formats)) for layer in report.layers]
-    return environment.get_template("report.html").render(
+    return _template("report.html").render(
         report=report,
         totals=report.totals(),
         layers=layers,
@@ -44,6 +41,50 @@ def report_page(report: Report) -> str:
     )
 
 
+def output_page(report: OutputReport) -> str:
+    """The page's text; as :func:`report_page`."""
+    methods = [(METHODS[activations].bits, activations) for activations in FINEST_FIRST]
+    rows = [(layer, report.share([layer]), _output_cells(report, layer)) for layer in report.layers]
+    return _template("output_report.html").render(
+        report=report,
+        rows=rows,
+        methods=[name for name, _ in methods],
+        totals=[
+            (name, report.bits(name), [nats_of(report.layers, name, a) for _, a in methods])
+            for name in report.formats
+        ],
+        sampled=any(layer.measured_rows < layer.rows for layer in report.layers),
+        plot=_svg(_draw_losses, report),
+        version=__version__,
+    )
+
+
+def _output_cells(report: OutputReport, layer: LayerOutput) -> list[tuple[str, str]]:
+    """Loss in thousandths of a nat and SQNR in dB, for every format and method."""
+    cells = []
+    for name in report.formats:
+        for activations in FINEST_FIRST:
+            nats, ratio = (of([layer], name, activations) for of in (nats_of, sqnr_of_output))
+            cells.append(
+                (
+                    "–" if nats is None else f"{1000 * nats:.3f}",
+                    "" if ratio is None else f"{ratio:.1f}",
+                )
+            )
+    return cells
+
+
+def _template(name: str) -> Template:
+    environment = Environment(
+        loader=PackageLoader("dialect_plugin"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
+
+
 def check_plots() -> None:
     """Raise ValueError if matplotlib is not installed."""
     if find_spec("matplotlib") is None:
@@ -52,7 +93,7 @@ def check_plots() -> None:
         )
 
 
-def _svg(draw: Any, report: Report) -> Markup:
+def _svg(draw: Callable[[Any, Any], None], report: Report | OutputReport) -> Markup:
     """A plot as SVG; it holds no text of the checkpoint, only the names of formats and numbers."""
     check_plots()
     from matplotlib import rc_context
@@ -82,6 +123,20 @@ def _draw_sqnr(axes: Any, report: Report) -> None:
     axes.grid(alpha=0.3)
     if report.layers:
         axes.figure.legend(fontsize="small", ncols=len(report.formats), loc="outside upper center")
+
+
+def _draw_losses(axes: Any, report: OutputReport) -> None:
+    for activations in METHODS:
+        losses = [nats_of([layer], SHOWN, activations) for layer in report.layers]
+        points = [(n, 1000 * y) for n, y in enumerate(losses, start=1) if y is not None]
+        if points:
+            label = f"{SHOWN}, {METHODS[activations].bits}"
+            axes.bar(*zip(*points, strict=True), width=1.0, label=label)
+    axes.set_xlabel("layer, in the order of the table")
+    axes.set_ylabel("estimated loss, nats / 1000")
+    axes.grid(axis="y", alpha=0.3)
+    if report.layers:
+        axes.figure.legend(fontsize="small", ncols=len(METHODS), loc="outside upper center")
 
 
 def _draw_dialects(axes: Any, report: Report) -> None:

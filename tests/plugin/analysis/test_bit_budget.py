@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from dialect_kernels.formatbook import BLOCK_SIZES
-from dialect_plugin.analysis.bit_budget import _choose_block_sizes, allocate_bits, check_budget
+from dialect_plugin.analysis.bit_budget import allocate_bits, check_budget, spend
 from dialect_plugin.analysis.report import FormatLoss, LayerReport
 from dialect_plugin.checkpoint.reader import open_packed
 from dialect_plugin.cli import app
@@ -46,7 +46,7 @@ def test_an_allocation_is_within_one_step_of_the_best(points, share):
     least = sum(min(bits for bits, _ in sizes.values()) for sizes in points.values())
     most = sum(max(bits for bits, _ in sizes.values()) for sizes in points.values())
     budget = least + share * (most - least)
-    chosen = _choose_block_sizes(points, budget)
+    chosen = spend(points, budget)
     assert sum(points[name][size][0] for name, size in chosen.items()) <= budget
     error = sum(points[name][size][1] for name, size in chosen.items())
     steps = [
@@ -67,7 +67,7 @@ def test_an_allocation_is_the_best_for_budgets_that_a_price_per_bit_gives(points
         for sizes in points.values()
     ]
     budget = sum(bits for bits, _ in alone)
-    chosen = _choose_block_sizes(points, budget)
+    chosen = spend(points, budget)
     error = sum(points[name][size][1] for name, size in chosen.items())
     assert error == best_error(points, budget) == sum(error for _, error in alone)
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from dialect_kernels import DIALECT_FP4, quantize
 from dialect_kernels.baselines import quantize_mxfp4, quantize_nvfp4
-from dialect_plugin.analysis.report import FORMATS, SAMPLED_ROWS, FormatLoss, LayerReport, Report
+from dialect_plugin.analysis.report import SAMPLED_ROWS, FormatLoss, LayerReport, Report
 from dialect_plugin.analysis.report_page import report_page
 from dialect_plugin.cli import app
 
@@ -203,7 +203,7 @@ class Page(HTMLParser):
 
 def hostile_report():
     name = "model.layers.0.<script>alert(\"1\")</script>.$x^{$ & 'q'"
-    losses = {entry.name: FormatLoss(4.25, 1.0, 20.0, (1,) * 16) for entry in FORMATS}
+    losses = {entry: FormatLoss(4.25, 1.0, 20.0, (1,) * 16) for entry in NAMES}
     layer = LayerReport(name, 2, 64, 1, 100.0, losses)
     source = "<img src=x onerror=alert(1)>"
     return Report(source, tuple(NAMES), (layer,)), name

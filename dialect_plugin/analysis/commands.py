@@ -1,0 +1,146 @@
+"""What the commands ``report`` and ``plan`` do, between their options and their output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from dialect_kernels.formatbook import BLOCK_SIZES, book_by_name
+
+from ..calibration.options import CalibrationOptions
+from ..checkpoint.layer_choice import choose_layers
+from ..checkpoint.options import ConvertOptions
+from ..checkpoint.progress import Progress
+from ..checkpoint.reader import Checkpoint, find_checkpoint, open_checkpoint
+from ..checkpoint.tables import natural_order
+from ..scheme import LayerFormat
+from . import bit_budget, output_report, precision, report
+from .output_error import measure_outputs, output_formats
+from .report_page import output_page, report_page
+
+__all__ = ["FoundPlan", "FoundReport", "plan_by_outputs", "plan_by_weights", "report_on"]
+
+
+@dataclass(frozen=True)
+class FoundReport:
+    """A report in three forms.
+
+    Attributes:
+        table: plain text.
+        data: JSON data.
+        page: makes the HTML page.
+    """
+
+    table: str
+    data: dict[str, Any]
+    page: Callable[[], str]
+
+
+@dataclass(frozen=True)
+class FoundPlan:
+    """A plan.
+
+    Attributes:
+        table: plain text.
+        overrides: the layers that differ, as ``quantize --overrides`` reads them.
+    """
+
+    table: str
+    overrides: dict[str, dict[str, Any]]
+
+
+def report_on(
+    source: str,
+    options: ConvertOptions,
+    calibration: CalibrationOptions | None,
+    max_rows: int | None,
+    progress: Progress,
+) -> FoundReport:
+    """Compare formats on the weights of a checkpoint or, with text, on its layers' outputs.
+
+    Args:
+        source: directory or hub id of a 16-bit checkpoint.
+        options: choose layers, book and rotation.
+        calibration: the text; None for the weights.
+        max_rows: measure at most this many rows of a layer; None for all.
+        progress: receives every layer.
+
+    Raises:
+        ValueError: one sentence, if source, options or text cannot be used.
+    """
+    checkpoint, layers = _chosen(source, options)
+    name, scheme = checkpoint.path.resolve().name, options.scheme
+    book = book_by_name(scheme.book)
+    if calibration is None:
+        formats = report.report_formats(book)
+        measured = report.measure_layers(
+            checkpoint, list(layers), formats, progress, max_rows, scheme.rotation
+        )
+        found = report.Report(name, tuple(f.name for f in formats), measured, scheme.rotation)
+        return FoundReport(report.render(found), found.to_json(), partial(report_page, found))
+    compared = output_formats(book, peers=True)
+    outputs = output_report.OutputReport(
+        name,
+        calibration.calibrate,
+        tuple(entry.name for entry in compared),
+        measure_outputs(checkpoint, layers, compared, calibration, progress, max_rows),
+        scheme.book,
+        scheme.rotation,
+    )
+    return FoundReport(
+        output_report.render(outputs), outputs.to_json(), partial(output_page, outputs)
+    )
+
+
+def plan_by_weights(
+    source: str,
+    options: ConvertOptions,
+    max_rows: int | None,
+    progress: Progress,
+    bits: float,
+    objective: bit_budget.Objective,
+) -> FoundPlan:
+    """Choose block sizes by the errors of the weights; arguments as for :func:`report_on`."""
+    checkpoint, layers = _chosen(source, options)
+    _check_budget(checkpoint, layers, bits)
+    book, rotation = book_by_name(options.scheme.book), options.scheme.rotation
+    formats = [report.dialect_format(block_size, book) for block_size in BLOCK_SIZES]
+    measured = report.measure_layers(
+        checkpoint, list(layers), formats, progress, max_rows, rotation
+    )
+    found = bit_budget.allocate_bits(measured, bits, objective)
+    return FoundPlan(bit_budget.render(found), found.overrides())
+
+
+def plan_by_outputs(
+    source: str,
+    options: ConvertOptions,
+    calibration: CalibrationOptions,
+    max_rows: int | None,
+    progress: Progress,
+    bits: float | None,
+    fp8_share: float | None,
+) -> FoundPlan:
+    """Choose block sizes and activations by the outputs on text; budgets as
+    :func:`.precision.plan_precision`, the rest as for :func:`report_on`."""
+    checkpoint, layers = _chosen(source, options)
+    if bits is not None:
+        _check_budget(checkpoint, layers, bits)
+    formats = output_formats(book_by_name(options.scheme.book))
+    measured = measure_outputs(checkpoint, layers, formats, calibration, progress, max_rows)
+    found = precision.plan_precision(measured, bits, fp8_share)
+    return FoundPlan(precision.render(found), found.overrides())
+
+
+def _chosen(source: str, options: ConvertOptions) -> tuple[Checkpoint, dict[str, LayerFormat]]:
+    """A checkpoint, and the layers that a conversion with these options would quantize, and how."""
+    checkpoint = open_checkpoint(find_checkpoint(source))
+    layers = choose_layers(checkpoint, options).formats
+    return checkpoint, {name: layers[name] for name in sorted(layers, key=natural_order)}
+
+
+def _check_budget(checkpoint: Checkpoint, layers: dict[str, LayerFormat], bits: float) -> None:
+    shapes = {name: checkpoint.tensors[f"{name}.weight"].shape for name in layers}
+    bit_budget.check_budget(shapes, bits)
