@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from dialect_kernels import PackedTensor
 from dialect_kernels.packed import STORED_FIELDS
@@ -83,7 +83,8 @@ class CalibratedLayers:
         tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
         metadata = {"fingerprint": self._fingerprint, "dampings": json.dumps(dict(dampings))}
         path = self._directory / f"{_PREFIX}{block:05}"
-        write_file(path, lambda temporary: save_file(tensors, temporary, metadata))
+        contents = save(tensors, metadata)  # save_file has an error of its own for a full disk
+        write_file(path, lambda temporary: temporary.write_bytes(contents))
         self._open(path)
 
     def read(self, layer: str, columns: int, form: LayerFormat) -> PackedTensor | None:
