@@ -23,6 +23,7 @@ __all__ = [
     "is_candidate",
     "is_expert",
     "is_in_encoder",
+    "is_in_numbered_block",
     "is_never_packed",
 ]
 
@@ -247,7 +248,7 @@ _DRAFT = re.compile(r"(?:^|\.)(?:mtp\w*|nextn\w*|eh_proj|eagle\w*|medusa\w*)(?:\
 _EXPERT = re.compile(r"(?:^|\.)(?:experts?|\w*_experts?)(?:\.|$)")
 _NEVER_PACKED = re.compile(
     r"(?:^|\.)(?:\w*router\w*|gate|\w+_gate|gating|\w*indexer\w*|\w*embed\w*|wte|wpe|\w*norm\w*"
-    r"|ln_\w+|lm_head)(?:\.|$)"
+    r"|ln_\w+|\w+_coefs|\w+_adapter_list|lm_head)(?:\.|$)"
     r"|(?:^|\.)(?:conv\w*|\w+_conv\w*|x_proj|dt_proj|classifier|score)$"
 )
 """The second line holds the last words of names only: LFM2's ``conv.in_proj`` is a linear layer."""
@@ -307,9 +308,7 @@ def is_candidate(name: str) -> bool:
     Works for the checkpoint's names and for vLLM's; engines quantize these while loading.
     """
     return (
-        _REPEATED_BLOCK.search(name) is not None
-        and _NOT_TEXT.search(name) is None
-        and not is_never_packed(name)
+        is_in_numbered_block(name) and _NOT_TEXT.search(name) is None and not is_never_packed(name)
     )
 
 
@@ -335,6 +334,11 @@ def block_of(name: str) -> int:
     """The number of the decoder layer that the layer `name` lies in; -1 if it lies in none."""
     found = _DECODER_LAYER.match(name)
     return int(found["block"]) if found is not None else -1
+
+
+def is_in_numbered_block(name: str) -> bool:
+    """Whether a layer lies in one of several blocks of the same kind, whatever they are called."""
+    return _REPEATED_BLOCK.search(name) is not None
 
 
 def is_in_encoder(name: str) -> bool:

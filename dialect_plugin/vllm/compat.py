@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 __all__ = [
+    "built_for_reload",
     "current_architectures",
     "has_gated_experts",
     "is_draft",
@@ -21,9 +22,11 @@ __all__ = [
     "is_reloading",
     "loads_sharded_state",
     "loads_through_loaders",
+    "name_mapper",
     "no_warnings_of_probes",
     "permit_amx",
     "restore_weights",
+    "stacked_names",
     "tied_embeddings",
     "weights_put_aside",
 ]
@@ -128,6 +131,43 @@ def restore_weights(model: torch.nn.Module) -> None:
         if info is not None:
             layerwise._place_kernel_tensors(layer, info)
             info.reset()
+
+
+@contextmanager
+def built_for_reload(layer: torch.nn.Module) -> Iterator[None]:
+    """Parameters that are made inside the block, on the model's device, are those of a reload.
+
+    vLLM notes the parameters of a model once it is built, and makes them again for a reload.
+    """
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    info = layerwise.LAYERWISE_INFO.get(layer)
+    device = torch.get_default_device() if info is None else info.restore_device
+    with device:
+        yield
+        if info is not None:
+            layerwise.record_metadata_for_reloading(layer)
+
+
+def name_mapper(module: torch.nn.Module) -> Any:
+    """A model's map from the checkpoint's names to its own, without what is fused; None if none.
+
+    Symptom: 0.26 has maps without `get_rename_mapper`. Cause: it has what is fused elsewhere. Ends
+    with the support of 0.26.
+    """
+    mapper: Any = getattr(module, "hf_to_vllm_mapper", None)
+    rename = getattr(mapper, "get_rename_mapper", None)
+    return mapper if rename is None else rename()
+
+
+def stacked_names(module: torch.nn.Module) -> Iterator[tuple[str, str]]:
+    """(part, fused layer) of a model's map, by the last words of their names.
+
+    Symptom and end as :func:`name_mapper`.
+    """
+    mapper = getattr(module, "hf_to_vllm_mapper", None)
+    for part, (fused, _) in (getattr(mapper, "orig_to_new_stacked", None) or {}).items():
+        yield part.strip(".").rpartition(".")[2], fused.strip(".").rpartition(".")[2]
 
 
 @contextmanager

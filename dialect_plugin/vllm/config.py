@@ -13,7 +13,7 @@ One packed checkpoint serves all of them: the weights' bytes are the same.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -94,8 +94,12 @@ class BlockDialectConfig(QuantizationConfig):
             scheme = scheme.with_activation_format(self.forced_activation_format)
         self.scheme = scheme
         self.complete = self.draft = False
+        self._serialized, self._multimodal = scheme.serialized, False
+        self._architectures: list[str] = []
         self._names = [*scheme.ignore, *scheme.overrides]
         self._mappers: list[WeightsMapper] = []
+        self._inner_mappers: Mapping[str, WeightsMapper] = {}
+        self._stacked: Mapping[str, list[str]] = {}
         self._fused: dict[str, str] = {}
 
     def __repr__(self) -> str:
@@ -173,11 +177,47 @@ class BlockDialectConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Rewrite exact names to vLLM's module names (patterns are left as they are)."""
         self._mappers.append(hf_to_vllm_mapper)
-        renamed = partial(_mapped, hf_to_vllm_mapper)
+        self._rename(lambda name: [_mapped(hf_to_vllm_mapper, name)])
+
+    def see_parts(
+        self,
+        mappers: Mapping[str, WeightsMapper],
+        stacked: Mapping[str, list[str]],
+        exists: Callable[[str], bool],
+    ) -> None:
+        """Learn what the parts of the complete model call their layers.
+
+        Args:
+            mappers: place of a part in the model -> its map of names, which begin at that place.
+            stacked: last word of a fused layer -> those of its parts, in the checkpoint.
+            exists: whether a module is at a place.
+        """
+        self._inner_mappers, self._stacked = mappers, stacked
+        self._rename(
+            lambda name: [
+                name,
+                *(n for n in self._names_inside(name) if exists(n.rpartition(".")[0])),
+            ]
+        )
+
+    def _rename(self, names: Callable[[str], list[str]]) -> None:
+        """Let exact names in `ignore` and `overrides` be what `names` makes of them."""
         scheme = self.scheme
-        ignore = [renamed(pattern) for pattern in scheme.ignore]
-        overrides = {renamed(pattern): override for pattern, override in scheme.overrides.items()}
+        ignore = [name for pattern in scheme.ignore for name in _renamed(pattern, names)]
+        overrides = {
+            name: override
+            for pattern, override in scheme.overrides.items()
+            for name in _renamed(pattern, names)
+        }
         self.scheme = scheme.model_copy(update={"ignore": ignore, "overrides": overrides})
+
+    def _names_inside(self, name: str) -> list[str]:
+        """What the parts of the model that hold the layer `name` call it."""
+        return [
+            f"{place}.{_mapped(mapper, name.removeprefix(f'{place}.'))}"
+            for place, mapper in self._inner_mappers.items()
+            if name.startswith(f"{place}.")
+        ]
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method for a linear layer or output projection; None where vLLM's default serves.
@@ -189,12 +229,9 @@ class BlockDialectConfig(QuantizationConfig):
             raise SchemeError(_POOLING)
         if isinstance(layer, LinearBase):
             watch(layer, partial(loading.load, self))
-            self.complete, self.draft = compat.loads_through_loaders(), compat.is_draft()
-            columns = getattr(layer, "input_size_per_partition", layer.input_size)
-            form = self._format(prefix, layer.input_size, columns)
-            if form is None:
-                return UnquantizedLinearMethod()
-            return BlockDialectLinearMethod(self._spec(prefix, form))
+            self._see_engine()
+            spec = self.spec(layer, prefix)
+            return UnquantizedLinearMethod() if spec is None else BlockDialectLinearMethod(spec)
         if isinstance(layer, ParallelLMHead) and self.scheme.lm_head:
             if compat.is_pooling():
                 _log_once("the output projection of a pooling model is not quantized")
@@ -204,24 +241,42 @@ class BlockDialectConfig(QuantizationConfig):
             form = self.scheme.layer("lm_head")
             if not self.scheme.serialized:
                 form = fitted(form, layer.embedding_dim) or form
-            return BlockDialectLinearMethod(self._spec("lm_head", form))
+            self._see_engine()
+            spec = LinearSpec("lm_head", self._serialized, form, self.complete)
+            return BlockDialectLinearMethod(spec)
         if compat.is_expert_layer(layer):
             _log_once("MoE experts stay in 16 bit: blockdialect quantizes linear layers only")
         return None
 
-    def _spec(self, prefix: str, form: LayerFormat) -> LinearSpec:
-        return LinearSpec(
-            name=prefix,
-            serialized=self.scheme.serialized or compat.loads_sharded_state(),
-            format=form,
-            complete=compat.loads_through_loaders(),
-        )
+    def _see_engine(self) -> None:
+        """Note what is known only while vLLM builds a model."""
+        self.complete, self.draft = compat.loads_through_loaders(), compat.is_draft()
+        self._serialized = self.scheme.serialized or compat.loads_sharded_state()
+        self._multimodal = compat.is_multimodal()
+        self._architectures = compat.current_architectures()
+
+    def spec(self, layer: Any, *names: str) -> LinearSpec | None:
+        """How a linear layer is quantized; None if it stays in 16 bit.
+
+        Args:
+            layer: the layer.
+            names: vLLM's name of it, and other ones that it is known by.
+
+        Raises:
+            ValueError: if the parts of a fused layer disagree.
+        """
+        columns = getattr(layer, "input_size_per_partition", layer.input_size)
+        form = self._format(names, layer.input_size, columns)
+        if form is None:
+            return None
+        return LinearSpec(names[0], self._serialized, form, self.complete)
 
     def fused_name(self, layer: str) -> str | None:
         """vLLM's layer that the checkpoint's `layer` is loaded into, by its name; None if none."""
         for mapper in self._mappers:
             layer = _mapped(mapper, layer)
-        return next((self._fused[name] for name in _spellings(layer) if name in self._fused), None)
+        names = [n for name in (layer, *self._names_inside(layer)) for n in _spellings(name)]
+        return next((self._fused[name] for name in names if name in self._fused), None)
 
     def check_names(self, tensors: Iterable[str], skipped: Callable[[str], bool] | None) -> None:
         """Check that every exact name in `ignore` and `overrides` is a layer's.
@@ -247,37 +302,52 @@ class BlockDialectConfig(QuantizationConfig):
                 "expression"
             )
 
-    def _format(self, prefix: str, input_size: int, columns: int) -> LayerFormat | None:
+    def _format(self, names: tuple[str, ...], input_size: int, columns: int) -> LayerFormat | None:
         """How a (fused) layer is quantized, or None if it stays in 16 bit."""
-        parts = self._parts(prefix)
-        formats = {part: self._part_format(part, input_size, columns) for part in parts}
+        parts = self._parts(names)
+        formats = {part[0]: self._part_format(part, input_size, columns) for part in parts}
         if (found := disagreement(formats)) is not None:
             listed, common = found
             raise ValueError(
-                f"quantization_config: the parts of the fused layer {prefix} disagree ({listed}); "
-                f"give all of them the same {common}, or ignore all of them"
+                f"quantization_config: the parts of the fused layer {names[0]} disagree ({listed});"
+                f" give all of them the same {common}, or ignore all of them"
             )
-        self._fused |= dict.fromkeys(parts, prefix)
-        return formats[parts[0]]
+        self._fused |= dict.fromkeys((name for part in parts for name in part), names[0])
+        return formats[parts[0][0]]
 
-    def _part_format(self, name: str, input_size: int, columns: int) -> LayerFormat | None:
+    def _part_format(self, names: list[str], input_size: int, columns: int) -> LayerFormat | None:
         """How a layer of `input_size` columns is quantized, of which this rank has `columns`."""
         scheme = self.scheme
-        spellings = _spellings(name)
+        spellings = [spelling for name in names for spelling in _spellings(name)]
         if any(scheme.is_ignored(spelling) for spelling in spellings):
             return None
         wanted = scheme.layer(*spellings)
         if scheme.serialized:
             return wanted  # the converter resolved everything to exact names
-        if not _quantized_online(name):
+        if not self._quantized_online(names[0]):
             return None
         return fitted(wanted, columns) or fitted(wanted, input_size)
 
-    def _parts(self, prefix: str) -> list[str]:
-        """The checkpoint's names of a layer that vLLM may have fused."""
-        parent, _, leaf = prefix.rpartition(".")
-        leaves = self.packed_modules_mapping.get(leaf, [leaf])
-        return [f"{parent}.{leaf}" if parent else leaf for leaf in leaves]
+    def _quantized_online(self, name: str) -> bool:
+        if architectures.ARCHITECTURES.keys().isdisjoint(self._architectures):
+            _log_once(
+                "this architecture is not in blockdialect's table: every linear layer of its "
+                "decoder layers is quantized, except routers and experts"
+            )
+        if self._multimodal and architectures.is_in_encoder(name):
+            return False
+        return architectures.is_candidate(name)
+
+    def _parts(self, names: tuple[str, ...]) -> list[list[str]]:
+        """The checkpoint's names of a layer that vLLM may have fused; for each part, all of them.
+
+        Args:
+            names: of the layer.
+        """
+        leaf = names[0].rpartition(".")[2]
+        leaves = self.packed_modules_mapping.get(leaf) or self._stacked.get(leaf) or [leaf]
+        parents = [name.rpartition(".")[0] for name in names]
+        return [[f"{parent}.{leaf}" if parent else leaf for parent in parents] for leaf in leaves]
 
 
 class BlockDialectW4A4Config(BlockDialectConfig):
@@ -313,17 +383,6 @@ def register_configs() -> None:
             register_quantization_config(config.name)(config)
 
 
-def _quantized_online(name: str) -> bool:
-    if architectures.ARCHITECTURES.keys().isdisjoint(compat.current_architectures()):
-        _log_once(
-            "this architecture is not in blockdialect's table: every linear layer of its decoder "
-            "layers is quantized, except routers and experts"
-        )
-    if compat.is_multimodal() and architectures.is_in_encoder(name):
-        return False
-    return architectures.is_candidate(name)
-
-
 def _options(given: str | dict[str, Any], where: str) -> dict[str, Any]:
     try:
         data = json.loads(given) if isinstance(given, str) else given
@@ -334,10 +393,13 @@ def _options(given: str | dict[str, Any], where: str) -> dict[str, Any]:
     return data
 
 
+def _renamed(pattern: str, names: Callable[[str], list[str]]) -> list[str]:
+    """What `names` makes of an exact name; an expression is left as it is."""
+    return [pattern] if is_expression(pattern) else names(pattern)
+
+
 def _mapped(mapper: WeightsMapper, name: str) -> str:
-    """vLLM's name of the checkpoint's layer `name`; an expression is left as it is."""
-    if is_expression(name):
-        return name
+    """vLLM's name of the checkpoint's layer `name`."""
     # most maps work on the names of parameters: ".gate_proj." is not in a layer's own name
     mapped = mapper.apply_list([f"{name}.{WEIGHT}"])
     if mapped and mapped[0].endswith(f".{WEIGHT}"):

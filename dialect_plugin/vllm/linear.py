@@ -37,7 +37,7 @@ from ..scheme import LayerFormat
 from . import heap
 from .errors import LoadError
 from .parameters import checked, forget_loaded, held, loaded_shards
-from .probes import WEIGHT
+from .probes import WEIGHT, Orders
 
 __all__ = ["BlockDialectLinearMethod", "LinearSpec"]
 
@@ -92,6 +92,7 @@ class BlockDialectLinearMethod(LinearMethodBase):
     Attributes:
         spec: how the layer is quantized.
         load: a context around the model's first load while it lasts, else None.
+        input_size: columns of the whole layer, all ranks together.
     """
 
     # Online weights are created on the meta device and quantized as soon as their shards are in,
@@ -102,6 +103,8 @@ class BlockDialectLinearMethod(LinearMethodBase):
         self.spec = spec
         self.uses_meta_device = not spec.serialized
         self.load: ExitStack | None = None
+        self._orders: Orders = {}
+        self._own_loader: Callable[..., Any] | None = None
 
     def create_weights(
         self,
@@ -124,30 +127,56 @@ class BlockDialectLinearMethod(LinearMethodBase):
         self.dtype = params_dtype
         layer.logical_widths = output_partition_sizes
         self._loader = held(extra_weight_attrs.pop("weight_loader"))
-        self._rows = _whole_rows(layer)
-        self._input_size = input_size
-        if not self.spec.serialized:
+        self._rows = _whole_rows(layer, self._loader())
+        self.input_size = input_size
+        weight = self._weight(self._loader(), rows, columns)
+        if self.spec.serialized:
+            # no parameter: what a model that gives its weight a loader of its own finds meanwhile
+            vars(layer)[WEIGHT] = weight
+            self._own_loader = weight.weight_loader
+        else:
             # float32 holds every 16-bit dtype, so that the packed bytes depend on the checkpoint
             # alone and not on --dtype; one layer at a time, it is small
-            loader = checked(
-                self._loader(), self.spec.name, WEIGHT, self._rows, input_size, _DTYPES
-            )
-            layer.register_parameter(WEIGHT, _weight(rows, columns, loader))
+            layer.register_parameter(WEIGHT, weight)
             set_weight_attrs(layer.weight, extra_weight_attrs)
             initialize_online_processing(layer)
+            self._own_loader = layer.weight.weight_loader
             return
         sizes = (rows, columns, self.spec.format.block_size)
         for field in STORED_FIELDS:
             data = torch.zeros(field.shape(*sizes), dtype=field.dtype)
             layer.register_parameter(field.stored, self._stored(field.stored, data))
 
+    def other_loader(self, layer: Any) -> Callable[..., Any] | None:
+        """The loader that the model has given to the layer's weight after it was created, if any.
+
+        A second call finds none.
+        """
+        own, self._own_loader = self._own_loader, None
+        if own is None:
+            return None
+        found: Callable[..., Any] = layer.weight.weight_loader
+        if self.spec.serialized:
+            del vars(layer)[WEIGHT]
+        return None if found is own else found
+
+    def _weight(self, loader: Callable[..., Any], rows: int, columns: int) -> ModelWeightParameter:
+        """A 16-bit weight without memory, which `loader` fills."""
+        loader = checked(
+            loader, self.spec.name, WEIGHT, self._rows, self.input_size, _DTYPES, self._orders
+        )
+        data = torch.empty(rows, columns, dtype=torch.float32, device="meta")
+        return ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
+
     def _stored(self, name: str, data: torch.Tensor) -> Parameter:
         """The parameter that a packed tensor of the checkpoint is loaded into; it shares `data`."""
         field, (kind, dimensions) = _PARAMETERS[name]
         # a checkpoint's tensor is as wide as the whole layer, whatever this rank's share is
-        whole = field.shape(1, self._input_size, self.spec.format.block_size)
+        whole = field.shape(1, self.input_size, self.spec.format.block_size)
         width = whole[1] if len(whole) > 1 else None
-        loader = checked(self._loader(), self.spec.name, name, self._rows, width, (field.dtype,))
+        loader = checked(
+            self._loader(), self.spec.name, name, self._rows, width, (field.dtype,), self._orders
+        )
         made: Parameter = kind(data=data, output_dim=0, weight_loader=loader, **dimensions)
         return made
 
@@ -163,8 +192,7 @@ class BlockDialectLinearMethod(LinearMethodBase):
         plain = {field.stored: getattr(layer, field.stored) for field in STORED_FIELDS}
         codes = plain[STORED_FIELDS[0].stored]
         take = self._quantizing(layer) if quantizes else self._refusing()
-        loader = checked(take, self.spec.name, WEIGHT, self._rows, self._input_size, _DTYPES)
-        weight = _weight(codes.shape[0], codes.shape[1] * 2, loader)
+        weight = self._weight(take, codes.shape[0], codes.shape[1] * 2)
         if quantizes:
             for name, parameter in plain.items():
                 layer.register_parameter(name, self._stored(name, parameter.data))
@@ -208,6 +236,7 @@ class BlockDialectLinearMethod(LinearMethodBase):
         """
         if self.is_loaded(layer):
             return
+        self.other_loader(layer)  # of a layer that was loaded by itself
         _log_kernel()
         if self.spec.complete:
             self.check_loaded(layer)
@@ -323,20 +352,22 @@ def _log_kernel() -> None:
         logger.info("blockdialect runs on the CPU with %s", cpu.describe())
 
 
-def _whole_rows(layer: Any) -> dict[Hashable, int]:
+def _whole_rows(layer: Any, loader: Callable[..., Any]) -> dict[Hashable, int]:
     """Rows of the checkpoint's tensors by shard id; None stands for the whole layer.
 
-    Where ranks share a layer its loaders may take rows from several of them, so that nothing is
-    known; nor of an output projection, which has more rows than the vocabulary.
+    All ranks' rows, because vLLM's loaders cut this rank's out of them. Nothing is known of an
+    output projection, which has more rows than the vocabulary, and of a loader of the model's own.
     """
-    if not isinstance(layer, LinearBase) or getattr(layer, "tp_size", 1) > 1:
+    owner: object = getattr(loader, "__self__", None)
+    if not isinstance(layer, LinearBase) or owner is not layer:
         return {}
-    parts: list[int] = layer.logical_widths
-    ids = ("q", "k", "v") if isinstance(layer, QKVParallelLinear) else range(len(parts))
-    return {None: sum(parts)} | (dict(zip(ids, parts, strict=False)) if len(parts) > 1 else {})
-
-
-def _weight(rows: int, columns: int, loader: Callable[..., Any]) -> ModelWeightParameter:
-    """A 16-bit weight without memory."""
-    data = torch.empty(rows, columns, dtype=torch.float32, device="meta")
-    return ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
+    parts: dict[Hashable, int]
+    if isinstance(layer, QKVParallelLinear):
+        head, heads, shared = layer.head_size, layer.total_num_heads, layer.total_num_kv_heads
+        of_value = getattr(layer, "v_head_size", head)
+        parts = {"q": heads * head, "k": shared * head, "v": shared * of_value}
+    else:
+        parts = dict(enumerate(getattr(layer, "output_sizes", ())))
+    if len(parts) < 2:
+        return {None: layer.output_size}
+    return {None: sum(parts.values()), **parts}

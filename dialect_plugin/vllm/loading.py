@@ -29,6 +29,7 @@ from .errors import LoadError
 from .linear import BlockDialectLinearMethod
 from .parameters import forget_loaded
 from .probes import WEIGHT, Recorder
+from .settling import Decides, settle
 from .undo import keeping_pushed, keeping_reloaded
 
 __all__ = ["load"]
@@ -43,7 +44,7 @@ _active: list[torch.nn.Module] = []
 """The model whose load_weights runs: those of its parts run inside of it."""
 
 
-class _Config(Protocol):
+class _Config(Decides, Protocol):
     """What a load needs of :class:`.config.BlockDialectConfig`, which stands above."""
 
     scheme: Scheme
@@ -70,35 +71,68 @@ def load(
     """
     if _active:
         return own(weights)
-    layers: _Layers = [
-        (module, method)
-        for module in model.modules()
-        if isinstance(method := getattr(module, "quant_method", None), BlockDialectLinearMethod)
-    ]
+    layers = _layers(model)
     _active.append(model)
     try:
         if compat.is_reloading(model):
             return _reload(config, model, layers, weights, own)
         if any(method.is_loaded(layer) for layer, method in layers):
-            with ExitStack() as stack:
-                for layer, method in layers:
-                    stack.enter_context(method.open(layer, quantizes=True))
-                stack.enter_context(keeping_pushed(model, [layer for layer, _ in layers]))
-                return own(weights)
+            return _push(config, model, layers, weights, own)
         if hasattr(model, _TARGETS):  # a model without a packed layer
             return own(weights)
-        return _first(config, model, layers, weights, own)
+        return _first(config, model, weights, own)
     finally:
         _active.pop()
 
 
-def _first(
+def _layers(model: torch.nn.Module) -> _Layers:
+    return [
+        (module, method)
+        for module in model.modules()
+        if isinstance(method := getattr(module, "quant_method", None), BlockDialectLinearMethod)
+    ]
+
+
+def _push(
     config: _Config,
     model: torch.nn.Module,
     layers: _Layers,
     weights: Weights,
     own: Callable[[Weights], Any],
 ) -> Any:
+    targets = getattr(model, _TARGETS, {})
+    by_name = {method.spec.name: method for _, method in layers}
+
+    def columns(layer: str) -> int:
+        method = by_name.get(targets.get(layer) or config.fused_name(layer) or "")
+        if method is None:
+            raise LoadError(
+                f"{layer}: {_CODES} is missing beside the layer's other packed tensors; push all "
+                "of them in one call"
+            )
+        return method.input_size
+
+    recorder = Recorder()
+    with ExitStack() as stack:
+        for layer, method in layers:
+            stack.enter_context(method.open(layer, quantizes=True))
+        stack.enter_context(keeping_pushed(model))
+        stack.enter_context(recorder)
+        stack.enter_context(compat.no_warnings_of_probes())
+        stack.enter_context(track_arrivals(model, recorder))
+        loaded = own(_Stream(weights).with_probes(recorder, columns))
+        recorder.check()
+        return loaded
+
+
+def _first(
+    config: _Config,
+    model: torch.nn.Module,
+    weights: Weights,
+    own: Callable[[Weights], Any],
+) -> Any:
+    settle(config, model)
+    layers = _layers(model)
     _check_output_projection(config, model)
     stream, recorder = _Stream(weights), Recorder()
     with ExitStack() as stack:
@@ -199,11 +233,14 @@ class _Stream:
             self.last = name
             yield name, tensor
 
-    def with_probes(self, recorder: Recorder) -> Iterator[tuple[str, torch.Tensor]]:
+    def with_probes(
+        self, recorder: Recorder, columns_of: Callable[[str], int] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors, each packed one behind its probe.
 
         The weight's probe needs the columns that the codes tell, so that what comes before the
-        codes of a layer waits for them.
+        codes of a layer waits for them. Where they do not come, as in a part of a push,
+        `columns_of` tells the columns of a layer.
         """
         waiting: dict[str, list[tuple[str, torch.Tensor]]] = {}
         known: set[str] = set()
@@ -220,7 +257,10 @@ class _Stream:
                 yield from _probed(recorder, [(name, tensor)])
             else:  # a copy, because some iterators use their buffer again
                 waiting.setdefault(layer, []).append((name, tensor.clone()))
-        for tensors in waiting.values():
+        for layer, tensors in waiting.items():
+            if columns_of is not None and tensors[0][1].dim():
+                shape = tensors[0][1].shape[0], columns_of(layer)
+                yield f"{layer}.{WEIGHT}", recorder.probe(layer, WEIGHT, shape)
             yield from _probed(recorder, tensors)
 
 

@@ -30,6 +30,7 @@ def checked(
     rows: Mapping[Hashable, int],
     width: int | None,
     dtypes: tuple[torch.dtype, ...],
+    orders: probes.Orders,
 ) -> Callable[..., Any]:
     """`loader` with checks of the loaded tensor; it marks the parameter's shards as loaded.
 
@@ -48,12 +49,14 @@ def checked(
         rows: rows of the checkpoint's tensor for each shard id that is known.
         width: columns of the checkpoint's tensor, or None.
         dtypes: allowed dtypes.
+        orders: of the layer's packed tensors, where they need another one than they arrive in;
+            probes write it.
     """
     original, name = held(loader), f"{layer}.{field}"
 
     def load(param: Any, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         shards = shards_of(original(), param, loaded_weight, *args, **kwargs)
-        if probes.record(loaded_weight, field, layer, shards):
+        if probes.record(loaded_weight, field, layer, shards, orders):
             return None
         height = sum(rows[shard] for shard in shards) if rows.keys() >= set(shards) else None
         _check(loaded_weight, name, height, width, dtypes)
@@ -62,6 +65,8 @@ def checked(
             if shards in counted:
                 return None
             counted.add(shards)
+        if (order := orders.get((field, shards))) is not None:
+            loaded_weight = loaded_weight[order.to(loaded_weight.device)]
         result = original()(param, loaded_weight, *args, **kwargs)
         param.__dict__.setdefault(_LOADED, set()).update(shards)
         return result

@@ -4,20 +4,25 @@ A model of vLLM may rearrange what it loads by the tensor's name: transpose ever
 permute its rows for another rotary embedding, split it by heads. A packed layer stays right only if
 all of its tensors are treated as the weight would be. So each of them, and the weight, is preceded
 by a probe of the same shape whose elements name their row and column. Probes arrive at the
-parameters' loaders, which record them instead of loading; the records of one layer must agree.
+parameters' loaders, which record them instead of loading. Where the rows of the weight's probe
+arrive in another order than those of a packed tensor, the parameter's loader gives the tensor that
+order; all else must be the same in all records of a layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
 from hashlib import sha256
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 
 from .errors import LoadError
 
-__all__ = ["WEIGHT", "Recorder", "record"]
+__all__ = ["WEIGHT", "Orders", "Recorder", "record"]
+
+Orders = dict[tuple[str, Hashable], torch.Tensor]
+"""Of a layer: field and shard -> the rows of an arriving tensor that belong there, int64 [N]."""
 
 WEIGHT = "weight"
 """Name of a layer's 16-bit weight, beside those of its packed tensors."""
@@ -26,17 +31,23 @@ _LAYER = 2**28
 _CHUNK = 1024
 """Rows that are compared at a time."""
 
-_Arrival = tuple[str, Hashable, bytes]
-"""vLLM's layer, the shard, and a digest of the rows."""
+
+class _Arrival(NamedTuple):
+    target: str
+    """vLLM's layer."""
+    shard: Hashable
+    rows: bytes
+    """A digest of what names the rows."""
+    orders: Orders
 
 
 _recorders: list[Recorder] = []
 """The recorder of the load in progress."""
 
 
-def record(tensor: torch.Tensor, field: str, target: str, shard: Hashable) -> bool:
+def record(tensor: torch.Tensor, field: str, target: str, shard: Hashable, orders: Orders) -> bool:
     """:meth:`Recorder.record` of the load in progress; False if there is none."""
-    return bool(_recorders) and _recorders[-1].record(tensor, field, target, shard)
+    return bool(_recorders) and _recorders[-1].record(tensor, field, target, shard, orders)
 
 
 class Recorder:
@@ -45,6 +56,7 @@ class Recorder:
     def __init__(self) -> None:
         self._layers: list[str] = []
         self._arrivals: dict[str, dict[str, list[_Arrival]]] = {}
+        self._rows: dict[bytes, torch.Tensor] = {}
 
     def __enter__(self) -> Self:
         _recorders.append(self)
@@ -78,8 +90,17 @@ class Recorder:
         known = 1 <= number < len(self._layers) + 1
         return self._layers[int(number) - 1] if known else None
 
-    def record(self, tensor: torch.Tensor, field: str, target: str, shard: Hashable) -> bool:
+    def record(
+        self, tensor: torch.Tensor, field: str, target: str, shard: Hashable, orders: Orders
+    ) -> bool:
         """Record that `tensor` was loaded into `field` of vLLM's layer `target`, if it is a probe.
+
+        Args:
+            tensor: what arrived.
+            field: the parameter's name.
+            target: vLLM's layer.
+            shard: the part of it.
+            orders: of the layer; :meth:`check_layer` writes it.
 
         Raises:
             LoadError: if its columns are not where they were.
@@ -90,15 +111,38 @@ class Recorder:
         whole = tensor if tensor.dim() > 1 else tensor.reshape(-1, 1)
         if not _in_order(whole):
             raise _rearranged(layer)
-        rows = sha256(whole[:, 0].contiguous().cpu().numpy().tobytes()).digest()
-        self._arrivals[layer].setdefault(field, []).append((target, shard, rows))
+        # without the layer's number: layers of one shape have them in common
+        first = torch.remainder(whole[:, 0], _LAYER).to("cpu", torch.int64)
+        digest = sha256(first.numpy().tobytes()).digest()
+        self._rows.setdefault(digest, first)
+        self._arrivals[layer].setdefault(field, []).append(_Arrival(target, shard, digest, orders))
         return True
 
     def check_layer(self, layer: str) -> None:
-        """Raise LoadError if the probes of `layer` that have arrived differ from each other."""
-        arrived = [arrivals for arrivals in self._arrivals[layer].values() if arrivals]
-        if any(other != arrived[0] for other in arrived):
+        """Compare the probes of `layer` that have arrived, and note the order of their rows.
+
+        Raises:
+            LoadError: if they differ in more than the order of their rows.
+        """
+        arrived = {field: found for field, found in self._arrivals[layer].items() if found}
+        wanted = arrived.get(WEIGHT) or next(iter(arrived.values()), [])
+        for field, found in arrived.items():
+            if [a[:2] for a in found] != [a[:2] for a in wanted]:
+                raise _rearranged(layer)
+            for has, needs in zip(found, wanted, strict=True):
+                self._order(layer, field, has, needs)
+
+    def _order(self, layer: str, field: str, has: _Arrival, needs: _Arrival) -> None:
+        """Note the order that the rows of a field need."""
+        key = (field, has.shard)
+        if has.rows == needs.rows:
+            has.orders.pop(key, None)  # of another load
+            return
+        there, wanted = self._rows[has.rows], self._rows[needs.rows]
+        ascending, order = torch.sort(there)
+        if ascending.shape != wanted.shape or not torch.equal(ascending, wanted.sort().values):
             raise _rearranged(layer)
+        has.orders[key] = order[torch.searchsorted(ascending, wanted)]
 
     def check(self) -> dict[str, str]:
         """The checkpoint's packed layers, and which of vLLM's layers each was loaded into.
@@ -112,8 +156,8 @@ class Recorder:
             counts = {len(of_field) for of_field in arrivals.values()}
             if len(counts) > 1:  # one of them was not loaded anywhere
                 raise _rearranged(layer)
-            for target, _, _ in next(iter(arrivals.values())):
-                targets[layer] = target
+            for arrival in next(iter(arrivals.values())):
+                targets[layer] = arrival.target
         return targets
 
 

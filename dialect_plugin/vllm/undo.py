@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
-
-from dialect_kernels.packed import STORED_FIELDS
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import compat
-from .parameters import wrapped_loaders
 
 __all__ = ["keeping_pushed", "keeping_reloaded"]
 
@@ -21,12 +18,13 @@ class _Kept:
     """Copies of tensors in the host's memory."""
 
     def __init__(self) -> None:
-        self._copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._copies: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def keep(self, tensors: Iterable[torch.Tensor]) -> None:
         for tensor in tensors:
-            if tensor.numel() and tensor.data_ptr() not in self._copies:
-                self._copies[tensor.data_ptr()] = tensor, tensor.to("cpu", copy=True)
+            place = tensor.data_ptr(), tensor.numel()
+            if tensor.numel() and place not in self._copies:
+                self._copies[place] = tensor, tensor.to("cpu", copy=True)
 
     def give_back(self) -> None:
         for tensor, copy in self._copies.values():
@@ -52,37 +50,60 @@ def keeping_reloaded(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def keeping_pushed(model: torch.nn.Module, packed: Collection[torch.nn.Module]) -> Iterator[None]:
-    """Give weights back that parameters' loaders have overwritten if the block raises.
+def keeping_pushed(model: torch.nn.Module) -> Iterator[None]:
+    """Give the weights back that have been overwritten if the block raises.
 
-    A weight is copied when the first tensor for it arrives, so that a small push costs little.
-
-    Args:
-        model: the model.
-        packed: its packed layers, whose 16-bit weight fills their packed tensors.
+    A tensor is copied when something is about to be written into it, by a parameter's loader or by
+    the model itself, so that a small push costs little.
     """
+    tensors = [t.data for t in (*model.parameters(), *model.buffers()) if not t.is_meta]
+    held = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
+    data = [(t, t.data) for t in (*model.parameters(), *model.buffers())]
     kept = _Kept()
-    ours = {id(layer) for layer in packed}
-    stored = [field.stored for field in STORED_FIELDS]
-    wrappers: dict[int, tuple[Any, Callable[..., Any]]] = {}
-    for module in model.modules():
-        group = [getattr(module, name).data for name in stored] if id(module) in ours else []
-        for name, parameter in module.named_parameters(recurse=False):
-            own = group if parameter.is_meta or (group and name in stored) else [parameter.data]
-            wrappers.setdefault(id(parameter), (parameter, partial(_keeping, kept, own)))
     try:
-        with wrapped_loaders(wrappers.values()):
+        with _BeforeWrites(tensors, kept):
             yield
     except BaseException:
+        for module, parameters, buffers in held:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+        for tensor, value in data:
+            if tensor.data_ptr() != value.data_ptr():
+                tensor.data = value
         kept.give_back()
         raise
 
 
-def _keeping(
-    kept: _Kept, tensors: list[torch.Tensor], loader: Callable[..., Any]
-) -> Callable[..., Any]:
-    def load(*args: Any, **kwargs: Any) -> Any:
-        kept.keep(tensors)
-        return loader(*args, **kwargs)
+class _BeforeWrites(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's annotations
+    """Copies a tensor before the first operation that writes into its memory.
 
-    return load
+    Args:
+        tensors: those that are watched.
+        kept: where the copies go.
+    """
+
+    def __init__(self, tensors: Iterable[torch.Tensor], kept: _Kept) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._kept = kept
+        self._watched: dict[int, list[torch.Tensor]] = {}
+        for tensor in tensors:
+            self._watched.setdefault(_memory(tensor), []).append(tensor)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        schema = func._schema
+        if schema.is_mutable:
+            for place, argument in enumerate(schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    given = args[place] if place < len(args) else kwargs.get(argument.name)
+                    for tensor in given if isinstance(given, list | tuple) else (given,):
+                        if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                            self._kept.keep(self._watched.pop(_memory(tensor), ()))
+        return func(*args, **kwargs)
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """Where the memory of a tensor, or of what it is a view of, begins."""
+    return tensor.untyped_storage().data_ptr()

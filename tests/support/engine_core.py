@@ -120,6 +120,7 @@ def _core(model: Path, **options: Any) -> Iterator[Any]:
         "max_logprobs": -1,
         "enable_prefix_caching": False,
         "num_gpu_blocks_override": 16,
+        "gpu_memory_utilization": 0.3,  # of a machine that others use too; so few blocks need none
     }
     # vLLM would inspect the class in a process of its own
     for name in open_checkpoint(model).config["architectures"]:

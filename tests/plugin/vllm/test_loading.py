@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from dialect_kernels import quantize
 from dialect_plugin.checkpoint.convert import convert
 from dialect_plugin.scheme import Scheme
+from tests.support import swept_models
 from tests.support.engines import STORED, expected_bytes, load_model, packed_modules, tensors_of
 from tests.support.served_models import build, checkpoint_tensors
 
@@ -74,24 +75,64 @@ def test_a_weight_that_the_loader_transposes_is_refused(leaf, tmp_path):
     assert str(caught.value) == layer + REARRANGED
 
 
-def test_rows_that_the_loader_permutes_are_refused(tmp_path):
-    """Mistral's own names: rows of wq.weight are permuted for the rotary embedding, others not."""
-    source = build("MistralForCausalLM", tmp_path / "source")
-    renames = {"self_attn.q_proj": "attention.wq"}
+def mistral(path, seed=0):
+    """(source, packed) of a model under Mistral's own names: rows of wq and wk are permuted."""
+    source = build("MistralForCausalLM", path / "build", seed)
+    tensors = {}
+    for name, value in checkpoint_tensors(source).items():
+        for part in "qk":
+            name = name.replace(
+                f"model.layers.0.self_attn.{part}_proj", f"layers.0.attention.w{part}"
+            )
+        tensors[name] = value
+    layers = ["layers.0.attention.wq", "layers.0.attention.wk", "model.layers.0.self_attn.v_proj"]
+    ignored = sorted(set(linear_layers(tensors)) - set(layers))
+    plain = write(path / "plain", source, tensors)
+    packed = write(path / "packed", source, pack(tensors, layers), {"ignore": ignored})
+    return plain, packed
 
-    def renamed(name):
-        for old, new in renames.items():
-            if f"layers.0.{old}" in name:
-                return name.removeprefix("model.").replace(old, new)
-        return name
 
-    tensors = {renamed(name): value for name, value in checkpoint_tensors(source).items()}
-    layers = ["layers.0.attention.wq", *(f"model.layers.0.self_attn.{p}_proj" for p in "kv")]
-    ignored = set(linear_layers(tensors)) - set(layers)
-    path = write(tmp_path / "packed", source, pack(tensors, layers), {"ignore": sorted(ignored)})
-    with pytest.raises(ValueError) as caught:
-        load_model(path)
-    assert str(caught.value) == layers[0] + REARRANGED
+QKV = "model.layers.0.self_attn.qkv_proj"
+
+
+def online(source):
+    """What vLLM holds if it packs `QKV` of `source` while loading, after it has permuted rows."""
+    others = r"re:(?!.*layers\.0\.self_attn\.[qkv]_proj)"
+    options = {"quantization_config_dict_json": json.dumps({"ignore": [others]})}
+    return load_model(source, quantization="blockdialect", hf_overrides=options)
+
+
+def test_rows_that_the_loader_permutes(tmp_path):
+    """The loader permutes rows of tensors called `weight`; the packed ones follow."""
+    source, packed = mistral(tmp_path)
+    model = load_model(packed)
+    found, right = tensors_of(model), tensors_of(online(source))
+    unpermuted = quantize(checkpoint_tensors(source)["layers.0.attention.wq.weight"])
+    for name, plain in zip(STORED, unpermuted.stored.values(), strict=True):
+        assert torch.equal(found[f"{QKV}.{name}"], right[f"{QKV}.{name}"]), name
+        assert not torch.equal(found[f"{QKV}.{name}"][:128], plain), name
+
+
+@pytest.mark.parametrize("mode", ["packed", "online"])
+@pytest.mark.parametrize("pushed", ["16 bit", "packed"])
+def test_rows_that_the_loader_permutes_in_a_push(mode, pushed, tmp_path):
+    source, packed = mistral(tmp_path / "old")
+    new, new_packed = mistral(tmp_path / "new", seed=1)
+    model = load_model(packed) if mode == "packed" else online(source)
+    stored = checkpoint_tensors(new_packed if pushed == "packed" else new).items()
+    layers = ("layers.0.attention.w", "model.layers.0.self_attn.v")  # vLLM takes no others back
+    tensors = [(name, value) for name, value in stored if name.startswith(layers)]
+    halves = [tensors[::2], tensors[1::2]]  # a layer's tensors in two calls
+    if (mode, pushed) == ("online", "packed"):  # it has not seen these names yet
+        rest = [(name, value) for name, value in tensors if not name.endswith("weight_packed")]
+        with pytest.raises(ValueError, match="is missing beside the layer's other packed tensors"):
+            model.load_weights(iter(rest))
+        halves = [tensors]
+    for half in halves:
+        model.load_weights(iter(half))
+    found, right = tensors_of(model), tensors_of(online(new))
+    for name in STORED:
+        assert torch.equal(found[f"{QKV}.{name}"], right[f"{QKV}.{name}"]), name
 
 
 def test_a_packed_layer_that_vllm_has_in_16_bit_is_refused(source, tmp_path):
@@ -345,6 +386,26 @@ def test_a_push_that_fails_midway_changes_nothing(mode, pushed, source, packed, 
         assert getattr(parameter, "weight_loader", None) == loaders[name], name
     model.load_weights(iter(checkpoint_tensors(other).items()))  # and the next one arrives
     name = "model.embed_tokens.weight"
+    assert not torch.equal(tensors_of(model)[name], before[name])
+
+
+def test_what_a_model_copies_without_a_loader_comes_back(tmp_path):
+    """GPT-OSS writes its experts into the parameters itself."""
+    source = swept_models.build("GptOssForCausalLM", tmp_path / "source")
+    model = load_model(source, quantization="blockdialect")
+    before = {name: value.clone() for name, value in tensors_of(model).items()}
+    tensors = checkpoint_tensors(source)
+    new = {n: v + 0.125 for n, v in tensors.items() if "experts" in n and n.endswith("bias")}
+    last = "model.layers.1.self_attn.o_proj.weight"
+    bad = tensors[last][:, :-1]
+    with pytest.raises(ValueError, match="columns where the model"):
+        model.load_weights([*new.items(), (last, bad)])
+    after = tensors_of(model)
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+    model.load_weights(iter(new.items()))
+    name = "model.layers.0.mlp.experts.routed_experts.w2_bias"
     assert not torch.equal(tensors_of(model)[name], before[name])
 
 
