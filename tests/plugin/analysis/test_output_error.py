@@ -11,6 +11,7 @@ from dialect_kernels.formatbook import DIALECT_FP4, SEMANTIC_32
 from dialect_kernels.reference import round_activation
 from dialect_kernels.rotation import rotate_activation, rotate_weight
 from dialect_plugin.analysis.output_error import measure_outputs, output_formats
+from dialect_plugin.analysis.precision import plan_precision
 from dialect_plugin.calibration.options import CalibrationOptions
 from dialect_plugin.calibration.text import read_text
 from dialect_plugin.checkpoint.layer_choice import choose_layers
@@ -190,6 +191,15 @@ def test_other_architectures(architecture, tiny_model, text):
     for layer in measured(tiny_model(architecture), text, "none").values():
         nats = layer.losses["BlockDialect-32"].nats
         assert 0 < nats["none"] < nats["dialect"], layer.name
+
+
+def test_a_layer_that_neither_rotation_nor_large_blocks_divide(tiny_model, text):
+    found = measured(tiny_model(intermediate_size=272), text, "hadamard_32", peers=True)
+    assert set(found[DOWN].losses) == {"BlockDialect-16", "NVFP4-16"}
+    assert set(found[QUERY].losses) > {"BlockDialect-64", "MXFP4-32"}
+    plan = plan_precision(list(found.values()), 4.5, 0.2)
+    assert plan.block_sizes[DOWN] == 16
+    assert DOWN not in plan.uniform.overrides()
 
 
 def test_layers_outside_of_the_blocks_are_refused(tiny_model, text):

@@ -157,6 +157,10 @@ def test_both_budgets_are_kept_in_the_packed_model(tiny_model, tmp_path):
             "--objective: error has no effect with --calibrate",
         ),
         (["--calibrate", "absent.txt", "--bits", "4.4"], "--calibrate: absent.txt is not a file"),
+        (
+            ["--calibrate", __file__, "--bits", "4.4", "--sequence-length", "100000"],
+            "--sequence-length: 100000; the model takes at most 256 tokens",
+        ),
         (["--calibrate", "default", "--bits", "4.15"], "the largest blocks need 4.1806"),
         (["--calibrate", "default", "--bits", "4.4", "--lm-head"], "lm_head: lies outside of the"),
     ],
@@ -164,7 +168,7 @@ def test_both_budgets_are_kept_in_the_packed_model(tiny_model, tmp_path):
 def test_what_cannot_be_done_is_refused(tiny_model, tmp_path, arguments, sentence):
     file = tmp_path / "overrides.json"
     short = ["--sequence-length", "64"] if "--calibrate" in arguments else []
-    refused = run("plan", tiny_model(), "-o", file, *arguments, *short)
+    refused = run("plan", tiny_model(), "-o", file, *short, *arguments)
     assert refused.exit_code == 1
     assert sentence in refused.stderr
     assert refused.stderr.count("\n") == 1
