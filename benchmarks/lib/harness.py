@@ -62,7 +62,15 @@ _MEASURED_CODE = (
     "diffusers_hook",
     "triton_kernels",
 )
-_VERSIONS = ("blockdialect", "torch", "triton", "vllm", "diffusers", "safetensors")
+_VERSIONS = (
+    "blockdialect",
+    "torch",
+    "triton",
+    "transformers",
+    "vllm",
+    "diffusers",
+    "safetensors",
+)
 
 
 class Machine(BaseModel):

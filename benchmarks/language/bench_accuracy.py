@@ -1,0 +1,203 @@
+"""What 4 bits cost on language models, calibrated and not, beside other formats in the same layers.
+
+Every row is an evaluation by ``blockdialect evaluate``: the KL divergence of the next-token
+distributions from those of the 16-bit model, on windows of Python's manual that no format was
+calibrated on. Formats of others are emulated with the same care: the same calibration text, rule
+and rotation.
+
+    python -m benchmarks.language.bench_accuracy [--models smollm2,gemma3-270m,shipped]
+        [--windows 16]
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..lib.gate import golden_gate
+from ..lib.harness import ROOT, Table, main
+
+if TYPE_CHECKING:
+    from dialect_plugin.evaluation.result import Row
+
+PACKAGES = ("torch", "transformers")
+SHIPPED = "shipped"
+MODELS = ("smollm2", "gemma3-270m", SHIPPED)
+WINDOWS = 16
+WINDOW = 512
+ACTIVATIONS = ("W4A4", "W4A8", "W4A16")
+OURS: dict[str, dict[str, Any]] = {
+    "semantic_32-32+gptq": {"block_size": 32, "rotation": "none"},
+    "semantic_32-32+rotation+gptq": {"block_size": 32, "rotation": "hadamard_32"},
+    "semantic_32-16+rotation+gptq": {"block_size": 16, "rotation": "hadamard_32"},
+}
+"""Our calibrated rows -> the options of their conversion."""
+FORMATS = (
+    "dialect_fp4-32",
+    "semantic_32-32",
+    "semantic_32-32+rotation",
+    "mxfp4-32",
+    "nvfp4-16",
+    "mxfp4-32+gptq",
+    "nvfp4-16+gptq",
+    "mxfp4-32+rotation+gptq",
+    "nvfp4-16+rotation+gptq",
+    "fp8",
+)
+"""The other rows."""
+CALIBRATED = "semantic_32-32+rotation+gptq"
+UNCALIBRATED = "dialect_fp4-32"
+GOALS = (
+    ("W4A4", UNCALIBRATED, 0.35),
+    ("W4A4", "nvfp4-16", 0.5),
+    ("W4A4", "nvfp4-16+gptq", 0.6),
+    ("W4A4", "nvfp4-16+rotation+gptq", 0.6),
+    ("W4A8", "mxfp4-32+gptq", 1.0),
+    ("W4A8", "nvfp4-16+gptq", 1.0),
+    ("W4A16", "mxfp4-32+gptq", 1.0),
+    ("W4A16", "nvfp4-16+gptq", 1.0),
+)
+"""Activations, and what the calibrated row's divergence should at most be of another row's."""
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Add the models and the number of windows."""
+    parser.add_argument("--models", default=",".join(MODELS), help=f"some of {', '.join(MODELS)}")
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="windows of 512 tokens")
+
+
+def measure(models: str, windows: int) -> dict[str, Any]:
+    """Per model: every window's figures in every format.
+
+    Raises:
+        SystemExit: if a model is not known or cannot be fetched.
+    """
+    chosen = models.split(",")
+    if not set(chosen) <= set(MODELS):
+        raise SystemExit(f"--models: {models!r}; it must be some of {', '.join(MODELS)}")
+    with tempfile.TemporaryDirectory() as directory:
+        text = write_text(Path(directory))
+        return {
+            "models": {name: _evaluated(name, text, windows) for name in chosen},
+            "windows": windows,
+            "window": WINDOW,
+        }
+
+
+def write_text(directory: Path) -> Path:
+    """Python's manual as every Python brings it for its help, in one file."""
+    from pydoc_data.topics import topics
+
+    path = directory / "pydoc_data.topics"
+    path.write_text("\n\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
+    return path
+
+
+def _evaluated(name: str, text: Path, windows: int) -> dict[str, Any]:
+    # here, because rendering the tables needs none of it
+    from demo.language.real_models import REAL_MODELS, RealModelError, prepare
+    from dialect_plugin.calibration.calibrator import Calibrator
+    from dialect_plugin.calibration.options import DEFAULT_TEXT, CalibrationOptions
+    from dialect_plugin.checkpoint.convert import convert
+    from dialect_plugin.evaluation.evaluator import evaluate
+    from dialect_plugin.evaluation.options import EvaluationOptions
+    from dialect_plugin.evaluation.progress import Bar
+    from dialect_plugin.scheme import Scheme
+
+    try:
+        model = ROOT / "demo" / "model" if name == SHIPPED else prepare(name)
+    except RealModelError as error:
+        raise SystemExit(f"accuracy: {name}: {error}") from None
+    chosen = EvaluationOptions.model_validate(
+        {
+            "text": str(text),
+            "windows": windows,
+            "sequence_length": WINDOW,
+            "activations": "own,w4a8,w4a16",
+            "formats": ",".join(FORMATS),
+            "calibrate": DEFAULT_TEXT,
+            "worst": 0,
+        }
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        packed = [Path(directory, row) for row in OURS]
+        for path, scheme in zip(packed, OURS.values(), strict=True):
+            calibration = Calibrator(CalibrationOptions(sequence_length=WINDOW))
+            convert(model, path, Scheme(book="semantic_32", **scheme), calibration=calibration)
+        with Bar() as progress:
+            found = evaluate(packed, model, chosen, progress)
+    title = "the model that ships, LLaMA of 3.4 million weights"
+    return {
+        "title": title if name == SHIPPED else REAL_MODELS[name].title,
+        "gguf": None if name == SHIPPED else REAL_MODELS[name].storage,
+        "found": found.to_json(),
+    }
+
+
+def rows_of(model: Mapping[str, Any]) -> dict[tuple[str, str], Row]:
+    """Name and activations -> row of a measured model."""
+    from dialect_plugin.evaluation.result import Row
+
+    keys = ("name", "activations", "ours", "bits", "nll", "divergence", "agreement")
+    rows = [Row(**{key: row[key] for key in keys}) for row in model["found"]["rows"]]
+    return {(row.name, row.activations): row for row in rows}
+
+
+def tables(figures: dict[str, Any]) -> dict[str, Table]:
+    """A table for each model and kind of activations, ``goals``, and ``models``."""
+    shown: dict[str, Table] = {"models": _models(figures), "goals": _goals(figures)}
+    for name, model in figures["models"].items():
+        key = name.partition("-")[0]
+        for activations in ACTIVATIONS:
+            shown[f"{key}_{activations.lower()}"] = _table(model, activations)
+    return shown
+
+
+def _models(figures: dict[str, Any]) -> Table:
+    rows = [["model", "weights before", "tokens", "perplexity of the 16-bit model"]]
+    tokens = figures["windows"] * (figures["window"] - 1)
+    for model in figures["models"].values():
+        before = "bfloat16" if model["gguf"] is None else f"{model['gguf']} in a GGUF file"
+        perplexity = f"{model['found']['perplexity']:.3f}"
+        rows.append([model["title"], before, f"{tokens:,}", perplexity])
+    return rows
+
+
+def _table(model: Mapping[str, Any], activations: str) -> Table:
+    found = rows_of(model)
+    base = found[UNCALIBRATED, activations]
+    rows = [["format", "bits", "perplexity", "KL, nats", "same top token", f"to {UNCALIBRATED}"]]
+    kinds = (activations, "W8A8") if activations == "W4A8" else (activations,)
+    for (name, kind), row in found.items():
+        if kind not in kinds:
+            continue
+        ratio, error = row.ratio(base)
+        rows.append(
+            [
+                f"**{name}**" if row.ours else name,
+                f"{row.bits:.2f}",
+                f"{row.perplexity:.2f}",
+                f"{row.mean_divergence:.4f} ± {row.standard_error or 0:.4f}",
+                f"{row.same_top:.1%}",
+                f"{ratio:.3f} ± {error or 0:.3f}",
+            ]
+        )
+    return rows
+
+
+def _goals(figures: dict[str, Any]) -> Table:
+    rows = [["model", "activations", f"KL of {CALIBRATED} to that of", "wanted", "measured"]]
+    for model in figures["models"].values():
+        found = rows_of(model)
+        for activations, other, wanted in GOALS:
+            ratio, error = found[CALIBRATED, activations].ratio(found[other, activations])
+            measured = f"{ratio:.3f} ± {error or 0:.3f}"
+            rows.append([model["title"], activations, other, f"≤ {wanted}", measured])
+    return rows
+
+
+if __name__ == "__main__":
+    main(golden_gate, measure, options)
