@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 
 from dialect_kernels import PackedTensor, baselines, reference
-from dialect_kernels.formatbook import ActivationFormat, Rotation, book_by_name
-from dialect_kernels.ops import dialect_linear
+from dialect_kernels.formatbook import ActivationFormat, BookName, Rotation, book_by_name
 from dialect_kernels.packed import bits_per_weight
 from dialect_kernels.rotation import rotate_activation
 
+from ..scheme import LayerFormat
 from .attention import Rounding
 from .options import FormatName
 
@@ -61,8 +62,18 @@ class PackedWeights(Weights):
     def layer(
         self, name: str, original: torch.nn.Linear, activations: ActivationFormat | None
     ) -> torch.nn.Module:
-        """The product that engines run on these bytes."""
-        return _PackedLinear(self._packed[name], original.bias, activations or self._own[name])
+        """The layer of a packed model in transformers."""
+        from ..transformers.linear import DialectLinear  # takes seconds
+
+        weight = self._packed[name]
+        form = LayerFormat(
+            cast(BookName, weight.book.name),
+            weight.block_size,
+            activations or self._own[name],
+            weight.rotation,
+        )
+        # the CPU kernel knows this mode only; without it torch would compute
+        return DialectLinear(weight, original.bias, form, "exact", original.weight.dtype)
 
 
 class BaselineWeights(Weights):
@@ -125,22 +136,6 @@ def _rounding_of_activations(name: FormatName, activations: ActivationFormat) ->
 def _round_to_fp8(x: torch.Tensor) -> torch.Tensor:
     values, scale = baselines.quantize_fp8(x)
     return values.float().mul_(scale[:, None])
-
-
-class _PackedLinear(torch.nn.Module):
-    """A linear layer with a packed weight, computed by the op that engines use."""
-
-    def __init__(
-        self, weight: PackedTensor, bias: torch.Tensor | None, activations: ActivationFormat
-    ) -> None:
-        super().__init__()
-        self._weight, self._activations = weight, activations
-        self._bias = None if bias is None else bias.detach()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., K] -> [..., N] in x's dtype."""
-        # the CPU kernel knows this mode only; without it torch would compute
-        return dialect_linear(x, self._weight, self._bias, self._activations, "exact")
 
 
 class _RoundedLinear(torch.nn.Module):
