@@ -502,6 +502,9 @@ def test_demonstration_on_the_shipped_model():
     bf16, mxfp4, dialect = rows.values()
     assert bf16["perplexity"] < dialect["perplexity"] < mxfp4["perplexity"]
     assert dialect["bytes"] < 0.6 * bf16["bytes"]
+    assert 0.02 < dialect["divergence"] < 0.5 * mxfp4["divergence"]
+    assert 0 < dialect["divergence_error"] < 0.1 * dialect["divergence"]
+    assert mxfp4["same_top"] < dialect["same_top"] < 1
     for row in (bf16, dialect):
         assert row["source"] == "server"
         assert row["emulated_perplexity"] == pytest.approx(row["perplexity"], rel=0.005)
