@@ -48,6 +48,12 @@ FORMATS = (
     "fp8",
 )
 """The other rows."""
+PLANS: dict[str, tuple[float | None, float | None]] = {
+    "plan, 4.4 bits": (4.4, None),
+    "plan, FP8 in 15 %": (None, 0.15),
+    "plan, 4.4 bits, FP8 in 15 %": (4.4, 0.15),
+}
+"""Our calibrated rows by ``blockdialect plan`` -> its budgets: bits per weight, share of FP8."""
 CALIBRATED = "semantic_32-32+rotation+gptq"
 UNCALIBRATED = "dialect_fp4-32"
 GOALS = (
@@ -61,6 +67,10 @@ GOALS = (
     ("W4A16", "nvfp4-16+gptq", 1.0),
 )
 """Activations, and what the calibrated row's divergence should at most be of another row's."""
+
+
+PLANNED = 0.75
+"""What a plan's divergence should at most be of that of the calibrated row in W4A4."""
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -129,12 +139,49 @@ def _evaluated(name: str, text: Path, windows: int) -> dict[str, Any]:
             convert(model, path, Scheme(book="semantic_32", **scheme), calibration=calibration)
         with Bar() as progress:
             found = evaluate(packed, model, chosen, progress)
+        planned = _planned(model, Path(directory))
+        with Bar() as progress:
+            own = {"activations": ("own",), "formats": (), "calibrate": None}
+            found_plans = evaluate(planned, model, chosen.model_copy(update=own), progress)
     title = "the model that ships, LLaMA of 3.4 million weights"
     return {
         "title": title if name == SHIPPED else REAL_MODELS[name].title,
         "gguf": None if name == SHIPPED else REAL_MODELS[name].storage,
         "found": found.to_json(),
+        "planned": found_plans.to_json(),
     }
+
+
+def _planned(model: Path, directory: Path) -> list[Path]:
+    """The model converted by every plan."""
+    from dialect_kernels.formatbook import SEMANTIC_32
+    from dialect_plugin.analysis.output_error import measure_outputs, output_formats
+    from dialect_plugin.analysis.precision import plan_precision
+    from dialect_plugin.calibration.calibrator import Calibrator
+    from dialect_plugin.calibration.options import CalibrationOptions
+    from dialect_plugin.checkpoint.convert import convert
+    from dialect_plugin.checkpoint.layer_choice import choose_layers
+    from dialect_plugin.checkpoint.options import ConvertOptions
+    from dialect_plugin.checkpoint.progress import ProgressBar
+    from dialect_plugin.checkpoint.reader import open_checkpoint
+    from dialect_plugin.scheme import Scheme
+
+    form = {"book": SEMANTIC_32.name, "rotation": "hadamard_32"}
+    checkpoint = open_checkpoint(model)
+    layers = choose_layers(checkpoint, ConvertOptions(scheme=Scheme.parse(form))).formats
+    with ProgressBar() as progress:
+        # the windows and rows that `plan` measures by default
+        text = CalibrationOptions(sequence_length=WINDOW, samples=32)
+        formats = output_formats(SEMANTIC_32)
+        measured = measure_outputs(checkpoint, layers, formats, text, progress, 256)
+    paths = []
+    for name, budgets in PLANS.items():
+        overrides = plan_precision(measured, *budgets).overrides()
+        calibration = Calibrator(CalibrationOptions(sequence_length=WINDOW))
+        paths.append(directory / name)
+        scheme = Scheme.parse({**form, "overrides": overrides})
+        convert(model, paths[-1], scheme, calibration=calibration)
+    return paths
 
 
 def rows_of(model: Mapping[str, Any]) -> dict[tuple[str, str], Row]:
@@ -142,7 +189,8 @@ def rows_of(model: Mapping[str, Any]) -> dict[tuple[str, str], Row]:
     from dialect_plugin.evaluation.result import Row
 
     keys = ("name", "activations", "ours", "bits", "nll", "divergence", "agreement")
-    rows = [Row(**{key: row[key] for key in keys}) for row in model["found"]["rows"]]
+    found = [*model["found"]["rows"], *model["planned"]["rows"]]
+    rows = [Row(**{key: row[key] for key in keys}) for row in found]
     return {(row.name, row.activations): row for row in rows}
 
 
@@ -170,7 +218,7 @@ def _table(model: Mapping[str, Any], activations: str) -> Table:
     found = rows_of(model)
     base = found[UNCALIBRATED, activations]
     rows = [["format", "bits", "perplexity", "KL, nats", "same top token", f"to {UNCALIBRATED}"]]
-    kinds = (activations, "W8A8") if activations == "W4A8" else (activations,)
+    kinds = (activations, {"W4A4": "mixed", "W4A8": "W8A8"}.get(activations))
     for (name, kind), row in found.items():
         if kind not in kinds:
             continue
@@ -196,6 +244,12 @@ def _goals(figures: dict[str, Any]) -> Table:
             ratio, error = found[CALIBRATED, activations].ratio(found[other, activations])
             measured = f"{ratio:.3f} ± {error or 0:.3f}"
             rows.append([model["title"], activations, other, f"≤ {wanted}", measured])
+        for (name, activations), row in found.items():
+            if name in PLANS:
+                ratio, error = row.ratio(found[CALIBRATED, "W4A4"])
+                ours = f"{CALIBRATED} in W4A4, of {name}"
+                measured = f"{ratio:.3f} ± {error or 0:.3f}"
+                rows.append([model["title"], activations, ours, f"≤ {PLANNED}", measured])
     return rows
 
 

@@ -44,7 +44,13 @@ def test_tables_and_goals():
         for kind in ("W4A4", "W4A8", "W4A16")
     ]
     rows.append(row("fp8", "W8A8", [0.01, 0.02]))
-    model = {"title": "M", "gguf": "Q4", "found": {"perplexity": 9.5, "rows": rows}}
+    plan = row("plan, FP8 in 15 %", "mixed", [0.1, 0.2], ours=True)
+    model = {
+        "title": "M",
+        "gguf": "Q4",
+        "found": {"perplexity": 9.5, "rows": rows},
+        "planned": {"rows": [plan]},
+    }
     figures = {"models": {"gemma3-270m": model}, "windows": 2, "window": 512}
     shown = bench_accuracy.tables(figures)
     assert shown["models"][1] == ["M", "Q4 in a GGUF file", "1,022", "9.500"]
@@ -56,7 +62,10 @@ def test_tables_and_goals():
     assert "fp8" in names
     assert "fp8" not in [line[0] for line in shown["gemma3_w4a16"]]
     goals = shown["goals"][1:]
-    assert len(goals) == len(GOALS)
+    assert len(goals) == len(GOALS) + 1
+    assert goals[-1][1:3] == ["mixed", f"{CALIBRATED} in W4A4, of plan, FP8 in 15 %"]
+    assert goals[-1][3:] == ["≤ 0.75", "0.750 ± 0.167"]
+    assert [x[0] for x in shown["gemma3_w4a4"] if "plan" in x[0]] == ["**plan, FP8 in 15 %**"]
     assert goals[0][:4] == ["M", "W4A4", UNCALIBRATED, "≤ 0.35"]
 
 
