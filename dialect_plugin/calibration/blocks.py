@@ -16,7 +16,7 @@ import torch
 
 from ..checkpoint.reader import Checkpoint, CheckpointError
 
-__all__ = ["DecoderBlocks", "parameter_names"]
+__all__ = ["DecoderBlocks"]
 
 _INSTEAD = "leave --calibrate out"
 
@@ -55,10 +55,13 @@ class DecoderBlocks:
     """
 
     def __init__(self, checkpoint: Checkpoint, layers: Collection[str], device: str) -> None:
+        from ..transformers.names import parameter_names  # takes seconds
+
         self._checkpoint = checkpoint
         self._device = torch.device(device)
         self._model = _empty_model(checkpoint)
-        self._conversions, self._parameters = parameter_names(self._model, checkpoint)
+        names = parameter_names(self._model, checkpoint.tensors)
+        self._conversions, self._parameters = names.conversions, names.parameters
         modules = {name: self._module_of(name) for name in layers}
         self._path = self._container(modules)
         self._blocks = list(self._model.get_submodule(self._path))
@@ -453,28 +456,6 @@ def _empty_model(checkpoint: Checkpoint) -> Any:
             f"{checkpoint.path}: transformers cannot build {name} ({_reason(error)}); {_INSTEAD}"
         ) from None
     return model
-
-
-def parameter_names(model: Any, checkpoint: Checkpoint) -> tuple[list[Any], dict[str, str]]:
-    """transformers' rules for stored names, and stored tensor -> the parameter it belongs to."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        rename_source_key,
-    )
-
-    conversions = get_model_conversion_mapping(model)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    held, prefix = model.state_dict(), model.base_model_prefix
-    names = {}
-    for stored in checkpoint.tensors:
-        name, _ = rename_source_key(stored, renamings, converters, prefix, held)
-        if name not in held and stored in held:
-            name = stored
-        names[stored] = name
-    return conversions, names
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ..calibration.blocks import parameter_names
 from ..checkpoint.reader import Checkpoint, CheckpointError
 from .attention import AttentionRounding, rounded_attention
 
@@ -31,10 +30,12 @@ class EvaluatedModel:
     """
 
     def __init__(self, checkpoint: Checkpoint, layers: Collection[str], device: str) -> None:
+        from ..transformers.names import parameter_names  # takes seconds
+
         self._checkpoint = checkpoint
         self._model = _loaded(checkpoint).to(device)
         self._device = torch.device(device)
-        _, parameters = parameter_names(self._model, checkpoint)
+        parameters = parameter_names(self._model, checkpoint.tensors).parameters
         paths = {layer: self._path_of(layer, parameters) for layer in layers}
         self.linear = {layer: self._model.get_submodule(path) for layer, path in paths.items()}
         self._paths = paths
