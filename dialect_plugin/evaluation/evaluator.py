@@ -24,6 +24,7 @@ from ..calibration.text import CalibrationText, read_text
 from ..checkpoint.layer_choice import choose_layers
 from ..checkpoint.options import ConvertOptions
 from ..checkpoint.reader import (
+    PACKED_SUFFIXES,
     Checkpoint,
     CheckpointError,
     PackedCheckpoint,
@@ -74,7 +75,7 @@ def evaluate(
     progress = progress or Silent()
     check_device(options.device)
     checkpoint = open_checkpoint(find_checkpoint(source))
-    opened = {Path(path).resolve().name: open_packed(path) for path in packed}
+    opened = _opened(packed)
     layers = _layers(checkpoint, opened)
     _check_ratio(options, opened)
     text = _text(checkpoint, options)
@@ -209,6 +210,20 @@ class _Pass:
         return str(self._tokenizer.decode(tokens.reshape(-1).tolist()))
 
 
+def _opened(packed: Sequence[str | Path]) -> dict[str, PackedCheckpoint]:
+    """Name in the table -> packed checkpoint."""
+    opened: dict[str, PackedCheckpoint] = {}
+    for path in packed:
+        name = Path(path).resolve().name
+        if name in opened:
+            raise CheckpointError(
+                f"{path}: another checkpoint has the name {name}, too, under which it would stand "
+                "in the table; rename one of the directories"
+            )
+        opened[name] = open_packed(path)
+    return opened
+
+
 def _layers(checkpoint: Checkpoint, opened: Mapping[str, PackedCheckpoint]) -> list[str]:
     """The layers to emulate, which all packed checkpoints have packed.
 
@@ -227,7 +242,11 @@ def _layers(checkpoint: Checkpoint, opened: Mapping[str, PackedCheckpoint]) -> l
             )
     for layer in first.layers:
         info = checkpoint.tensors.get(f"{layer}.weight")
-        shape = first.read(layer).shape
+        codes = first.checkpoint.tensors.get(layer + PACKED_SUFFIXES[0])
+        if codes is None or len(codes.shape) != 2:
+            shape = first.read(layer).shape  # says what is wrong
+        else:
+            shape = (codes.shape[0], 2 * codes.shape[1])
         if info is None or info.shape != shape:
             there = "no such layer" if info is None else f"{list(info.shape)}"
             raise CheckpointError(

@@ -47,6 +47,13 @@ def test_small_divergences_are_not_lost_in_float32():
     assert got == pytest.approx(float(expected), rel=0.05)
 
 
+def test_a_large_vocabulary_is_computed_with_in_parts():
+    parts = divergence._parts(torch.empty(511, 262_144, device="meta"))
+    assert sum(len(range(511)[part]) for part in parts) == 511
+    assert max(part.stop - part.start for part in parts) * 262_144 <= 1 << 23
+    assert divergence._parts(torch.empty(2, 1 << 24, device="meta")) == [slice(0, 1), slice(1, 2)]
+
+
 def test_inputs_are_left_alone():
     reference, found = logits(5), logits(6)
     before = reference.clone(), found.clone()

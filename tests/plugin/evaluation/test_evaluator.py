@@ -192,6 +192,8 @@ def test_several_checkpoints_in_one_evaluation(tiny_model, packed, text, tmp_pat
     found = evaluate([packed(), other], tiny_model(), options(text, ratio_to="packed"))
     assert [row.name for row in found.rows] == ["packed", "other"]
     assert found.rows[1].ratio(found.rows[0])[0] < 1
+    with pytest.raises(CheckpointError, match=r"another checkpoint has the name other, too"):
+        evaluate([other, other], tiny_model(), options(text))
     convert(tiny_model(), tmp_path / "less", Scheme(ignore=["model.layers.0.mlp.down_proj"]))
     with pytest.raises(
         CheckpointError, match=r"less: model\.layers\.0\.mlp\.down_proj is packed in"
