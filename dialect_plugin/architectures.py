@@ -90,6 +90,25 @@ _LATENT = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
+_GEMMA_3N = (
+    *_LLAMA,
+    "laurel.linear_left",
+    "laurel.linear_right",
+    "per_layer_projection",
+)
+_LLAMA_4 = (*_ATTENTION, *(f"feed_forward.{part}_proj" for part in ("gate", "up", "down")))
+_ZAMBA_2 = (
+    *(
+        f"{mixer}.{part}_proj"
+        for mixer in ("mamba", "mamba_decoder.mamba")
+        for part in ("in", "out")
+    ),
+    "linear",
+    *(f"shared_transformer.{name}" for name in _ATTENTION),
+    "shared_transformer.feed_forward.gate_up_proj",
+    "shared_transformer.feed_forward.down_proj",
+)
+_SHARED_GATED = tuple(f"mlp.shared_mlp.{part}_proj" for part in ("gate", "up", "down"))
 _SHARED_MLP = ("shared_mlp.input_linear", "shared_mlp.output_linear")
 _BERT = (
     "attention.self.query",
@@ -164,7 +183,11 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("Lfm2ForCausalLM", "Lfm2MoeForCausalLM"), _LFM2),
     "Qwen3_5ForCausalLM": _QWEN3_5,
     "Qwen3_5ForConditionalGeneration": _QWEN3_5,
+    "AfmoeForCausalLM": (*_LLAMA, "self_attn.gate_proj"),
+    "Gemma3nForCausalLM": _GEMMA_3N,
     "Gemma4ForCausalLM": (*_LLAMA, "per_layer_projection"),
+    "Llama4ForCausalLM": _LLAMA_4,
+    "Zamba2ForCausalLM": _ZAMBA_2,
     **dict.fromkeys(
         (
             "FlexOlmoForCausalLM",
@@ -187,15 +210,18 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
         "mamba.out_proj",
     ),
     "HrmTextForCausalLM": ("attn.gqkv_proj", "attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
-    "HunYuanMoEV1ForCausalLM": (
-        *_ATTENTION,
-        "mlp.shared_mlp.gate_proj",
-        "mlp.shared_mlp.up_proj",
-        "mlp.shared_mlp.down_proj",
-    ),
+    "HYV3ForCausalLM": (*_LLAMA, *_SHARED_GATED),
+    "HunYuanMoEV1ForCausalLM": (*_ATTENTION, *_SHARED_GATED),
     "Mamba2ForCausalLM": ("mixer.in_proj", "mixer.out_proj"),
     **dict.fromkeys(
-        ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Glm4MoeLiteForCausalLM"), _LATENT
+        (
+            "AXK1ForCausalLM",
+            "DeepseekV2ForCausalLM",
+            "DeepseekV3ForCausalLM",
+            "Glm4MoeLiteForCausalLM",
+            "MiniCPM3ForCausalLM",
+        ),
+        _LATENT,
     ),
     **dict.fromkeys(
         (

@@ -27,6 +27,7 @@ BEGIN, END = "<!-- tests.support.support_table -->", "<!-- end -->"
 
 _BLOCK = re.compile(r"(?:^|.*?\.)(?:layers?|h|blocks)\.\d+\.")
 _ORDER = ("q", "k", "v", "o", "gate", "up", "down")
+_IN_A_LIST = re.compile(r"(?<=_adapter_list)\..*")
 _EXPERTS = re.compile(r"(?P<module>.*?\bexperts?)\b.*")
 
 
@@ -48,6 +49,7 @@ def entry(source: Path, packed: Iterable[str]) -> dict[str, list[str]]:
     for tensor, info in open_checkpoint(source).tensors.items():
         module = tensor.removesuffix(".weight")
         inner = _BLOCK.sub("", tensor, count=1).removesuffix(".weight")
+        inner = _IN_A_LIST.sub("", inner)
         if module in chosen:
             names["4 bit"][inner] = None
         elif _BLOCK.match(tensor) and len(info.shape) > 1:

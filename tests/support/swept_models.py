@@ -86,6 +86,22 @@ KINDS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "GemmaForCausalLM": ("GemmaConfig", _HEADS),
         "Gemma2ForCausalLM": ("Gemma2Config", _HEADS | {"query_pre_attn_scalar": 32} | _TIED),
         "Gemma3ForCausalLM": ("Gemma3TextConfig", _HEADS | {"query_pre_attn_scalar": 32} | _TIED),
+        "Gemma3nForCausalLM": (
+            "Gemma3nTextConfig",
+            _HEADS
+            | _TIED
+            | {
+                "num_hidden_layers": 4,
+                "num_kv_shared_layers": 2,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+                "sliding_window": 64,
+                "vocab_size_per_layer_input": VOCABULARY,
+                "hidden_size_per_layer_input": 32,
+                "laurel_rank": 32,
+                "intermediate_size": [256] * 4,
+                "activation_sparsity_pattern": [0.9, 0.0, 0.0, 0.0],
+            },
+        ),
         "Gemma4ForCausalLM": (
             "Gemma4TextConfig",
             _HEADS
@@ -106,6 +122,10 @@ KINDS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "HyperCLOVAXForCausalLM": ("HyperCLOVAXConfig", _HEADS),
         "Jais2ForCausalLM": ("Jais2Config", _HEADS),
         "LlamaForCausalLM": ("LlamaConfig", _HEADS),
+        "MiniCPM3ForCausalLM": (
+            "MiniCPM3Config",
+            _MLA | {"kv_lora_rank": 64, "qk_rope_head_dim": 32, "dim_model_base": 128},
+        ),
         "Ministral3ForCausalLM": ("Ministral3Config", _HEADS | {"sliding_window": None}),
         "MistralForCausalLM": ("MistralConfig", _HEADS | {"sliding_window": None}),
         "NemotronForCausalLM": ("NemotronConfig", _HEADS),
@@ -130,6 +150,14 @@ KINDS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         ),
     },
     "Mixtures of experts": {
+        "AfmoeForCausalLM": (
+            "AfmoeConfig",
+            _HEADS
+            | _MOE
+            | _SLIDING
+            | {"num_dense_layers": 1, "num_shared_experts": 1, "n_group": 1, "topk_group": 1}
+            | {"score_func": "sigmoid", "route_norm": True},  # vLLM's
+        ),
         "Cohere2MoeForCausalLM": ("Cohere2MoeConfig", _HEADS | _MOE | _SLIDING | _DENSE_FIRST),
         "Ernie4_5_MoeForCausalLM": (
             "Ernie4_5_MoeConfig",
@@ -156,9 +184,30 @@ KINDS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
             "GraniteMoeSharedConfig",
             _LOCAL | {"shared_intermediate_size": 64},
         ),
+        "HYV3ForCausalLM": (
+            "HYV3Config",
+            _HEADS
+            | _MOE
+            | _DENSE_FIRST
+            | {"num_shared_experts": 1}
+            | {"first_k_dense_replace": 1, "expert_hidden_dim": 64}  # vLLM's, as the next two
+            | {"route_norm": True, "qk_norm": True},
+        ),
         "HunYuanMoEV1ForCausalLM": (
             "HunYuanMoEV1Config",
             _HEADS | {"num_experts": 4, "moe_topk": 2},
+        ),
+        "Llama4ForCausalLM": (
+            "Llama4TextConfig",
+            _HEADS
+            | {
+                "num_local_experts": 4,
+                "num_experts_per_tok": 1,
+                "intermediate_size": 64,
+                "intermediate_size_mlp": 256,
+                "interleave_moe_layer_step": 2,
+                "attention_chunk_size": 128,  # that of vLLM's blocks on a CPU
+            },
         ),
         "MellumForCausalLM": ("MellumConfig", _HEADS | _MOE | _SLIDING | _DENSE_FIRST),
         "MixtralForCausalLM": ("MixtralConfig", _HEADS | _LOCAL | {"sliding_window": None}),
@@ -167,6 +216,7 @@ KINDS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "Qwen3MoeForCausalLM": ("Qwen3MoeConfig", _HEADS | _MOE),
     },
     "Latent attention": {
+        "AXK1ForCausalLM": ("AXK1Config", _MLA | _ROUTED | {"first_k_dense_replace": 0}),
         "DeepseekV2ForCausalLM": ("DeepseekV2Config", _MLA | _ROUTED),
         "DeepseekV3ForCausalLM": (
             "DeepseekV3Config",
@@ -227,6 +277,26 @@ KINDS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
                 "chunk_size": 16,
             },
         ),
+        "Zamba2ForCausalLM": (
+            "Zamba2Config",
+            _TIED
+            | {
+                "num_hidden_layers": 4,
+                "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+                "num_mem_blocks": 1,
+                "num_key_value_heads": 4,
+                "attention_hidden_size": 256,
+                "attention_head_dim": 64,
+                "adapter_rank": 32,
+                "use_shared_attention_adapter": True,
+                "use_mem_rope": True,
+                "mamba_d_state": 32,
+                "mamba_headdim": 32,
+                "n_mamba_heads": 8,
+                "mamba_ngroups": 1,
+                "chunk_size": 16,
+            },
+        ),
     },
     "Embeddings and rerankers": {
         "BertModel": ("BertConfig", {}),
@@ -261,45 +331,33 @@ CONFIGS = {name: config for kind in KINDS.values() for name, config in kind.item
 _NO_FLOAT32 = "vLLM's linear attention on a CPU is for bfloat16 only"
 _NO_SPARSE = "vLLM has no sparse attention for CPUs"
 _NO_MAMBA_1 = "vLLM has no Mamba-1 for CPUs; its mixers stay in 16 bit anyway"
+_NOTHING = "its mixers are Mamba-1, which stay in 16 bit: nothing to pack"
 _NO_TORCHVISION = "vLLM's module needs torchvision, of which there is no CPU build"
 _NOT_LOADED = "the tiny model that was tried does not load in vLLM"
-_UNTRIED = "not tried"
+_GPU_ONLY = "vLLM has this model for CUDA and ROCm only"
 UNSERVED = {
-    "AXK1ForCausalLM": _NOT_LOADED,
-    "AfmoeForCausalLM": _NOT_LOADED,
     "DbrxForCausalLM": "transformers cannot build it",
     "DeepseekV32ForCausalLM": _NO_SPARSE,
-    "DeepseekV4ForCausalLM": _UNTRIED,
-    "FalconMambaForCausalLM": _NO_MAMBA_1,
+    "DeepseekV4ForCausalLM": "vLLM's config refuses the `mlp_layer_types` that transformers writes",
+    "FalconMambaForCausalLM": _NOTHING,
     "GPT2LMHeadModel": "stored as [inputs, outputs]: packed only while it loads",
     "Gemma3ForConditionalGeneration": f"{_NO_TORCHVISION}; its loading is tested",
-    "Gemma3nForCausalLM": "a packed one is refused: vLLM renames layers inside its text model",
     "GlmMoeDsaForCausalLM": _NO_SPARSE,
-    "HYV3ForCausalLM": _NOT_LOADED,
-    "HYV4ForCausalLM": _UNTRIED,
-    "InklingForCausalLM": _UNTRIED,
+    "HYV4ForCausalLM": _GPU_ONLY,
+    "InklingForCausalLM": _GPU_ONLY,
     "JambaForCausalLM": _NO_MAMBA_1,
-    "KimiLinearForCausalLM": _UNTRIED,
-    "LagunaForCausalLM": _NOT_LOADED,
-    "Llama4ForCausalLM": (
-        "vLLM permutes the rows of q and k: a packed one is refused unless q, k and v are ignored"
-    ),
-    "LongcatFlashForCausalLM": _NOT_LOADED,
-    "MambaForCausalLM": _NO_MAMBA_1,
+    "KimiLinearForCausalLM": _GPU_ONLY,
+    "LagunaForCausalLM": "vLLM routes its experts on GPUs only",
+    "LongcatFlashForCausalLM": "vLLM does not take the zero experts that transformers writes",
+    "MambaForCausalLM": _NOTHING,
     "MiMoV2FlashForCausalLM": _NOT_LOADED,
-    "MiniCPM3ForCausalLM": (
-        "a packed one is right; while loading, `q_a_proj` stays in 16 bit: vLLM gives it no name"
-    ),
     "MiniMaxM2ForCausalLM": _NOT_LOADED,
-    "OlmoHybridForCausalLM": _UNTRIED,
+    "OlmoHybridForCausalLM": "vLLM's linear attention of this model needs Triton",
     "Qwen3NextForCausalLM": _NO_FLOAT32,
     "Qwen3_5ForCausalLM": f"{_NO_TORCHVISION}; its names are tested",
     "Qwen3_5ForConditionalGeneration": f"{_NO_TORCHVISION}; its names are tested",
     "Qwen3_5MoeForCausalLM": _NO_TORCHVISION,
-    "Qwen4ExpForCausalLM": _UNTRIED,
-    "Zamba2ForCausalLM": (
-        "a packed one is right; while loading, the shared block stays in 16 bit: vLLM misnames it"
-    ),
+    "Qwen4ExpForCausalLM": _GPU_ONLY,
 }
 """Architecture -> why the sweep does not serve it."""
 
