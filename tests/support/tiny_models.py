@@ -54,11 +54,11 @@ def make_model(path: Path, architecture: str, *, seed: int = 0, **overrides: obj
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)
     model.save_pretrained(path, **({"max_shard_size": shard} if shard else {}))
-    _tokenizer(settings["vocab_size"]).save_pretrained(path)
+    make_tokenizer(settings["vocab_size"]).save_pretrained(path)
     return path
 
 
-def _tokenizer(vocabulary: int) -> transformers.PreTrainedTokenizerFast:
+def make_tokenizer(vocabulary: int) -> transformers.PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

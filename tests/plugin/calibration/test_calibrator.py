@@ -17,7 +17,9 @@ from dialect_plugin.calibration.text import read_text
 from dialect_plugin.checkpoint.convert import convert, render
 from dialect_plugin.checkpoint.progress import Silent
 from dialect_plugin.checkpoint.reader import CheckpointError, open_packed
+from tests.support import swept_models
 from tests.support.conversions import edit_config, hashes, options_of
+from tests.support.tiny_models import make_tokenizer
 
 RECORD = "blockdialect_calibration.json"
 ROTATED = {"book": "semantic_32", "rotation": "hadamard_32"}
@@ -285,3 +287,22 @@ def test_activations_that_are_not_finite_name_the_layer(source, text, tmp_path):
     weights["model.layers.1.post_attention_layernorm.weight"][3] = 1
     save_file(weights, source / "model.safetensors", {"format": "pt"})
     refused(source, tmp_path / "packed", text, "unfinished conversion of another source")
+
+
+@pytest.mark.slow
+def test_a_mixture_of_experts_with_a_shared_one(text, tmp_path):
+    """Experts are copied byte for byte, the shared one too; attention is calibrated."""
+    source = swept_models.build("Qwen2MoeForCausalLM", tmp_path / "source")
+    make_tokenizer(320).save_pretrained(source)
+    calibrated(source, tmp_path / "packed", text, {"book": "semantic_32"})
+    record = json.loads((tmp_path / "packed" / RECORD).read_text())
+    assert record["rounded_to_nearest"] == []
+    packed, weights = open_packed(tmp_path / "packed"), load_file(source / "model.safetensors")
+    for layer in packed.layers:
+        nearest = quantize(weights[f"{layer}.weight"], packed[layer].book, 32)
+        assert float((packed[layer].codes != nearest.codes).float().mean()) > 0.05, layer
+    assert {layer.split(".")[3] for layer in packed.layers} == {"self_attn"}
+    experts = [name for name in weights if "expert" in name]
+    stored = load_file(tmp_path / "packed" / "model.safetensors")
+    assert len(experts) > 6
+    assert all(torch.equal(stored[name], weights[name]) for name in experts)

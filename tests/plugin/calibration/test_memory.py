@@ -1,0 +1,62 @@
+"""The memory of a calibration: the largest block, its moments and the text, however many blocks."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+MEASURE = """
+import sys
+from dialect_plugin.calibration.calibrator import Calibrator
+from dialect_plugin.calibration.options import CalibrationOptions
+from dialect_plugin.checkpoint.convert import convert
+
+source, destination, text, samples = sys.argv[1:]
+options = CalibrationOptions(calibrate=text, samples=int(samples), sequence_length=256)
+convert(source, destination, calibration=Calibrator(options))
+with open("/proc/self/status") as status:
+    (peak,) = [line.split()[1] for line in status if line.startswith("VmHWM")]
+print(1024 * int(peak))
+"""
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text(
+        "".join(f"line {n} holds {n * n} and {chr(97 + n % 26)}\n" for n in range(2000))
+    )
+    return file
+
+
+def peak_bytes(source, destination, text, samples):
+    """The most memory that a process held which calibrated a model."""
+    command = [sys.executable, "-c", MEASURE, *map(str, (source, destination, text, samples))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    record = json.loads((destination / "blockdialect_calibration.json").read_text())
+    assert record["rounded_to_nearest"] == []
+    return int(done.stdout.split()[-1])
+
+
+def test_the_widest_layer_is_factored_in_the_memory_of_its_moments(tiny_model, text, tmp_path):
+    """Everything that is loaded, interpreter and libraries too, is in the 1 GiB."""
+    width, hidden, samples = 8192, 64, 9
+    source = tiny_model(hidden_size=hidden, intermediate_size=width, num_hidden_layers=1)
+    block = 4 * (4 * hidden * hidden + 3 * hidden * width)
+    moments = 4 * (3 * hidden * hidden + width * width)
+    activations = 4 * samples * 256 * hidden
+    peak = peak_bytes(source, tmp_path / "packed", text, samples)
+    assert peak <= block + moments + activations + 2**30
+
+
+def test_twelve_more_blocks_take_no_more_memory_than_two(tiny_model, text, tmp_path):
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
+    block = 4 * (2 * 512 * 512 + 2 * 64 * 512 + 3 * 1024 * 512)
+    peaks = [
+        peak_bytes(tiny_model(**sizes, num_hidden_layers=n), tmp_path / str(n), text, 2)
+        for n in (2, 14)
+    ]
+    assert peaks[1] - peaks[0] < 4 * block
