@@ -155,8 +155,8 @@ def render(report: OutputReport) -> str:
     )
     rotated = "" if report.rotation == "none" else f", rotated by {report.rotation}"
     return (
-        "estimated loss of each layer in thousandths of a nat per token: the KL divergence of the "
-        "model's\npredictions if this layer alone is rounded; share of the loss and SQNR of the "
-        f"output: {SHOWN} in W4A4\nbook {report.book}{rotated}; on {report.text}\n"
+        "estimated loss in thousandths of a nat per token: the KL divergence of the model's\n"
+        "predictions if a layer alone is rounded; share and output SQNR are those of blocks of 32\n"
+        f"in W4A4; on {report.text}, book {report.book}{rotated}\n"
         f"{sample_note(report.layers)}\n\n{table}"
     )

@@ -236,7 +236,7 @@ def render(plan: PrecisionPlan) -> str:
         ]
 
     table = layer_table(
-        ["shape", "block", "", "loss\nmnats", f"blocks of {_UNIFORM}\nW4A4", "% of\nall"],
+        ["shape", "block", "method", "loss\nmnats", f"with {_UNIFORM}\nW4A4", "% of\nall"],
         plan.layers,
         cells,
         [layer for layer in plan.layers if layer.name in different],

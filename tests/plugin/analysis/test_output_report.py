@@ -84,7 +84,7 @@ def test_the_page_is_escaped_and_stands_alone():
 def test_the_command_writes_the_page(tiny_model, tmp_path):
     done = run(tiny_model(), "--html", tmp_path / "page.html", "--max-rows", 16)
     assert done.exit_code == 0, done.stderr
-    assert "estimated loss of each layer in thousandths of a nat" in done.stdout
+    assert "estimated loss in thousandths of a nat per token" in done.stdout
     assert "model.layers.1.mlp.down_proj" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
