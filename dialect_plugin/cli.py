@@ -632,6 +632,8 @@ def _read_overrides(options: list[str], file: Path | None) -> dict[str, Any]:
     if file is not None:
         from .checkpoint.json_files import read_json
 
+        if not file.exists():
+            raise ValueError(f"--overrides: {file} is not there; give a file such as `plan` writes")
         for pattern, override in Scheme.parse(
             {"overrides": read_json(file, unique=True)}, str(file)
         ).overrides.items():
