@@ -43,7 +43,7 @@ class DialectLinear(nn.Linear):
     weight_meta: torch.Tensor
     weight_row_exponent: torch.Tensor
 
-    _is_hf_initialized = True  # or transformers would fill what a checkpoint lacks at random
+    _is_hf_initialized = True  # or transformers would write random numbers
 
     def __init__(
         self,
@@ -98,7 +98,9 @@ class DialectLinear(nn.Linear):
         """The weight [N, K], read-only; see :class:`~dialect_kernels.packed_weight.PackedWeight`"""
         shape = (self.out_features, self.in_features)
         device = self.weight_packed.device
-        return PackedWeight(self.decode, shape, self._decoded_dtype, device, _TO_WRITE)
+        weight = PackedWeight(self.decode, shape, self._decoded_dtype, device, _TO_WRITE)
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]
+        return weight
 
     def decoded(self) -> nn.Linear:
         """A plain linear layer with the decoded weight; it shares the bias."""

@@ -45,6 +45,8 @@ from .names import parameter_names
 __all__ = ["BlockDialectQuantizer", "register"]
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_SAME_PRODUCT = ("Linear", "FalconLinear")
+"""Classes of linear layers whose output is ``input @ weight.T + bias``, and nothing else."""
 _AGAIN = "convert the model again"
 _ELSEWHERE = "serve the checkpoint with vLLM, or convert the model with this layer in 16 bit"
 
@@ -308,6 +310,7 @@ def _linear_layers(
         CheckpointError: if it has none, or another one.
     """
     names = parameter_names(model, [f"{stored}.weight" for stored in formats])
+    shared = {name for pair in model.all_tied_weights_keys.items() for name in pair}
     found = {}
     for stored in formats:
         weight = f"{stored}.weight"
@@ -318,12 +321,18 @@ def _linear_layers(
             if stored == "lm_head":
                 continue  # a model without output projection
             layer = None
-        plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
-        if not plain or weight in names.converted:
-            kind = "no such layer" if layer is None else type(layer).__name__
-            kind = kind if weight not in names.converted else "a layer of other parts"
+        other = None
+        if layer is None:
+            other = "no such layer"
+        elif not isinstance(layer, nn.Linear) or type(layer).__name__ not in _SAME_PRODUCT:
+            other = type(layer).__name__
+        elif weight in names.converted:
+            other = "a layer of other parts"
+        elif f"{name}.weight" in shared:
+            other = "a layer that shares its weight with another"
+        if other is not None:
             raise CheckpointError(
-                f"{stored}: is packed, but {type(model).__name__} of transformers has {kind} in "
+                f"{stored}: is packed, but {type(model).__name__} of transformers has {other} in "
                 f"its place; {_ELSEWHERE}"
             )
         shape = _shape(checkpoint, stored)
