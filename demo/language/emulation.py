@@ -17,8 +17,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from dialect_kernels import PackedTensor, baselines, ops, reference
+from dialect_kernels import baselines, reference
 from dialect_plugin.checkpoint.reader import PackedCheckpoint, open_packed
+from dialect_plugin.scheme import ActivationFormat
+from dialect_plugin.transformers import DialectLinear
 
 from ..rounded import RoundedLinear
 
@@ -35,7 +37,7 @@ def load_bf16(model: Path) -> PreTrainedModel:
 def emulate_blockdialect(
     model: Path,
     packed: Path,
-    activation_format: str = "dialect",
+    activation_format: ActivationFormat = "dialect",
     dtype: torch.dtype = torch.bfloat16,
 ) -> PreTrainedModel:
     """The model with the packed checkpoint's weights in the product that a server uses.
@@ -48,8 +50,11 @@ def emulate_blockdialect(
     """
     checkpoint = open_packed(packed)
 
-    def packed_layer(layer: torch.nn.Linear, name: str) -> _PackedLinear:
-        return _PackedLinear(checkpoint.read(name), layer.bias, activation_format)
+    def packed_layer(layer: torch.nn.Linear, name: str) -> DialectLinear:
+        form = checkpoint.scheme.layer(name)._replace(activation_format=activation_format)
+        weight = checkpoint.read(name)
+        # the CPU kernel, which the server runs, knows this mode only
+        return DialectLinear(weight, layer.bias, form, "exact", layer.weight.dtype)
 
     return _replace(_load(model, dtype), checkpoint, packed_layer)
 
@@ -84,7 +89,7 @@ class LayerCheck:
         """Compare the layers of `model` that run inside the ``with`` block, each once."""
         hooks = []
         for name, layer in model.named_modules():
-            if isinstance(layer, _PackedLinear):
+            if isinstance(layer, DialectLinear):
                 hooks.append(layer.register_forward_hook(self._comparison(name)))
         try:
             yield
@@ -95,7 +100,7 @@ class LayerCheck:
     def _comparison(self, name: str) -> Callable[..., None]:
         seen = False
 
-        def compare(layer: _PackedLinear, inputs: tuple[Any, ...], y: torch.Tensor) -> None:
+        def compare(layer: DialectLinear, inputs: tuple[Any, ...], y: torch.Tensor) -> None:
             nonlocal seen
             if seen:
                 return
@@ -104,30 +109,13 @@ class LayerCheck:
             # the first token is among them: real models give it activations like no other's
             sample = torch.linspace(0, len(x) - 1, min(_SAMPLED_TOKENS, len(x))).long()
             expected = reference.dialect_linear(
-                x[sample], layer.weight, layer.bias, layer.activation_format
+                x[sample], layer.packed, layer.bias, layer.format.activation_format
             )
             self.compared += 1
             if not torch.equal(y.flatten(0, -2)[sample], expected):
                 self.unequal.append(name)
 
         return compare
-
-
-class _PackedLinear(torch.nn.Module):
-    """A linear layer with a packed weight, computed by the op that the server uses."""
-
-    def __init__(
-        self, weight: PackedTensor, bias: torch.Tensor | None, activation_format: str
-    ) -> None:
-        super().__init__()
-        self.weight = weight
-        self.bias = None if bias is None else bias.detach()
-        self.activation_format = activation_format
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., K] -> [..., N] in x's dtype."""
-        # the CPU kernel, which the server runs, knows this mode only; without it torch runs here
-        return ops.dialect_linear(x, self.weight, self.bias, self.activation_format, "exact")
 
 
 def _load(model: Path, dtype: torch.dtype) -> PreTrainedModel:
