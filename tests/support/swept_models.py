@@ -210,6 +210,36 @@ KINDS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
             },
         ),
         "MellumForCausalLM": ("MellumConfig", _HEADS | _MOE | _SLIDING | _DENSE_FIRST),
+        "MiMoV2FlashForCausalLM": (
+            "MiMoV2FlashConfig",
+            _HEADS
+            | _SLIDING
+            | _DENSE_FIRST
+            | {
+                "v_head_dim": 32,
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 64,
+            }
+            | {  # the same in vLLM's words
+                "hybrid_layer_pattern": [1, 0],
+                "moe_layer_freq": [0, 1],
+                "swa_num_attention_heads": 4,
+                "swa_num_key_value_heads": 4,
+                "swa_head_dim": 32,
+                "swa_v_head_dim": 32,
+                "sliding_window_size": 64,
+                "layernorm_epsilon": 1e-5,
+                "add_swa_attention_sink_bias": True,
+            },
+        ),
+        "MiniMaxM2ForCausalLM": (
+            "MiniMaxM2Config",
+            _HEADS
+            | _LOCAL
+            | {"rotary_dim": 16, "use_routing_bias": True}
+            | {"scoring_func": "softmax"},  # released models have sigmoid, which vLLM has on GPUs
+        ),
         "MixtralForCausalLM": ("MixtralConfig", _HEADS | _LOCAL | {"sliding_window": None}),
         "OlmoeForCausalLM": ("OlmoeConfig", _WIDE_MOE),
         "Qwen2MoeForCausalLM": ("Qwen2MoeConfig", _MOE | {"shared_expert_intermediate_size": 64}),
@@ -333,7 +363,6 @@ _NO_SPARSE = "vLLM has no sparse attention for CPUs"
 _NO_MAMBA_1 = "vLLM has no Mamba-1 for CPUs; its mixers stay in 16 bit anyway"
 _NOTHING = "its mixers are Mamba-1, which stay in 16 bit: nothing to pack"
 _NO_TORCHVISION = "vLLM's module needs torchvision, of which there is no CPU build"
-_NOT_LOADED = "the tiny model that was tried does not load in vLLM"
 _GPU_ONLY = "vLLM has this model for CUDA and ROCm only"
 UNSERVED = {
     "DbrxForCausalLM": "transformers cannot build it",
@@ -348,10 +377,8 @@ UNSERVED = {
     "JambaForCausalLM": _NO_MAMBA_1,
     "KimiLinearForCausalLM": _GPU_ONLY,
     "LagunaForCausalLM": "vLLM routes its experts on GPUs only",
-    "LongcatFlashForCausalLM": "vLLM does not take the zero experts that transformers writes",
+    "LongcatFlashForCausalLM": "vLLM routes its experts on GPUs only",
     "MambaForCausalLM": _NOTHING,
-    "MiMoV2FlashForCausalLM": _NOT_LOADED,
-    "MiniMaxM2ForCausalLM": _NOT_LOADED,
     "OlmoHybridForCausalLM": "vLLM's linear attention of this model needs Triton",
     "Qwen3NextForCausalLM": _NO_FLOAT32,
     "Qwen3_5ForCausalLM": f"{_NO_TORCHVISION}; its names are tested",
