@@ -11,6 +11,10 @@ from transformers import AutoModel, AutoModelForCausalLM
 from dialect_kernels import reference
 from dialect_kernels.formatbook import DIALECT_FP4, SEMANTIC_32
 from dialect_plugin import open_packed
+from dialect_plugin.calibration.calibrator import Calibrator
+from dialect_plugin.calibration.options import CalibrationOptions
+from dialect_plugin.checkpoint.convert import convert
+from dialect_plugin.scheme import Scheme
 from dialect_plugin.transformers import BlockDialectConfig, DialectLinear
 from tests.support.by_hand import TOKENS, logits_of, quantized_by_hand
 
@@ -95,6 +99,19 @@ def test_layers_have_what_their_overrides_say(tiny_model, packed):
     assert torch.equal(
         logits_of(loaded), logits_of(quantized_by_hand(tiny_model(), layers, formats))
     )
+
+
+def test_a_calibrated_checkpoint(tiny_model, tmp_path):
+    text = CalibrationOptions(calibrate="default", samples=2, sequence_length=64)
+    scheme = Scheme(book="semantic_32", rotation="hadamard_32")
+    convert(tiny_model(), tmp_path / "packed", scheme, calibration=Calibrator(text))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype="auto")
+    stored = dict(open_packed(tmp_path / "packed"))
+    by_hand = quantized_by_hand(
+        tiny_model(), {name: lambda _, packed=p: packed for name, p in stored.items()}
+    )
+    assert torch.equal(logits_of(loaded), logits_of(by_hand))
+    assert stored.keys() == layers_of("LlamaForCausalLM").keys()
 
 
 def test_a_packed_output_projection(tiny_model, packed):
