@@ -48,6 +48,7 @@ from . import compat, loading
 from .errors import LoadError
 from .linear import BlockDialectLinearMethod, LinearSpec
 from .probes import WEIGHT
+from .settling import settle
 from .watch import watch
 
 if TYPE_CHECKING:
@@ -228,8 +229,9 @@ class BlockDialectConfig(QuantizationConfig):
         if self.scheme.lm_head and not self.scheme.serialized and compat.is_pooling():
             raise SchemeError(_POOLING)
         if isinstance(layer, LinearBase):
-            watch(layer, partial(loading.load, self))
             self._see_engine()
+            begin = partial(settle, self) if compat.loads_sharded_state() else None
+            watch(layer, partial(loading.load, self), begin)
             spec = self.spec(layer, prefix)
             return UnquantizedLinearMethod() if spec is None else BlockDialectLinearMethod(spec)
         if isinstance(layer, ParallelLMHead) and self.scheme.lm_head:

@@ -25,6 +25,8 @@ from .probes import WEIGHT
 
 __all__ = ["Decides", "settle"]
 
+_SETTLED = "_blockdialect_settled"
+"""Attribute of a model."""
 _PARAMETERS = (WEIGHT, *(field.stored for field in STORED_FIELDS))
 
 
@@ -42,11 +44,14 @@ class Decides(Protocol):
 
 
 def settle(config: Decides, model: torch.nn.Module) -> None:
-    """Decide again, for the complete `model`, which layers are quantized and how.
+    """Decide again, for the complete `model`, which layers are quantized and how; once.
 
     Raises:
         ValueError: as :meth:`.config.BlockDialectConfig.get_quant_method`.
     """
+    if hasattr(model, _SETTLED):
+        return
+    setattr(model, _SETTLED, True)
     places = dict(model.named_modules())
     mappers = {place: compat.name_mapper(module) for place, module in places.items() if place}
     config.see_parts(
