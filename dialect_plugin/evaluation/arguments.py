@@ -28,7 +28,8 @@ Against = Annotated[
 Text = Annotated[
     str,
     typer.Option(
-        help="Text to evaluate on: a text file, or a JSONL file of texts or chat messages."
+        help="Text to evaluate on: a text file, a JSONL file of texts or chat messages, or a data "
+        "set `owner/name:split:column`."
     ),
 ]
 Windows = Annotated[int, typer.Option(help="Most windows of the text, evenly spread.")]

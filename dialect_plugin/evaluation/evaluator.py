@@ -95,7 +95,7 @@ def evaluate(
     return Evaluation(
         source=checkpoint.path.resolve().name,
         dtype=model.dtype,
-        text=Path(text.name).name,
+        text=Path(text.name).name if Path(text.name).is_file() else text.name,
         tokens_sha256=text.sha256,
         windows=len(text.windows),
         sequence_length=options.sequence_length,
@@ -266,10 +266,6 @@ def _check_ratio(options: EvaluationOptions, opened: Collection[str]) -> None:
 
 def _text(checkpoint: Checkpoint, options: EvaluationOptions) -> CalibrationText:
     """The windows of the text."""
-    if not Path(options.text).is_file():
-        raise CheckpointError(
-            f"--text: {options.text} is not a file; give a text file or a JSONL file"
-        )
     nested = checkpoint.config.get("text_config")
     config = nested if isinstance(nested, dict) else checkpoint.config
     longest, vocabulary = config.get("max_position_embeddings"), config.get("vocab_size")

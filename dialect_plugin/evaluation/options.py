@@ -95,7 +95,7 @@ class EvaluationOptions(BaseModel):
     """Options of an evaluation.
 
     Attributes:
-        text: a text file, or a JSONL file of texts or chat messages.
+        text: a text file, a JSONL file of texts or chat messages, or a data set.
         windows: most windows of the text to run, evenly spread.
         sequence_length: tokens in a window, of calibration text too.
         activations: of the packed checkpoint and of every format.
