@@ -7,6 +7,8 @@ import runpy
 
 import pytest
 
+from dialect_plugin import open_packed
+from dialect_plugin.checkpoint.convert import convert
 from diffusers_hook.layouts import layout_named
 from tests.documents.markdown import ROOT, code_blocks
 from tests.video.support.tiny_video import wan_pipeline
@@ -44,6 +46,21 @@ def test_the_lines_of_python_at_the_door_run(tmp_path, name):
     code = python_of((ROOT / name).read_text(encoding="utf-8"))
     start = code.index("import torch")
     assert run(tmp_path / "lines.py", code[start:])["y"].shape == (8, 512)
+
+
+@pytest.mark.filterwarnings("ignore:You passed .quantization_config")  # transformers' own
+def test_the_guide_of_transformers_runs(tmp_path, tiny_model):
+    convert(tiny_model(), tmp_path / "DST")
+    code = python_of((ROOT / "docs" / "guides" / "transformers.md").read_text(encoding="utf-8"))
+    for name, path in {
+        "SRC": tiny_model(),
+        "DST": tmp_path / "DST",
+        "SAVED": tmp_path / "s",
+    }.items():
+        code = code.replace(f'"{name}"', repr(str(path)))
+    adapted = run(tmp_path / "guide.py", code)["adapted"]
+    assert any("lora" in name for name, _ in adapted.named_parameters())
+    assert open_packed(tmp_path / "s").scheme.rotation == "hadamard_32"
 
 
 def test_the_conversion_guide_runs(tmp_path, tiny_model):
