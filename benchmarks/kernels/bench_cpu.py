@@ -30,7 +30,7 @@ from .random_data import random_tokens, random_weight
 
 SIZE = 4096
 BLOCK_SIZE = 32
-TOKENS = (1, 8, 32, 128, 512)
+TOKENS = (1, 8, 32, 128, 512, 2048)
 GATE_TOKENS = (1, 3, 40)
 """Few, several and many tokens: the kernel treats each differently."""
 
@@ -67,7 +67,7 @@ def gate() -> list[str]:
     for activation_format in FORMATS:
         want = reference.dialect_linear(x, p, None, activation_format)
         for tokens, instructions in product(GATE_TOKENS, all_instructions):
-            got = _call(x[:tokens], p, activation_format, instructions)
+            got = _call(x[:tokens], p, activation_format, "exact", instructions)
             if not torch.equal(got, want[:tokens]):
                 faults.append(
                     f"linear, {activation_format}, {tokens} tokens, {instructions}: differs from "
@@ -208,10 +208,14 @@ def _copy(p: PackedTensor) -> PackedTensor:
 
 
 def _call(
-    x: torch.Tensor, p: PackedTensor, activation_format: str, instructions: str | None = None
+    x: torch.Tensor,
+    p: PackedTensor,
+    activation_format: str,
+    accumulation: str = "default",
+    instructions: str | None = None,
 ) -> torch.Tensor:
     used = instructions or _instructions()
-    return calls.linear(x, p, None, activation_format, instructions=used)
+    return calls.linear(x, p, None, activation_format, accumulation, instructions=used)
 
 
 if __name__ == "__main__":

@@ -220,6 +220,7 @@ for book, block_size in product((DIALECT_FP4, SEMANTIC_32), (16, 32, 64)):
             ):
                 options = {"threads": 3, "instructions": instructions}
                 calls.linear(x, p, None, format, **options)
+                calls.linear(x, p, None, format, "default", **options)
             whole = torch.randint(-64, 65, (tokens, columns)).to(dtype)
             whole[1:, 7:8] = 2.0**-14  # needs more digits than there are
             for instructions in cpu.INSTRUCTIONS[: best + 1]:

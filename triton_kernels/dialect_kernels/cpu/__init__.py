@@ -1,7 +1,8 @@
 """The CPU back end: a kernel in C++ that quantizes, decodes and multiplies.
 
 Results are those of :mod:`dialect_kernels.reference`, bit for bit, whatever the processor, the
-batch and the number of threads. Where there is no compiled library, :func:`runs_on` is false.
+batch and the number of threads; only products of many tokens in the mode ``default`` are added up
+in another order. Where there is no compiled library, :func:`runs_on` is false.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def runs_on(device: torch.device) -> bool:
 
 
 def covers(x: torch.Tensor, p: PackedTensor, activation_format: str, accumulation: str) -> bool:
-    """The kernel computes every product, and always in the mode ``exact``."""
+    """The kernel computes every product."""
     return x.device.type == "cpu" and available()
 
 
@@ -97,7 +98,7 @@ def dialect_linear(
     accumulation: str,
 ) -> torch.Tensor:
     """See :class:`~dialect_kernels.backend.Backend`."""
-    return calls.linear(tokens, p, bias, activation_format)
+    return calls.linear(tokens, p, bias, activation_format, accumulation)
 
 
 def semantic_linear(

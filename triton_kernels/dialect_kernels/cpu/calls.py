@@ -1,7 +1,7 @@
 """The entry points of the CPU kernel as functions of tensors, called through ctypes.
 
 Every function returns the bytes of its counterpart in :mod:`dialect_kernels.reference`, whatever
-the processor, the batch and the number of threads.
+the processor, the batch and the number of threads; :func:`linear` does so in the mode ``exact``.
 """
 
 from __future__ import annotations
@@ -90,16 +90,21 @@ def linear(
     p: PackedTensor,
     bias: torch.Tensor | None,
     activation_format: str,
+    accumulation: str = "exact",
     threads: int | None = None,
     instructions: str | None = None,
 ) -> torch.Tensor:
-    """``x @ weight.T + bias`` as ``reference.dialect_linear`` computes it in mode ``exact``.
+    """``x @ weight.T + bias`` as ``reference.dialect_linear`` computes it.
 
     Args:
         x: float32, bfloat16 or float16 [T, K] on CPU.
         p: packed weight [N, K] on CPU; any bytes are safe.
         bias: [N] or None.
         activation_format: ``"dialect"``, ``"fp8"`` or ``"none"``.
+        accumulation: ``"exact"`` (the reference's bits) or ``"default"``: many tokens are multiplied
+            panel by panel, exact products added in float32 in no particular order. Before the
+            output is rounded it differs from the exact result by at most
+            ``K * 2**-24 * sum |a b|``.
         threads: default: as many as torch uses.
         instructions: default: the best this processor has, see :func:`~.library.features`.
 
@@ -127,6 +132,7 @@ def linear(
         ctypes.byref(weight),
         ctypes.byref(_book(p.book)),
         _FORMATS[activation_format],
+        int(accumulation == "exact"),
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
         threads_or_torch(threads),

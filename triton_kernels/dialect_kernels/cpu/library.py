@@ -158,7 +158,7 @@ def _declare(handle: ctypes.CDLL) -> None:
             *(pointer, pointer, pointer, pointer, i32, i32),
         ),
         "dialect_linear": (
-            *(pointer, i32, i64, pointer, pointer, i32, pointer, pointer, i32, i32),
+            *(pointer, i32, i64, pointer, pointer, i32, i32, pointer, pointer, i32, i32),
         ),
         "dialect_dequantize": (pointer, pointer, pointer, i32),
         "dialect_loss": (pointer, i32, pointer, pointer, pointer, i32, i32),

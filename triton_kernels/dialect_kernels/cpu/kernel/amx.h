@@ -25,12 +25,13 @@ namespace {
 constexpr int kFewestForAmx = 8;  // tokens; with fewer, AVX-512 is faster
 
 // Gives the tiles of this thread the kernel's shapes and, at its end, those that they had before:
-// products 0..2 [16 tokens, 16 rows], tokens 3 [16, B], weights 4 [B/4, 16 rows, 4].
+// products 0..2 [16 tokens, 16 rows], tokens 3 [16, B], weights 4 [B/4, 16 rows, 4]. With a block
+// of 64 all are [16, 64 bytes].
 struct Tiles {
     explicit Tiles(int block) {
         Shapes shapes = {};
         shapes.palette = 1;
-        for (int i = 0; i < 5; i++) {
+        for (int i = 0; i < 8; i++) {
             shapes.rows[i] = uint8_t(i == 4 ? block / 4 : 16);
             shapes.bytes[i] = uint16_t(i == 3 ? block : 64);
         }

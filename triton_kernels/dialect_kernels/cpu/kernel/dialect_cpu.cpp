@@ -29,6 +29,9 @@
 //     avx512.h     the integer product with AVX-512 VNNI
 //     integer.h    the integer product, on any of these
 //     amx.h        the integer product with AMX
+//     operand.h    tokens side by side, for the product of panels
+//     panel_decode.h  rows of a weight, decoded for the product of panels
+//     panels.h     the product of many tokens, panel by panel
 //     linear.h     the linear layer
 //
 // Functions return 0, or 1 if memory ran out, unless they say otherwise. Python checks the shapes.
@@ -134,20 +137,20 @@ int32_t dialect_quantize(const void* x, int32_t dtype, int64_t rows, int64_t col
 }
 
 // y [tokens, weight rows] = x [tokens, weight columns] times the weight, plus bias (or null); both
-// x and y of `dtype`.
+// x and y of `dtype`. Unless `exact`, sums of many tokens are added up in another order.
 int32_t dialect_linear(const void* x, int32_t dtype, int64_t tokens, const Weight* weight,
-                       const Book* book, int32_t format, const float* bias, void* y,
+                       const Book* book, int32_t format, int32_t exact, const float* bias, void* y,
                        int32_t threads, int32_t features) {
     return guarded([&] {
         const Reader r(*weight, *book);
         const Output out = {y, dtype, weight->rows, bias, weight->row_exponent};
         const Tokens given = {x, dtype, weight->columns, weight->rotated != 0, nullptr};
         if (format == NONE)
-            linear_none(given, tokens, r, out, threads, features);
+            linear_none(given, tokens, r, out, exact != 0, threads, features);
         else if (format == FP8)
-            linear_fp8(given, tokens, r, out, threads, features);
+            linear_fp8(given, tokens, r, out, exact != 0, threads, features);
         else
-            linear_dialect(given, tokens, nullptr, 0, r, out, threads, features);
+            linear_dialect(given, tokens, nullptr, 0, r, out, exact != 0, threads, features);
     });
 }
 
@@ -161,7 +164,7 @@ int32_t dialect_decomposed(const void* x, int32_t dtype, int64_t tokens, const i
         const Reader r(*weight, *book);
         const Output out = {y, FLOAT32, weight->rows, nullptr, weight->row_exponent};
         linear_dialect({x, dtype, weight->columns, weight->rotated != 0, variants}, tokens,
-                       salient, salient_count, r, out, threads, features);
+                       salient, salient_count, r, out, true, threads, features);
     });
 }
 

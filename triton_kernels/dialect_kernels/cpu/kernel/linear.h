@@ -10,6 +10,7 @@
 #include "exact.h"
 #include "integer.h"
 #include "output.h"
+#include "panels.h"
 #include "rows.h"
 #include "tasks.h"
 #include "tokens.h"
@@ -59,10 +60,47 @@ void multiply(Rounded& rounded, int64_t tokens, const Reader& r, const Output& o
     });
 }
 
+// Whether so many tokens are multiplied panel by panel; `exact` products never are.
+bool takes_panels(Format format, int64_t tokens, bool exact, int features) {
+    // By format and instruction set: with fewer tokens, integers are faster.
+    constexpr int64_t kNever = INT64_MAX;
+    constexpr int64_t kFewest[3][4] = {
+        {kNever, kNever, kNever, 64}, {kNever, 32, 16, 8}, {kNever, 32, 16, 8}};
+    return !exact && tokens >= kFewest[format][features];
+}
+
+#if DIALECT_X86
+// The tokens order[..] (null: 0, 1 ...) panel by panel. read(row, maxima, token) writes a row of
+// numbers that bfloat16 holds as sums of `terms`, and returns the value of 1.
+template <class Read>
+void linear_panels(const Read& read, const int64_t* order, int64_t count, int terms,
+                   const Reader& r, const Output& out, int threads, int features) {
+    for (int64_t first = 0; first < count; first += kTokenTile) {
+        const int64_t some = std::min(kTokenTile, count - first);
+        const Operand operand(some, r.padded, terms, features >= AMX_INT8);
+        for_each_row(some, operand.steps * kStep, r.w.block, threads,
+                     [&](float* row, uint32_t* maxima, int64_t i) {
+                         const int64_t token = order ? order[first + i] : first + i;
+                         std::fill(row + r.padded, row + operand.steps * kStep, 0.0f);
+                         operand.put(i, token, row, read(row, maxima, token));
+                     });
+        multiply_panels(Panels(r, operand, out, features), threads);
+    }
+}
+#endif
+
 // Format "fp8": an E4M3 number is an integer of 18 bits, here three digits.
 void linear_fp8(const Tokens& tokens, int64_t count, const Reader& r, const Output& out,
-                int threads, int features) {
+                bool exact, int threads, int features) {
     const int block = r.w.block;
+#if DIALECT_X86
+    if (takes_panels(FP8, count, exact, features))
+        return linear_panels(
+            [&](float* row, uint32_t*, int64_t t) {
+                return BY_FEATURES(fp8_row, features, block, tokens, t, r.padded, row);
+            },
+            nullptr, count, 1, r, out, threads, features);
+#endif
     Rounded rounded(count, r.padded, block, 3);
     for_each_row(count, r.padded, block, threads, [&](float* row, uint32_t*, int64_t t) {
         BY_FEATURES(digits_of_token, features, block, tokens, t, row, rounded);
@@ -72,10 +110,21 @@ void linear_fp8(const Tokens& tokens, int64_t count, const Reader& r, const Outp
 
 // Format "dialect": the products of the tokens, then of the residuals of the salient ones.
 void linear_dialect(const Tokens& tokens, int64_t count, const int64_t* salient,
-                    int64_t salient_count, const Reader& r, const Output& out, int threads,
-                    int features) {
+                    int64_t salient_count, const Reader& r, const Output& out, bool exact,
+                    int threads, int features) {
     const int block = r.w.block;
     const int64_t total = count + salient_count;
+#if DIALECT_X86
+    if (takes_panels(DIALECT, total, exact, features))
+        return linear_panels(
+            [&](float* row, uint32_t* maxima, int64_t at) {
+                const bool residual = at >= count;
+                const int64_t token = residual ? salient[at - count] : at;
+                return BY_FEATURES(rounded_row, features, block, tokens, token, residual,
+                                   r.padded, r.book, row, maxima);
+            },
+            nullptr, total, 1, r, out, threads, features);
+#endif
     Rounded rounded(total, r.padded, block, 1);
     for_each_row(total, r.padded, block, threads, [&](float* row, uint32_t* maxima, int64_t at) {
         const bool residual = at >= count;
@@ -122,9 +171,27 @@ bool has_moderate_rows(const Weight& w) {
 // Format "none", defined in float64. Where a token's numbers are integers of at most 22 bits on
 // each block's own power of two, as bfloat16 nearly always is, float64 rounds nothing and three
 // digits give the same bits; the other tokens are multiplied in float64.
-void linear_none(const Tokens& x, int64_t tokens, const Reader& r, const Output& out, int threads,
-                 int features) {
+void linear_none(const Tokens& x, int64_t tokens, const Reader& r, const Output& out, bool exact,
+                 int threads, int features) {
     std::vector<int64_t> rest;
+#if DIALECT_X86
+    if (takes_panels(NONE, tokens, exact, features)) {
+        std::vector<uint8_t> served(tokens);
+        std::vector<int64_t> order;
+        for_each_row(tokens, r.padded, r.w.block, threads, [&](float* row, uint32_t*, int64_t t) {
+            served[t] = BY_FEATURES(given_row, features, r.w.block, x, t, r.padded, row);
+        });
+        for (int64_t t = 0; t < tokens; t++) (served[t] ? order : rest).push_back(t);
+        const int terms = x.dtype == BFLOAT16 ? 1 : x.dtype == FLOAT16 ? 2 : 3;
+        linear_panels(
+            [&](float* row, uint32_t*, int64_t t) {
+                x.load_as_given(t, r.padded, row);
+                return 1.0;
+            },
+            order.data(), int64_t(order.size()), terms, r, out, threads, features);
+        return multiply_wide(x, rest, r, out, threads, features);
+    }
+#endif
     const bool integers = features >= AVX2_FMA && r.w.rows >= 8 && has_moderate_rows(r.w);
     if (integers) {
         Rounded rounded(tokens, r.padded, r.w.block, 3);

@@ -20,6 +20,8 @@
 namespace {
 
 constexpr int kBlocksPerException = 32;  // at least, in a token that is multiplied in integers
+// Format "none": tokens with numbers outside 2^-50..2^51 are multiplied in float64.
+constexpr uint32_t kLeastGiven = (127u - 50) << 23, kTooLargeGiven = (127u + 51) << 23;
 
 // Replaces a row of finite values by what rounding leaves over.
 template <int B, bool Shuffles>
@@ -86,6 +88,62 @@ INLINE void round_token_in(const Tokens& tokens, int64_t token, bool residual, i
     }
 }
 
+// Replaces a row by the numbers that its rounding gives, relative to the value of 1, which is
+// returned: NaN for a token with NaN or Inf.
+template <int B, bool Shuffles>
+INLINE double rounded_row_in(const Tokens& tokens, int64_t token, bool residual, int64_t padded,
+                             const Book& book, float* row, uint32_t* largest) {
+    const int64_t blocks = padded / B;
+    tokens.load(token, padded, row);
+    int row_exponent = row_exponents<B>(row, blocks, largest);
+    if (residual && row_exponent != kNanRow) {
+        keep_residual<B, Shuffles>(tokens, token, book, row_exponent, blocks, largest, row);
+        row_exponent = row_exponents<B>(row, blocks, largest);
+    }
+    for (int64_t b = 0; b < blocks; b++) {
+        uint8_t codes[B] = {};
+        RoundedBlock rounded = {0, 0};
+        const int variant = residual ? -1 : tokens.variant(token, blocks, b);
+        if (row_exponent != kNanRow)
+            rounded = round_block<B, Shuffles>(row + b * B, row_exponent, largest[b], variant,
+                                               kWindow, book, codes);
+        int8_t half_units[B];
+        Bytes<B, Shuffles>::take16(book.half_units[rounded.id], codes, half_units);
+        const float relative = power_of_two(-rounded.delta);
+        for (int i = 0; i < B; i++) row[b * B + i] = float(half_units[i]) * relative;
+    }
+    return row_exponent == kNanRow ? kNan : double_power_of_two(row_exponent - 1);
+}
+
+// The same for format "fp8".
+template <int B, bool>  // nothing to shuffle
+INLINE double fp8_row_in(const Tokens& tokens, int64_t token, int64_t padded, float* row) {
+    tokens.load(token, padded, row);
+    const uint32_t largest = largest_bits(row, tokens.columns);
+    float scale = float_of(largest) / 448.0f;
+    if (scale == 0.0f) scale = 1.0f;
+    if (largest >= kInfinity) {
+        std::fill(row, row + padded, 0.0f);
+        return kNan;
+    }
+    for (int64_t i = 0; i < tokens.columns; i++)
+        row[i] = round_to_e4m3(std::min(448.0f, std::max(-448.0f, row[i] / scale)));
+    return double(scale);
+}
+
+// The same for format "none"; false if float32 sums of its products might not be accurate: it holds
+// NaN, Inf, or numbers so large or small that a product leaves float32's normal range.
+template <int B, bool>  // nothing to shuffle
+INLINE bool given_row_in(const Tokens& tokens, int64_t token, int64_t padded, float* row) {
+    tokens.load_as_given(token, padded, row);
+    uint32_t misfits = 0;
+    for (int64_t i = 0; i < padded; i++) {
+        const uint32_t magnitude = bits_of(row[i]) & 0x7fffffffu;
+        misfits += (magnitude != 0) & ((magnitude < kLeastGiven) | (magnitude >= kTooLargeGiven));
+    }
+    return !misfits;
+}
+
 // Modulo 2^32, as all sums are: only their differences must fit.
 INLINE int32_t times_16(int32_t sum) { return int32_t(16 * uint32_t(sum)); }
 
@@ -137,12 +195,11 @@ template <int B, bool>  // nothing to shuffle
 INLINE bool integers_of_token_in(const Tokens& tokens, int64_t token, float* row,
                                  uint32_t* largest, Rounded& out) {
     constexpr int kBits = B == 64 ? 21 : 22;  // 15 * B * 2^kBits fit in int32
-    constexpr uint32_t kLeast = (127u - 50) << 23, kTooLarge = (127u + 51) << 23;
     tokens.load_as_given(token, out.padded, row);
     uint32_t top = 0, misfits = 0;
     for (int64_t i = 0; i < out.padded; i++) {
         const uint32_t magnitude = bits_of(row[i]) & 0x7fffffffu;
-        misfits += (magnitude != 0) & ((magnitude < kLeast) | (magnitude >= kTooLarge));
+        misfits += (magnitude != 0) & ((magnitude < kLeastGiven) | (magnitude >= kTooLargeGiven));
     }
     if (misfits) return false;
     for (int64_t b = 0; b < out.blocks; b++) {
@@ -235,6 +292,9 @@ INLINE void quantize_row_in(const void* x, int dtype, int64_t row, int64_t colum
     ROW_FUNCTION(void, costs_of_row, suffix, target, shuffles)             \
     ROW_FUNCTION(void, digits_of_token, suffix, target, shuffles)          \
     ROW_FUNCTION(bool, integers_of_token, suffix, target, shuffles)        \
+    ROW_FUNCTION(double, rounded_row, suffix, target, shuffles)            \
+    ROW_FUNCTION(double, fp8_row, suffix, target, shuffles)                \
+    ROW_FUNCTION(bool, given_row, suffix, target, shuffles)                \
     ROW_FUNCTION(void, quantize_row, suffix, target, width)                \
     template <class... Rest>                                               \
     target void widen_token##suffix(Rest&&... rest) {                      \

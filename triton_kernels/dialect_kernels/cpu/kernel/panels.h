@@ -1,0 +1,337 @@
+// The product of many tokens: panels of the weight are decoded once and multiplied without scales.
+//
+// Rounded activations and half-units times 2^-delta are exact in bfloat16, so that the matrix unit,
+// or float32 arithmetic, adds a whole row up; row and token scales are applied to the sum. That is
+// the accumulation "default": exact products, float32 sums, in no particular order.
+//
+// A chunk of columns of some groups of 16 rows is decoded into a panel. All tokens are multiplied
+// with it before the next one is decoded, so that panel and sums stay in the second-level cache.
+// Sums are tiles [16 rows, 16 tokens].
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "amx.h"
+#include "interface.h"
+#include "operand.h"
+#include "output.h"
+#include "panel_decode.h"
+#include "threads.h"
+#include "weights.h"
+
+#if DIALECT_X86
+
+namespace {
+
+constexpr int kChunkSteps = 16;      // steps of 32 columns in a panel
+constexpr int kPanelGroups = 16;     // at most, groups of 16 rows in a panel
+constexpr int64_t kTokenTile = 512;  // tokens that share a decoded panel
+
+// sums [8 rows, 16 tokens] of NT groups of tokens += rows of a panel times x [columns, 16 tokens].
+template <int NT>
+AVX512 void add_products_512(const float* panel, const float* x, int64_t groups_apart,
+                             int64_t columns, float* sums, int64_t sums_apart) {
+    constexpr int kStride = kChunkSteps * kStep;
+    __m512 sum[8][NT];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++)
+#pragma GCC unroll 3
+        for (int n = 0; n < NT; n++) sum[i][n] = _mm512_load_ps(sums + n * sums_apart + 16 * i);
+    for (int64_t k = 0; k < columns; k++, x += kSixteen) {
+        __m512 tokens[NT];
+#pragma GCC unroll 3
+        for (int n = 0; n < NT; n++) tokens[n] = _mm512_load_ps(x + n * groups_apart);
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) {
+            const __m512 weight = _mm512_set1_ps(panel[i * kStride + k]);
+#pragma GCC unroll 3
+            for (int n = 0; n < NT; n++) sum[i][n] = _mm512_fmadd_ps(weight, tokens[n], sum[i][n]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++)
+#pragma GCC unroll 3
+        for (int n = 0; n < NT; n++) _mm512_store_ps(sums + n * sums_apart + 16 * i, sum[i][n]);
+}
+
+// The same for 4 rows and one group of tokens.
+AVX2 void add_products_256(const float* panel, const float* x, int64_t columns, float* sums) {
+    constexpr int kStride = kChunkSteps * kStep;
+    __m256 sum[4][2];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+        for (int h = 0; h < 2; h++) sum[i][h] = _mm256_load_ps(sums + kSixteen * i + 8 * h);
+    for (int64_t k = 0; k < columns; k++, x += kSixteen) {
+        const __m256 low = _mm256_load_ps(x), high = _mm256_load_ps(x + 8);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            const __m256 weight = _mm256_broadcast_ss(panel + i * kStride + k);
+            sum[i][0] = _mm256_fmadd_ps(weight, low, sum[i][0]);
+            sum[i][1] = _mm256_fmadd_ps(weight, high, sum[i][1]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+        for (int h = 0; h < 2; h++) _mm256_store_ps(sums + kSixteen * i + 8 * h, sum[i][h]);
+}
+
+#if DIALECT_AMX
+// sums of two groups of rows, one after the other, and of one group of tokens or, in
+// `second_sums`, of two += tiles of the rows times those of the tokens, for each of their terms.
+template <bool Two>
+void add_products_amx(const char* rows, int64_t rows_apart, const char* tokens,
+                      int64_t tokens_apart, int terms, int64_t terms_apart, int64_t steps,
+                      float* sums, float* second_sums) {
+    TILE_LOAD(0, sums, 64);
+    TILE_LOAD(1, sums + 256, 64);
+    if constexpr (Two) {
+        TILE_LOAD(2, second_sums, 64);
+        TILE_LOAD(3, second_sums + 256, 64);
+    }
+    for (int term = 0; term < terms; term++, tokens += terms_apart)
+        for (int64_t at = 0; at < 1024 * steps; at += 1024) {
+            TILE_LOAD(4, rows + at, 64);
+            TILE_LOAD(6, tokens + at, 64);
+            asm volatile("tdpbf16ps %%tmm6, %%tmm4, %%tmm0" ::);
+            TILE_LOAD(5, rows + rows_apart + at, 64);
+            asm volatile("tdpbf16ps %%tmm6, %%tmm5, %%tmm1" ::);
+            if constexpr (Two) {
+                TILE_LOAD(7, tokens + tokens_apart + at, 64);
+                asm volatile("tdpbf16ps %%tmm7, %%tmm4, %%tmm2" ::);
+                asm volatile("tdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::);
+            }
+        }
+    TILE_STORE(0, sums);
+    TILE_STORE(1, sums + 256);
+    if constexpr (Two) {
+        TILE_STORE(2, second_sums);
+        TILE_STORE(3, second_sums + 256);
+    }
+}
+#endif
+
+// Eight rows of a tile of sums, [8 rows, 8 of its tokens], as [tokens, rows].
+AVX2_INLINE void transpose_sums(const float* sums, __m256* out) {
+    __m256 a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+        const __m256 first = _mm256_load_ps(sums + 16 * i), second = _mm256_load_ps(sums + 16 * i + 16);
+        a[i] = _mm256_unpacklo_ps(first, second);
+        a[i + 1] = _mm256_unpackhi_ps(first, second);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int h = 0; h < 2; h++) {
+            b[i + 2 * h] = _mm256_shuffle_ps(a[i + h], a[i + h + 2], 0x44);
+            b[i + 2 * h + 1] = _mm256_shuffle_ps(a[i + h], a[i + h + 2], 0xee);
+        }
+    for (int i = 0; i < 4; i++) {
+        out[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+        out[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+    }
+}
+
+// Eight numbers rounded to bfloat16; NaN stays NaN.
+AVX2_INLINE __m128i to_bfloat16_8(__m256 x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_srli_epi32(
+        _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const __m256i quiet =
+        _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const __m256i chosen = _mm256_blendv_epi8(rounded, quiet, nan);
+    return _mm_packus_epi32(_mm256_castsi256_si128(chosen), _mm256_extracti128_si256(chosen, 1));
+}
+
+// The row scales of eight rows; 0 for rows that do not exist.
+struct EightScales {
+    EightScales(const Output& out, int64_t row) {
+        for (int i = 0; i < 8; i++) scale[i] = row + i < out.rows ? out.row_scale(row + i) : 0.0;
+    }
+    alignas(32) double scale[8];
+};
+
+// Eight sums of a token times its value of 1 and the scales of the rows, rounded once.
+AVX2_INLINE __m256 scaled_sums(__m256 sums, double value_of_1, const EightScales& rows) {
+    const __m256d value = _mm256_set1_pd(value_of_1);
+    const __m256d low = _mm256_mul_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(sums)),
+                                      _mm256_mul_pd(value, _mm256_load_pd(rows.scale)));
+    const __m256d high = _mm256_mul_pd(_mm256_cvtps_pd(_mm256_extractf128_ps(sums, 1)),
+                                       _mm256_mul_pd(value, _mm256_load_pd(rows.scale + 4)));
+    return _mm256_set_m128(_mm256_cvtpd_ps(high), _mm256_cvtpd_ps(low));
+}
+
+// Writes eight values of a token, of the rows row..row+7 as far as they exist.
+AVX2_INLINE void put_eight(const Output& out, int64_t token, int64_t row, __m256 y) {
+    const int64_t at = token * out.rows + row;
+    if (row + 8 <= out.rows && out.dtype != FLOAT16) {
+        if (out.bias) y = _mm256_add_ps(y, _mm256_loadu_ps(out.bias + row));
+        if (out.dtype == FLOAT32)
+            _mm256_storeu_ps(static_cast<float*>(out.y) + at, y);
+        else
+            _mm_storeu_si128((__m128i*)(static_cast<uint16_t*>(out.y) + at), to_bfloat16_8(y));
+        return;
+    }
+    alignas(32) float values[8];
+    _mm256_store_ps(values, y);
+    for (int i = 0; i < 8 && row + i < out.rows; i++) out.put(token, row + i, values[i]);
+}
+
+// Writes a tile of sums: the tokens of group `group` of x, the rows row..row+15.
+AVX2 void put_tile(const float* sums, const Operand& x, int64_t group, const Output& out,
+                   int64_t row) {
+    const int64_t first = kSixteen * group;
+    for (int half = 0; half < kSixteen && row + half < out.rows; half += 8) {
+        const EightScales scales(out, row + half);
+        for (int64_t eight = 0; eight < kSixteen; eight += 8) {
+            __m256 by_token[8];
+            transpose_sums(sums + kSixteen * half + eight, by_token);
+            for (int64_t t = 0; t < 8 && first + eight + t < x.tokens; t++) {
+                const int64_t i = first + eight + t;
+                const __m256 y = scaled_sums(by_token[t], x.value_of_1.get()[i], scales);
+                put_eight(out, x.name.get()[i], row + half, y);
+            }
+        }
+    }
+}
+
+// Memory of a thread that stays: fresh pages cost more than decoding into them.
+char* scratch(int64_t bytes) {
+    thread_local Aligned<char> memory(0);
+    thread_local int64_t size = 0;
+    if (size < bytes) {
+        size = 0;
+        memory = Aligned<char>(bytes);
+        size = bytes;
+    }
+    return memory.get();
+}
+
+// One call's products: tokens with all rows of the weight.
+struct Panels {
+    Panels(const Reader& r, const Operand& x, const Output& out, int features)
+        : r(r), x(x), out(out), features(features), words(r.book),
+          row_bytes(kChunkSteps * kStep * (x.matrix_unit ? 2 : 4)) {}
+
+    // The groups of rows start..start+count-1; count is even.
+    template <int B>
+    void run(int64_t start, int64_t count) const {
+        const int64_t panel_bytes = count * kSixteen * row_bytes;
+        char* const panel = scratch(panel_bytes + count * x.groups * kTileSums * sizeof(float));
+        float* const sums = reinterpret_cast<float*>(panel + panel_bytes);
+        std::fill_n(sums, count * x.groups * kTileSums, 0.0f);
+        for (int64_t step = 0; step < x.steps; step += kChunkSteps) {
+            const int64_t steps = std::min<int64_t>(kChunkSteps, x.steps - step);
+            for (int64_t i = 0; i < count * kSixteen; i++)
+                decode<B>(std::min(kSixteen * start + i, r.w.rows - 1), step, steps, i, panel);
+            const Chunk chunk = {panel, sums, count, step, steps};
+            if (x.matrix_unit)
+                multiply_amx(chunk);
+            else if (features >= AVX512_VNNI)
+                multiply_512(chunk);
+            else
+                multiply_256(chunk);
+        }
+        for (int64_t group = 0; group < x.groups; group++)
+            for (int64_t i = 0; i < count; i++)
+                put_tile(sums + (group * count + i) * kTileSums, x, group, out,
+                         kSixteen * (start + i));
+    }
+
+    const Reader& r;
+    const Operand& x;
+    const Output& out;
+    const int features;
+    const Words words;
+    const int64_t row_bytes;  // of a panel
+
+  private:
+    static constexpr int64_t kTileSums = kSixteen * kSixteen;
+
+    // A panel and the sums that its products are added to: [groups of tokens, `count` groups of
+    // rows, 16 rows, 16 tokens].
+    struct Chunk {
+        const char* panel;
+        float* sums;
+        int64_t count, step, steps;
+        float* at(int64_t token_group, int64_t row_group) const {
+            return sums + (token_group * count + row_group) * kTileSums;
+        }
+    };
+
+    // A row of the weight as row i of the panel: on the matrix unit the tiles [16 rows, 32 columns]
+    // of a group follow each other, else the columns of a row.
+    template <int B>
+    void decode(int64_t row, int64_t step, int64_t steps, int64_t i, char* panel) const {
+        if (x.matrix_unit)
+            decode_words<B>(r, words, row, step, steps,
+                            panel + i / kSixteen * kSixteen * row_bytes + i % kSixteen * 64);
+        else
+            decode_floats<B>(r, row, step, steps, reinterpret_cast<float*>(panel + i * row_bytes));
+    }
+
+    void multiply_amx(const Chunk& chunk) const {
+#if DIALECT_AMX
+        const Tiles tiles(64);
+        const int64_t rows_apart = kSixteen * row_bytes, term = x.steps * 1024;
+        for (int64_t group = 0; group < x.groups; group += 2)
+            for (int64_t i = 0; i < chunk.count; i += 2) {
+                const char* const rows = chunk.panel + i * rows_apart;
+                const char* const tokens = x.group(group) + chunk.step * 1024;
+                if (group + 1 < x.groups)
+                    add_products_amx<true>(rows, rows_apart, tokens, x.group_bytes, x.terms, term,
+                                           chunk.steps, chunk.at(group, i), chunk.at(group + 1, i));
+                else
+                    add_products_amx<false>(rows, rows_apart, tokens, 0, x.terms, term, chunk.steps,
+                                            chunk.at(group, i), nullptr);
+            }
+#endif
+    }
+
+    void multiply_512(const Chunk& chunk) const {
+        for (int64_t group = 0; group < x.groups; group += 3) {
+            const int some = int(std::min<int64_t>(3, x.groups - group));
+            const auto add = some == 3   ? add_products_512<3>
+                             : some == 2 ? add_products_512<2>
+                                         : add_products_512<1>;
+            for (int64_t eight = 0; eight < 2 * chunk.count; eight++)
+                add(panel_rows(chunk, 8 * eight), tokens_of(chunk, group), x.group_bytes / 4,
+                    chunk.steps * kStep, chunk.at(group, 0) + 8 * kSixteen * eight,
+                    chunk.count * kTileSums);
+        }
+    }
+
+    void multiply_256(const Chunk& chunk) const {
+        for (int64_t group = 0; group < x.groups; group++)
+            for (int64_t four = 0; four < 4 * chunk.count; four++)
+                add_products_256(panel_rows(chunk, 4 * four), tokens_of(chunk, group),
+                                 chunk.steps * kStep, chunk.at(group, 0) + 4 * kSixteen * four);
+    }
+
+    const float* panel_rows(const Chunk& chunk, int64_t row) const {
+        return reinterpret_cast<const float*>(chunk.panel + row * row_bytes);
+    }
+    const float* tokens_of(const Chunk& chunk, int64_t group) const {
+        return reinterpret_cast<const float*>(x.group(group)) + chunk.step * kStep * kSixteen;
+    }
+};
+
+// The rows of the weight on all threads.
+void multiply_panels(const Panels& panels, int threads) {
+    const int64_t pairs = (panels.r.w.rows + 31) / 32;  // of groups of rows
+    const int64_t together =
+        std::max<int64_t>(1, std::min<int64_t>(kPanelGroups / 2, pairs / (4 * int64_t(threads))));
+    const int64_t tasks = (pairs + together - 1) / together;
+    const auto run = panels.r.w.block == 16   ? &Panels::run<16>
+                     : panels.r.w.block == 32 ? &Panels::run<32>
+                                              : &Panels::run<64>;
+    parallel(threads, tasks, [&](int64_t task) {
+        const int64_t start = task * together;
+        (panels.*run)(2 * start, 2 * std::min(together, pairs - start));
+    });
+}
+
+}  // namespace
+
+#endif  // DIALECT_X86
