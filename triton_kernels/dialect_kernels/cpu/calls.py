@@ -101,9 +101,9 @@ def linear(
         p: packed weight [N, K] on CPU; any bytes are safe.
         bias: [N] or None.
         activation_format: ``"dialect"``, ``"fp8"`` or ``"none"``.
-        accumulation: ``"exact"`` (the reference's bits) or ``"default"``: many tokens are multiplied
-            panel by panel, exact products added in float32 in no particular order. Before the
-            output is rounded it differs from the exact result by at most
+        accumulation: ``"exact"`` (the reference's bits) or ``"default"``: many tokens are
+            multiplied panel by panel, exact products added in float32 in no particular order.
+            Before the output is rounded it differs from the exact result by at most
             ``K * 2**-24 * sum |a b|``.
         threads: default: as many as torch uses.
         instructions: default: the best this processor has, see :func:`~.library.features`.
