@@ -116,7 +116,8 @@ void add_products_amx(const char* rows, int64_t rows_apart, const char* tokens,
 AVX2_INLINE void transpose_sums(const float* sums, __m256* out) {
     __m256 a[8], b[8];
     for (int i = 0; i < 8; i += 2) {
-        const __m256 first = _mm256_load_ps(sums + 16 * i), second = _mm256_load_ps(sums + 16 * i + 16);
+        const __m256 first = _mm256_load_ps(sums + kSixteen * i);
+        const __m256 second = _mm256_load_ps(sums + kSixteen * (i + 1));
         a[i] = _mm256_unpacklo_ps(first, second);
         a[i + 1] = _mm256_unpackhi_ps(first, second);
     }
