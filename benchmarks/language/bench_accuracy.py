@@ -237,19 +237,17 @@ def _table(model: Mapping[str, Any], activations: str) -> Table:
 
 
 def _goals(figures: dict[str, Any]) -> Table:
-    rows = [["model", "activations", f"KL of {CALIBRATED} to that of", "wanted", "measured"]]
+    rows = [["model", "KL of", "to that of", "wanted", "measured"]]
     for model in figures["models"].values():
         found = rows_of(model)
-        for activations, other, wanted in GOALS:
-            ratio, error = found[CALIBRATED, activations].ratio(found[other, activations])
+        goals = [((CALIBRATED, kind), (other, kind), wanted) for kind, other, wanted in GOALS]
+        plans = [key for key in found if key[0] in PLANS]
+        goals += [(plan, (CALIBRATED, "W4A4"), PLANNED) for plan in plans]
+        for ours, other, wanted in goals:
+            ratio, error = found[ours].ratio(found[other])
+            pair = (f"{name} {kind}" for name, kind in (ours, other))
             measured = f"{ratio:.3f} ± {error or 0:.3f}"
-            rows.append([model["title"], activations, other, f"≤ {wanted}", measured])
-        for (name, activations), row in found.items():
-            if name in PLANS:
-                ratio, error = row.ratio(found[CALIBRATED, "W4A4"])
-                ours = f"{CALIBRATED} in W4A4, of {name}"
-                measured = f"{ratio:.3f} ± {error or 0:.3f}"
-                rows.append([model["title"], activations, ours, f"≤ {PLANNED}", measured])
+            rows.append([model["title"], *pair, f"≤ {wanted}", measured])
     return rows
 
 
