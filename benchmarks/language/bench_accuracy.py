@@ -54,6 +54,17 @@ PLANS: dict[str, tuple[float | None, float | None]] = {
     "plan, 4.4 bits, FP8 in 15 %": (4.4, 0.15),
 }
 """Our calibrated rows by ``blockdialect plan`` -> its budgets: bits per weight, share of FP8."""
+SHORT = {
+    "mxfp4-32": "MXFP4-32",
+    "mxfp4-32+rotation+gptq": "MXFP4-32, calibrated and rotated",
+    "nvfp4-16": "NVFP4-16",
+    "nvfp4-16+gptq": "NVFP4-16, calibrated",
+    "nvfp4-16+rotation+gptq": "NVFP4-16, calibrated and rotated",
+    "dialect_fp4-32": "BlockDialect",
+    "semantic_32-32+rotation+gptq": "BlockDialect, `--calibrate`",
+    "semantic_32-16+rotation+gptq": "BlockDialect, `--calibrate --block-size 16`",
+}
+"""Rows of the short tables -> what they are called there."""
 CALIBRATED = "semantic_32-32+rotation+gptq"
 UNCALIBRATED = "dialect_fp4-32"
 GOALS = (
@@ -195,10 +206,11 @@ def rows_of(model: Mapping[str, Any]) -> dict[tuple[str, str], Row]:
 
 
 def tables(figures: dict[str, Any]) -> dict[str, Table]:
-    """A table for each model and kind of activations, ``goals``, and ``models``."""
+    """A table for each model and kind of activations, a short one, ``goals``, and ``models``."""
     shown: dict[str, Table] = {"models": _models(figures), "goals": _goals(figures)}
     for name, model in figures["models"].items():
         key = name.partition("-")[0]
+        shown[f"{key}_short"] = _short(model)
         for activations in ACTIVATIONS:
             shown[f"{key}_{activations.lower()}"] = _table(model, activations)
     return shown
@@ -211,6 +223,24 @@ def _models(figures: dict[str, Any]) -> Table:
         before = "bfloat16" if model["gguf"] is None else f"{model['gguf']} in a GGUF file"
         perplexity = f"{model['found']['perplexity']:.3f}"
         rows.append([model["title"], before, f"{tokens:,}", perplexity])
+    return rows
+
+
+def _short(model: Mapping[str, Any]) -> Table:
+    """Divergence and agreement of the rows that readers compare."""
+    found = rows_of(model)
+    kinds = ("W4A4", "W4A8")
+    head = [f"{kind}: {what}" for kind in kinds for what in ("KL, nats", "same top token")]
+    rows = [["format", "bits", *head]]
+    for name, title in SHORT.items():
+        if (name, kinds[0]) not in found:
+            continue  # its blocks do not divide the model's columns
+        cells = [title, f"{found[name, kinds[0]].bits:.2f}"]
+        for kind in kinds:
+            row = found[name, kind]
+            cells.append(f"{row.mean_divergence:.3f} ± {row.standard_error or 0:.3f}")
+            cells.append(f"{row.same_top:.1%}")
+        rows.append(cells)
     return rows
 
 
