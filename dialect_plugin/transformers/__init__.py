@@ -8,9 +8,15 @@ unknown quantization type and fills the layers with random numbers.
 
 from __future__ import annotations
 
-from .config import BlockDialectConfig
-from .linear import DialectLinear
-from .quantizer import register
+try:
+    from .config import BlockDialectConfig
+    from .linear import DialectLinear
+    from .quantizer import register
+except ImportError as error:
+    raise ImportError(
+        f"dialect_plugin.transformers: needs transformers 5.19 or newer ({error}); install it with "
+        "pip install 'transformers>=5.19'"
+    ) from error
 
 __all__ = ["BlockDialectConfig", "DialectLinear"]
 

@@ -211,17 +211,17 @@ class BlockDialectQuantizer(HfQuantizer):
             raise _missing(name)
 
     def _settle(self, name: str, parameter: nn.Parameter, planned: re.Pattern[str] | None) -> None:
-        """Give a parameter its dtype, and memory of its own.
+        """Give a parameter its dtype, and aligned memory.
 
-        transformers leaves renamed tensors of a packed checkpoint in the dtype they are stored in.
-        Kernels round the same on aligned memory only, and a mapped file may be overwritten.
+        transformers leaves renamed tensors of a packed checkpoint in the dtype they are stored in,
+        and all of them in the file's mapping; kernels round the same on aligned memory only.
         """
         packed = name.endswith(PACKED_SUFFIXES)
         if not packed and parameter.is_floating_point() and name in self._expected:
             in_full = planned is not None and planned.search(name)
             dtype = torch.float32 if in_full else self._expected[name][1]
             parameter.data = parameter.data.to(dtype)
-        if parameter.device.type == "cpu" and (packed or parameter.data_ptr() % 64):
+        if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
             parameter.data = parameter.data.clone()
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

@@ -135,6 +135,7 @@ def test_bytes_are_the_file_s(packed):
         assert found.shape == expected.shape
         for field, tensor in expected.stored.items():
             assert torch.equal(found.stored[field], tensor), (name, field)
+    assert all(parameter.data_ptr() % 64 == 0 for parameter in loaded.parameters())
 
 
 def test_a_copy_and_a_device_map(packed):

@@ -165,6 +165,19 @@ def test_inputs_of_another_width(packed):
         layer(torch.zeros(3, 128, dtype=torch.float64))
 
 
+def test_an_older_transformers():
+    code = (
+        "import sys\n"
+        "sys.modules['transformers.core_model_loading'] = None\n"
+        "import dialect_plugin.transformers\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: dialect_plugin.transformers: needs transformers 5.19 or")
+    assert last.endswith("install it with pip install 'transformers>=5.19'")
+
+
 def test_importing_registers_and_nothing_else_does():
     code = (
         "import dialect_plugin\n"
