@@ -187,6 +187,14 @@ _Damping = Annotated[
         "inputs; default: 0.01."
     ),
 ]
+_Balance = Annotated[
+    bool,
+    typer.Option(
+        "--balance",
+        help="Move powers of two between a layer's input channels and the norm or layer in front, "
+        "so that less is lost; adapters trained on SRC then do not fit.",
+    ),
+]
 _Device = Annotated[str | None, typer.Option(help="Where calibration computes; default: cpu.")]
 _MaxRows = Annotated[
     int | None,
@@ -241,6 +249,7 @@ def quantize(
     samples: _Samples = None,
     sequence_length: _SequenceLength = None,
     damping: _Damping = None,
+    balance: _Balance = False,
     device: _Device = None,
 ) -> None:
     """Quantize a 16-bit checkpoint. After a crash, the same command continues."""
@@ -250,6 +259,7 @@ def quantize(
             samples=samples,
             sequence_length=sequence_length,
             damping=damping,
+            balance=balance or None,
             device=device,
         )
         options = _options(

@@ -157,6 +157,21 @@ class DecoderBlocks:
             for module in block.modules():
                 _drop(module)
 
+    def block(self, number: int) -> torch.nn.Module:
+        """The module of a block."""
+        return self._blocks[number]
+
+    def stored(self, number: int, parameter: str) -> tuple[str, torch.dtype] | None:
+        """Name and dtype of the tensor that is a parameter of a block as it stands; else None."""
+        path = f"{self._path}.{number}.{parameter}"
+        names = [name for name, known in self._parameters.items() if known == path]
+        if len(names) != 1:
+            return None
+        info = self._checkpoint.tensors[names[0]]
+        dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}.get(info.dtype)
+        fits = tuple(info.shape) == tuple(self._model.get_parameter(path).shape)
+        return (names[0], dtype) if dtype is not None and fits else None
+
     def run(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
         """The output of a loaded block, float32 [1, tokens, width], on the device of `hidden`."""
         with torch.no_grad():

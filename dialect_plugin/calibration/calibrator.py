@@ -16,12 +16,13 @@ import torch
 from dialect_kernels import PackedTensor, quantize
 from dialect_kernels.calibrated import quantize_factored
 
-from ..checkpoint.calibrated import CalibratedLayers
+from ..checkpoint.calibrated import CalibratedLayers, Rescaled
 from ..checkpoint.layer_choice import LayerChoice
 from ..checkpoint.progress import Progress
 from ..checkpoint.reader import Checkpoint, CheckpointError
 from ..scheme import LayerFormat
 from .blocks import DecoderBlocks
+from .channels import balance, norms_in_front
 from .moments import SharedInput, Watch
 from .options import CalibrationOptions
 from .text import CalibrationText, read_text
@@ -49,6 +50,7 @@ class Calibrator:
         self._blocks, self._text = open_calibration(checkpoint, choice.formats, options)
         import transformers
 
+        balanced = {"balance": True} if options.balance else {}
         return {
             "rule": "gptq",
             "text": self._text.name,
@@ -56,6 +58,7 @@ class Calibrator:
             "samples": len(self._text.windows),
             "sequence_length": options.sequence_length,
             "damping": options.damping,
+            **balanced,
             "device": torch.device(options.device).type,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -71,16 +74,19 @@ class Calibrator:
         hidden = self._blocks.embed(self._text.windows)
         last = max(self._blocks.linear[name] for name in todo)
         for number in range(last + 1):
-            wanted = {name for name in todo if self._blocks.linear[name] == number}
+            own = {name for name in self._blocks.linear if self._blocks.linear[name] == number}
+            wanted = own & set(todo)
+            if wanted and self._options.balance:
+                wanted = own  # the channels of all depend on each other
             with self._blocks.loaded(number) as modules:
-                inputs = self._forward(
+                inputs, rescaled = self._forward(
                     number, {n: m for n, m in modules.items() if n in wanted}, hidden
                 )
                 if wanted:
                     packed, dampings = self._quantized(inputs, modules)
-                    done.add(number, packed, dampings)
-            for name, holder in self._blocks.linear.items():
-                if holder == number:
+                    done.add(number, packed, dampings, rescaled)
+            for name in self._blocks.linear:
+                if name in own:
                     progress.advance(sizes[name])
 
     def _forward(
@@ -88,15 +94,26 @@ class Calibrator:
         number: int,
         modules: Mapping[str, torch.nn.Linear],
         hidden: list[torch.Tensor],
-    ) -> list[SharedInput]:
+    ) -> tuple[list[SharedInput], Rescaled]:
         """Run a block, put its outputs in the place of its inputs, and return the moments."""
-        watch = Watch(modules, self._forms)
-        with watch.first_pass():
+        block, probe = self._blocks.block(number), hidden[0]
+        watch = Watch(modules, self._forms, plain=self._options.balance)
+        with norms_in_front(block, modules) as norms, watch.first_pass():
             hidden[0] = self._blocks.run(number, hidden[0])
         with watch.later_passes():
             for sample in range(1, len(hidden)):
                 hidden[sample] = self._blocks.run(number, hidden[sample])
-        return watch.inputs
+        if not self._options.balance:
+            return watch.inputs, Rescaled({}, {})
+        rescaled = balance(
+            block,
+            modules,
+            watch.inputs,
+            norms,
+            changes=lambda: not torch.equal(self._blocks.run(number, probe), hidden[0]),
+            stored=lambda parameter: self._blocks.stored(number, parameter),
+        )
+        return watch.inputs, rescaled
 
     def _quantized(
         self, inputs: list[SharedInput], modules: Mapping[str, torch.nn.Linear]

@@ -25,12 +25,14 @@ class SharedInput:
     Attributes:
         layers: their names.
         form: how all of them are quantized.
-        moments: of their inputs, rotated as `form` says.
+        moments: of their inputs, rotated as `form` says unless `plain`.
+        plain: whether the inputs are added up as they are.
     """
 
     layers: list[str]
     form: LayerFormat
     moments: SecondMoments = field(repr=False)
+    plain: bool = False
 
     @property
     def tokens(self) -> int:
@@ -40,7 +42,13 @@ class SharedInput:
     def add(self, x: torch.Tensor) -> None:
         """Add the tokens of an input [..., K]."""
         tokens = x.reshape(-1, x.shape[-1]).float()
-        self.moments.add(rotate_activation(tokens, self.form.rotation))
+        self.moments.add(rotate_activation(tokens, "none" if self.plain else self.form.rotation))
+
+    def rotate(self, scale: torch.Tensor) -> None:
+        """Make plain moments those of inputs times `scale`, float32 [K], rotated."""
+        self.check_finite()
+        self.moments.transform(scale, self.form.rotation)
+        self.plain = False
 
     def mean(self) -> torch.Tensor:
         """The mean of ``x x.T``, float32 [K, K].
@@ -84,16 +92,20 @@ class Watch:
     Args:
         modules: layer -> module.
         forms: layer -> how it is quantized.
+        plain: whether inputs are not rotated.
 
     Attributes:
         inputs: what was collected, after the first pass.
     """
 
     def __init__(
-        self, modules: Mapping[str, torch.nn.Linear], forms: Mapping[str, LayerFormat]
+        self,
+        modules: Mapping[str, torch.nn.Linear],
+        forms: Mapping[str, LayerFormat],
+        plain: bool = False,
     ) -> None:
         self.inputs: list[SharedInput] = []
-        self._modules, self._forms = modules, forms
+        self._modules, self._forms, self._plain = modules, forms, plain
 
     @contextmanager
     def first_pass(self) -> Iterator[None]:
@@ -109,7 +121,7 @@ class Watch:
                     return
             if any(layer in shared.layers for shared in self.inputs):
                 return  # called twice in one pass; the later passes count both
-            shared = SharedInput([layer], form, SecondMoments(x.shape[-1], x.device))
+            shared = SharedInput([layer], form, SecondMoments(x.shape[-1], x.device), self._plain)
             shared.add(x)
             self.inputs.append(shared)
             seen.append((x, x._version, shared))

@@ -14,11 +14,12 @@ class CalibrationOptions(BaseModel):
     """Options of a calibration.
 
     Attributes:
-        calibrate: a text file, a JSONL file of texts or chat messages, ``"default"``, or a data set:
+        calibrate: a text file, a JSONL file of texts or chat messages, ``"default"``, a data set:
             ``owner/name/configuration:split:column`` or a directory, the last three parts optional.
         samples: most windows of text to run.
         sequence_length: tokens in a window.
         damping: share of the mean diagonal of the second moments that is added to the diagonal.
+        balance: whether powers of two move between a layer's input channels and what produces them.
         device: where blocks run and weights are rounded, e.g. ``"cpu"`` or ``"cuda"``.
     """
 
@@ -28,4 +29,5 @@ class CalibrationOptions(BaseModel):
     samples: int = Field(default=128, ge=1)
     sequence_length: int = Field(default=512, ge=2)
     damping: float = Field(default=0.01, gt=0, le=1)
+    balance: bool = False
     device: str = "cpu"

@@ -11,8 +11,9 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -27,9 +28,20 @@ from .reader import Checkpoint
 from .tables import folded
 from .writer import write_file, write_text
 
-__all__ = ["CalibratedLayers", "Calibration", "CalibrationRecord", "recorded_fingerprint"]
+__all__ = [
+    "CalibratedLayers",
+    "Calibration",
+    "CalibrationRecord",
+    "ChannelScales",
+    "Rescaled",
+    "recorded_fingerprint",
+    "rescaled_tensors",
+]
 
 _PREFIX = ".blockdialect-block-"
+_RESCALED = "rescaled_tensors"
+_ROWS, _COLUMNS, _REPLACED = ":rows", ":columns", ":replaced"
+"""Behind the names of tensors in these files that belong to no packed weight."""
 _RECORD = "blockdialect_calibration.json"
 """What a finished calibrated checkpoint says of its calibration."""
 
@@ -51,6 +63,45 @@ class Calibration(Protocol):
         """Quantize those of `layers` that are not `done` and that text can reach."""
 
 
+@dataclass(frozen=True)
+class ChannelScales:
+    """What a weight [N, K] was multiplied by before it was quantized: powers of two.
+
+    Attributes:
+        rows: float32 [N].
+        columns: float32 [K].
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+
+    def times(
+        self, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None
+    ) -> ChannelScales:
+        """The same with further factors."""
+        return ChannelScales(
+            self.rows if rows is None else self.rows * rows.cpu(),
+            self.columns if columns is None else self.columns * columns.cpu(),
+        )
+
+    def applied(self, weight: torch.Tensor, first: int) -> torch.Tensor:
+        """The rows `first`, ... of the source's weight as they were quantized, float32."""
+        return weight.float() * self.rows[first : first + len(weight), None] * self.columns
+
+
+class Rescaled(NamedTuple):
+    """What balancing the channels of a block has changed."""
+
+    layers: dict[str, ChannelScales]
+    tensors: dict[str, torch.Tensor]
+    """Tensors of the checkpoint, such as norms, by their names there."""
+
+    def of(self, layer: str, weight: torch.Tensor) -> ChannelScales:
+        """The scales of a layer up to now."""
+        rows, columns = weight.shape
+        return self.layers.get(layer) or ChannelScales(torch.ones(rows), torch.ones(columns))
+
+
 class CalibratedLayers:
     """The files of finished blocks in the destination of a conversion.
 
@@ -63,6 +114,7 @@ class CalibratedLayers:
         self._directory = directory
         self._fingerprint = fingerprint
         self._files: dict[str, Path] = {}
+        self._others: dict[str, Path] = {}  # scales of layers, and tensors that are not packed
         self.dampings: dict[str, float | None] = {}
         """Layer -> the damping that was used; None for one that was rounded to nearest."""
         for path in sorted(directory.glob(f"{_PREFIX}*")):
@@ -72,7 +124,11 @@ class CalibratedLayers:
         return layer in self._files
 
     def add(
-        self, block: int, packed: Mapping[str, PackedTensor], dampings: Mapping[str, float | None]
+        self,
+        block: int,
+        packed: Mapping[str, PackedTensor],
+        dampings: Mapping[str, float | None],
+        rescaled: Rescaled,
     ) -> None:
         """Write the layers of a finished block, so that they are there whole or not at all."""
         tensors = {
@@ -80,6 +136,9 @@ class CalibratedLayers:
             for layer, weight in packed.items()
             for name, tensor in weight.to("cpu").stored.items()
         }
+        for layer, scales in rescaled.layers.items():
+            tensors |= {f"{layer}{_ROWS}": scales.rows, f"{layer}{_COLUMNS}": scales.columns}
+        tensors |= {f"{name}{_REPLACED}": tensor for name, tensor in rescaled.tensors.items()}
         tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
         metadata = {"fingerprint": self._fingerprint, "dampings": json.dumps(dict(dampings))}
         path = self._directory / f"{_PREFIX}{block:05}"
@@ -99,18 +158,37 @@ class CalibratedLayers:
             tensors, columns, form.formatbook, form.block_size, form.rotation
         )
 
+    def scales(self, layer: str) -> ChannelScales | None:
+        """What a layer's weight was multiplied by; None where it was not."""
+        rows, columns = self._other(f"{layer}{_ROWS}"), self._other(f"{layer}{_COLUMNS}")
+        return None if rows is None or columns is None else ChannelScales(rows, columns)
+
+    def replaced(self, tensor: str) -> torch.Tensor | None:
+        """What stands in the place of one of the source's tensors; None for a copy."""
+        return self._other(f"{tensor}{_REPLACED}")
+
+    def _other(self, name: str) -> torch.Tensor | None:
+        if name not in self._others:
+            return None
+        with safe_open(self._others[name], framework="pt") as file:
+            found: torch.Tensor = file.get_tensor(name)
+            return found
+
     def record(self, identity: Mapping[str, Any], layers: Iterable[str]) -> CalibrationRecord:
         """What the `layers` of a checkpoint were calibrated on."""
         dampings = {name: self.dampings.get(name) for name in layers}
         nearest = tuple(name for name, damping in dampings.items() if damping is None)
         raised = {name: d for name, d in dampings.items() if d and d > identity["damping"]}
-        return CalibrationRecord(identity, nearest, raised)
+        ending = len(_REPLACED)
+        replaced = sorted(name[:-ending] for name in self._others if name.endswith(_REPLACED))
+        return CalibrationRecord(identity, nearest, raised, tuple(replaced))
 
     def remove(self) -> None:
         """Delete the files."""
         for path in list(self._directory.glob(f"{_PREFIX}*")):
             path.unlink()
         self._files.clear()
+        self._others.clear()
 
     def _open(self, path: Path) -> None:
         try:
@@ -120,6 +198,8 @@ class CalibratedLayers:
                     dampings = json.loads(metadata["dampings"])
                     self.dampings |= dampings
                     self._files |= dict.fromkeys(dampings, path)
+                    others = (n for n in file.keys() if n.endswith((_ROWS, _COLUMNS, _REPLACED)))  # noqa: SIM118
+                    self._others |= dict.fromkeys(others, path)
         except SafetensorError:
             return  # cut off by a crash of the machine: the block is calibrated again
 
@@ -133,6 +213,20 @@ def recorded_fingerprint(destination: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def rescaled_tensors(packed: Checkpoint) -> dict[str, torch.Tensor]:
+    """The tensors of a packed checkpoint that balanced channels have scaled, such as norms."""
+    try:
+        names = read_json(packed.path / _RECORD).get(_RESCALED, [])
+    except ValueError:
+        return {}
+    found = {}
+    for name in names if isinstance(names, list) else []:
+        if name in packed.tensors:
+            with packed.open_shard(packed.tensors[name].shard) as file:
+                found[name] = file.get_tensor(name)
+    return found
+
+
 @dataclass(frozen=True)
 class CalibrationRecord:
     """What the layers of a checkpoint were calibrated on.
@@ -142,18 +236,20 @@ class CalibrationRecord:
         nearest: layers that were rounded without calibration, because the text did not reach them
             or gave too few tokens.
         damped: layers that needed more damping than the others -> their damping.
+        replaced: tensors that are not the source's: balancing has scaled them.
     """
 
     identity: Mapping[str, Any]
     nearest: tuple[str, ...]
     damped: Mapping[str, float]
+    replaced: tuple[str, ...] = ()
 
     def lines(self) -> Iterator[str]:
         """The record in words; one fact a line."""
         of = self.identity
         yield (
             f"calibrated on {of['samples']} windows of {of['sequence_length']} tokens of "
-            f"{of['text']} (rule {of['rule']})"
+            f"{of['text']} (rule {of['rule']}{', balanced channels' if 'balance' in of else ''})"
         )
         if self.nearest:
             yield f"rounded without calibration: {folded(self.nearest)}"
@@ -166,6 +262,7 @@ class CalibrationRecord:
             **self.identity,
             "rounded_to_nearest": list(self.nearest),
             "damping_raised": dict(self.damped),
+            **({_RESCALED: list(self.replaced)} if self.replaced else {}),
             "fingerprint": fingerprint,
         }
         write_text(destination / _RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")

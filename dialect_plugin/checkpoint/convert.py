@@ -269,11 +269,17 @@ class _Conversion:
                 layer = _packed_layer(name, self.choice)
                 if layer is not None:
                     records.append(self._write_layer(layer, writer))
+                elif (tensor := self._replaced(name)) is not None:
+                    writer.append(name, tensor.flatten().view(torch.uint8).numpy().data)
                 else:
                     for chunk in self.checkpoint.read_bytes(name, _COPY_BYTES):
                         writer.append(name, chunk)
                 self.progress.advance(info.nbytes)
             writer.finish()
+
+    def _replaced(self, name: str) -> torch.Tensor | None:
+        """What calibration has put in the place of one of the source's tensors."""
+        return None if self.calibration is None else self.calibration.layers.replaced(name)
 
     def _write_layer(self, layer: str, writer: ShardWriter) -> LayerRecord:
         """Quantize a layer group of rows by group of rows, which gives the bytes of the whole."""
@@ -295,9 +301,12 @@ class _Conversion:
         name, form = f"{layer}.weight", self.choice.formats[layer]
         columns = self.checkpoint.tensors[name].shape[1]
         whole = self.calibration and self.calibration.layers.read(layer, columns, form)
+        scales = self.calibration and self.calibration.layers.scales(layer)
 
         def quantize_rows(group: tuple[int, torch.Tensor]) -> _Rows:
             first, weight = group
+            if scales is not None:
+                weight = scales.applied(weight, first)
             packed, below = _quantized(weight, form, name)
             if bool((packed.row_exponent == NAN_ROW).any()):  # checked before: it has changed
                 shard = self.checkpoint.path / self.checkpoint.tensors[name].shard

@@ -152,7 +152,7 @@ class _Pass:
                 nll = negative_log_likelihood(reference, tokens)
                 self.reference.append(float(nll.mean()))
             for row in found:
-                with self._model.replaced(row.modules, attention):
+                with self._model.replaced(row.modules, attention, weights.tensors):
                     logits = self._model.logits(window)
                 self._add(entry.name, row, number, compare(reference, logits, tokens))
                 progress.advance()

@@ -12,6 +12,7 @@ from dialect_kernels import quantize
 from dialect_kernels.formatbook import ActivationFormat, BookName, book_by_name
 from dialect_kernels.rotation import rotate_weight
 
+from ..checkpoint.calibrated import rescaled_tensors
 from ..checkpoint.reader import CheckpointError, PackedCheckpoint
 from ..scheme import METHODS, LayerFormat, fitted
 from .attention import AttentionRounding
@@ -75,7 +76,7 @@ class _Packed(Format):
     def weights(self, linear: Mapping[str, torch.nn.Linear]) -> Weights:
         device = next(iter(linear.values())).weight.device
         packed = {layer: self._packed.read(layer).to(device) for layer in self._packed.layers}
-        return PackedWeights(packed, self._own)
+        return PackedWeights(packed, self._own, rescaled_tensors(self._packed.checkpoint))
 
     def attention(self) -> AttentionRounding:
         scheme = self._packed.scheme

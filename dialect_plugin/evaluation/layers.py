@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import cast
 
 import torch
@@ -26,9 +27,11 @@ class Weights(ABC):
 
     Attributes:
         bits: stored bits per weight.
+        tensors: of the rest of the model, by their names in the checkpoint, where they are others.
     """
 
     bits: float
+    tensors: Mapping[str, torch.Tensor] = MappingProxyType({})
 
     @abstractmethod
     def layer(
@@ -50,12 +53,16 @@ class PackedWeights(Weights):
     Args:
         packed: layer -> weight.
         own: layer -> the activations that it is stored with.
+        tensors: what else is stored in other numbers than the 16-bit model's.
     """
 
     def __init__(
-        self, packed: Mapping[str, PackedTensor], own: Mapping[str, ActivationFormat]
+        self,
+        packed: Mapping[str, PackedTensor],
+        own: Mapping[str, ActivationFormat],
+        tensors: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ) -> None:
-        self._packed, self._own = packed, own
+        self._packed, self._own, self.tensors = packed, own, tensors
         weights = sum(weight.shape[0] * weight.shape[1] for weight in packed.values())
         self.bits = bits_per_weight(sum(weight.nbytes for weight in packed.values()), weights)
 

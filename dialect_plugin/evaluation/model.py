@@ -36,6 +36,7 @@ class EvaluatedModel:
         self._model = _loaded(checkpoint).to(device)
         self._device = torch.device(device)
         parameters = parameter_names(self._model, checkpoint.tensors).parameters
+        self._parameters = parameters
         paths = {layer: self._path_of(layer, parameters) for layer in layers}
         self.linear = {layer: self._model.get_submodule(path) for layer, path in paths.items()}
         self._paths = paths
@@ -61,18 +62,28 @@ class EvaluatedModel:
 
     @contextmanager
     def replaced(
-        self, modules: Mapping[str, torch.nn.Module], attention: AttentionRounding | None
+        self,
+        modules: Mapping[str, torch.nn.Module],
+        attention: AttentionRounding | None,
+        tensors: Mapping[str, torch.Tensor],
     ) -> Iterator[None]:
         """Run other linear layers inside the ``with`` block.
 
         Args:
             modules: layer -> what runs in its place.
             attention: how the operands of attention's products are rounded; None leaves them.
+            tensors: other numbers for parameters outside of these layers, by their stored names.
 
         Raises:
             CheckpointError: if attention cannot be rounded in this model.
         """
         self._put(modules)
+        held = [
+            (self._model.get_parameter(self._parameters[name]), tensors[name]) for name in tensors
+        ]
+        before = [parameter.data for parameter, _ in held]
+        for parameter, tensor in held:
+            parameter.data = tensor.to(parameter)
         try:
             if attention is None:
                 yield
@@ -80,6 +91,8 @@ class EvaluatedModel:
                 with rounded_attention(self._model, attention, self._checkpoint.architecture):
                     yield
         finally:
+            for (parameter, _), data in zip(held, before, strict=True):
+                parameter.data = data
             self._put(self.linear)
 
     def _put(self, modules: Mapping[str, torch.nn.Module]) -> None:

@@ -13,6 +13,9 @@ from itertools import pairwise
 
 import torch
 
+from .formatbook import Rotation
+from .rotation import rotate_activation
+
 __all__ = ["SecondMoments", "UpperFactor", "growing_dampings"]
 
 _PANEL = 512
@@ -82,6 +85,19 @@ class SecondMoments:
         """Whether no token held NaN or Inf, and no sum overflowed."""
         return all(bool(panel.isfinite().all()) for panel in self._panels)
 
+    def diagonal(self) -> torch.Tensor:
+        """The diagonal of ``A``, float64 [K]."""
+        parts = [panel[len(panel) - panel.shape[1] :].diagonal() for panel in self._panels]
+        whole = torch.cat(parts) if parts else torch.empty(0)
+        return whole.to(torch.float64) / max(1, self.tokens)
+
+    def transform(self, scale: torch.Tensor, rotation: Rotation) -> None:
+        """Make them those of the tokens times `scale`, float32 [K], and then rotated."""
+        for number, (first, stop) in enumerate(self._spans):
+            panel = self._panels[number].mul_(scale[:stop, None]).mul_(scale[first:stop])
+            panel = rotate_activation(rotate_activation(panel, rotation).T.contiguous(), rotation)
+            self._panels[number] = panel.T.contiguous()
+
     def mean(self) -> torch.Tensor:
         """``A``, float32 [K, K]."""
         whole = torch.empty(self._size, self._size, device=self._device)
@@ -99,7 +115,7 @@ class SecondMoments:
         Returns:
             None if the sum is not positive definite. Otherwise the moments are used up.
         """
-        diagonal = self._diagonal()
+        diagonal = self.diagonal()
         dead = diagonal == 0
         mean = float(diagonal.sum()) / max(1, int((~dead).sum()))
         added = (damping * mean if mean else 1.0) + torch.where(dead, mean, 0.0).to(diagonal)
@@ -117,12 +133,6 @@ class SecondMoments:
                 return None
             done.append(panel)
         return _inverse(done[::-1], self._spans)
-
-    def _diagonal(self) -> torch.Tensor:
-        """The diagonal of ``A``, float64 [K]."""
-        parts = [panel[len(panel) - panel.shape[1] :].diagonal() for panel in self._panels]
-        whole = torch.cat(parts) if parts else torch.empty(0)
-        return whole.to(torch.float64) / max(1, self.tokens)
 
     def _restore(self, panel: torch.Tensor, done: list[torch.Tensor], added: torch.Tensor) -> None:
         """Undo a factorization that failed at `panel`, but for the rounding of float64."""

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from dialect_kernels import second_moments
+from dialect_kernels.rotation import rotate_activation
 from dialect_kernels.second_moments import SecondMoments
 from tests.support.calibration_cases import correlated, moments, slow_factor
 
@@ -71,6 +72,19 @@ def test_a_failed_factorization_leaves_the_moments_as_they_were(place):
     torch.testing.assert_close(found.mean(), a, rtol=1e-6, atol=1e-9)
     assert (found.mean()[60] == 0).all()
     assert found.factor(1e6) is not None
+
+
+@pytest.mark.parametrize("rotation", ["none", "hadamard_32"])
+def test_scaled_and_rotated_afterwards(rotation, monkeypatch):
+    if second_moments._PANEL % 32:
+        monkeypatch.setattr(second_moments, "_PANEL", 32)
+    x, scale = correlated(300, 96, 5), torch.exp2(torch.arange(96) % 5 - 2.0)
+    found = collected(x)
+    exact = x.double().square().mean(dim=0)
+    torch.testing.assert_close(found.diagonal(), exact, rtol=1e-5, atol=0)
+    found.transform(scale, rotation)
+    expected = moments(rotate_activation(x * scale, rotation))
+    torch.testing.assert_close(found.mean(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_numbers_that_are_not_finite():
