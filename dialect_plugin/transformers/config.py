@@ -23,8 +23,8 @@ class BlockDialectConfig(QuantizationConfigMixin):
     ``activation_format`` and ``accumulation`` may be given; they apply to every layer.
 
     Args:
-        accumulation: ``"default"`` or ``"exact"``, see :func:`dialect_kernels.dialect_linear`; on
-            CPUs with the compiled kernel both are exact. Not saved.
+        accumulation: ``"default"`` or ``"exact"``, see :func:`dialect_kernels.dialect_linear`. Not
+            saved.
         options: fields of :class:`~dialect_plugin.scheme.Scheme`.
 
     Attributes:
