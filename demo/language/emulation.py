@@ -53,7 +53,7 @@ def emulate_blockdialect(
     def packed_layer(layer: torch.nn.Linear, name: str) -> DialectLinear:
         form = checkpoint.scheme.layer(name)._replace(activation_format=activation_format)
         weight = checkpoint.read(name)
-        # the CPU kernel, which the server runs, knows this mode only
+        # LayerCheck compares its bits; the server adds many tokens' products in another order
         return DialectLinear(weight, layer.bias, form, "exact", layer.weight.dtype)
 
     return _replace(_load(model, dtype), checkpoint, packed_layer)

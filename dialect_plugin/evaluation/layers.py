@@ -79,7 +79,7 @@ class PackedWeights(Weights):
             activations or self._own[name],
             weight.rotation,
         )
-        # the CPU kernel knows this mode only; without it torch would compute
+        # the same bits on every device, so that figures can be measured again
         return DialectLinear(weight, original.bias, form, "exact", original.weight.dtype)
 
 
