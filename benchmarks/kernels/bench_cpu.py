@@ -111,7 +111,7 @@ def tables(figures: dict[str, Any]) -> dict[str, Table]:
 def _summary(figures: dict[str, Any]) -> Table:
     shown = {"avx2": "AVX2", "native": figures["native"]["instructions"].upper().replace("_", " ")}
     rows = [["tokens", *(f"{how} against {peer}" for how in shown.values() for peer in PEERS)]]
-    for tokens in map(str, TOKENS):
+    for tokens in figures["native"]["linear"]:
         found = [figures[kind]["linear"][tokens]["dialect"] for kind in shown]
         ratios = [f"{m[f'times_{peer}']['median']:.2f} x" for m in found for peer in PEERS]
         rows.append([tokens, *ratios])
