@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from statistics import mean
 
+from benchmarks.language.bench_accuracy import rows_of
 from benchmarks.lib.harness import RESULTS, read_result
 from tests.documents.markdown import ROOT
 
@@ -23,15 +24,23 @@ def told(pattern):
 
 
 def test_the_language_claim():
-    perplexity = {row["name"]: row["perplexity"] for row in figures("demo")["rows"]}
-    losses = [
-        round(100 * (perplexity[name] / perplexity["bf16"] - 1), 1)
-        for name in ("BlockDialect W4A4", "MXFP4-32 W4A4")
-    ]
-    assert told(r"perplexity rises by ([\d.]+) % over bf16 \(MXFP4: ([\d.]+) %\)") == losses
+    rows = rows_of(figures("accuracy")["models"]["smollm2"])
+    names = (
+        "semantic_32-32+rotation+gptq",
+        "semantic_32-32+balance+rotation+gptq",
+        "mxfp4-32+rotation+gptq",
+        "nvfp4-16+rotation+gptq",
+        "mxfp4-32",
+        "nvfp4-16",
+    )
+    assert told(
+        r"KL divergence of ([\d.]+) nats .*; with balanced channels, ([\d.]+)\. .* MXFP4 loses "
+        r"([\d.]+) at 4\.25 bits and NVFP4 ([\d.]+) at 4\.5; rounded to nearest, ([\d.]+) and "
+        r"([\d.]+)\. "
+    ) == [round(rows[name, "W4A4"].mean_divergence, 2) for name in names]
 
 
 def test_the_video_claim():
     psnr = {name: row.get("psnr") for name, row in figures("video_quality")["formats"].items()}
     gained = round(mean(psnr["+ 10% top"]) - mean(psnr["MXFP4-32"]), 1)
-    assert told(r"videos come ([\d.]+) dB of PSNR closer") == [gained]
+    assert told(r"Videos come ([\d.]+) dB of PSNR closer") == [gained]
