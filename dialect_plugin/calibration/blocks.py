@@ -115,9 +115,7 @@ class DecoderBlocks:
         inputs = []
         for number, window in enumerate(windows):
             calls, hidden = self._record(window[None])
-            if number and not _equal(
-                [c.keywords for c in self._calls], [c.keywords for c in calls]
-            ):
+            if number and not all(map(_alike, self._calls, calls)):
                 raise CheckpointError(
                     f"{self._checkpoint.architecture}: what its blocks are given beside the hidden "
                     f"states depends on the text, which calibration does not support; {_INSTEAD}"

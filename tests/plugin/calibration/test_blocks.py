@@ -72,7 +72,12 @@ def test_a_block_alone(architecture, tiny_model):
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", DENSE)
 def test_a_block_of_any_dense_architecture_alone(architecture, tmp_path):
-    assert_alike(swept_models.build(architecture, tmp_path / "model"))
+    path = swept_models.build(architecture, tmp_path / "model")
+    if architecture == "Gemma3nForCausalLM":  # every block is given embeddings of the tokens
+        with pytest.raises(CheckpointError, match="depends on the text"):
+            blocks_of(path).embed(WINDOWS)
+        return
+    assert_alike(path)
 
 
 def test_only_one_block_is_in_memory(tiny_model):
