@@ -13,7 +13,10 @@ import torch
 from dialect_kernels import DIALECT_FP4, SEMANTIC_32, PackedTensor, cpu, reference
 from dialect_kernels.cpu import calls
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"no CPU kernel: {cpu.why_not()}")
+pytestmark = [
+    pytest.mark.skipif(not cpu.available(), reason=f"no CPU kernel: {cpu.why_not()}"),
+    pytest.mark.usefixtures("poisoned_outputs"),
+]
 
 BOOKS = [DIALECT_FP4, SEMANTIC_32]
 BLOCK_SIZES = [16, 32, 64]
@@ -29,15 +32,6 @@ INSTRUCTIONS = (
 by_book = pytest.mark.parametrize("book", BOOKS, ids=lambda book: book.name)
 by_block_size = pytest.mark.parametrize("block_size", BLOCK_SIZES)
 by_format = pytest.mark.parametrize("activation_format", FORMATS)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs():
-    """Fresh tensors hold NaN or the largest integer, so that an element left out shows."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def random(rows: int, columns: int, seed: int, spread: float = 1.5) -> torch.Tensor:

@@ -9,20 +9,15 @@ import torch
 from dialect_kernels import DIALECT_FP4, SEMANTIC_32, cpu, ops, reference
 from dialect_kernels.cpu import calls
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"no CPU kernel: {cpu.why_not()}")
+pytestmark = [
+    pytest.mark.skipif(not cpu.available(), reason=f"no CPU kernel: {cpu.why_not()}"),
+    pytest.mark.usefixtures("poisoned_outputs"),
+]
 
 INSTRUCTIONS = (
     cpu.INSTRUCTIONS[: cpu.INSTRUCTIONS.index(cpu.features()) + 1] if cpu.available() else ()
 )
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs():
-    """Fresh tensors hold NaN, so that an element left out shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def matrix(rows: int, columns: int, seed: int) -> torch.Tensor:

@@ -16,7 +16,10 @@ from dialect_kernels.baselines import quantize_fp8
 from dialect_kernels.cpu import calls
 from dialect_kernels.rotation import rotate_activation
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"no kernel: {cpu.why_not()}")
+pytestmark = [
+    pytest.mark.skipif(not cpu.available(), reason=f"no kernel: {cpu.why_not()}"),
+    pytest.mark.usefixtures("poisoned_outputs"),
+]
 
 BOOKS = {16: SEMANTIC_32, 32: DIALECT_FP4, 64: SEMANTIC_32}
 FORMATS = ["dialect", "fp8", "none"]
@@ -28,15 +31,6 @@ FEWEST = {"dialect": 64, "fp8": 8, "none": 8}
 """From so many tokens on, panels are used with AMX; with other instructions from more on."""
 
 by_format = pytest.mark.parametrize("activation_format", FORMATS)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs():
-    """Fresh tensors hold NaN or the largest integer, so that an element left out shows."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def random(rows: int, columns: int, seed: int, spread: float = 1.0) -> torch.Tensor:

@@ -9,7 +9,10 @@ from dialect_kernels import DIALECT_FP4, SEMANTIC_32, PackedTensor, cpu, ops, re
 from dialect_kernels.cpu import calls
 from dialect_kernels.formatbook import Formatbook
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"no CPU kernel: {cpu.why_not()}")
+pytestmark = [
+    pytest.mark.skipif(not cpu.available(), reason=f"no CPU kernel: {cpu.why_not()}"),
+    pytest.mark.usefixtures("poisoned_outputs"),
+]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INSTRUCTIONS = (
@@ -24,15 +27,6 @@ WAYS = [
 by_book = pytest.mark.parametrize("book", [DIALECT_FP4, SEMANTIC_32], ids=lambda book: book.name)
 by_block_size = pytest.mark.parametrize("block_size", [16, 32, 64])
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs():
-    """Fresh tensors hold NaN or the largest integer, so that an element left out shows."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def random(rows: int, columns: int, seed: int, spread: float = 1.5) -> torch.Tensor:
