@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from statistics import mean
+from statistics import mean, median
 
 from benchmarks.language.bench_accuracy import rows_of
 from benchmarks.lib.harness import RESULTS, read_result
@@ -44,3 +44,16 @@ def test_the_video_claim():
     psnr = {name: row.get("psnr") for name, row in figures("video_quality")["formats"].items()}
     gained = round(mean(psnr["+ 10% top"]) - mean(psnr["MXFP4-32"]), 1)
     assert told(r"Videos come ([\d.]+) dB of PSNR closer") == [gained]
+
+
+def test_the_cpu_limit():
+    """The speed of served decoding is the table's, and first tokens do come later."""
+    formats = figures("serve")["shapes"]["llama-3.2-1b"]["formats"]
+
+    def times_faster(load, key):
+        return median(formats["bf16"][load][key]) / median(formats["w4a4"][load][key])
+
+    assert told(
+        r"decodes one request ([\d.]+) times as fast as bf16, eight at once ([\d.]+) times"
+    ) == [round(times_faster(load, "tpot_ms"), 2) for load in ("single", "many")]
+    assert all(times_faster(load, "ttft_ms") < 1 for load in ("single", "many"))
