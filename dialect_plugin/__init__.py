@@ -55,7 +55,7 @@ def register() -> None:
         config.register_configs()
     except Exception as error:
         logging.getLogger("vllm.blockdialect").warning(
-            "blockdialect is not available: this vLLM is outside the supported range 0.26 to 0.32 "
+            "blockdialect is not available: this vLLM is outside the supported range 0.26 to 0.33 "
             "(%s: %s); other quantization methods are not affected",
             type(error).__name__,
             error,

@@ -23,7 +23,7 @@ SCRIPTS = ROOT / "scripts"
 
 TORCH_CPU = "torch==2.13.0+cpu"  # what the CPU build of vLLM pins
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-VLLM_CUDA = "vllm>=0.26,<0.33"
+VLLM_CUDA = "vllm>=0.26,<0.34"
 NEEDED_GIB = {"CPU": 6, "CUDA": 20}
 
 

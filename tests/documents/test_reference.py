@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
 
 import pytest
@@ -13,6 +12,7 @@ from dialect_plugin.scheme import Scheme
 from diffusers_hook import SemanticDialectConfig
 from tests.documents.markdown import ROOT
 from tests.support import support_table
+from tests.support.scripts import load_script
 
 REFERENCE = ROOT / "docs" / "reference"
 PRODUCT = [
@@ -29,11 +29,7 @@ def page(name):
 
 @pytest.fixture(scope="module")
 def generated():
-    script = ROOT / "scripts" / "reference_pages.py"
-    spec = importlib.util.spec_from_file_location("reference_pages", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("reference_pages")
 
 
 def test_the_command_line_is_the_app_s(generated):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from dialect_kernels.verify import (
 )
 from dialect_plugin.checkpoint.reader import open_packed
 from tests.golden import make_rotation_golden
+from tests.support.scripts import load_script
 
 HERE = Path(__file__).parent
 CHECKPOINT = HERE / "checkpoint_v1"
@@ -29,10 +29,7 @@ CHECKPOINT = HERE / "checkpoint_v1"
 
 @pytest.fixture(scope="module")
 def make_golden():
-    spec = importlib.util.spec_from_file_location("make_golden", HERE / "make_golden.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("make_golden", HERE)
 
 
 def test_vectors_are_what_the_brute_force_says(make_golden):

@@ -1,20 +1,15 @@
 """The last line of `make test`, and what it is made of."""
 
-import importlib.util
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "run_tests.py"
+from tests.support.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def run_tests():
-    spec = importlib.util.spec_from_file_location("run_tests", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("run_tests")
 
 
 def test_the_last_line_is_pytests(run_tests):

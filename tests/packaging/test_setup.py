@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.scripts import load_script
+
 ROOT = Path(__file__).resolve().parents[2]
 REAL_DEVICE = pytest.mark.skipif(
     Path("/dev/nvidia0").exists(), reason="this machine has a GPU, which the script sees first"
@@ -16,9 +18,7 @@ REAL_DEVICE = pytest.mark.skipif(
 @pytest.fixture
 def setup_env(tmp_path, monkeypatch):
     """The script as a module that works in an empty folder."""
-    spec = importlib.util.spec_from_file_location("setup_env", ROOT / "scripts" / "setup_env.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("setup_env")
     monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
     monkeypatch.setattr(module, "PYTHON", tmp_path / ".venv" / "bin" / "python")
     monkeypatch.setattr(module, "STAMP", tmp_path / ".venv" / "stamp")
