@@ -34,7 +34,14 @@ API = {
     "dialect_kernels": (
         "The formats. `DIALECT_FP4` and `SEMANTIC_32` are the two formatbooks, objects of "
         "`dialect_kernels.formatbook.Formatbook`. What the words mean: [concepts](../concepts.md).",
-        ("quantize", "dialect_linear", "semantic_linear", "PackedTensor"),
+        (
+            "quantize",
+            "dialect_linear",
+            "semantic_linear",
+            "PackedTensor",
+            "expert_linear",
+            "PackedExperts",
+        ),
     ),
     "dialect_kernels.reference": (
         "The same functions with the same signatures in plain torch, described in full, and "

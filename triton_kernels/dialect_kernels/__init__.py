@@ -5,15 +5,18 @@ from typing import TYPE_CHECKING, Any
 from .formatbook import DIALECT_FP4, SEMANTIC_32
 
 if TYPE_CHECKING:
-    from .ops import dialect_linear, quantize, semantic_linear
+    from .ops import dialect_linear, expert_linear, quantize, semantic_linear
     from .packed import PackedTensor
+    from .packed_experts import PackedExperts
 
 __all__ = [
     "DIALECT_FP4",
     "SEMANTIC_32",
+    "PackedExperts",
     "PackedTensor",
     "__version__",
     "dialect_linear",
+    "expert_linear",
     "quantize",
     "semantic_linear",
 ]
@@ -26,7 +29,9 @@ if not TYPE_CHECKING:  # for mypy it would make every name of this package known
         """A name that needs torch: torch takes seconds, and tables and versions do without it."""
         if name == "PackedTensor":
             from . import packed as room
-        elif name in {"dialect_linear", "quantize", "semantic_linear"}:
+        elif name == "PackedExperts":
+            from . import packed_experts as room
+        elif name in {"dialect_linear", "expert_linear", "quantize", "semantic_linear"}:
             from . import ops as room
         else:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,6 +12,7 @@ import torch
 
 from .formatbook import ActivationFormat, Formatbook, Rotation
 from .packed import PackedTensor, check_block_size
+from .packed_experts import PackedExperts
 from .rotation import check_rotation, rotate_weight
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "check_dtype",
     "check_finite",
     "check_group",
+    "check_grouped",
     "check_linear",
     "check_loss",
     "check_matrix",
@@ -154,6 +156,39 @@ def check_linear(
         raise ValueError(f"accumulation: {accumulation!r}; allowed are 'default' and 'exact'")
     if x.device != p.device:
         raise ValueError(f"x: is on {x.device}, the weight on {p.device}; move them to one device")
+
+
+def check_grouped(
+    x: torch.Tensor,
+    experts: PackedExperts,
+    offsets: torch.Tensor,
+    rows: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    activation_format: str,
+    accumulation: str,
+) -> None:
+    """Raise ValueError unless these arguments of ``expert_linear`` fit together."""
+    check_linear(x, experts.together, None, activation_format, accumulation)
+    if x.dim() != 2:
+        raise ValueError(f"x: has shape {list(x.shape)}; it must be [T, K]")
+    count, features, _ = experts.shape
+    if bias is not None and tuple(bias.shape) != (count, features):
+        raise ValueError(f"bias: has shape {list(bias.shape)}; it must be [{count}, {features}]")
+    _check_devices(x, offsets=offsets, rows=rows, bias=bias)
+    if offsets.dtype != torch.int64 or tuple(offsets.shape) != (count + 1,):
+        raise ValueError(
+            f"offsets: {offsets.dtype} {list(offsets.shape)}; it must be torch.int64 [{count + 1}]"
+        )
+    if rows is not None and (rows.dtype != torch.int64 or rows.dim() != 1):
+        raise ValueError(f"rows: {rows.dtype} {list(rows.shape)}; it must be torch.int64 [R]")
+    if rows is not None and rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < len(x):
+        raise ValueError(
+            f"rows: holds {int(rows.min())}..{int(rows.max())}; allowed are 0..{len(x) - 1}"
+        )
+    total = len(x if rows is None else rows)
+    places = offsets.tolist()
+    if places != sorted(places) or places[0] < 0 or places[-1] > total:
+        raise ValueError(f"offsets: {places}; they must ascend in 0..{total}")
 
 
 def check_semantic(

@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
 
 from .formatbook import Formatbook, Rotation
 from .packed import PackedTensor
+from .packed_experts import PackedExperts
 
-__all__ = ["Backend", "BlockGrid", "Quantized", "with_residuals"]
+__all__ = ["Backend", "BlockGrid", "Quantized", "expert_by_expert", "with_residuals"]
 
 
 class Quantized(NamedTuple):
@@ -93,6 +96,28 @@ class Backend(Protocol):
     ) -> torch.Tensor:
         """``tokens @ p.T + bias`` of a covered product, [T, K] -> [T, N] in the tokens' dtype."""
 
+    def grouped_linear(
+        self,
+        tokens: torch.Tensor,
+        rows: torch.Tensor | None,
+        offsets: torch.Tensor,
+        experts: PackedExperts,
+        bias: torch.Tensor | None,
+        activation_format: str,
+        accumulation: str,
+    ) -> torch.Tensor:
+        """The products of a mixture of experts, [T, K] -> [R, N] in the tokens' dtype.
+
+        Args:
+            tokens: float32, bfloat16 or float16 [T, K].
+            rows: int64 [R], the token of each row of the result; None: row i is of token i.
+            offsets: int64 [E + 1], ascending in 0..R: rows offsets[e]..offsets[e+1]-1 are products
+                with expert e. All other rows are 0.
+            experts: E packed weights [N, K], each of which :meth:`covers` covers.
+            bias: [E, N] or None.
+            activation_format, accumulation: as for :meth:`dialect_linear`.
+        """
+
     def semantic_linear(
         self,
         tokens: torch.Tensor,
@@ -101,7 +126,7 @@ class Backend(Protocol):
         salient: torch.Tensor | None,
         group: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The same with rounded residuals of some tokens, and variants that tokens share.
+        """:meth:`dialect_linear` with residuals of some tokens, and variants that tokens share.
 
         Args:
             tokens: float32, bfloat16 or float16 [T, K], samples one after another.
@@ -138,3 +163,29 @@ def with_residuals(
     if bias is not None:
         y = y + bias.to(torch.float32)
     return y.to(dtype)
+
+
+def expert_by_expert(
+    multiply: Callable[[torch.Tensor, PackedTensor, torch.Tensor | None], torch.Tensor],
+    tokens: torch.Tensor,
+    rows: torch.Tensor | None,
+    offsets: torch.Tensor,
+    experts: PackedExperts,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """:meth:`Backend.grouped_linear` as one product for each expert that has rows.
+
+    It waits for a GPU: which experts have rows is read from `offsets`.
+
+    Args:
+        multiply: (tokens [n, K], weight [N, K], bias [N] or None) -> [n, N].
+        tokens, rows, offsets, experts, bias: as there.
+    """
+    count = len(tokens if rows is None else rows)
+    y = tokens.new_zeros(count, experts.shape[1])
+    for expert, (first, end) in enumerate(pairwise(offsets.tolist())):
+        if first == end:
+            continue
+        chosen = tokens[first:end] if rows is None else tokens[rows[first:end]]
+        y[first:end] = multiply(chosen, experts[expert], None if bias is None else bias[expert])
+    return y

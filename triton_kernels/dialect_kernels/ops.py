@@ -1,8 +1,9 @@
-"""The public functions, the torch ops behind two of them, and the choice of a back end.
+"""The public functions, the torch ops behind three of them, and the choice of a back end.
 
-``torch.ops.blockdialect.linear`` and ``semantic_linear`` take plain tensors, so that engines can
-trace and compile through them; :func:`dialect_linear` and :func:`semantic_linear` are the same on a
-:class:`PackedTensor`, with checks.
+``torch.ops.blockdialect.linear``, ``semantic_linear`` and ``grouped_linear`` take plain tensors, so
+that engines can trace and compile through them; :func:`dialect_linear`, :func:`semantic_linear` and
+:func:`expert_linear` are the same on a :class:`PackedTensor` or on :class:`PackedExperts`, with
+checks.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from . import cpu, gpu, torch_backend
 from .arguments import (
     as_tokens,
+    check_grouped,
     check_linear,
     check_loss,
     check_quantize,
@@ -26,12 +28,15 @@ from .arguments import (
 from .backend import Backend, BlockGrid, Quantized
 from .formatbook import DIALECT_FP4, Formatbook, Rotation
 from .packed import PackedTensor
+from .packed_experts import PackedExperts
 
 __all__ = [
     "dequantize",
     "devices",
     "dialect_linear",
+    "expert_linear",
     "feed_back",
+    "grouped_linear",
     "linear",
     "quantize",
     "quantize_counted",
@@ -167,6 +172,49 @@ def dialect_linear(
     return y
 
 
+def expert_linear(
+    x: torch.Tensor,
+    experts: PackedExperts,
+    offsets: torch.Tensor,
+    rows: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    activation_format: str = "dialect",
+    accumulation: str = "default",
+) -> torch.Tensor:
+    """Products of tokens with some of many weights, as a mixture of experts needs them (ours).
+
+    Row i of the result is :func:`dialect_linear` of one token and of the expert that row i belongs
+    to: the same bits in the mode ``"exact"``, within its bound in ``"default"``. Rows are sorted by
+    expert; a token may have any number of rows.
+
+    Args:
+        x: float32, bfloat16 or float16 [T, K].
+        experts: E packed weights [N, K] on x's device.
+        offsets: int64 [E + 1], ascending in 0..R: rows offsets[e]..offsets[e+1]-1 belong to
+            expert e. Rows that belong to none are 0.
+        rows: int64 [R], the token of each row; None: R = T and row i is of token i.
+        bias: [E, N] or None; added in float32.
+        activation_format, accumulation: as for :func:`dialect_linear`.
+
+    Returns:
+        [R, N] in x's dtype.
+
+    Raises:
+        ValueError: if shapes, dtypes, devices, options, rows or offsets do not fit.
+    """
+    check_grouped(x, experts, offsets, rows, bias, activation_format, accumulation)
+    y: torch.Tensor = grouped_linear(
+        x,
+        rows,
+        offsets,
+        *experts.op_arguments(bias),
+        activation_format,
+        accumulation,
+        experts.together.rotation,
+    )
+    return y
+
+
 def semantic_linear(
     x: torch.Tensor,
     p: PackedTensor,
@@ -226,6 +274,28 @@ def _linear(
     return y.view(*x.shape[:-1], p.shape[0])
 
 
+def _grouped_linear(
+    x: torch.Tensor,
+    rows: torch.Tensor | None,
+    offsets: torch.Tensor,
+    codes: torch.Tensor,
+    meta: torch.Tensor,
+    row_exponent: torch.Tensor,
+    bias: torch.Tensor | None,
+    in_features: int,
+    book: str,
+    block_size: int,
+    activation_format: str,
+    accumulation: str,
+    rotation: str = "none",
+) -> torch.Tensor:
+    experts = PackedExperts.from_op(
+        codes, meta, row_exponent, in_features, book, block_size, rotation
+    )
+    backend = _covering(x, experts.together, activation_format, accumulation)
+    return backend.grouped_linear(x, rows, offsets, experts, bias, activation_format, accumulation)
+
+
 def _semantic_linear(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -248,29 +318,47 @@ def _semantic_linear(
 
 
 def _like_tokens(x: torch.Tensor, codes: torch.Tensor, *_: object) -> torch.Tensor:
-    """The result of both ops without its contents."""
+    """The result of `linear` and `semantic_linear` without its contents."""
     return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+def _like_rows(
+    x: torch.Tensor,
+    rows: torch.Tensor | None,
+    offsets: torch.Tensor,
+    codes: torch.Tensor,
+    *_: object,
+) -> torch.Tensor:
+    """The result of `grouped_linear` without its contents."""
+    return x.new_empty((x if rows is None else rows).shape[0], codes.shape[1])
 
 
 # torch.library is not annotated
 _library = torch.library.Library("blockdialect", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
-def _register(name: str, function: Callable[..., torch.Tensor]) -> None:
+def _register(
+    name: str, function: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]
+) -> None:
     """Make `function` the op ``blockdialect::name``; its annotations are the op's schema."""
     schema = torch.library.infer_schema(function, mutates_args=())
     # sizes may be symbols while an engine traces, a block size is always a number
     schema = schema.replace("SymInt block_size", "int block_size")
     _library.define(name + schema)  # type: ignore[no-untyped-call]
     _library.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"blockdialect::{name}", _like_tokens, lib=_library)
+    torch.library.register_fake(f"blockdialect::{name}", fake, lib=_library)
 
 
-_register("linear", _linear)
-_register("semantic_linear", _semantic_linear)
+_register("linear", _linear, _like_tokens)
+_register("semantic_linear", _semantic_linear, _like_tokens)
+_register("grouped_linear", _grouped_linear, _like_rows)
 
 linear = torch.ops.blockdialect.linear
 """The op behind :func:`dialect_linear`: the same on plain tensors, without checks."""
+
+grouped_linear = torch.ops.blockdialect.grouped_linear
+"""The op behind :func:`expert_linear`: the same on plain tensors, without checks. Shapes depend on
+shapes alone, so that engines can trace and compile through it."""
 
 semantic_op = torch.ops.blockdialect.semantic_linear
 """The op behind :func:`semantic_linear`: the same on plain tensors, without checks, never waiting

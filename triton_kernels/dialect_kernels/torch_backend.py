@@ -7,16 +7,17 @@ an engine has written other weights into the same memory.
 from __future__ import annotations
 
 import logging
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 
 from . import reference
-from .backend import BlockGrid, Quantized, with_residuals
+from .backend import BlockGrid, Quantized, expert_by_expert, with_residuals
 from .baselines import quantize_fp8
 from .formatbook import Formatbook, Rotation
 from .packed import PackedTensor
+from .packed_experts import PackedExperts
 from .rotation import rotate_activation, rotate_weight
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "dequantize",
     "dialect_linear",
     "feed_back",
+    "grouped_linear",
     "quantize",
     "quantize_counted",
     "rounding_loss",
@@ -118,6 +120,22 @@ def dialect_linear(
     if bias is not None:
         y = y + bias.to(torch.float32)
     return y.to(tokens.dtype)
+
+
+def grouped_linear(
+    tokens: torch.Tensor,
+    rows: torch.Tensor | None,
+    offsets: torch.Tensor,
+    experts: PackedExperts,
+    bias: torch.Tensor | None,
+    activation_format: str,
+    accumulation: str,
+) -> torch.Tensor:
+    """See :class:`~dialect_kernels.backend.Backend`; expert by expert."""
+    multiply = partial(
+        dialect_linear, activation_format=activation_format, accumulation=accumulation
+    )
+    return expert_by_expert(multiply, tokens, rows, offsets, experts, bias)
 
 
 def semantic_linear(

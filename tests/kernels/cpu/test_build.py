@@ -188,7 +188,9 @@ SANITIZED = """
 from dataclasses import replace
 from itertools import product
 import torch
-from dialect_kernels import DIALECT_FP4, SEMANTIC_32, PackedTensor, cpu, reference
+from dialect_kernels import (
+    DIALECT_FP4, SEMANTIC_32, PackedExperts, PackedTensor, cpu, reference
+)
 from dialect_kernels.cpu import calls
 torch.manual_seed(0)
 assert cpu.available(), cpu.why_not()
@@ -221,6 +223,17 @@ for book, block_size in product((DIALECT_FP4, SEMANTIC_32), (16, 32, 64)):
                 options = {"threads": 3, "instructions": instructions}
                 calls.linear(x, p, None, format, **options)
                 calls.linear(x, p, None, format, "default", **options)
+            for format, instructions, accumulation in product(
+                ("dialect", "fp8", "none"), cpu.INSTRUCTIONS[: best + 1], ("exact", "default")
+            ):
+                options = {"threads": 3, "instructions": instructions}
+                experts, bias = PackedExperts.stack([p, p, p]), torch.randn(3, rows).to(dtype)
+                named = torch.arange(tokens - 1, -1, -1)
+                offsets = torch.tensor([tokens // 4, tokens // 4, tokens // 3, tokens])
+                for given in (None, named):
+                    calls.grouped_linear(
+                        x, given, offsets, experts, bias, format, accumulation, **options
+                    )
             whole = torch.randint(-64, 65, (tokens, columns)).to(dtype)
             whole[1:, 7:8] = 2.0**-14  # needs more digits than there are
             for instructions in cpu.INSTRUCTIONS[: best + 1]:

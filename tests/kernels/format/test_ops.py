@@ -18,6 +18,9 @@ SCHEMAS = {
     "semantic_linear": "blockdialect::semantic_linear(Tensor x, Tensor codes, Tensor meta, "
     "Tensor row_exponent, Tensor? bias, SymInt in_features, str book, int block_size, "
     'Tensor? salient, Tensor? group, str rotation="none") -> Tensor',
+    "grouped_linear": "blockdialect::grouped_linear(Tensor x, Tensor? rows, Tensor offsets, "
+    "Tensor codes, Tensor meta, Tensor row_exponent, Tensor? bias, SymInt in_features, str book, "
+    'int block_size, str activation_format, str accumulation, str rotation="none") -> Tensor',
 }
 
 

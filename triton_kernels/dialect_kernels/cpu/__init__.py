@@ -12,6 +12,7 @@ import torch
 from ..backend import BlockGrid, Quantized, with_residuals
 from ..formatbook import Formatbook, Rotation
 from ..packed import PackedTensor
+from ..packed_experts import PackedExperts
 from ..reference import group_variants
 from . import calls
 from .library import INSTRUCTIONS, available, describe, features, why_not
@@ -25,6 +26,7 @@ __all__ = [
     "dialect_linear",
     "features",
     "feed_back",
+    "grouped_linear",
     "quantize",
     "quantize_counted",
     "rounding_loss",
@@ -99,6 +101,21 @@ def dialect_linear(
 ) -> torch.Tensor:
     """See :class:`~dialect_kernels.backend.Backend`."""
     return calls.linear(tokens, p, bias, activation_format, accumulation)
+
+
+def grouped_linear(
+    tokens: torch.Tensor,
+    rows: torch.Tensor | None,
+    offsets: torch.Tensor,
+    experts: PackedExperts,
+    bias: torch.Tensor | None,
+    activation_format: str,
+    accumulation: str,
+) -> torch.Tensor:
+    """See :class:`~dialect_kernels.backend.Backend`; all experts in one call."""
+    return calls.grouped_linear(
+        tokens, rows, offsets, experts, bias, activation_format, accumulation
+    )
 
 
 def semantic_linear(

@@ -16,6 +16,7 @@ from ..arithmetic import padded_columns
 from ..backend import BlockGrid, Quantized
 from ..formatbook import CELLS, LARGEST_HALF_UNIT, SMALLEST_RANGE, Formatbook, Rotation
 from ..packed import PackedTensor, check_block_size
+from ..packed_experts import PackedExperts
 from ..rotation import check_rotation
 from .library import call, instructions_or_best, threads_or_torch
 
@@ -23,6 +24,7 @@ __all__ = [
     "decomposed_linear",
     "dequantize",
     "feed_back",
+    "grouped_linear",
     "linear",
     "quantize",
     "rounding_loss",
@@ -117,12 +119,8 @@ def linear(
     rows, columns = p.shape
     weight, kept = _weight(p)
     x, _ = _tokens(x, None, columns, p.block_size, p.book)
-    if bias is not None:
-        if tuple(bias.shape) != (rows,) or bias.device.type != "cpu":
-            raise ValueError(
-                f"bias: has shape {list(bias.shape)} on {bias.device}; it must be [{rows}] on cpu"
-            )
-        bias = bias.to(torch.float32).contiguous()
+    if (bias := _bias(bias, rows)) is not None:
+        bias = bias.to(torch.float32)
     y = torch.empty(x.shape[0], rows, dtype=x.dtype, device="cpu")
     call(
         "dialect_linear",
@@ -134,6 +132,66 @@ def linear(
         _FORMATS[activation_format],
         int(accumulation == "exact"),
         None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        threads_or_torch(threads),
+        instructions_or_best(instructions),
+    )
+    del kept
+    return y
+
+
+def grouped_linear(
+    x: torch.Tensor,
+    rows: torch.Tensor | None,
+    offsets: torch.Tensor,
+    experts: PackedExperts,
+    bias: torch.Tensor | None,
+    activation_format: str,
+    accumulation: str = "exact",
+    threads: int | None = None,
+    instructions: str | None = None,
+) -> torch.Tensor:
+    """Row by row, :func:`linear` of a token and the expert that the row belongs to.
+
+    Args:
+        x: float32, bfloat16 or float16 [T, K] on CPU.
+        rows: int64 [R], the token of each row of the result; None: R = T and row i is of token i.
+        offsets: int64 [E + 1], ascending in 0..R: expert e has rows offsets[e]..offsets[e+1]-1.
+        experts: E packed weights [N, K] on CPU; any bytes are safe.
+        bias: [E, N] or None.
+        activation_format, accumulation: as for :func:`linear`.
+        threads: default: as many as torch uses.
+        instructions: default: the best this processor has, see :func:`~.library.features`.
+
+    Returns:
+        [R, N] in x's dtype; 0 in rows of no expert.
+
+    Raises:
+        ValueError: if shapes, dtypes, rows or offsets do not fit.
+    """
+    count, features, columns = experts.shape
+    weight, kept = _weight(experts.together)
+    weight.rows = features
+    x, _ = _tokens(x, None, columns, experts.together.block_size, experts.together.book)
+    offsets = _numbers(offsets, "offsets", count + 1)
+    rows = None if rows is None else _numbers(rows, "rows", rows.numel())
+    bias = _bias(bias, count, features)
+    y = torch.empty(len(x if rows is None else rows), features, dtype=x.dtype, device="cpu")
+    call(
+        "dialect_grouped",
+        x.data_ptr(),
+        _DTYPES[x.dtype],
+        len(x),
+        None if rows is None else rows.data_ptr(),
+        len(y),
+        offsets.data_ptr(),
+        count,
+        ctypes.byref(weight),
+        ctypes.byref(_book(experts.together.book)),
+        _FORMATS[activation_format],
+        int(accumulation == "exact"),
+        None if bias is None else bias.data_ptr(),
+        0 if bias is None else _DTYPES[bias.dtype],
         y.data_ptr(),
         threads_or_torch(threads),
         instructions_or_best(instructions),
@@ -430,6 +488,36 @@ def _tokens(
                 f"variants: holds {least}..{most}; allowed are -1..{book.variants - 1}"
             )
     return x.contiguous(), variants.contiguous()
+
+
+def _bias(bias: torch.Tensor | None, *shape: int) -> torch.Tensor | None:
+    """The bias, contiguous and of a dtype that C++ reads.
+
+    Raises:
+        ValueError: if it does not have this shape, or is not on CPU.
+    """
+    if bias is None:
+        return None
+    if tuple(bias.shape) != shape or bias.device.type != "cpu":
+        raise ValueError(
+            f"bias: has shape {list(bias.shape)} on {bias.device}; it must be {list(shape)} on cpu"
+        )
+    return (bias if bias.dtype in _DTYPES else bias.to(torch.float32)).contiguous()
+
+
+def _numbers(numbers: torch.Tensor, name: str, count: int) -> torch.Tensor:
+    """Numbers of tokens or rows, contiguous.
+
+    Raises:
+        ValueError: if they are not `count` int64 on CPU.
+    """
+    wanted = (torch.int64, (count,), "cpu")
+    if (numbers.dtype, tuple(numbers.shape), numbers.device.type) != wanted:
+        raise ValueError(
+            f"{name}: {numbers.dtype} {list(numbers.shape)} on {numbers.device}; it must be "
+            f"torch.int64 [{count}] on cpu"
+        )
+    return numbers.contiguous()
 
 
 @cache

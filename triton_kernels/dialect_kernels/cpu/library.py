@@ -35,6 +35,7 @@ INSTRUCTIONS = ("scalar", "avx2", "avx512_vnni", "amx_int8")
 _log = logging.getLogger(__name__)
 
 _SWITCH = "BLOCKDIALECT_CPU_KERNEL"
+_DOES_NOT_FIT = 2
 
 
 def available() -> bool:
@@ -66,8 +67,12 @@ def call(function: str, *arguments: object) -> None:
     Raises:
         RuntimeError: if there is no library.
         MemoryError: if the kernel got no memory.
+        ValueError: if it finds contents of an argument that do not fit.
     """
-    if getattr(_handle(), function)(*arguments):
+    status = getattr(_handle(), function)(*arguments)
+    if status == _DOES_NOT_FIT:
+        raise ValueError(f"{function}: rows or offsets lie outside their ranges")
+    if status:
         raise MemoryError(f"{function}: no memory for the rounded activations")
 
 
@@ -159,6 +164,10 @@ def _declare(handle: ctypes.CDLL) -> None:
         ),
         "dialect_linear": (
             *(pointer, i32, i64, pointer, pointer, i32, i32, pointer, pointer, i32, i32),
+        ),
+        "dialect_grouped": (
+            *(pointer, i32, i64, pointer, i64, pointer, i64, pointer, pointer),
+            *(i32, i32, pointer, i32, pointer, i32, i32),
         ),
         "dialect_dequantize": (pointer, pointer, pointer, i32),
         "dialect_loss": (pointer, i32, pointer, pointer, pointer, i32, i32),

@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 
 import torch
 
 from .. import reference
-from ..backend import BlockGrid, Quantized
+from ..backend import BlockGrid, Quantized, expert_by_expert
 from ..formatbook import Formatbook, Rotation
 from ..packed import PackedTensor
+from ..packed_experts import PackedExperts
 from ..rotation import rotate_weight
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "dequantize",
     "dialect_linear",
     "feed_back",
+    "grouped_linear",
     "quantize",
     "quantize_counted",
     "rounding_loss",
@@ -115,6 +117,22 @@ def dialect_linear(
 
     with _current(tokens.device):
         return linear.dialect_linear(tokens, p, bias, activation_format, accumulation)
+
+
+def grouped_linear(
+    tokens: torch.Tensor,
+    rows: torch.Tensor | None,
+    offsets: torch.Tensor,
+    experts: PackedExperts,
+    bias: torch.Tensor | None,
+    activation_format: str,
+    accumulation: str,
+) -> torch.Tensor:
+    """See :class:`~dialect_kernels.backend.Backend`; expert by expert."""
+    multiply = partial(
+        dialect_linear, activation_format=activation_format, accumulation=accumulation
+    )
+    return expert_by_expert(multiply, tokens, rows, offsets, experts, bias)
 
 
 def semantic_linear(

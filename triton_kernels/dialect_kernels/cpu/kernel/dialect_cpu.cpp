@@ -33,14 +33,17 @@
 //     panel_decode.h  rows of a weight, decoded for the product of panels
 //     panels.h     the product of many tokens, panel by panel
 //     linear.h     the linear layer
+//     grouped.h    the linear layers of a mixture of experts
 //
-// Functions return 0, or 1 if memory ran out, unless they say otherwise. Python checks the shapes.
+// Functions return 0, 1 if memory ran out, or 2 if contents of an argument do not fit, unless they
+// say otherwise. Python checks the shapes.
 
 #include <algorithm>
 #include <cstdint>
 #include <new>
 
 #include "feedback.h"
+#include "grouped.h"
 #include "interface.h"
 #include "linear.h"
 #include "loss.h"
@@ -152,6 +155,21 @@ int32_t dialect_linear(const void* x, int32_t dtype, int64_t tokens, const Weigh
         else
             linear_dialect(given, tokens, nullptr, 0, r, out, exact != 0, threads, features);
     });
+}
+
+// y [rows, weight rows]: row i is the product of the token tokens_of_rows[i] (null: i) with weight
+// e, where offsets[e] <= i < offsets[e + 1]; 0 where there is no such e. The `experts` weights lie
+// one behind the other, and `first` is the first of them; bias [experts, weight rows] of
+// `bias_dtype`, or null. Else as dialect_linear.
+int32_t dialect_grouped(const void* x, int32_t dtype, int64_t tokens, const int64_t* tokens_of_rows,
+                        int64_t rows, const int64_t* offsets, int64_t experts, const Weight* first,
+                        const Book* book, int32_t format, int32_t exact, const void* bias,
+                        int32_t bias_dtype, void* y, int32_t threads, int32_t features) {
+    const Tokens given = {x, dtype, first->columns, first->rotated != 0, nullptr};
+    const Mixture mixture = {given, tokens, rows, experts, tokens_of_rows, offsets, *first, *book,
+                             Format(format), exact != 0, bias, bias_dtype, y, threads, features};
+    if (!mixture.fits()) return 2;
+    return guarded([&] { linear_grouped(mixture); });
 }
 
 // y float32 [tokens + salient_count, weight rows]: the products of the rounded tokens, then those

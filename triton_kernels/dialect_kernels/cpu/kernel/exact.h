@@ -18,8 +18,8 @@ namespace {
 
 constexpr int kLanes = 16;  // rows that AVX2 handles together
 
-// One row with rows first..first+tokens-1 of x, which are the tokens order[..].
-void wide_row(const Reader& r, const double* x, const int64_t* order, const Output& out,
+// One row with rows first..first+tokens-1 of x, whose products are rows places[..] of the result.
+void wide_row(const Reader& r, const double* x, const int64_t* places, const Output& out,
               int64_t row, int64_t first, int64_t tokens) {
     const uint8_t* meta = r.meta(row);
     for (int64_t t = first; t < first + tokens; t++) {
@@ -35,7 +35,7 @@ void wide_row(const Reader& r, const double* x, const int64_t* order, const Outp
             }
             sum += float(block_sum * r.block_scale(row, meta[b]));
         }
-        out.put(order[t], row, sum);
+        out.put(places[t], row, sum);
     }
 }
 
@@ -128,10 +128,10 @@ AVX2_INLINE void add_wide_block(const double* panel, const double* block_scale, 
         }
 }
 
-// Sixteen rows with rows first..first+tokens-1 (at most kTile) of x, the tokens order[..]. Three
+// Sixteen rows with rows first..first+tokens-1 (at most kTile) of x, as in wide_row. Three
 // tokens at a time: their 12 sums and 4 weights fill the 16 registers.
 template <int B>
-AVX2 void wide_rows(const Reader& r, const double* x, const int64_t* order, const Output& out,
+AVX2 void wide_rows(const Reader& r, const double* x, const int64_t* places, const Output& out,
                     int64_t row, int64_t first, int64_t tokens) {
     const RowGroup g[2] = {RowGroup(r, row), RowGroup(r, row + 8)};
     alignas(32) float sums[kTile][kLanes] = {};
@@ -154,7 +154,7 @@ AVX2 void wide_rows(const Reader& r, const double* x, const int64_t* order, cons
     for (int64_t t = 0; t < tokens; t++)
         for (int half = 0; half < 2; half++)
             for (int i = g[half].skip; i < 8; i++)
-                out.put(order[first + t], g[half].first + i, sums[t][8 * half + i]);
+                out.put(places[first + t], g[half].first + i, sums[t][8 * half + i]);
 }
 
 #endif  // DIALECT_X86

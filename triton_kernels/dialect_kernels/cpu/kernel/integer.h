@@ -21,12 +21,13 @@
 
 namespace {
 
-// One row with the tokens first..first+tokens-1.
+// One row with the tokens number first..first+tokens-1.
 void integer_row(const Reader& r, const Rounded& x, const Output& out, int64_t row, int64_t first,
                  int64_t tokens) {
     const int block = r.w.block, half = std::min(block, 32) / 2;
     const uint8_t* meta = r.meta(row);
-    for (int64_t t = first; t < first + tokens; t++) {
+    for (int64_t i = first; i < first + tokens; i++) {
+        const int64_t t = x.token(i);
         float sum = 0.0f;
         for (int64_t b = 0; b < r.blocks; b++) {
             const int8_t* table = r.book.half_units[r.id(meta[b])];
@@ -45,7 +46,7 @@ void integer_row(const Reader& r, const Rounded& x, const Output& out, int64_t r
             const float scale = x.scale.get()[t * x.blocks + b];
             sum += float(block_sum) * (scale * power_of_two(-r.delta(meta[b])));
         }
-        out.put_scaled(t, row, sum, x.token_scale.get()[t]);
+        out.put_scaled(x.place(i), row, sum, x.token_scale.get()[t]);
     }
 }
 
@@ -187,13 +188,13 @@ AVX2 void put_sums(const Rows& rows, const Rounded& x, const Output& out, int64_
         alignas(32) double row_scales[8];
         for (int i = 0; i < 8; i++) row_scales[i] = out.row_scale(row + i);
         for (int64_t t = 0; t < tokens; t++) {
-            const int64_t token = x.token(first + t);
-            const double scale = x.token_scale.get()[token];
+            const int64_t place = x.place(first + t);
+            const double scale = x.token_scale.get()[x.token(first + t)];
             if (skip == 0)
-                put_eight(out, token, row, sums[t] + 8 * g, row_scales, scale);
+                put_eight(out, place, row, sums[t] + 8 * g, row_scales, scale);
             else
                 for (int i = skip; i < 8; i++)
-                    out.put_scaled(token, row + i, sums[t][8 * g + i], scale);
+                    out.put_scaled(place, row + i, sums[t][8 * g + i], scale);
         }
     }
 }

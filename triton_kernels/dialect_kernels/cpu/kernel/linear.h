@@ -18,45 +18,99 @@
 
 namespace {
 
-// Products of rounded tokens with every row of the weight.
-void multiply(Rounded& rounded, int64_t tokens, const Reader& r, const Output& out, int threads,
-              int features) {
-    const int64_t bytes = rounded.digits * r.padded;
+// The products number first..end-1 of rounded tokens, all with one weight; `first` is a multiple of
+// 16. Weights of one call have the same shape.
+struct Share {
+    const Reader& r;
+    const Output& out;
+    int64_t first, end;
+    int64_t count() const { return end - first; }
+};
+
+// How the tokens of a share lie in memory: as they were rounded, side by side or as matrix tiles.
+enum class Laid { AS_ROUNDED, SIDE_BY_SIDE, AS_TILES };
+
+Laid laid_for(const Share& share, int features) {
 #if DIALECT_X86
-    if (features >= AVX2_FMA && r.w.rows >= 8) {
-        const int64_t groups = (tokens + 15) / 16;
+    if (features < AVX2_FMA || share.r.w.rows < 8) return Laid::AS_ROUNDED;
 #if DIALECT_AMX
-        if (features >= AMX_INT8 && tokens >= kFewestForAmx) {
-            rounded.tiles = Aligned<int8_t>(groups * bytes * 16);
-            rounded.scales = Aligned<float>(groups * r.blocks * 16);
-            parallel(threads, groups, [&](int64_t group) {
-                lay_out_tiles(rounded, r.w.block, tokens, group);
-            });
-            const auto rows =
-                rounded.digits == 1 ? tile_rows_of<1>(r.w.block) : tile_rows_of<3>(r.w.block);
-            for_each_tile(r, tokens, bytes, 16, threads,
-                          [&](int64_t row, int64_t first, int64_t count) {
-                              rows(r, rounded, out, row, first, count);
-                          });
-            return;
-        }
+    if (features >= AMX_INT8 && share.count() >= kFewestForAmx) return Laid::AS_TILES;
 #endif
-        if (features >= AVX512_VNNI && tokens > 1) {
-            rounded.fours = Aligned<int32_t>(groups * bytes / 4 * 16);
-            rounded.starts = Aligned<int32_t>(groups * r.blocks * 16);
-            rounded.scales = Aligned<float>(groups * r.blocks * 16);
-            parallel(threads, groups, [&](int64_t group) { interleave(rounded, tokens, group); });
-        }
-        const auto rows = integer_rows_of(r.w.block, features >= AVX512_VNNI, rounded.digits);
-        for_each_tile(r, tokens, bytes, 16, threads,
-                      [&](int64_t row, int64_t first, int64_t count) {
-                          rows(r, rounded, out, row, first, count);
-                      });
-        return;
+    if (features >= AVX512_VNNI && share.count() > 1) return Laid::SIDE_BY_SIDE;
+#endif
+    return Laid::AS_ROUNDED;
+}
+
+// What multiplies tokens that lie so with some rows of a weight, and with how many.
+struct Product {
+    void (*run)(const Reader&, const Rounded&, const Output&, int64_t row, int64_t first,
+                int64_t tokens);
+    int lanes;
+};
+
+Product product_of(const Share& share, int digits, int features) {
+#if DIALECT_X86
+    const int block = share.r.w.block;
+#if DIALECT_AMX
+    if (laid_for(share, features) == Laid::AS_TILES)
+        return {digits == 1 ? tile_rows_of<1>(block) : tile_rows_of<3>(block), 16};
+#endif
+    if (features >= AVX2_FMA && share.r.w.rows >= 8)
+        return {integer_rows_of(block, features >= AVX512_VNNI, digits), 16};
+#endif
+    return {integer_row, 1};
+}
+
+#if DIALECT_X86
+// Lays the tokens of all shares out for their products.
+void lay_out(Rounded& rounded, const std::vector<Share>& shares, int threads, int features) {
+    const int64_t groups = (shares.back().end + 15) / 16, bytes = rounded.digits * rounded.padded;
+    std::vector<int64_t> counts;
+    bool side_by_side = false, as_tiles = false;
+    for (const Share& share : shares) {
+        const Laid laid = laid_for(share, features);
+        counts.push_back(laid == Laid::AS_ROUNDED ? 0 : (share.count() + 15) / 16);
+        side_by_side |= laid == Laid::SIDE_BY_SIDE;
+        as_tiles |= laid == Laid::AS_TILES;
     }
+    if (as_tiles) rounded.tiles = Aligned<int8_t>(groups * bytes * 16);
+    if (side_by_side) {
+        rounded.fours = Aligned<int32_t>(groups * bytes / 4 * 16);
+        rounded.starts = Aligned<int32_t>(groups * rounded.blocks * 16);
+    }
+    if (as_tiles || side_by_side) rounded.scales = Aligned<float>(groups * rounded.blocks * 16);
+    for_each_task(counts, threads, [&](int64_t i, int64_t task) {
+        const Share& share = shares[i];
+        const int64_t group = share.first / 16 + task;
+#if DIALECT_AMX
+        if (laid_for(share, features) == Laid::AS_TILES)
+            return lay_out_tiles(rounded, share.r.w.block, share.end, group);
 #endif
-    for_each_tile(r, tokens, bytes, 1, threads, [&](int64_t row, int64_t first, int64_t count) {
-        integer_row(r, rounded, out, row, first, count);
+        interleave(rounded, share.end, group);
+    });
+}
+#endif
+
+// Products of rounded tokens with every row of their weights; shares ascend.
+void multiply(Rounded& rounded, const std::vector<Share>& shares, int threads, int features) {
+    if (shares.empty()) return;
+#if DIALECT_X86
+    lay_out(rounded, shares, threads, features);
+#endif
+    std::vector<Product> products;
+    std::vector<Tiling> tilings;
+    std::vector<int64_t> counts;
+    for (const Share& share : shares) {
+        products.push_back(product_of(share, rounded.digits, features));
+        tilings.emplace_back(share.r, share.count(), rounded.digits * rounded.padded,
+                             products.back().lanes, threads);
+        counts.push_back(tilings.back().tasks());
+    }
+    for_each_task(counts, threads, [&](int64_t i, int64_t task) {
+        const Share& share = shares[i];
+        tilings[i].run(task, [&](int64_t row, int64_t first, int64_t count) {
+            products[i].run(share.r, rounded, share.out, row, share.first + first, count);
+        });
     });
 }
 
@@ -70,21 +124,26 @@ bool takes_panels(Format format, int64_t tokens, bool exact, int features) {
 }
 
 #if DIALECT_X86
+// Terms of bfloat16 that hold an activation of the format "none".
+int terms_of(int dtype) { return dtype == BFLOAT16 ? 1 : dtype == FLOAT16 ? 2 : 3; }
+
 // The tokens order[..] (null: 0, 1 ...) panel by panel. read(row, maxima, token) writes a row of
 // numbers that bfloat16 holds as sums of `terms`, and returns the value of 1.
 template <class Read>
 void linear_panels(const Read& read, const int64_t* order, int64_t count, int terms,
                    const Reader& r, const Output& out, int threads, int features) {
+    const Words words(r.book);
     for (int64_t first = 0; first < count; first += kTokenTile) {
         const int64_t some = std::min(kTokenTile, count - first);
         const Operand operand(some, r.padded, terms, features >= AMX_INT8);
+        operand.pad(some);
         for_each_row(some, operand.steps * kStep, r.w.block, threads,
                      [&](float* row, uint32_t* maxima, int64_t i) {
                          const int64_t token = order ? order[first + i] : first + i;
                          std::fill(row + r.padded, row + operand.steps * kStep, 0.0f);
                          operand.put(i, token, row, read(row, maxima, token));
                      });
-        multiply_panels(Panels(r, operand, out, features), threads);
+        multiply_panels({Panels(r, words, operand, 0, some, out, features)}, threads);
     }
 }
 #endif
@@ -105,7 +164,7 @@ void linear_fp8(const Tokens& tokens, int64_t count, const Reader& r, const Outp
     for_each_row(count, r.padded, block, threads, [&](float* row, uint32_t*, int64_t t) {
         BY_FEATURES(digits_of_token, features, block, tokens, t, row, rounded);
     });
-    multiply(rounded, count, r, out, threads, features);
+    multiply(rounded, {{r, out, 0, count}}, threads, features);
 }
 
 // Format "dialect": the products of the tokens, then of the residuals of the salient ones.
@@ -132,32 +191,33 @@ void linear_dialect(const Tokens& tokens, int64_t count, const int64_t* salient,
         BY_FEATURES(round_token, features, block, tokens, token, residual, at, r.book, row, maxima,
                     rounded);
     });
-    multiply(rounded, total, r, out, threads, features);
+    multiply(rounded, {{r, out, 0, total}}, threads, features);
 }
 
-// Products of the tokens order[..] in float64.
-void multiply_wide(const Tokens& x, const std::vector<int64_t>& order, const Reader& r,
-                   const Output& out, int threads, int features) {
+// Products of the tokens order[..] in float64; they make the rows places[..] of the result.
+void multiply_wide(const Tokens& x, const std::vector<int64_t>& order,
+                   const std::vector<int64_t>& places, const Reader& r, const Output& out,
+                   int threads, int features) {
     const int block = r.w.block;
     const int64_t tokens = int64_t(order.size()), bytes = r.padded * sizeof(double);
+    if (!tokens) return;
     const Aligned<double> wide(tokens * r.padded);
     for_each_row(tokens, r.padded, block, threads, [&](float* row, uint32_t*, int64_t i) {
         BY_FEATURES(widen_token, features, x, order[i], r.padded, row, wide.get() + i * r.padded);
     });
+    auto run = wide_row;
+    int lanes = 1;
 #if DIALECT_X86
     if (features >= AVX2_FMA && r.w.rows >= 8) {
-        const auto rows = block == 16   ? wide_rows<16>
-                          : block == 32 ? wide_rows<32>
-                                        : wide_rows<64>;
-        for_each_tile(r, tokens, bytes, kLanes, threads,
-                      [&](int64_t row, int64_t first, int64_t count) {
-                          rows(r, wide.get(), order.data(), out, row, first, count);
-                      });
-        return;
+        run = block == 16 ? wide_rows<16> : block == 32 ? wide_rows<32> : wide_rows<64>;
+        lanes = kLanes;
     }
 #endif
-    for_each_tile(r, tokens, bytes, 1, threads, [&](int64_t row, int64_t first, int64_t count) {
-        wide_row(r, wide.get(), order.data(), out, row, first, count);
+    const Tiling tiling(r, tokens, bytes, lanes, threads);
+    parallel(threads, tiling.tasks(), [&](int64_t task) {
+        tiling.run(task, [&](int64_t row, int64_t first, int64_t count) {
+            run(r, wide.get(), places.data(), out, row, first, count);
+        });
     });
 }
 
@@ -166,6 +226,11 @@ bool has_moderate_rows(const Weight& w) {
     return std::all_of(w.row_exponent, w.row_exponent + w.rows, [](int8_t exponent) {
         return exponent == kNanRow || (exponent >= -25 && exponent <= 40);
     });
+}
+
+// Whether tokens of the format "none" may be multiplied with this weight in integers.
+bool takes_integers(const Weight& w, int features) {
+    return features >= AVX2_FMA && w.rows >= 8 && has_moderate_rows(w);
 }
 
 // Format "none", defined in float64. Where a token's numbers are integers of at most 22 bits on
@@ -182,18 +247,16 @@ void linear_none(const Tokens& x, int64_t tokens, const Reader& r, const Output&
             served[t] = BY_FEATURES(given_row, features, r.w.block, x, t, r.padded, row);
         });
         for (int64_t t = 0; t < tokens; t++) (served[t] ? order : rest).push_back(t);
-        const int terms = x.dtype == BFLOAT16 ? 1 : x.dtype == FLOAT16 ? 2 : 3;
         linear_panels(
             [&](float* row, uint32_t*, int64_t t) {
                 x.load_as_given(t, r.padded, row);
                 return 1.0;
             },
-            order.data(), int64_t(order.size()), terms, r, out, threads, features);
-        return multiply_wide(x, rest, r, out, threads, features);
+            order.data(), int64_t(order.size()), terms_of(x.dtype), r, out, threads, features);
+        return multiply_wide(x, rest, rest, r, out, threads, features);
     }
 #endif
-    const bool integers = features >= AVX2_FMA && r.w.rows >= 8 && has_moderate_rows(r.w);
-    if (integers) {
+    if (takes_integers(r.w, features)) {
         Rounded rounded(tokens, r.padded, r.w.block, 3);
         rounded.exceptions.resize(tokens * ((r.blocks + 15) / 16));
         rounded.source = &x;
@@ -204,11 +267,12 @@ void linear_none(const Tokens& x, int64_t tokens, const Reader& r, const Output&
                                                  row, maxima, rounded);
                      });
         for (int64_t t = 0; t < tokens; t++) (served[t] ? rounded.order : rest).push_back(t);
-        multiply(rounded, int64_t(rounded.order.size()), r, out, threads, features);
+        const int64_t count = int64_t(rounded.order.size());
+        multiply(rounded, {{r, out, 0, count}}, threads, features);
     } else {
         for (int64_t t = 0; t < tokens; t++) rest.push_back(t);
     }
-    multiply_wide(x, rest, r, out, threads, features);
+    multiply_wide(x, rest, rest, r, out, threads, features);
 }
 
 }  // namespace

@@ -2,8 +2,8 @@
 //
 // Rounded activations, relative to the value of 1 of their token, are numbers that bfloat16 holds
 // exactly; activations of the format "none" are split into terms that it holds. Sixteen tokens form
-// a group. Columns are taken in steps of 32, the even ones first: in this order the nibbles of the
-// codes come out of the decoder.
+// a group, whose products are all with one weight. Columns are taken in steps of 32, the even ones
+// first: in this order the nibbles of the codes come out of the decoder.
 
 #pragma once
 
@@ -27,14 +27,17 @@ struct Operand {
           groups((tokens + kSixteen - 1) / kSixteen), terms(matrix_unit ? terms : 1),
           matrix_unit(matrix_unit),
           group_bytes(steps * this->terms * kStep * kSixteen * (matrix_unit ? 2 : 4)),
-          values(groups * group_bytes), name(tokens), value_of_1(tokens) {
-        if (tokens % kSixteen) std::memset(group(groups - 1), 0, group_bytes);
-    }
+          values(groups * group_bytes), place(tokens), value_of_1(tokens) {}
     char* group(int64_t number) const { return values.get() + number * group_bytes; }
 
-    // Takes number i, which is the token `called` of the call: `steps * 32` numbers.
-    INLINE void put(int64_t i, int64_t called, const float* row, double value) const {
-        name.get()[i] = called;
+    // Zeros for the rest of the group in which a weight's last product, the number before `end`, is.
+    void pad(int64_t end) const {
+        if (end % kSixteen) std::memset(group(end / kSixteen), 0, group_bytes);
+    }
+
+    // The token of product number i, `steps * 32` numbers. It makes row `to` of the result.
+    INLINE void put(int64_t i, int64_t to, const float* row, double value) const {
+        place.get()[i] = to;
         value_of_1.get()[i] = value;
         if (matrix_unit)
             put_pairs(row, reinterpret_cast<uint32_t*>(group(i / kSixteen)) + i % kSixteen);
@@ -47,7 +50,7 @@ struct Operand {
     bool matrix_unit;
     int64_t group_bytes;
     Aligned<char> values;
-    Aligned<int64_t> name;
+    Aligned<int64_t> place;
     Aligned<double> value_of_1;
 
   private:

@@ -12,13 +12,14 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "amx.h"
 #include "interface.h"
 #include "operand.h"
 #include "output.h"
 #include "panel_decode.h"
-#include "threads.h"
+#include "tasks.h"
 #include "weights.h"
 
 #if DIALECT_X86
@@ -179,19 +180,19 @@ AVX2_INLINE void put_eight(const Output& out, int64_t token, int64_t row, __m256
     for (int i = 0; i < 8 && row + i < out.rows; i++) out.put(token, row + i, values[i]);
 }
 
-// Writes a tile of sums: the tokens of group `group` of x, the rows row..row+15.
-AVX2 void put_tile(const float* sums, const Operand& x, int64_t group, const Output& out,
-                   int64_t row) {
-    const int64_t first = kSixteen * group;
+// Writes a tile of sums: the products number first..first+15, as far as they come before `end`, with
+// the rows row..row+15.
+AVX2 void put_tile(const float* sums, const Operand& x, int64_t first, int64_t end,
+                   const Output& out, int64_t row) {
     for (int half = 0; half < kSixteen && row + half < out.rows; half += 8) {
         const EightScales scales(out, row + half);
         for (int64_t eight = 0; eight < kSixteen; eight += 8) {
             __m256 by_token[8];
             transpose_sums(sums + kSixteen * half + eight, by_token);
-            for (int64_t t = 0; t < 8 && first + eight + t < x.tokens; t++) {
+            for (int64_t t = 0; t < 8 && first + eight + t < end; t++) {
                 const int64_t i = first + eight + t;
                 const __m256 y = scaled_sums(by_token[t], x.value_of_1.get()[i], scales);
-                put_eight(out, x.name.get()[i], row + half, y);
+                put_eight(out, x.place.get()[i], row + half, y);
             }
         }
     }
@@ -209,19 +210,22 @@ char* scratch(int64_t bytes) {
     return memory.get();
 }
 
-// One call's products: tokens with all rows of the weight.
+// The products number first..end-1, at most kTokenTile, with all rows of a weight; `first` is a
+// multiple of 16.
 struct Panels {
-    Panels(const Reader& r, const Operand& x, const Output& out, int features)
-        : r(r), x(x), out(out), features(features), words(r.book),
+    Panels(const Reader& r, const Words& words, const Operand& x, int64_t first, int64_t end,
+           const Output& out, int features)
+        : r(r), words(words), x(x), first(first), end(end),
+          groups((end - first + kSixteen - 1) / kSixteen), out(out), features(features),
           row_bytes(kChunkSteps * kStep * (x.matrix_unit ? 2 : 4)) {}
 
     // The groups of rows start..start+count-1; count is even.
     template <int B>
     void run(int64_t start, int64_t count) const {
         const int64_t panel_bytes = count * kSixteen * row_bytes;
-        char* const panel = scratch(panel_bytes + count * x.groups * kTileSums * sizeof(float));
+        char* const panel = scratch(panel_bytes + count * groups * kTileSums * sizeof(float));
         float* const sums = reinterpret_cast<float*>(panel + panel_bytes);
-        std::fill_n(sums, count * x.groups * kTileSums, 0.0f);
+        std::fill_n(sums, count * groups * kTileSums, 0.0f);
         for (int64_t step = 0; step < x.steps; step += kChunkSteps) {
             const int64_t steps = std::min<int64_t>(kChunkSteps, x.steps - step);
             for (int64_t i = 0; i < count * kSixteen; i++)
@@ -234,17 +238,18 @@ struct Panels {
             else
                 multiply_256(chunk);
         }
-        for (int64_t group = 0; group < x.groups; group++)
+        for (int64_t group = 0; group < groups; group++)
             for (int64_t i = 0; i < count; i++)
-                put_tile(sums + (group * count + i) * kTileSums, x, group, out,
-                         kSixteen * (start + i));
+                put_tile(sums + (group * count + i) * kTileSums, x, first + kSixteen * group, end,
+                         out, kSixteen * (start + i));
     }
 
     const Reader& r;
+    const Words& words;
     const Operand& x;
+    const int64_t first, end, groups;
     const Output& out;
     const int features;
-    const Words words;
     const int64_t row_bytes;  // of a panel
 
   private:
@@ -276,11 +281,11 @@ struct Panels {
 #if DIALECT_AMX
         const Tiles tiles(64);
         const int64_t rows_apart = kSixteen * row_bytes, term = x.steps * 1024;
-        for (int64_t group = 0; group < x.groups; group += 2)
+        for (int64_t group = 0; group < groups; group += 2)
             for (int64_t i = 0; i < chunk.count; i += 2) {
                 const char* const rows = chunk.panel + i * rows_apart;
-                const char* const tokens = x.group(group) + chunk.step * 1024;
-                if (group + 1 < x.groups)
+                const char* const tokens = group_of(group) + chunk.step * 1024;
+                if (group + 1 < groups)
                     add_products_amx<true>(rows, rows_apart, tokens, x.group_bytes, x.terms, term,
                                            chunk.steps, chunk.at(group, i), chunk.at(group + 1, i));
                 else
@@ -291,8 +296,8 @@ struct Panels {
     }
 
     void multiply_512(const Chunk& chunk) const {
-        for (int64_t group = 0; group < x.groups; group += 3) {
-            const int some = int(std::min<int64_t>(3, x.groups - group));
+        for (int64_t group = 0; group < groups; group += 3) {
+            const int some = int(std::min<int64_t>(3, groups - group));
             const auto add = some == 3   ? add_products_512<3>
                              : some == 2 ? add_products_512<2>
                                          : add_products_512<1>;
@@ -304,32 +309,37 @@ struct Panels {
     }
 
     void multiply_256(const Chunk& chunk) const {
-        for (int64_t group = 0; group < x.groups; group++)
+        for (int64_t group = 0; group < groups; group++)
             for (int64_t four = 0; four < 4 * chunk.count; four++)
                 add_products_256(panel_rows(chunk, 4 * four), tokens_of(chunk, group),
                                  chunk.steps * kStep, chunk.at(group, 0) + 4 * kSixteen * four);
     }
 
+    const char* group_of(int64_t group) const { return x.group(first / kSixteen + group); }
     const float* panel_rows(const Chunk& chunk, int64_t row) const {
         return reinterpret_cast<const float*>(chunk.panel + row * row_bytes);
     }
     const float* tokens_of(const Chunk& chunk, int64_t group) const {
-        return reinterpret_cast<const float*>(x.group(group)) + chunk.step * kStep * kSixteen;
+        return reinterpret_cast<const float*>(group_of(group)) + chunk.step * kStep * kSixteen;
     }
 };
 
-// The rows of the weight on all threads.
-void multiply_panels(const Panels& panels, int threads) {
-    const int64_t pairs = (panels.r.w.rows + 31) / 32;  // of groups of rows
-    const int64_t together =
-        std::max<int64_t>(1, std::min<int64_t>(kPanelGroups / 2, pairs / (4 * int64_t(threads))));
-    const int64_t tasks = (pairs + together - 1) / together;
-    const auto run = panels.r.w.block == 16   ? &Panels::run<16>
-                     : panels.r.w.block == 32 ? &Panels::run<32>
-                                              : &Panels::run<64>;
-    parallel(threads, tasks, [&](int64_t task) {
-        const int64_t start = task * together;
-        (panels.*run)(2 * start, 2 * std::min(together, pairs - start));
+// The rows of all weights on all threads.
+void multiply_panels(const std::vector<Panels>& weights, int threads) {
+    std::vector<int64_t> counts, together;
+    for (const Panels& panels : weights) {
+        const int64_t pairs = (panels.r.w.rows + 31) / 32;  // of groups of rows
+        together.push_back(std::max<int64_t>(
+            1, std::min<int64_t>(kPanelGroups / 2, pairs / (4 * int64_t(threads)))));
+        counts.push_back((pairs + together.back() - 1) / together.back());
+    }
+    for_each_task(counts, threads, [&](int64_t i, int64_t task) {
+        const Panels& panels = weights[i];
+        const auto run = panels.r.w.block == 16   ? &Panels::run<16>
+                         : panels.r.w.block == 32 ? &Panels::run<32>
+                                                  : &Panels::run<64>;
+        const int64_t pairs = (panels.r.w.rows + 31) / 32, start = task * together[i];
+        (panels.*run)(2 * start, 2 * std::min(together[i], pairs - start));
     });
 }
 

@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
+#include <vector>
 
 #include "threads.h"
 #include "tokens.h"
@@ -43,27 +45,45 @@ void for_each_row(int64_t count, int64_t padded, int block, int threads, const W
     });
 }
 
-// Calls work(first row, first token, tokens) for groups of `lanes` rows and tiles of tokens of
-// `bytes` each.
+// Calls work(part, task) for every task of several parts, of which part i has counts[i].
 template <class Work>
-void for_each_tile(const Reader& r, int64_t tokens, int64_t bytes, int lanes, int threads,
-                   const Work& work) {
-    const int64_t fitting = kTileBytes / std::max<int64_t>(1, bytes);
-    const int64_t wanted = std::min<int64_t>(kTile, std::max<int64_t>(kSmallestTile, fitting));
-    const int64_t tile = wanted / kTileStep * kTileStep;
-    const int64_t groups = (r.w.rows + lanes - 1) / lanes;
-    const int64_t tiles = (tokens + tile - 1) / tile;
-    const int64_t cost = std::max<int64_t>(1, lanes * r.padded * std::min<int64_t>(tokens, tile));
-    // Groups in one task. Each starts to read the next group, which should be in the same task.
-    const int64_t neighbours = std::min<int64_t>(kNeighbours, groups / (8 * int64_t(threads)));
-    const int64_t together = std::max<int64_t>({1, neighbours, (1 << 18) / cost});
-    const int64_t tasks = (groups + together - 1) / together;
-    parallel(threads, tasks * tiles, [&](int64_t i) {
-        const int64_t first = i / tasks * tile;
-        const int64_t start = i % tasks * together;
-        for (int64_t group = start; group < std::min(groups, start + together); group++)
-            work(group * lanes, first, std::min<int64_t>(tile, tokens - first));
+void for_each_task(const std::vector<int64_t>& counts, int threads, const Work& work) {
+    std::vector<int64_t> ends(counts.size());
+    std::partial_sum(counts.begin(), counts.end(), ends.begin());
+    parallel(threads, ends.empty() ? 0 : ends.back(), [&](int64_t i) {
+        const int64_t part = std::upper_bound(ends.begin(), ends.end(), i) - ends.begin();
+        work(part, i - (ends[part] - counts[part]));
     });
 }
+
+// The tiles of one product as tasks: groups of `lanes` rows, and tiles of tokens of `bytes` each.
+struct Tiling {
+    Tiling(const Reader& r, int64_t tokens, int64_t bytes, int lanes, int threads)
+        : tokens(tokens), lanes(lanes), groups((r.w.rows + lanes - 1) / lanes) {
+        const int64_t fitting = kTileBytes / std::max<int64_t>(1, bytes);
+        const int64_t wanted = std::min<int64_t>(kTile, std::max<int64_t>(kSmallestTile, fitting));
+        tile = wanted / kTileStep * kTileStep;
+        const int64_t cost =
+            std::max<int64_t>(1, lanes * r.padded * std::min<int64_t>(tokens, tile));
+        // Each group starts to read the next one, which should be in the same task.
+        const int64_t neighbours = std::min<int64_t>(kNeighbours, groups / (8 * int64_t(threads)));
+        together = std::max<int64_t>({1, neighbours, (1 << 18) / cost});
+        row_tasks = (groups + together - 1) / together;
+    }
+    int64_t tasks() const { return row_tasks * ((tokens + tile - 1) / tile); }
+
+    // Calls work(first row, first token, tokens) for the tiles of a task.
+    template <class Work>
+    void run(int64_t task, const Work& work) const {
+        const int64_t first = task / row_tasks * tile;
+        const int64_t start = task % row_tasks * together;
+        for (int64_t group = start; group < std::min(groups, start + together); group++)
+            work(group * lanes, first, std::min<int64_t>(tile, tokens - first));
+    }
+
+    int64_t tokens, lanes, groups, tile;
+    int64_t together;   // groups in one task
+    int64_t row_tasks;  // tasks of a tile of tokens
+};
 
 }  // namespace

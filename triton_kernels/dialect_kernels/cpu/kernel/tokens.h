@@ -45,21 +45,23 @@ struct Rounded {
     Aligned<float> scale;         // [T, Kp/B], of the block relative to the token
     Aligned<int32_t> offset;      // [T, Kp/B], 16 * sum of the block's integers
     Aligned<double> token_scale;  // [T], the value of 1; NaN for a token with NaN or Inf
-    // Format "none" only: the tokens that are multiplied in integers, their blocks whose numbers do
-    // not fit into three digits, and the activations that hold those numbers.
-    std::vector<int64_t> order;        // empty: all of them
+    // Products are numbered; which token each of them takes, and which row of the result it makes.
+    std::vector<int64_t> order;   // empty: all tokens, one after another
+    std::vector<int64_t> places;  // empty: the token's row
+    // Format "none" only: blocks whose numbers do not fit into three digits, and the activations
+    // that hold those numbers.
     std::vector<uint16_t> exceptions;  // [T, Kp/B/16], a bit for each of 16 blocks
     const Tokens* source = nullptr;
 
-    // For AVX-512, tokens number 16g..16g+15 side by side: groups of four values
+    // For AVX-512, the tokens number 16g..16g+15 side by side: groups of four values
     // [T/16, digits, Kp/4, 16], scales and negative offsets [T/16, Kp/B, 16].
     Aligned<int32_t> fours{0}, starts{0};
     Aligned<float> scales{0};
     // For AMX, besides `scales`: [T/16, Kp/B, digits, 16, B], zero for tokens that do not exist.
     Aligned<int8_t> tiles{0};
 
-    // The token number i of those that are multiplied in integers.
     int64_t token(int64_t i) const { return order.empty() ? i : order[i]; }
+    int64_t place(int64_t i) const { return places.empty() ? token(i) : places[i]; }
     // A bit for each of the blocks b..b+15 that does not fit; b is a multiple of 16.
     uint32_t exceptions_from(int64_t token, int64_t b) const {
         return exceptions.empty() ? 0 : exceptions[token * ((blocks + 15) / 16) + b / 16];
