@@ -25,6 +25,7 @@ __all__ = [
     "is_in_encoder",
     "is_in_numbered_block",
     "is_never_packed",
+    "patterns_of",
 ]
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -386,3 +387,8 @@ def fused_with(name: str) -> tuple[str, ...]:
 def decoder_layer_pattern(name: str) -> str:
     """`name` as a ``re:`` pattern for the same layer of every decoder layer."""
     return "re:" + re.sub(r"(^|\.)\d+(?=\.)", r"\1\\d+", name)
+
+
+def patterns_of(names: Iterable[str]) -> str:
+    """The patterns of layers in one line, sorted, in the quotes that a shell needs."""
+    return " ".join(sorted({f"'{decoder_layer_pattern(name)}'" for name in names}))

@@ -387,6 +387,11 @@ def render(result: ConversionResult) -> str:
         )
     if result.calibration is not None:
         lines += result.calibration.lines()
+    if choice.by_name:
+        lines.append(
+            "the table of architectures does not have this one, whose layers were chosen by their "
+            f"names: {choice.by_name}"
+        )
     if choice.adapted:
         lines.append(
             "the block size does not divide the columns of these layers, which have another one: "

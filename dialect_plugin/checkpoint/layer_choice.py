@@ -57,6 +57,8 @@ class LayerChoice:
             matrix that engines fuse them into.
         scheme: the resolved scheme, for config.json.
         has_experts: whether the model has experts; they stay in 16 bit.
+        by_name: patterns of the layers, if only their names tell that they are linear layers of
+            the decoder, because the table of architectures lacks the model's.
     """
 
     formats: dict[str, LayerFormat]
@@ -66,15 +68,15 @@ class LayerChoice:
     incomplete: tuple[str, ...]
     scheme: Scheme
     has_experts: bool
+    by_name: str = ""
 
 
 def choose_layers(checkpoint: Checkpoint, options: ConvertOptions) -> LayerChoice:
     """Choose the layers to quantize, and how.
 
     Raises:
-        CheckpointError: if the checkpoint is quantized already, its architecture is not known and
-            no targets are given, or a chosen layer has a dtype that is not supported or is stored
-            transposed.
+        CheckpointError: if the checkpoint is quantized already, no layer has a name that engines
+            pack, or a chosen layer has a dtype that is not supported or is stored transposed.
         SchemeError: if a pattern matches nothing, the parts of a fused layer disagree, or with
             `strict` the columns of a layer do not fit.
     """
@@ -105,7 +107,17 @@ def choose_layers(checkpoint: Checkpoint, options: ConvertOptions) -> LayerChoic
         tuple(absent),
         _resolved(scheme, linear, formats, missing),
         has_experts=any(architectures.is_expert(name) for name in checkpoint.tensors),
+        by_name=_chosen_by_name(checkpoint, options, formats),
     )
+
+
+def _chosen_by_name(
+    checkpoint: Checkpoint, options: ConvertOptions, formats: Collection[str]
+) -> str:
+    """Patterns of the layers that no table and no target has chosen; empty if one has."""
+    if options.targets or checkpoint.architecture in architectures.ARCHITECTURES:
+        return ""
+    return architectures.patterns_of(formats)
 
 
 def _nothing_chosen(
@@ -269,13 +281,7 @@ def _choose(checkpoint: Checkpoint, linear: list[str], options: ConvertOptions) 
         served = _in_served_blocks(checkpoint, linear)
         chosen = set(architectures.default_layers(checkpoint.architecture, served))
     else:
-        candidates = architectures.candidate_layers(_in_served_blocks(checkpoint, linear))
-        _refuse_transposed(checkpoint, candidates)
-        patterns = sorted({f"'{architectures.decoder_layer_pattern(n)}'" for n in candidates})
-        raise CheckpointError(
-            f"architectures: {checkpoint.architecture!r} is not known; choose the layers with "
-            f"--targets, candidates are: {' '.join(patterns) or 'none'}"
-        )
+        chosen = set(architectures.candidate_layers(_in_served_blocks(checkpoint, linear)))
     if options.scheme.lm_head:
         if checkpoint.tied_embeddings:
             raise SchemeError(

@@ -13,6 +13,7 @@ checks no shapes where there is a quantizer.
 
 from __future__ import annotations
 
+import logging
 import re
 import weakref
 from collections.abc import Mapping
@@ -43,6 +44,8 @@ from .linear import DialectLinear
 from .names import parameter_names
 
 __all__ = ["BlockDialectQuantizer", "register"]
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _SAME_PRODUCT = ("Linear", "FalconLinear")
@@ -137,6 +140,13 @@ class BlockDialectQuantizer(HfQuantizer):
             return packed.checkpoint, {name: config.scheme.layer(name) for name in packed.layers}
         checkpoint = _without_method(open_checkpoint(directory))
         choice = choose_layers(checkpoint, ConvertOptions(scheme=config.scheme))
+        if choice.by_name:
+            logger.info(
+                "blockdialect's table of architectures does not have %s, whose layers were chosen "
+                "by their names: %s",
+                checkpoint.architecture,
+                choice.by_name,
+            )
         config.scheme = choice.scheme
         return checkpoint, choice.formats
 

@@ -250,6 +250,20 @@ class BlockDialectConfig(QuantizationConfig):
             _log_once("MoE experts stay in 16 bit: blockdialect quantizes linear layers only")
         return None
 
+    def chosen_by_name(self, layers: Iterable[str]) -> str:
+        """Patterns of the layers that a model of an unknown architecture quantizes while loading.
+
+        Empty if the table of architectures has the model's, or its weights are packed.
+
+        Args:
+            layers: vLLM's names of the quantized layers.
+        """
+        if self._serialized or not architectures.ARCHITECTURES.keys().isdisjoint(
+            self._architectures
+        ):
+            return ""
+        return architectures.patterns_of(layers)
+
     def _see_engine(self) -> None:
         """Note what is known only while vLLM builds a model."""
         self.complete, self.draft = compat.loads_through_loaders(), compat.is_draft()
@@ -331,11 +345,6 @@ class BlockDialectConfig(QuantizationConfig):
         return fitted(wanted, columns) or fitted(wanted, input_size)
 
     def _quantized_online(self, name: str) -> bool:
-        if architectures.ARCHITECTURES.keys().isdisjoint(self._architectures):
-            _log_once(
-                "this architecture is not in blockdialect's table: every linear layer of its "
-                "decoder layers is quantized, except routers and experts"
-            )
         if self._multimodal and architectures.is_in_encoder(name):
             return False
         return architectures.is_candidate(name)

@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from typing import Any, Protocol
 
 import torch
+from vllm.logger import init_logger
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from dialect_kernels.packed import STORED_FIELDS
@@ -33,6 +34,8 @@ from .settling import Decides, settle
 from .undo import keeping_pushed, keeping_reloaded
 
 __all__ = ["load"]
+
+logger = init_logger("vllm.blockdialect")
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 _STORED = tuple(field.stored for field in STORED_FIELDS)
@@ -52,6 +55,8 @@ class _Config(Decides, Protocol):
     draft: bool
 
     def fused_name(self, layer: str) -> str | None: ...
+
+    def chosen_by_name(self, layers: Iterable[str]) -> str: ...
 
     def check_names(
         self, tensors: Iterable[str], skipped: Callable[[str], bool] | None
@@ -134,6 +139,12 @@ def _first(
     settle(config, model)
     layers = _layers(model)
     _check_output_projection(config, model)
+    if patterns := config.chosen_by_name(method.spec.name for _, method in layers):
+        logger.info(
+            "blockdialect's table of architectures does not have this one, whose layers were "
+            "chosen by their names: %s",
+            patterns,
+        )
     stream, recorder = _Stream(weights), Recorder()
     with ExitStack() as stack:
         for layer, method in layers:

@@ -28,9 +28,18 @@ def test_columns_that_do_not_divide_are_adapted_or_left(tiny_model, tmp_path):
     assert "model.layers.0.mlp.down_proj" in result.choice.scheme.ignore
 
 
-def test_unknown_architecture_lists_candidates_and_takes_targets(source, tmp_path):
+def test_layers_of_an_unknown_architecture_are_chosen_by_name_or_target(source, tmp_path):
+    known = convert(source, tmp_path / "known")
     edit_config(source, architectures=["NewForCausalLM"])
-    refused(source, tmp_path / "packed", r"'NewForCausalLM' is not known.*--targets.*q_proj")
+    result = convert(source, tmp_path / "by_name")
+    assert result.choice.formats == known.choice.formats
+    shown = render(result)
+    assert "does not have this one, whose layers were chosen by their names: 're:" in shown
+    patterns = result.choice.by_name.split()
+    assert len(patterns) == 7
+    assert r"'re:model.layers.\d+.mlp.up_proj'" in patterns
+    assert result.choice.by_name in (tmp_path / "by_name" / "README.md").read_text()
+    assert known.choice.by_name == ""
     options = ConvertOptions(targets=[r"re:.*\.mlp\..*"])
     assert len(convert(source, tmp_path / "packed", options).layers) == 6
     everything = convert(source, tmp_path / "all", ConvertOptions(targets=["re:.*"]))

@@ -1,6 +1,7 @@
 """Packed checkpoints in ``from_pretrained``: the logits of layers that are quantized by hand."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from dialect_plugin.checkpoint.convert import convert
 from dialect_plugin.scheme import Scheme
 from dialect_plugin.transformers import BlockDialectConfig, DialectLinear
 from tests.support.by_hand import TOKENS, logits_of, quantized_by_hand
+from tests.support.conversions import edit_config
 
 LEAVES = {
     "LlamaForCausalLM": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
@@ -54,6 +56,20 @@ def layers_of(architecture, pack=plain, blocks=2):
     found = [n for n in names if n.rpartition(".")[2] in leaves and "experts" not in n]
     assert len(found) == blocks * len(leaves)
     return dict.fromkeys(found, pack)
+
+
+def test_layers_of_an_unknown_architecture_are_chosen_by_their_names(tiny_model, tmp_path, caplog):
+    unknown = shutil.copytree(tiny_model(), tmp_path / "unknown")
+    edit_config(unknown, architectures=["NewForCausalLM"])
+
+    def online(path):
+        return AutoModelForCausalLM.from_pretrained(path, quantization_config=BlockDialectConfig())
+
+    with caplog.at_level("INFO"):
+        assert torch.equal(logits_of(online(unknown)), logits_of(online(tiny_model())))
+    (told,) = [line for line in caplog.messages if "chosen by their names" in line]
+    assert "NewForCausalLM" in told
+    assert told.count("'re:model.layers.") == 7
 
 
 @pytest.mark.parametrize("architecture", LEAVES)

@@ -14,7 +14,6 @@ from dialect_plugin.checkpoint.reader import CheckpointError
 from dialect_plugin.scheme import SchemeError
 from dialect_plugin.transformers import BlockDialectConfig
 from tests.support.conversions import edit_config
-from tests.support.tiny_models import COMMON
 
 UP = "model.layers.1.mlp.up_proj"
 
@@ -136,12 +135,6 @@ def test_options_for_a_packed_checkpoint(packed, options, match):
 def test_options_for_a_16_bit_checkpoint(tiny_model, options, match, error):
     config = BlockDialectConfig(**options)
     refused(match, tiny_model(), error=error, quantization_config=config)
-
-
-def test_an_architecture_that_is_not_in_the_table(tmp_path):
-    config = transformers.PhimoeConfig(**(COMMON | {"num_local_experts": 2}))
-    transformers.PhimoeForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
-    refused("is not known; choose the layers", tmp_path, quantization_config=BlockDialectConfig())
 
 
 def test_pickled_weights(tiny_model, tmp_path):

@@ -1,6 +1,7 @@
 """What vLLM's loaders may do to a packed checkpoint, and what a load must not leave open."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from dialect_kernels import quantize
 from dialect_plugin.checkpoint.convert import convert
 from dialect_plugin.scheme import Scheme
 from tests.support import swept_models
+from tests.support.conversions import edit_config
 from tests.support.engines import STORED, expected_bytes, load_model, packed_modules, tensors_of
 from tests.support.served_models import build, checkpoint_tensors
 
@@ -299,6 +301,27 @@ def test_the_output_projection_may_be_ignored(source):
     """Recipes of other tools always do."""
     overrides = {"quantization_config_dict_json": json.dumps({"ignore": ["lm_head"]})}
     load_model(source, quantization="blockdialect", hf_overrides=overrides)
+
+
+def test_an_architecture_that_the_table_lacks(source, tmp_path, caplog, monkeypatch):
+    """vLLM serves it with LLaMA's class; its layers are the same packed and online, and told."""
+    tensors = checkpoint_tensors(source)
+    other = write(tmp_path / "other", source, tensors)
+    edit_config(other, architectures=["TeleChat3ForCausalLM"])
+    convert(other, tmp_path / "packed")
+    packed = tensors_of(load_model(tmp_path / "packed"))
+    logger = logging.getLogger("vllm.blockdialect")  # vLLM's import has set its loggers up by now
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    with caplog.at_level("INFO", logger.name):
+        load_model(tmp_path / "packed")
+        assert not caplog.messages
+        online = tensors_of(load_model(other, quantization="blockdialect"))
+    assert online.keys() == packed.keys()
+    assert all(torch.equal(online[name], value) for name, value in packed.items())
+    assert len(packed_modules(packed)) == 2 * 4
+    (told,) = caplog.messages
+    leaves = ("mlp.down_proj", "mlp.gate_up_proj", "self_attn.o_proj", "self_attn.qkv_proj")
+    assert told.endswith(" ".join(rf"'re:model.layers.\d+.{leaf}'" for leaf in leaves))
 
 
 def test_names_of_a_checkpoint_of_the_inner_model(source, tmp_path):
