@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING, Any
 from .formatbook import DIALECT_FP4, SEMANTIC_32
 
 if TYPE_CHECKING:
-    from .ops import dialect_linear, expert_linear, quantize, semantic_linear
+    from .ops import (
+        dialect_embedding,
+        dialect_linear,
+        expert_linear,
+        quantize,
+        semantic_linear,
+    )
     from .packed import PackedTensor
     from .packed_experts import PackedExperts
 
@@ -15,6 +21,7 @@ __all__ = [
     "PackedExperts",
     "PackedTensor",
     "__version__",
+    "dialect_embedding",
     "dialect_linear",
     "expert_linear",
     "quantize",
@@ -31,7 +38,13 @@ if not TYPE_CHECKING:  # for mypy it would make every name of this package known
             from . import packed as room
         elif name == "PackedExperts":
             from . import packed_experts as room
-        elif name in {"dialect_linear", "expert_linear", "quantize", "semantic_linear"}:
+        elif name in {
+            "dialect_embedding",
+            "dialect_linear",
+            "expert_linear",
+            "quantize",
+            "semantic_linear",
+        }:
             from . import ops as room
         else:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,6 +18,7 @@ from .rotation import check_rotation, rotate_weight
 __all__ = [
     "as_tokens",
     "check_dtype",
+    "check_embedding",
     "check_finite",
     "check_group",
     "check_grouped",
@@ -112,6 +113,23 @@ def check_loss(x: torch.Tensor, p: PackedTensor) -> None:
     if x.device != p.device:
         raise ValueError(
             f"x: is on {x.device}, the packed tensor on {p.device}; move them to one device"
+        )
+
+
+def check_embedding(ids: torch.Tensor, p: PackedTensor, dtype: torch.dtype) -> None:
+    """Raise ValueError unless `ids` may name rows of `p` as numbers of `dtype`."""
+    if ids.dtype not in _INTEGERS:
+        raise ValueError(f"ids: has dtype {ids.dtype}; it must be an integer: convert it first")
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype: {dtype}; allowed are float32, bfloat16 and float16")
+    if p.rotation != "none":
+        raise ValueError(
+            f"p: has the rotation {p.rotation}; an embedding matrix is not rotated: quantize it "
+            "with rotation='none'"
+        )
+    if ids.device != p.device:
+        raise ValueError(
+            f"ids: is on {ids.device}, the packed tensor on {p.device}; move them to one device"
         )
 
 

@@ -73,6 +73,16 @@ class Backend(Protocol):
     def dequantize(self, p: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
         """The bits of ``p.dequantize(dtype)``, [N, K]."""
 
+    def embedding(self, ids: torch.Tensor, p: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
+        """The bits of ``p.dequantize(dtype)[ids]``, [T, K].
+
+        Args:
+            ids: int64 [T], rows of `p`. On a CPU another number raises IndexError; a GPU, which
+                nobody waits for, gives a row of NaN.
+            p: packed tensor [V, K] that is not rotated.
+            dtype: float32, bfloat16 or float16.
+        """
+
     def rounding_loss(self, x: torch.Tensor, p: PackedTensor) -> torch.Tensor:
         """``reference.rounding_loss(x, p)``, but for the order of its float64 sums."""
 

@@ -1,9 +1,9 @@
-"""The public functions, the torch ops behind three of them, and the choice of a back end.
+"""The public functions, the torch ops behind four of them, and the choice of a back end.
 
-``torch.ops.blockdialect.linear``, ``semantic_linear`` and ``grouped_linear`` take plain tensors, so
-that engines can trace and compile through them; :func:`dialect_linear`, :func:`semantic_linear` and
-:func:`expert_linear` are the same on a :class:`PackedTensor` or on :class:`PackedExperts`, with
-checks.
+``torch.ops.blockdialect.linear``, ``semantic_linear``, ``grouped_linear`` and ``embedding`` take
+plain tensors, so that engines can trace and compile through them; :func:`dialect_linear`,
+:func:`semantic_linear`, :func:`expert_linear` and :func:`dialect_embedding` are the same on a
+:class:`PackedTensor` or on :class:`PackedExperts`, with checks.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from . import cpu, gpu, torch_backend
 from .arguments import (
     as_tokens,
+    check_embedding,
     check_grouped,
     check_linear,
     check_loss,
@@ -33,7 +34,9 @@ from .packed_experts import PackedExperts
 __all__ = [
     "dequantize",
     "devices",
+    "dialect_embedding",
     "dialect_linear",
+    "embedding",
     "expert_linear",
     "feed_back",
     "grouped_linear",
@@ -238,6 +241,28 @@ def semantic_linear(
     return y
 
 
+def dialect_embedding(
+    ids: torch.Tensor, p: PackedTensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """The rows of a packed embedding matrix that token ids name (ours).
+
+    Args:
+        ids: integers [...].
+        p: packed tensor [V, K] on the same device, not rotated.
+        dtype: float32, bfloat16 or float16.
+
+    Returns:
+        `dtype` [..., K]: the bits of ``p.dequantize(dtype)[ids]``, each value rounded once.
+
+    Raises:
+        ValueError: if dtypes or devices do not fit, or `p` is rotated.
+        IndexError: on a CPU, if an id is outside 0..V-1; a GPU gives a row of NaN.
+    """
+    check_embedding(ids, p, dtype)
+    rows: torch.Tensor = embedding(ids, *p.tensors, p.shape[1], p.book.name, p.block_size, dtype)
+    return rows
+
+
 def warm_up(
     p: PackedTensor,
     activation_format: str,
@@ -317,6 +342,22 @@ def _semantic_linear(
     return y.view(*x.shape[:-1], p.shape[0])
 
 
+def _embedding(
+    ids: torch.Tensor,
+    codes: torch.Tensor,
+    meta: torch.Tensor,
+    row_exponent: torch.Tensor,
+    in_features: int,
+    book: str,
+    block_size: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    p = PackedTensor.from_op(codes, meta, row_exponent, in_features, book, block_size)
+    flat = ids.reshape(-1).to(torch.int64).contiguous()
+    rows = _running(codes.device).embedding(flat, p, dtype)
+    return rows.view(*ids.shape, in_features)
+
+
 def _like_tokens(x: torch.Tensor, codes: torch.Tensor, *_: object) -> torch.Tensor:
     """The result of `linear` and `semantic_linear` without its contents."""
     return x.new_empty(*x.shape[:-1], codes.shape[0])
@@ -331,6 +372,20 @@ def _like_rows(
 ) -> torch.Tensor:
     """The result of `grouped_linear` without its contents."""
     return x.new_empty((x if rows is None else rows).shape[0], codes.shape[1])
+
+
+def _like_embeddings(
+    ids: torch.Tensor,
+    codes: torch.Tensor,
+    meta: torch.Tensor,
+    row_exponent: torch.Tensor,
+    in_features: int,
+    book: str,
+    block_size: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The result of `embedding` without its contents."""
+    return codes.new_empty(*ids.shape, in_features, dtype=dtype)
 
 
 # torch.library is not annotated
@@ -352,6 +407,7 @@ def _register(
 _register("linear", _linear, _like_tokens)
 _register("semantic_linear", _semantic_linear, _like_tokens)
 _register("grouped_linear", _grouped_linear, _like_rows)
+_register("embedding", _embedding, _like_embeddings)
 
 linear = torch.ops.blockdialect.linear
 """The op behind :func:`dialect_linear`: the same on plain tensors, without checks."""
@@ -364,3 +420,5 @@ semantic_op = torch.ops.blockdialect.semantic_linear
 """The op behind :func:`semantic_linear`: the same on plain tensors, without checks, never waiting
 for a GPU. It needs each salient token of a sample once (-1 is an unused place), and group numbers
 below the sample's number of tokens."""
+embedding = torch.ops.blockdialect.embedding
+"""The op behind :func:`dialect_embedding`: the same on plain tensors, without checks of shapes."""

@@ -24,6 +24,7 @@ __all__ = [
     "covers",
     "dequantize",
     "dialect_linear",
+    "embedding",
     "feed_back",
     "grouped_linear",
     "quantize",
@@ -76,6 +77,13 @@ def quantize_counted(
 def dequantize(p: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
     """See :class:`~dialect_kernels.backend.Backend`."""
     return p.dequantize(dtype)
+
+
+def embedding(ids: torch.Tensor, p: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
+    """See :class:`~dialect_kernels.backend.Backend`."""
+    codes, meta, row_exponent = (tensor.index_select(0, ids) for tensor in p.tensors)
+    shape = (ids.shape[0], p.shape[1])
+    return PackedTensor(codes, meta, row_exponent, shape, p.book, p.block_size).dequantize(dtype)
 
 
 def rounding_loss(x: torch.Tensor, p: PackedTensor) -> torch.Tensor:

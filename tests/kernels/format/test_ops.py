@@ -21,6 +21,9 @@ SCHEMAS = {
     "grouped_linear": "blockdialect::grouped_linear(Tensor x, Tensor? rows, Tensor offsets, "
     "Tensor codes, Tensor meta, Tensor row_exponent, Tensor? bias, SymInt in_features, str book, "
     'int block_size, str activation_format, str accumulation, str rotation="none") -> Tensor',
+    "embedding": "blockdialect::embedding(Tensor ids, Tensor codes, Tensor meta, "
+    "Tensor row_exponent, SymInt in_features, str book, int block_size, ScalarType dtype) "
+    "-> Tensor",
 }
 
 
@@ -46,7 +49,7 @@ def computed_by(monkeypatch):
         return run(*arguments)
 
     for backend in BACKENDS:
-        for name in ("quantize", "dequantize", "dialect_linear", "semantic_linear"):
+        for name in ("quantize", "dequantize", "dialect_linear", "semantic_linear", "embedding"):
             room = backend.__name__.rpartition(".")[2]
             run = getattr(backend, name)
             monkeypatch.setattr(backend, name, partial(noted, room, name, run))
@@ -65,6 +68,7 @@ def test_one_back_end_computes(compiled, monkeypatch):
     ops.dequantize(p)
     ops.dialect_linear(x, p)
     ops.semantic_linear(x, p, salient=torch.tensor([1]))
+    ops.dialect_embedding(torch.tensor([1]), p)
     ops.warm_up(p, "dialect", torch.float32)
     name = "cpu" if compiled else "torch_backend"
     assert called == [
@@ -72,6 +76,7 @@ def test_one_back_end_computes(compiled, monkeypatch):
         (name, "dequantize"),
         (name, "dialect_linear"),
         (name, "semantic_linear"),
+        (name, "embedding"),
     ]
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "dequantize",
     "describe",
     "dialect_linear",
+    "embedding",
     "features",
     "feed_back",
     "grouped_linear",
@@ -74,6 +75,11 @@ def quantize_counted(
 def dequantize(p: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
     """See :class:`~dialect_kernels.backend.Backend`."""
     return calls.dequantize(p).to(dtype)
+
+
+def embedding(ids: torch.Tensor, p: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
+    """See :class:`~dialect_kernels.backend.Backend`."""
+    return calls.embedding(ids, p, dtype)
 
 
 def rounding_loss(x: torch.Tensor, p: PackedTensor) -> torch.Tensor:

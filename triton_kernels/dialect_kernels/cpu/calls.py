@@ -23,6 +23,7 @@ from .library import call, instructions_or_best, threads_or_torch
 __all__ = [
     "decomposed_linear",
     "dequantize",
+    "embedding",
     "feed_back",
     "grouped_linear",
     "linear",
@@ -312,6 +313,49 @@ def dequantize(p: PackedTensor, threads: int | None = None) -> torch.Tensor:
         "dialect_dequantize",
         ctypes.byref(weight),
         ctypes.byref(_book(p.book)),
+        out.data_ptr(),
+        threads_or_torch(threads),
+    )
+    del kept
+    return out
+
+
+def embedding(
+    ids: torch.Tensor, p: PackedTensor, dtype: torch.dtype, threads: int | None = None
+) -> torch.Tensor:
+    """Rows of a packed tensor, each rounded once.
+
+    Args:
+        ids: int64 [T] on CPU.
+        p: packed tensor [V, K] on CPU; any bytes are safe.
+        dtype: float32, bfloat16 or float16.
+        threads: default: as many as torch uses.
+
+    Returns:
+        `dtype` [T, K]; a row with exponent -128 is NaN.
+
+    Raises:
+        IndexError: if an id is not a row.
+        ValueError: if dtypes or devices do not fit.
+    """
+    weight, kept = _weight(p)
+    if ids.dtype != torch.int64 or ids.dim() != 1 or ids.device.type != "cpu":
+        raise ValueError(
+            f"ids: {ids.dtype} {list(ids.shape)} on {ids.device}; it must be torch.int64 [T] on cpu"
+        )
+    if ids.numel():
+        least, most = (int(end) for end in torch.aminmax(ids))
+        if least < 0 or most >= p.shape[0]:
+            raise IndexError(f"ids: hold {least}..{most}; allowed are 0..{p.shape[0] - 1}")
+    ids = ids.contiguous()
+    out = torch.empty(ids.shape[0], p.shape[1], dtype=dtype, device="cpu")
+    call(
+        "dialect_embedding",
+        ids.data_ptr(),
+        ids.shape[0],
+        ctypes.byref(weight),
+        ctypes.byref(_book(p.book)),
+        _DTYPES[dtype],
         out.data_ptr(),
         threads_or_torch(threads),
     )

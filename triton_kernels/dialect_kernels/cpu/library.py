@@ -170,6 +170,7 @@ def _declare(handle: ctypes.CDLL) -> None:
             *(i32, i32, pointer, i32, pointer, i32, i32),
         ),
         "dialect_dequantize": (pointer, pointer, pointer, i32),
+        "dialect_embedding": (pointer, i64, pointer, pointer, i32, pointer, i32),
         "dialect_loss": (pointer, i32, pointer, pointer, pointer, i32, i32),
         "dialect_decomposed": (
             *(pointer, i32, i64, pointer, pointer, i64),

@@ -24,6 +24,7 @@ __all__ = [
     "covers",
     "dequantize",
     "dialect_linear",
+    "embedding",
     "feed_back",
     "grouped_linear",
     "quantize",
@@ -87,6 +88,14 @@ def quantize_counted(
 def dequantize(p: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
     """See :class:`~dialect_kernels.backend.Backend`; torch decodes."""
     return p.dequantize(dtype)
+
+
+def embedding(ids: torch.Tensor, p: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
+    """See :class:`~dialect_kernels.backend.Backend`; rows that are not there are NaN."""
+    from . import rows
+
+    with _current(p.device):
+        return rows.gather(ids, p, dtype)
 
 
 def rounding_loss(x: torch.Tensor, p: PackedTensor) -> torch.Tensor:

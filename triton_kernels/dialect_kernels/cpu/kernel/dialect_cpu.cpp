@@ -20,6 +20,7 @@
 //     rows.h       whole rows: round, quantize, cost, cut into digits
 //     weights.h    a packed weight as it is stored
 //     loss.h       what rounding a weight loses
+//     embedding.h  rows of a weight as numbers of a type
 //     feedback.h   rule gptq inside a block of columns
 //     output.h     where the products go
 //     tasks.h      how a call is cut into tasks
@@ -42,6 +43,7 @@
 #include <cstdint>
 #include <new>
 
+#include "embedding.h"
 #include "feedback.h"
 #include "grouped.h"
 #include "interface.h"
@@ -248,6 +250,19 @@ int32_t dialect_dequantize(const Weight* weight, const Book* book, float* out, i
             for (int64_t row = weight->rows * task / tasks; row < end; row++)
                 dequantize_row(r, row, out + row * weight->columns);
         });
+    });
+}
+
+// out [count, columns] of `dtype`: the rows `ids` [count] of the weight, rounded once; NaN for a row
+// with the exponent -128. Each id must be a row of the weight.
+int32_t dialect_embedding(const int64_t* ids, int64_t count, const Weight* weight, const Book* book,
+                          int32_t dtype, void* out, int32_t threads) {
+    return guarded([&] {
+        const Reader r(*weight, *book);
+        for_each_row(count, r.padded, weight->block, threads,
+                     [&](float* values, uint32_t*, int64_t i) {
+                         embed_row(r, ids[i], dtype, values, out, i * weight->columns);
+                     });
     });
 }
 
