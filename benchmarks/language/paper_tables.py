@@ -28,7 +28,7 @@ __all__: list[str] = []
 WINDOW = 2048
 PUBLISHED_MODELS = ("LLaMA3-8B", "LLaMA2-7B", "Mistral-7B")
 MIXED = "dialect_fp4-64, down_proj 16"
-"""A checkpoint that is packed with blocks of two sizes."""
+"""A checkpoint that is packed with blocks of two sizes; in attention, Q and K have small blocks."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class PaperRow:
         method: as the paper calls it.
         bits: stored bits per weight, as published.
         published: perplexity and 7-task average of `PUBLISHED_MODELS`, as published.
-        measured: name of the evaluation's row; None where it cannot be measured here.
+        measured: name of the evaluation's row.
     """
 
     scope: str
     method: str
     bits: str
     published: tuple[str, str, str]
-    measured: str | None
+    measured: str
 
 
 ROWS = (
@@ -68,14 +68,14 @@ ROWS = (
     PaperRow("all", "BlockDialect-32", "4.28", ("7.87 / 68.57", "6.33 / 67.68", "5.87 / 72.15"),
              "dialect_fp4-32"),
     PaperRow("all", "BlockDialect-64, down_proj/Q/K 16", "≈4.25",
-             ("7.77 / 69.00", "6.35 / 68.25", "5.90 / 71.71"), None),
+             ("7.77 / 69.00", "6.35 / 68.25", "5.90 / 71.71"), MIXED),
 )  # fmt: skip
 FP16 = ("6.14 / 74.45", "5.47 / 70.94", "5.32 / 74.92")
 """The published models in 16 bit."""
 
 
-def measured(model: Path, text: Path, windows: int, length: int) -> dict[str, Any]:
-    """Scope -> evaluation of the rows of that scope."""
+def measured(model: Path, text: Path, windows: int, length: int) -> dict[str, list[Any]]:
+    """Scope -> evaluations that hold the rows of that scope."""
     from dialect_plugin.checkpoint.convert import convert
     from dialect_plugin.checkpoint.reader import open_checkpoint
     from dialect_plugin.evaluation.evaluator import evaluate
@@ -85,46 +85,45 @@ def measured(model: Path, text: Path, windows: int, length: int) -> dict[str, An
 
     config = open_checkpoint(model).config
     longest = config.get("text_config", config).get("max_position_embeddings", length)
-    found = {}
-    with tempfile.TemporaryDirectory() as directory:
+    options = {
+        "text": str(text),
+        "windows": windows,
+        "sequence_length": min(length, longest),
+        "worst": 0,
+    }
+    found: dict[str, list[Any]] = {"linear": [], "all": []}
+    with tempfile.TemporaryDirectory() as directory, Bar() as progress:
         mixed = Path(directory, MIXED)
         convert(model, mixed, Scheme.parse(
             {"block_size": 64, "overrides": {"re:.*down_proj": {"block_size": 16}}}
         ))  # fmt: skip
-        for scope in ("linear", "all"):
-            names = [
-                r.measured for r in ROWS if r.scope == scope and r.measured not in {None, MIXED}
-            ]
-            options = {
-                "text": str(text),
-                "windows": windows,
-                "sequence_length": min(length, longest),
-                "formats": ",".join(map(str, names)),
-                "scope": scope,
-                "worst": 0,
-            }
-            with Bar() as progress:
-                found[scope] = evaluate(
-                    [mixed] if scope == "linear" else [],
-                    model,
-                    EvaluationOptions.model_validate(options),
-                    progress,
-                )
+
+        def add(scope: str, packed: list[Path], **others: Any) -> None:
+            chosen = EvaluationOptions.model_validate(options | {"scope": scope} | others)
+            found[scope].append(evaluate(packed, model, chosen, progress))
+
+        names = {
+            scope: ",".join(r.measured for r in ROWS if r.scope == scope and r.measured != MIXED)
+            for scope in found
+        }
+        add("linear", [mixed], formats=names["linear"])
+        add("all", [], formats=names["all"])
+        add("all", [mixed], query_key_block_size=16)
     return found
 
 
-def table(found: dict[str, Any]) -> list[list[str]]:
+def table(found: dict[str, list[Any]]) -> list[list[str]]:
     """The paper's rows, with a perplexity and a divergence that were measured beside them."""
-    title = found["linear"].source
+    [linear] = found["linear"]
+    title = linear.source
     heads = [f"{name}, published" for name in PUBLISHED_MODELS]
     rows = [["rounded", "method", "bits", *heads, f"{title}, measured", "KL to 16 bit, measured"]]
-    rows.append(["nothing", "FP16", "16", *FP16, f"{found['linear'].perplexity:.3f}", "–"])
+    rows.append(["nothing", "FP16", "16", *FP16, f"{linear.perplexity:.3f}", "–"])
     for row in ROWS:
-        cells = ["–", "–"]
-        if row.measured is not None:
-            own = found[row.scope].row(row.measured, "W4A4")
-            cells = [f"{own.perplexity:.3f}", f"{own.mean_divergence:.4f}"]
-            cells[1] += "" if own.standard_error is None else f" ± {own.standard_error:.4f}"
+        rows_of_it = (evaluation.row(row.measured, "W4A4") for evaluation in found[row.scope])
+        own = next(entry for entry in rows_of_it if entry is not None)
+        error = "" if own.standard_error is None else f" ± {own.standard_error:.4f}"
+        cells = [f"{own.perplexity:.3f}", f"{own.mean_divergence:.4f}{error}"]
         scope = "linear layers" if row.scope == "linear" else "all products"
         rows.append([scope, row.method, row.bits, *row.published, *cells])
     return rows
@@ -151,7 +150,7 @@ def main(
     except (RealModelError, ValueError, OSError) as error:
         print(f"paper_tables: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
-    one = found["linear"]
+    [one] = found["linear"]
     print(
         f"perplexity / average of 7 tasks in per cent, published on WikiText-2 in windows of "
         f"{WINDOW}; measured: perplexity on {one.text}, {one.windows} windows of "

@@ -14,6 +14,7 @@ __all__ = [
     "Formats",
     "Json",
     "Plot",
+    "QueryKeyBlockSize",
     "RatioTo",
     "Scope",
     "SequenceLength",
@@ -61,6 +62,14 @@ Scope = Annotated[
     str,
     typer.Option(
         metavar="linear|all", help="Round the linear layers, or the products of attention too."
+    ),
+]
+QueryKeyBlockSize = Annotated[
+    int | None,
+    typer.Option(
+        metavar="16|32|64",
+        help="Block size of Q and K with --scope all, in formats of this project; default: that of "
+        "the format.",
     ),
 ]
 RatioTo = Annotated[

@@ -25,9 +25,16 @@ _NAME = "blockdialect_rounded_attention"
 
 
 class AttentionRounding(NamedTuple):
-    """How a format rounds the operands of attention's products."""
+    """How a format rounds the operands of attention's products.
 
-    round: Rounding
+    Attributes:
+        query_key: rounds Q and K.
+        probabilities_value: rounds P and V.
+        block_size: tokens in a block of V.
+    """
+
+    query_key: Rounding
+    probabilities_value: Rounding
     block_size: int
 
 
@@ -92,7 +99,7 @@ def _attend(
 ) -> torch.Tensor:
     """[B, H, T, D], keys and values [B, H of them, S, D] -> [B, T, H, D] in the query's dtype."""
     groups = query.shape[1] // key.shape[1]
-    q, k = (_along_rows(rounding.round, x) for x in (query, key))
+    q, k = (_along_rows(rounding.query_key, x) for x in (query, key))
     v = _along_sequence(rounding, value)
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     scores = (q @ k.transpose(2, 3)) * scale
@@ -100,7 +107,7 @@ def _attend(
         scores = (scores / softcap).tanh() * softcap
     if mask is not None:
         scores = scores + mask[..., : scores.shape[-1]]
-    p = _along_rows(rounding.round, scores.softmax(dim=-1))
+    p = _along_rows(rounding.probabilities_value, scores.softmax(dim=-1))
     return (p @ v).to(query.dtype).transpose(1, 2).contiguous()
 
 
@@ -114,5 +121,6 @@ def _along_sequence(rounding: AttentionRounding, value: torch.Tensor) -> torch.T
     size = rounding.block_size
     full = value.shape[2] // size * size
     channels = value[:, :, :full].transpose(2, 3)  # [B, H, D, S]
-    rounded = rounding.round(channels.reshape(-1, size)).view(channels.shape).transpose(2, 3)
+    rounded = rounding.probabilities_value(channels.reshape(-1, size)).view(channels.shape)
+    rounded = rounded.transpose(2, 3)
     return torch.cat([rounded, value[:, :, full:].float()], dim=2)

@@ -144,7 +144,11 @@ class _Pass:
             _RowInProgress(label, self._modules(weights, activations))
             for label, activations in entry.rows(self._options.activations).items()
         ]
-        attention = entry.attention() if self._options.scope == "all" else None
+        attention = (
+            entry.attention(self._options.query_key_block_size)
+            if self._options.scope == "all"
+            else None
+        )
         first = not self.reference
         for number, window in enumerate(self._windows):
             reference, tokens = self._model.logits(window), window[1:]

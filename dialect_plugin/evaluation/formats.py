@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final, cast
 
 import torch
@@ -48,8 +49,12 @@ class Format(ABC):
         """The weights of the layers of a 16-bit model in this format."""
 
     @abstractmethod
-    def attention(self) -> AttentionRounding:
-        """How it rounds the operands of attention's products."""
+    def attention(self, query_key_block_size: int | None) -> AttentionRounding:
+        """How it rounds the operands of attention's products.
+
+        Args:
+            query_key_block_size: of Q and K, if it is a format of this project; None for its own.
+        """
 
 
 class _Packed(Format):
@@ -78,9 +83,9 @@ class _Packed(Format):
         packed = {layer: self._packed.read(layer).to(device) for layer in self._packed.layers}
         return PackedWeights(packed, self._own, rescaled_tensors(self._packed.checkpoint))
 
-    def attention(self) -> AttentionRounding:
+    def attention(self, query_key_block_size: int | None) -> AttentionRounding:
         scheme = self._packed.scheme
-        return _attention(FormatName(scheme.book, scheme.block_size))
+        return _attention(FormatName(scheme.book, scheme.block_size), query_key_block_size)
 
 
 class _Named(Format):
@@ -136,8 +141,8 @@ class _Named(Format):
             )
         return PackedWeights(packed, dict.fromkeys(packed, "dialect"))
 
-    def attention(self) -> AttentionRounding:
-        return _attention(self._name)
+    def attention(self, query_key_block_size: int | None) -> AttentionRounding:
+        return _attention(self._name, query_key_block_size)
 
 
 def packed_format(name: str, packed: PackedCheckpoint, scope: Scope) -> Format:
@@ -167,5 +172,8 @@ def format_of(name: FormatName, calibrated: CalibratedPeers | None) -> Format:
     return _Named(name, calibrated if name.gptq else None)
 
 
-def _attention(name: FormatName) -> AttentionRounding:
-    return AttentionRounding(rounding_of(name), name.block_size)
+def _attention(name: FormatName, query_key_block_size: int | None) -> AttentionRounding:
+    query_key = name
+    if name.ours and query_key_block_size is not None:
+        query_key = replace(name, block_size=query_key_block_size)
+    return AttentionRounding(rounding_of(query_key), rounding_of(name), name.block_size)

@@ -8,7 +8,13 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from dialect_kernels.formatbook import BLOCK_SIZES, ROTATION_GROUP, BookName, Rotation
+from dialect_kernels.formatbook import (
+    BLOCK_SIZES,
+    ROTATION_GROUP,
+    BlockSize,
+    BookName,
+    Rotation,
+)
 
 from ..calibration.options import DEFAULT_TEXT, CalibrationOptions
 
@@ -103,6 +109,8 @@ class EvaluationOptions(BaseModel):
         calibrate: text on which formats with ``+gptq`` are calibrated.
         samples: most windows of calibration text.
         scope: what is rounded.
+        query_key_block_size: elements per block of Q and K, in formats of this project; None for
+            that of the format. Only in the scope ``"all"``.
         ratio_to: the row that the others' divergence is divided by, in the same activations.
         worst: how many positions of the largest divergence to keep.
         device: where the model runs.
@@ -114,6 +122,7 @@ class EvaluationOptions(BaseModel):
     windows: int = Field(default=16, ge=1)
     sequence_length: int = Field(default=512, ge=2)
     scope: Scope = "linear"
+    query_key_block_size: BlockSize | None = None
     activations: tuple[Activations, ...] = ("own",)
     formats: tuple[FormatName, ...] = ()
     calibrate: str | None = Field(default=None, validate_default=True)
@@ -128,6 +137,13 @@ class EvaluationOptions(BaseModel):
         if text == DEFAULT_TEXT:
             raise ValueError("models are calibrated on that text; give a file of other text")
         return text
+
+    @field_validator("query_key_block_size")
+    @classmethod
+    def _rounds_attention(cls, size: int | None, info: ValidationInfo) -> int | None:
+        if size is not None and info.data.get("scope") == "linear":
+            raise ValueError("Q and K are rounded with --scope all only; leave it out")
+        return size
 
     @field_validator("activations", mode="before")
     @classmethod

@@ -56,6 +56,8 @@ def test_lists_are_read_once_each():
     ("given", "reason"),
     [
         ({"text": "default"}, "models are calibrated on that text"),
+        ({"query_key_block_size": 16}, "Q and K are rounded with --scope all only"),
+        ({"scope": "all", "query_key_block_size": 8}, "16, 32 or 64"),
         ({"activations": "w8a8"}, "it must be some of own, w4a4, w4a8, w4a16"),
         ({"activations": ""}, "it must be some of"),
         ({"scope": "all", "activations": "own,w4a8"}, "--scope all rounds attention to 4 bits"),
