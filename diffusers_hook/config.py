@@ -66,7 +66,7 @@ class SemanticDialectConfig(BaseModel):
             ``re:blocks\\.0\\.``; see :mod:`dialect_kernels.layer_names`.
         modulation: how the adaLN modulation's linear layers are stored: ``"16bit"``, ``"fp8"``
             (row-wise E4M3 weights; ours) or None: ``"fp8"`` where they hold more than 5 % of the
-            model's parameters.
+            model's parameters, but for those that the model's class keeps in float32.
         salient_fraction: share of the video tokens that is decomposed into two dialect rows, 0..1
             (SemanticDialect; default ours). 0 switches decomposition off.
         salient_refresh: attention calls of a block and guidance branch between two choices of the

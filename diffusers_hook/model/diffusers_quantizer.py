@@ -35,6 +35,8 @@ class SemanticDialectQuantizer(DiffusersQuantizer):
     """Quantizes while loading, loads what is quantized already, and lets diffusers save it."""
 
     requires_calibration = False
+    # what the model's class keeps in float32 is float32 in an enabled model too
+    use_keep_in_fp32_modules = True
     # several threads would build the same module from its weight and its bias
     supports_parallel_loading = False
 

@@ -87,7 +87,8 @@ def choose_layers(
         empty: whether the weights are yet to be loaded.
 
     Returns:
-        (the configuration with `modulation` resolved, the choice).
+        (the configuration with `modulation` resolved, so that the same layers are chosen again by
+        whoever loads the quantized model; the choice).
 
     Raises:
         LayoutError, ConfigError, ValueError: if the model does not fit; one sentence.
@@ -103,7 +104,11 @@ def choose_layers(
         for block in blocks
         for path, layer, stream in block.linears()
     }
-    quantized = {n: found for n, found in linears.items() if not _ignored(n, config)}
+    quantized = {
+        n: found
+        for n, found in linears.items()
+        if not _ignored(n, config) and not _kept_in_float32(module, n)
+    }
     if not quantized:
         raise ValueError(
             f"{name}: no linear layer is left to quantize, ignore={list(config.ignore)} matches "
@@ -112,9 +117,8 @@ def choose_layers(
     for path, (layer, _) in quantized.items():
         _check_layer(f"{name}.{path}", layer, config.block_size, empty)
     _check_rotation(name, quantized, config)
-    modulation = _modulation(module, layout, config)
     _check_ignore(name, config, [*linears, *_modulation_layers(module, layout)])
-    config = config.replaced(modulation="fp8" if modulation else "16bit")
+    config, modulation = _modulation(module, layout, config)
     return config, LayerChoice(quantized, modulation)
 
 
@@ -192,18 +196,27 @@ def _check_rotation(
 
 def _modulation(
     module: nn.Module, layout: Layout, config: SemanticDialectConfig
-) -> dict[str, nn.Linear]:
-    """The modulation layers that are stored in FP8, by name."""
+) -> tuple[SemanticDialectConfig, dict[str, nn.Linear]]:
+    """(The configuration with `modulation` resolved, the layers that are stored in FP8, by name).
+
+    By default these are layers that are a large share of the model, and none that its class keeps
+    in float32.
+    """
     layers = {
         name: layer
         for name, layer in _modulation_layers(module, layout).items()
         if not _ignored(name, config)
     }
     if config.modulation is None:
+        kept = tuple(name for name in layers if _kept_in_float32(module, name))
+        layers = {name: layer for name, layer in layers.items() if name not in kept}
         held = sum(layer.weight.numel() for layer in layers.values())
         whole = sum(parameter.numel() for parameter in module.parameters())
-        return layers if held > _MODULATION_SHARE * whole else {}
-    return layers if config.modulation == "fp8" else {}
+        if held > _MODULATION_SHARE * whole:
+            return config.replaced(modulation="fp8", ignore=[*config.ignore, *kept]), layers
+    elif config.modulation == "fp8" and layers:
+        return config, layers
+    return config.replaced(modulation="16bit"), {}
 
 
 def _modulation_layers(module: nn.Module, layout: Layout) -> dict[str, nn.Linear]:
@@ -213,6 +226,12 @@ def _modulation_layers(module: nn.Module, layout: Layout) -> dict[str, nn.Linear
         if isinstance(layer, nn.Linear)
         and any(re.fullmatch(p, without_adapters(name)) for p in layout.modulation)
     }
+
+
+def _kept_in_float32(module: nn.Module, name: str) -> bool:
+    """Whether diffusers' class of a model keeps a part of it in float32, whatever its dtype."""
+    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    return not kept.isdisjoint(name.split("."))
 
 
 def _check_ignore(name: str, config: SemanticDialectConfig, candidates: Sequence[str]) -> None:
