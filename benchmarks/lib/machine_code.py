@@ -33,7 +33,7 @@ POINTERS = {
     "p_x_scale": "*fp32", "p_scale": "*fp32", "p_codes": "*u8", "p_meta": "*u8", "p_q": "*u8",
     "p_row_exponent": "*i8", "p_salient": "*i32", "p_group": "*i32", "p_totals": "*i32",
     "p_book": "*i32", "p_bias": "*bf16", "p_y": "*bf16", "p_x": "*bf16", "p_zeros": "*i32",
-    "p_partial": "*fp32", "p_arrived": "*i32",
+    "p_partial": "*fp32", "p_arrived": "*i32", "p_tiles": "*i64", "p_rows": "*i64",
 }  # fmt: skip
 
 
@@ -151,7 +151,11 @@ def _run(tool: str, option: str, path: Path) -> str:
 
 
 def compile_gemm(
-    plan: GemmPlan, capability: int, eight_bits: bool, exact: bool = False
+    plan: GemmPlan,
+    capability: int,
+    eight_bits: bool,
+    exact: bool = False,
+    experts: bool = False,
 ) -> MachineCode:
     """The kernel of a plan, for blocks of 32 and whole tiles.
 
@@ -160,6 +164,7 @@ def compile_gemm(
         capability: see :func:`compile_kernel`.
         eight_bits: FP8 operands; else bfloat16.
         exact: the mode ``exact``, on bfloat16.
+        experts: one of several weights for each tile, named by a schedule.
     """
     constants: dict[str, Any] = {
         "B": 32,
@@ -171,6 +176,8 @@ def compile_gemm(
         "EVEN": True,
         "ASM": True,
     }
+    if not experts:
+        constants |= {"p_tiles": None, "p_rows": None}
     if plan.splits == 1:
         constants |= {"p_partial": None, "p_arrived": None}
     pointers = {"p_table": "*i64"}

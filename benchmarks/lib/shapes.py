@@ -9,7 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["GEMMA3_270M", "LLAMA_1B", "LLAMA_8B", "LLAMA_70B", "SMOLLM2_135M", "TINY", "Llama"]
+__all__ = [
+    "GEMMA3_270M",
+    "LLAMA_1B",
+    "LLAMA_8B",
+    "LLAMA_70B",
+    "MIXTURE_1B",
+    "SMOLLM2_135M",
+    "TINY",
+    "Llama",
+    "Mixture",
+]
 
 
 @dataclass(frozen=True)
@@ -112,3 +122,33 @@ LLAMA_8B = Llama("LLaMA-3-8B", 4096, 14336, 32, 32, 8, 128)
 LLAMA_70B = Llama("LLaMA-3-70B", 8192, 28672, 80, 64, 8, 128)
 TINY = Llama("tiny", 64, 128, 2, 2, 1, 32, vocabulary=64, context=64)
 """For files, whose readers do not care what is in them."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The dimensions of a layer of experts.
+
+    Attributes:
+        hidden: channels between the layers.
+        width: channels inside of one expert.
+        experts, active: experts of the layer, and those that each token goes to.
+    """
+
+    hidden: int
+    width: int
+    experts: int
+    active: int
+
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """Shapes [N, K] of an expert's matrices, gate and up as one."""
+        return {"gate_up": (2 * self.width, self.hidden), "down": (self.hidden, self.width)}
+
+    @property
+    def weights(self) -> int:
+        """Weights of all experts."""
+        return self.experts * sum(rows * columns for rows, columns in self.projections.values())
+
+
+MIXTURE_1B = Mixture(hidden=2048, width=1024, experts=32, active=4)
+"""About a billion active parameters with 24 such layers."""

@@ -155,6 +155,15 @@ class Backend(Protocol):
     ) -> None:
         """Compile what products with `p` can need, if this back end compiles anything."""
 
+    def warm_up_experts(
+        self,
+        experts: PackedExperts,
+        activation_format: str,
+        dtype: torch.dtype,
+        bias_dtype: torch.dtype | None,
+    ) -> None:
+        """The same for :meth:`grouped_linear`."""
+
 
 def with_residuals(
     y: torch.Tensor, salient: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype

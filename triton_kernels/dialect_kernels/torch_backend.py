@@ -33,6 +33,7 @@ __all__ = [
     "runs_on",
     "semantic_linear",
     "warm_up",
+    "warm_up_experts",
 ]
 
 _log = logging.getLogger(__name__)
@@ -170,6 +171,15 @@ def warm_up(
     bias_dtype: torch.dtype | None,
 ) -> None:
     """Torch compiles nothing."""
+
+
+def warm_up_experts(
+    experts: PackedExperts,
+    activation_format: str,
+    dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+) -> None:
+    """Nothing is compiled."""
 
 
 @cache

@@ -24,6 +24,7 @@ TYPES = {
 TILE = {"B": 32, "BM": 16, "BN": 64, "EVEN": True, "ASM": True}
 NOT_SPLIT = {"SPLIT": False, "p_partial": None, "p_arrived": None}
 NO_BIAS = {"p_bias": None, "BIAS": False}
+ONE_WEIGHT = {"p_tiles": None, "p_rows": None}
 SIXTEEN = {"SCALED": True, "ALIGNED": True, "FLOAT16": False}
 
 
@@ -45,13 +46,14 @@ def gpu_code(kernel, capability, constants, types):
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("exact", [True, False])
 def test_sums_of_steps_are_kept_apart(exact, capability):
-    constants = TILE | NOT_SPLIT | NO_BIAS | SIXTEEN | {"EXACT": exact, "BK": 32 if exact else 128}
+    constants = TILE | NOT_SPLIT | NO_BIAS | ONE_WEIGHT | SIXTEEN
+    constants |= {"EXACT": exact, "BK": 32 if exact else 128}
     check(gpu_code(gemm.sixteen_bit_kernel, capability, constants, TYPES), 1 if exact else 4)
 
 
 @pytest.mark.parametrize("capability", [89, 90])
 def test_sums_of_eight_bit_steps_are_kept_apart(capability):
-    constants = TILE | NOT_SPLIT | NO_BIAS | {"BK": 256}
+    constants = TILE | NOT_SPLIT | NO_BIAS | ONE_WEIGHT | {"BK": 256}
     types = TYPES | {"p_x": "*fp8e4nv"}
     check(gpu_code(gemm.eight_bit_kernel, capability, constants, types), 2)
 

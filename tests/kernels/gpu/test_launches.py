@@ -16,8 +16,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 from triton.backends.compiler import GPUTarget
 
-from dialect_kernels import DIALECT_FP4, SEMANTIC_32, quantize
-from dialect_kernels.gpu import linear
+from dialect_kernels import DIALECT_FP4, SEMANTIC_32, PackedExperts, quantize
+from dialect_kernels.gpu import grouped, linear
 
 TOKENS = (1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 127, 128, 129, 256, 257, 511, 512, 513, 1000, 4097,
           16384)  # fmt: skip
@@ -56,10 +56,12 @@ def launches(monkeypatch):
         torch.nn.functional, "linear", lambda x, w, bias=None: x.new_empty(len(x), len(w))
     )
     linear._warm.clear()
+    grouped._warm.clear()
     triton.runtime.driver.set_active(driver)
     yield seen
     triton.runtime.driver._active = None
     linear._warm.clear()
+    grouped._warm.clear()
 
 
 def on(monkeypatch, name):
@@ -132,3 +134,27 @@ def test_two_launches_for_few_tokens(activation_format, name, launches, monkeypa
             assert names[-1] in ("eight_bit_kernel", "sixteen_bit_kernel")
             how = linear.route(tokens, p.shape, activation_format, x.dtype, x.device)
             assert (how.plan.splits > 1) == (features < 28672)
+
+
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("activation_format", FORMATS)
+def test_experts_are_warm_too_and_one_launch_multiplies_with_all(
+    activation_format, name, launches, monkeypatch
+):
+    on(monkeypatch, name)
+    experts = PackedExperts(weight(4 * 160), 4)
+    dtype, offsets = torch.bfloat16, torch.tensor([0, 1, 1, 1, 1])
+    for bias in (None, torch.zeros(4, 160, dtype=dtype)):
+        launches.clear()
+        grouped.warm_up(experts, activation_format, dtype, None if bias is None else dtype)
+        compiled = set(launches)
+        assert compiled
+        for rows in TOKENS:
+            x = torch.empty(rows, 1024, dtype=dtype)
+            for named in (None, torch.zeros(rows, dtype=torch.int64)):
+                launches.clear()
+                grouped.grouped_linear(
+                    x, named, offsets, experts, bias, activation_format, "default"
+                )
+                assert set(launches) <= compiled
+                assert len(launches) == (1 if activation_format == "none" else 2)

@@ -34,6 +34,7 @@ __all__ = [
     "runs_on",
     "semantic_linear",
     "warm_up",
+    "warm_up_experts",
     "why_not",
 ]
 
@@ -148,3 +149,12 @@ def warm_up(
     bias_dtype: torch.dtype | None,
 ) -> None:
     """The kernel was compiled before."""
+
+
+def warm_up_experts(
+    experts: PackedExperts,
+    activation_format: str,
+    dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+) -> None:
+    """Nothing is compiled."""

@@ -178,6 +178,8 @@ def grouped_linear(
     rows = None if rows is None else _numbers(rows, "rows", rows.numel())
     bias = _bias(bias, count, features)
     y = torch.empty(len(x if rows is None else rows), features, dtype=x.dtype, device="cpu")
+    if len(y) == 0:  # an empty tensor may have no address, which would mean that there is none
+        return y
     call(
         "dialect_grouped",
         x.data_ptr(),

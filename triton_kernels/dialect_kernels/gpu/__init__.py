@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, partial
+from functools import cache
 
 import torch
 
 from .. import reference
-from ..backend import BlockGrid, Quantized, expert_by_expert
+from ..backend import BlockGrid, Quantized
 from ..formatbook import Formatbook, Rotation
 from ..packed import PackedTensor
 from ..packed_experts import PackedExperts
@@ -33,6 +33,7 @@ __all__ = [
     "runs_on",
     "semantic_linear",
     "warm_up",
+    "warm_up_experts",
 ]
 
 _log = logging.getLogger(__name__)
@@ -137,11 +138,13 @@ def grouped_linear(
     activation_format: str,
     accumulation: str,
 ) -> torch.Tensor:
-    """See :class:`~dialect_kernels.backend.Backend`; expert by expert."""
-    multiply = partial(
-        dialect_linear, activation_format=activation_format, accumulation=accumulation
-    )
-    return expert_by_expert(multiply, tokens, rows, offsets, experts, bias)
+    """See :class:`~dialect_kernels.backend.Backend`; never waits for the GPU."""
+    from . import grouped
+
+    with _current(tokens.device):
+        return grouped.grouped_linear(
+            tokens, rows, offsets, experts, bias, activation_format, accumulation
+        )
 
 
 def semantic_linear(
@@ -169,6 +172,19 @@ def warm_up(
 
     with _current(p.device):
         linear.warm_up(p, activation_format, dtype, bias_dtype)
+
+
+def warm_up_experts(
+    experts: PackedExperts,
+    activation_format: str,
+    dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+) -> None:
+    """See :func:`dialect_kernels.gpu.grouped.warm_up`."""
+    from . import grouped
+
+    with _current(experts.device):
+        grouped.warm_up(experts, activation_format, dtype, bias_dtype)
 
 
 def _may_run_on(device: torch.device) -> bool:

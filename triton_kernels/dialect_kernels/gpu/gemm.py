@@ -15,12 +15,17 @@ Columns are taken in the order in which parts of words are decoded, see
 Hopper's FP8 accumulator keeps about 13 bits. In the mode ``exact`` a step is one block: its sum is
 exact in the 16-bit MMA, and float32 sums of blocks ascend, as in the reference. Splits, scales and
 bias: :mod:`dialect_kernels.gpu.epilogue`.
+
+With experts, w holds the rows of E weights one behind the other, and every tile of rows belongs to
+one of them: a schedule names it, see :mod:`dialect_kernels.gpu.grouped`.
 """
 
 # Kernel arguments are Triton's: pointers and tensors have no Python types.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -33,6 +38,7 @@ from .layout import aligned, interpreted
 from .tuning import GemmPlan
 
 __all__ = [
+    "RowTiles",
     "arrivals",
     "eight_bit_kernel",
     "launch_eight_bits",
@@ -48,6 +54,26 @@ def _split(padded, BK: tl.constexpr):
     splits = tl.num_programs(2)
     i_split = tl.program_id(2)
     return steps * i_split // splits * BK, steps * (i_split + 1) // splits * BK
+
+
+@triton.jit
+def _rows_of_tile(p_tiles, p_rows, tokens, BM: tl.constexpr):
+    """Rows of the result and their tokens [BM], one beyond the last row, expert, whether it works.
+
+    Without a schedule `p_tiles` rows are tokens, and there is one weight.
+    """
+    if p_tiles is None:
+        o_row = tl.program_id(1) * BM + tl.arange(0, BM)
+        return o_row, o_row, tokens, 0, 1
+    else:
+        p_tile = p_tiles + 3 * tl.program_id(1)
+        first = tl.load(p_tile + 1)
+        last = tl.load(p_tile + 2)
+        o_row = first + tl.arange(0, BM)
+        o_token = o_row
+        if p_rows is not None:
+            o_token = tl.load(p_rows + o_row, mask=o_row < last, other=0)
+        return o_row, o_token, last, tl.load(p_tile), (first < last).to(tl.int32)
 
 
 @triton.jit
@@ -91,6 +117,8 @@ def eight_bit_kernel(
     p_y,
     p_partial,
     p_arrived,
+    p_tiles,
+    p_rows,
     tokens,
     features,
     padded,
@@ -103,15 +131,18 @@ def eight_bit_kernel(
     EVEN: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """E4M3 tokens [T, Kp] in the order of operands times weights. Grid (N/BN, T/BM, splits)."""
+    """E4M3 tokens [T, Kp] in the order of operands times weights. Grid (N/BN, tiles, splits)."""
     padded = padded // (BK if EVEN else 16) * (BK if EVEN else 16)
     o_feature = tl.program_id(0) * BN + tl.arange(0, BN)
-    o_token = tl.program_id(1) * BM + tl.arange(0, BM)
-    o_row = tl.minimum(o_feature, features - 1).to(tl.int64)
-    p_row = p_x + o_token.to(tl.int64)[:, None] * padded
+    o_token, o_x, tokens, expert, works = _rows_of_tile(p_tiles, p_rows, tokens, BM)
+    o_row = tl.minimum(o_feature, features - 1).to(tl.int64) + expert * features
+    p_row_exponent += expert * features
+    if BIAS:
+        p_bias += expert * features
+    p_row = p_x + o_x.to(tl.int64)[:, None] * padded
     m_token = o_token < tokens
 
-    first, last = _split(padded, BK)
+    first, last = _split(padded * works, BK)
     total = tl.zeros((BN, BM), tl.float32)
     for start in range(first, last, BK):
         part0, part1 = e4m3_parts(
@@ -137,7 +168,7 @@ def _sixteen_bit_dot(part, x, total, FLOAT16: tl.constexpr, ASM: tl.constexpr):
         return tl.dot(w.to(tl.float32), tl.trans(x.to(tl.float32)), total, input_precision="ieee")
 
 
-# Longer than other functions by its 27 arguments, one a line.
+# Longer than other functions by its 29 arguments, one a line.
 @triton.jit(do_not_specialize=["tokens", "features", "columns", "padded", "stride"])
 def sixteen_bit_kernel(
     p_x,
@@ -150,6 +181,8 @@ def sixteen_bit_kernel(
     p_y,
     p_partial,
     p_arrived,
+    p_tiles,
+    p_rows,
     tokens,
     features,
     columns,
@@ -168,20 +201,23 @@ def sixteen_bit_kernel(
     FLOAT16: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Tokens [T, K] times weights, both of 16 bits. Grid (N/BN, T/BM, splits)."""
+    """Tokens [T, K] times weights, both of 16 bits. Grid (N/BN, tiles, splits)."""
     padded = padded // (BK if EVEN else 16) * (BK if EVEN else 16)
     if ALIGNED:
         columns = columns // 16 * 16
         stride = stride // 16 * 16
     o_feature = tl.program_id(0) * BN + tl.arange(0, BN)
-    o_token = tl.program_id(1) * BM + tl.arange(0, BM)
-    o_row = tl.minimum(o_feature, features - 1).to(tl.int64)
-    p_row = p_x + o_token.to(tl.int64)[:, None] * stride
+    o_token, o_x, tokens, expert, works = _rows_of_tile(p_tiles, p_rows, tokens, BM)
+    o_row = tl.minimum(o_feature, features - 1).to(tl.int64) + expert * features
+    p_row_exponent += expert * features
+    if BIAS:
+        p_bias += expert * features
+    p_row = p_x + o_x.to(tl.int64)[:, None] * stride
     m_token = o_token < tokens
     i_pair = tl.arange(0, BK // 4)
     o_pair = i_pair // 2 * 8 + i_pair % 2
 
-    first, last = _split(padded, BK)
+    first, last = _split(padded * works, BK)
     total = tl.zeros((BN, BM), tl.float32)
     for start in range(first, last, BK):
         part0, part1, part2, part3 = sixteen_parts(
@@ -208,6 +244,16 @@ def sixteen_bit_kernel(
     )  # fmt: skip
 
 
+class RowTiles(NamedTuple):
+    """The rows of a result in tiles, each of which belongs to one of several weights."""
+
+    table: torch.Tensor
+    """int64 [tiles, 3]: the expert, its first row here and one beyond its last row; a tile takes
+    as many of them as it has tokens. All 0: nothing to do."""
+    tokens: torch.Tensor | None
+    """int64 [R], the token of each row; None: row i is of token i."""
+
+
 def arrivals(
     tokens: int, features: int, plan: GemmPlan, device: torch.device
 ) -> torch.Tensor | None:
@@ -230,6 +276,7 @@ def launch_eight_bits(
     y: torch.Tensor,
     plan: GemmPlan,
     arrived: torch.Tensor | None,
+    tiles: RowTiles | None = None,
 ) -> None:
     """Fill `y` [T, N] (float32, bfloat16 or float16) with ``(q * scale) @ p.T + bias``.
 
@@ -240,8 +287,10 @@ def launch_eight_bits(
         bias: [N], contiguous, or None.
         plan: tile and splits.
         arrived: zeros in the memory from :func:`arrivals`, if the plan splits K.
+        tiles: with experts, p is [E * N, K], bias [E, N], y and scale have rows of the result, and
+            the plan has one split.
     """
-    eight_bit_kernel[_grid(y, plan)](
+    eight_bit_kernel[_grid(y, plan, tiles)](
         q,
         scale,
         p.codes,
@@ -252,6 +301,7 @@ def launch_eight_bits(
         y,
         _partial(y, plan),
         arrived,
+        *_schedule(tiles),
         y.shape[0],
         y.shape[1],
         q.shape[1],
@@ -269,6 +319,7 @@ def launch_sixteen_bits(
     plan: GemmPlan,
     arrived: torch.Tensor | None,
     exact: bool = False,
+    tiles: RowTiles | None = None,
 ) -> None:
     """Fill `y` [T, N] with ``(x * scale) @ p.T + bias`` on the 16-bit MMA.
 
@@ -281,11 +332,12 @@ def launch_sixteen_bits(
         arrived: zeros in the memory from :func:`arrivals`, if the plan splits K.
         exact: add block by block, blocks ascending. Equal to the reference for tokens that were
             rounded with the weight's book and block size.
+        tiles: as for :func:`launch_eight_bits`.
     """
     columns = p.block_size if exact else plan.columns
     operand = torch.float16 if x.dtype == torch.float16 else torch.bfloat16
     padded = p.codes.shape[1] * 2
-    sixteen_bit_kernel[_grid(y, plan)](
+    sixteen_bit_kernel[_grid(y, plan, tiles)](
         x,
         scale,
         p.codes,
@@ -296,6 +348,7 @@ def launch_sixteen_bits(
         y,
         _partial(y, plan),
         arrived,
+        *_schedule(tiles),
         y.shape[0],
         y.shape[1],
         x.shape[1],
@@ -310,9 +363,14 @@ def launch_sixteen_bits(
     )
 
 
-def _grid(y: torch.Tensor, plan: GemmPlan) -> tuple[int, int, int]:
+def _grid(y: torch.Tensor, plan: GemmPlan, tiles: RowTiles | None = None) -> tuple[int, int, int]:
     tokens, features = y.shape
-    return triton.cdiv(features, plan.features), triton.cdiv(tokens, plan.tokens), plan.splits
+    of_rows = triton.cdiv(tokens, plan.tokens) if tiles is None else len(tiles.table)
+    return triton.cdiv(features, plan.features), of_rows, plan.splits
+
+
+def _schedule(tiles: RowTiles | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    return (None, None) if tiles is None else tiles
 
 
 def _partial(y: torch.Tensor, plan: GemmPlan) -> torch.Tensor | None:

@@ -25,6 +25,7 @@ __all__ = [
     "Route",
     "covers",
     "dialect_linear",
+    "first_of_each_route",
     "multiply",
     "quantize_tokens",
     "route",
@@ -372,7 +373,7 @@ def warm_up(
     bias = None
     if bias_dtype is not None:
         bias = torch.zeros(p.shape[0], dtype=bias_dtype, device=p.device)
-    for tokens in _first_of_each_route(p.shape, activation_format, dtype, p.device):
+    for tokens in first_of_each_route(p.shape, activation_format, dtype, p.device):
         x = torch.zeros(tokens, p.shape[1], dtype=dtype, device=p.device)
         if covers(x, p, activation_format, "default"):
             dialect_linear(x, p, bias, activation_format, "default")
@@ -382,7 +383,7 @@ def warm_up(
 _warm: set[tuple[object, ...]] = set()
 
 
-def _first_of_each_route(
+def first_of_each_route(
     shape: tuple[int, int], activation_format: str, dtype: torch.dtype, device: torch.device
 ) -> list[int]:
     """The smallest numbers of tokens that together need every kernel that any number needs."""

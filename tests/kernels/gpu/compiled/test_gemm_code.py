@@ -10,7 +10,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from benchmarks.lib.machine_code import MMA, compile_gemm, faults, per_weight
 from dialect_kernels.gpu.linear import EXACT_PLANS, table_of
-from dialect_kernels.gpu.tuning import TABLES
+from dialect_kernels.gpu.tuning import FUSED_FOR_MANY, TABLES
 
 pytestmark = pytest.mark.slow
 
@@ -57,3 +57,15 @@ def test_sixteen_bits(capability, plan):
 def test_exact_mode(capability, plan):
     """A step is one block on the 16-bit MMA, whose sums of a block are exact."""
     checked(plan, capability, eight_bits=False, exact=True)
+
+
+@pytest.mark.parametrize("eight_bits", [True, False])
+@pytest.mark.parametrize("plan", ["few", "many"])
+def test_experts_change_nothing_in_the_loop(plan, eight_bits):
+    """On Hopper; a schedule names the expert of each tile."""
+    tables = TABLES[table_of((9, 0), eight_bits)]
+    chosen = tables[0][1] if plan == "few" else FUSED_FOR_MANY
+    code = compile_gemm(chosen, 90, eight_bits, experts=True)
+    assert not faults(code, 90, MMA[eight_bits][90])
+    alone = compile_gemm(chosen, 90, eight_bits)
+    assert per_weight(code, chosen) <= 1.1 * per_weight(alone, chosen)
