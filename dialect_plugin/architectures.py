@@ -21,6 +21,7 @@ __all__ = [
     "default_layers",
     "fused_with",
     "is_candidate",
+    "is_embedding",
     "is_expert",
     "is_in_encoder",
     "is_in_numbered_block",
@@ -281,6 +282,10 @@ _NEVER_PACKED = re.compile(
     r"|(?:^|\.)(?:conv\w*|\w+_conv\w*|x_proj|dt_proj|classifier|score)$"
 )
 """The second line holds the last words of names only: LFM2's ``conv.in_proj`` is a linear layer."""
+_EMBEDDING = re.compile(
+    r"(?:^|\.)(?:embed_tokens|word_embeddings?|tok_embeddings|token_embd|wte|embed_in|embeddings?)$"
+)
+"""Last words of the names of matrices that hold a vector for each token of the vocabulary."""
 _ENCODER = re.compile(r"(?:^|\.)encoder\.")
 _SSM = ("x_proj", "in_proj", "out_proj", "dt_proj")
 """The linear layers of a Mamba-1 mixer, which vLLM builds in 16 bit; Mamba-2 has no ``x_proj``."""
@@ -320,6 +325,20 @@ def collapse_experts(names: Iterable[str]) -> list[str]:
         else:
             listed.append(name)
     return [*listed, _ROUTED_EXPERTS] if has_experts else listed
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a matrix holds the embeddings of the text model's tokens.
+
+    Works for the checkpoint's names and for vLLM's. Embeddings of positions, of kinds of tokens and
+    of single decoder layers are others.
+    """
+    return (
+        _EMBEDDING.search(name) is not None
+        and not is_in_numbered_block(name)
+        and _NOT_TEXT.search(name) is None
+        and _DRAFT.search(name) is None
+    )
 
 
 def is_never_packed(name: str) -> bool:

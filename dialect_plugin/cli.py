@@ -145,6 +145,12 @@ _Targets = Annotated[
     ),
 ]
 _LmHead = Annotated[bool, typer.Option(help="Quantize the output projection too.")]
+_Embeddings = Annotated[
+    bool,
+    typer.Option(
+        help="Quantize the embeddings of tokens too; one matrix with a tied output projection."
+    ),
+]
 _Strict = Annotated[
     bool,
     typer.Option(help="Refuse layers whose columns do not fit their block size or rotation."),
@@ -242,6 +248,7 @@ def quantize(
     overrides: _Overrides = None,
     targets: _Targets = None,
     lm_head: _LmHead = False,
+    embeddings: _Embeddings = False,
     strict: _Strict = False,
     overwrite: _Overwrite = False,
     workers: _Workers = None,
@@ -271,6 +278,7 @@ def quantize(
             ignore=ignore or [],
             overrides=_read_overrides(override or [], overrides),
             lm_head=lm_head,
+            embeddings=embeddings,
         )
     from .checkpoint.convert import convert, render  # after the options: torch takes seconds
     from .checkpoint.progress import ProgressBar
@@ -309,6 +317,7 @@ def report(
     ignore: _Ignore = None,
     targets: _Targets = None,
     lm_head: _LmHead = False,
+    embeddings: _Embeddings = False,
     max_rows: _MaxRows = None,
     all_rows: _AllRows = False,
     calibrate: _MeasureOn = None,
@@ -330,7 +339,8 @@ def report(
             device=device,
         )
         chosen = _book_and_rotation(book, rotation, calibration)
-        options = _options(targets, ignore=ignore or [], lm_head=lm_head, **chosen)
+        vocabulary = {"lm_head": lm_head, "embeddings": embeddings}
+        options = _options(targets, ignore=ignore or [], **chosen, **vocabulary)
     from .analysis.commands import report_on
     from .analysis.report_page import check_plots
     from .checkpoint.progress import ProgressBar
@@ -362,6 +372,7 @@ def plan(
     ignore: _Ignore = None,
     targets: _Targets = None,
     lm_head: _LmHead = False,
+    embeddings: _Embeddings = False,
     max_rows: _MaxRows = None,
     all_rows: _AllRows = False,
     calibrate: _MeasureOn = None,
@@ -384,7 +395,8 @@ def plan(
         if output is not None:
             _check_file("--output", output)
         chosen = _book_and_rotation(book, rotation, calibration)
-        options = _options(targets, ignore=ignore or [], lm_head=lm_head, **chosen)
+        vocabulary = {"lm_head": lm_head, "embeddings": embeddings}
+        options = _options(targets, ignore=ignore or [], **chosen, **vocabulary)
     from .analysis.commands import plan_by_outputs, plan_by_weights
     from .checkpoint.progress import ProgressBar
     from .checkpoint.writer import write_text
@@ -404,6 +416,9 @@ def plan(
         text = "" if calibrate is None else f" --calibrate {shlex.quote(calibrate)}"
         usual = _book_and_rotation(None, None, calibration)
         other = "".join(f" --{key} {value}" for key, value in chosen.items() if value != usual[key])
+        other += "".join(
+            f" --{key.replace('_', '-')}" for key, wanted in vocabulary.items() if wanted
+        )
         print(f"use it with: blockdialect quantize {src} DST{text} --overrides {output}{other}")
 
 

@@ -61,8 +61,12 @@ QUANT_METHOD: Final = "blockdialect"
 FORMAT_VERSION: Final = 2
 """The latest version that this release reads; it writes the first one that has all keys it needs.
 
-Version 2 adds `rotation`, and in `overrides` whatever is not a block size.
+Version 2 adds `rotation`, `embeddings`, and in `overrides` whatever is not a block size.
 """
+
+
+_KEYS_OF_VERSION_2: Final = ("rotation", "embeddings")
+"""Fields of a scheme that are written only where they are not the default."""
 
 
 class Method(NamedTuple):
@@ -163,6 +167,8 @@ class Scheme(BaseModel):
             patterns count in their order, for each key by itself.
         lm_head: whether the output projection is quantized too.
         rotation: ``"none"`` or ``"hadamard_32"``, of weights and activations.
+        embeddings: whether the embeddings of tokens are quantized too. Where the output projection
+            is tied to them, the one matrix serves both.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -177,6 +183,7 @@ class Scheme(BaseModel):
     overrides: dict[str, LayerOverride] = Field(default_factory=dict)
     lm_head: bool = False
     rotation: Rotation = "none"
+    embeddings: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -189,8 +196,8 @@ class Scheme(BaseModel):
     def _version_has_the_keys(self) -> Scheme:
         if self.format_version < 2 and _needs_version_2(dict(self)):
             raise ValueError(
-                f"format_version is {self.format_version}; rotation, and overrides of more than "
-                "the block size, need version 2: convert the model again"
+                f"format_version is {self.format_version}; rotation, embeddings, and "
+                "overrides of more than the block size need version 2: convert the model again"
             )
         return self
 
@@ -256,6 +263,28 @@ class Scheme(BaseModel):
             found = found._replace(**override.given())
         return found
 
+    def embedding(self, *names: str, tied: bool) -> LayerFormat:
+        """How a matrix of embeddings is quantized, before it is :func:`fitted`; never rotated.
+
+        Args:
+            names: as for :meth:`layer`.
+            tied: whether the output projection is the same matrix; its activations are then in
+                16 bit unless an override says otherwise.
+        """
+        changes: dict[str, Any] = {"activation_format": "none"} if tied else {}
+        return self.model_copy(update=changes).layer(*names)._replace(rotation="none")
+
+    def vocabulary(self, *, tied: bool) -> str:
+        """In words, what is quantized of the matrices with a row for each token.
+
+        Args:
+            tied: whether the output projection is the matrix of the embeddings.
+        """
+        embeddings = "embeddings" + (", which are the output projection too" if tied else "")
+        parts = [embeddings] if self.embeddings else []
+        parts += ["output projection"] if self.lm_head else []
+        return " and ".join(parts)
+
     def with_activation_format(self, activation_format: ActivationFormat) -> Scheme:
         """The same scheme with this format of the activations in every layer."""
         overrides = {
@@ -279,8 +308,9 @@ class Scheme(BaseModel):
         config = self.model_dump(mode="json")
         config["overrides"] = {name: entry.given() for name, entry in self.overrides.items()}
         config["format_version"] = 2 if _needs_version_2(config) else 1
-        if self.rotation == "none":
-            del config["rotation"]
+        for key in _KEYS_OF_VERSION_2:
+            if getattr(self, key) == Scheme.model_fields[key].default:
+                del config[key]
         return config
 
 
@@ -290,7 +320,10 @@ def _needs_version_2(scheme: Mapping[str, Any]) -> bool:
     entries = list(overrides.values()) if isinstance(overrides, Mapping) else []
     entries = [e.given() if isinstance(e, LayerOverride) else e for e in entries]
     keys = {key for entry in entries if isinstance(entry, Mapping) for key in entry}
-    return scheme.get("rotation", "none") != "none" or not keys <= {"block_size"}
+    return not keys <= {"block_size"} or any(
+        scheme.get(key, default) != default
+        for key, default in ((k, Scheme.model_fields[k].default) for k in _KEYS_OF_VERSION_2)
+    )
 
 
 def check_patterns(field: str, patterns: Iterable[str], names: Iterable[str]) -> None:

@@ -37,6 +37,7 @@ API = {
         (
             "quantize",
             "dialect_linear",
+            "dialect_embedding",
             "semantic_linear",
             "PackedTensor",
             "expert_linear",

@@ -1,8 +1,9 @@
 """Bytes of whole models in bf16 and packed: how much of a model its vocabulary is.
 
-Embeddings and output projections stay in 16 bit, so a small model with a large vocabulary shrinks
-less than its linear layers. The bytes follow from the shapes and are counted, not measured; the
-gate compares the count with a conversion.
+By default embeddings and output projections stay in 16 bit, so a small model with a large
+vocabulary shrinks less than its linear layers; with ``--embeddings --lm-head`` they do not. The
+bytes follow from the shapes and are counted, not measured; the gate compares the counts with two
+conversions.
 
     python -m benchmarks.language.bench_model_bytes
 """
@@ -17,6 +18,7 @@ from typing import Any
 
 from dialect_kernels.packed import STORED_FIELDS
 from dialect_plugin.checkpoint.convert import convert
+from dialect_plugin.scheme import Scheme
 
 from ..lib.gate import golden_gate
 from ..lib.harness import Table, main
@@ -36,7 +38,12 @@ def gate() -> list[str]:
         source = Path(folder) / "source"
         write_checkpoint(source, _SMALL)
         result = convert(source, Path(folder) / "packed")
-    found = {"bf16_bytes": result.source_bytes, "packed_bytes": result.packed_bytes}
+        whole = convert(source, Path(folder) / "whole", Scheme(embeddings=True, lm_head=True))
+    found = {
+        "bf16_bytes": result.source_bytes,
+        "packed_bytes": result.packed_bytes,
+        "whole_packed_bytes": whole.packed_bytes,
+    }
     counted = _count(_SMALL)
     faults = [
         f"{name}: {counted[name]} were counted, {value} are stored"
@@ -53,31 +60,41 @@ def measure() -> dict[str, Any]:
 
 def _count(model: Llama) -> dict[str, int]:
     """Bytes of the stored tensors, with blocks of 32 in all linear layers of decoder layers."""
-    vocabulary = 2 * model.vocabulary * model.hidden * (1 if model.tied else 2)
     norms = 2 * model.hidden * (2 * model.layers + 1)
-    linear = sum(
-        field.dtype.itemsize * math.prod(field.shape(rows, columns, _BLOCK_SIZE))
-        for rows, columns in model.projections.values()
-        for field in STORED_FIELDS
-    )
+    linear = sum(_packed_bytes(rows, columns) for rows, columns in model.projections.values())
+    matrices = 1 if model.tied else 2
+    vocabulary = 2 * model.vocabulary * model.hidden * matrices
+    packed_vocabulary = matrices * _packed_bytes(model.vocabulary, model.hidden)
     return {
         "bf16_bytes": vocabulary + norms + 2 * model.linear_weights,
         "packed_bytes": vocabulary + norms + model.layers * linear,
+        "whole_packed_bytes": packed_vocabulary + norms + model.layers * linear,
         "vocabulary_bytes": vocabulary,
     }
 
 
+def _packed_bytes(rows: int, columns: int) -> int:
+    return sum(
+        field.dtype.itemsize * math.prod(field.shape(rows, columns, _BLOCK_SIZE))
+        for field in STORED_FIELDS
+    )
+
+
 def tables(figures: dict[str, Any]) -> dict[str, Table]:
     """One row a model."""
-    rows: list[list[str]] = [["model", "bf16, MB", "packed, MB", "ratio", "embeddings"]]
+    heads = ["model", "bf16, MB", "packed, MB", "ratio", "vocabulary packed too, MB", "ratio"]
+    rows: list[list[str]] = [[*heads, "vocabulary in bf16"]]
     for name, counts in figures.items():
         before, after = counts["bf16_bytes"], counts["packed_bytes"]
+        whole = counts["whole_packed_bytes"]
         rows.append(
             [
                 name,
                 f"{before / 1e6:,.0f}",
                 f"{after / 1e6:,.0f}",
                 f"{after / before:.2f}",
+                f"{whole / 1e6:,.0f}",
+                f"{whole / before:.2f}",
                 f"{100 * counts['vocabulary_bytes'] / before:.0f} %",
             ]
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ __all__ = ["VLLM", "MeasuredServer", "read_log", "refusal", "server_arguments"]
 VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 """`vllm`, also where its command is not beside Python."""
 
+_VOCABULARY = json.dumps({"embeddings": True, "lm_head": True})
 _BATCHED_TOKENS = 512
 """On a CPU vLLM warms up with as many tokens, which takes the torch path a minute at its 4096."""
 
@@ -68,6 +70,8 @@ def server_arguments(shape: Shape, form: Format, eager: bool) -> list[str]:
         arguments += ["--load-format", "dummy"]
     if form.method is not None:
         arguments += ["--quantization", form.method]
+    if form.vocabulary:
+        arguments += ["--hf-overrides", json.dumps({"quantization_config_dict_json": _VOCABULARY})]
     return arguments
 
 

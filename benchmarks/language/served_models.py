@@ -84,6 +84,7 @@ class Format:
         row_bytes: further bytes of a weight's row; what a whole tensor has is not counted.
         environment: variables of the server beside the usual ones.
         slow: so slow that its server is started once and answers one short request.
+        vocabulary: whether embeddings and output projection are quantized too.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Format:
     row_bytes: int = 0
     environment: Mapping[str, str] = field(default_factory=dict)
     slow: bool = False
+    vocabulary: bool = False
 
 
 _DEMO_CONFIG = json.loads((DEMO / "config.json").read_text(encoding="utf-8"))
@@ -129,6 +131,9 @@ _OURS = {
 FORMATS = {
     "bf16": Format("bf16", None, 16),
     **_OURS,
+    "w4a4-vocabulary": replace(
+        _OURS["w4a4"], name=f"{_OURS['w4a4'].name}, vocabulary too", vocabulary=True
+    ),
     "mxfp4": Format("MXFP4", "mxfp4", _BLOCK_BITS),
     "fp8": Format("FP8", "fp8", 8),
     "w4a4-torch": replace(
@@ -142,7 +147,7 @@ FORMATS = {
 
 
 def layer_bytes(model: Llama, form: Format) -> int:
-    """Bytes of all layers of `model` that are quantized, in a format."""
+    """Bytes of all decoder layers of `model` that are quantized, in a format."""
     layer = sum(
         int(rows * columns * form.bits) // 8 + rows * form.row_bytes
         for rows, columns in model.projections.values()

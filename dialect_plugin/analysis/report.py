@@ -29,6 +29,7 @@ from dialect_kernels.formatbook import (
 from dialect_kernels.ops import dequantize, quantize_counted
 from dialect_kernels.rotation import rotate_weight
 
+from ..architectures import is_embedding
 from ..checkpoint.loss import signal_and_noise, sqnr
 from ..checkpoint.progress import Progress
 from ..checkpoint.reader import Checkpoint
@@ -248,7 +249,8 @@ def measure_layers(
         progress: receives every layer.
         max_rows: measure at most this many rows of a layer, spread evenly and always the same ones
             (NVFP4's scale of the tensor is then that of the sample); None for all.
-        rotation: of the weights before they are rounded, where it divides their columns.
+        rotation: of the weights before they are rounded, where it divides their columns; embeddings
+            are not rotated.
 
     Raises:
         ValueError: naming tensor and position, if a measured row holds NaN or Inf.
@@ -260,7 +262,8 @@ def measure_layers(
     def measure(name: str) -> LayerReport:
         with checkpoint.open_shard(checkpoint.tensors[f"{name}.weight"].shard) as file:
             weight = file.get_tensor(f"{name}.weight")  # a map of the file: rows are read when used
-        return _measure_layer(name, weight, formats, max_rows, rotation)
+        own = "none" if is_embedding(name) else rotation
+        return _measure_layer(name, weight, formats, max_rows, own)
 
     reports = []
     with Workers() as workers:

@@ -3,7 +3,8 @@
 A dialect weight *is* an FP8 weight: every value is an E4M3 number times its row's power of two
 (docs/reference/format.md, section 2). ``fp8`` writes exactly that, as a compressed-tensors
 checkpoint with one scale per output channel and FP8 activations scaled per token while serving. No
-weight changes by a bit; only the size does, to 8 bits per weight.
+weight changes by a bit; only the size does, to 8 bits per weight. Embeddings go back to
+the model's dtype, in which engines hold them.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ from safetensors.torch import save_file
 
 from dialect_kernels import __version__
 
-from ..architectures import collapse_experts
+from ..architectures import collapse_experts, is_embedding
 from .companions import find_companions
 from .finish import finish_checkpoint
 from .progress import Progress
-from .reader import PACKED_SUFFIXES, CheckpointError, PackedCheckpoint
+from .reader import PACKED_SUFFIXES, Checkpoint, CheckpointError, PackedCheckpoint
 from .writer import check_destination, check_disk_space, write_file
 
 __all__ = ["ExportResult", "export_fp8", "render"]
 
 _CODES = PACKED_SUFFIXES[0]
 _UNFINISHED = ".unfinished"
+_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def export_fp8(packed: PackedCheckpoint, destination: Path, progress: Progress) 
         _compressed_tensors_config(packed),
     )
     staging.replace(destination)
-    return ExportResult(destination, len(packed.layers), sum(sizes), exported_bytes)
+    return ExportResult(destination, len(_fp8_layers(packed)), sum(sizes), exported_bytes)
 
 
 def render(result: ExportResult) -> str:
@@ -113,6 +115,11 @@ def _refuse_rotated(packed: PackedCheckpoint) -> None:
                 "engines that serve FP8 do not rotate its input; convert the 16-bit model again "
                 "without --rotation, and export that"
             )
+
+
+def _fp8_layers(packed: PackedCheckpoint) -> list[str]:
+    """The packed layers that engines serve in FP8; embeddings they do not."""
+    return [name for name in packed.layers if not is_embedding(name)]
 
 
 def _compressed_tensors_config(packed: PackedCheckpoint) -> dict[str, Any]:
@@ -137,6 +144,7 @@ def _compressed_tensors_config(packed: PackedCheckpoint) -> dict[str, Any]:
 def _sixteen_bit_layers(packed: PackedCheckpoint) -> list[str]:
     """Names and patterns of all linear layers that stay in 16 bit, experts as one pattern."""
     listed = collapse_experts(packed.checkpoint.linear_layers())
+    listed += filter(is_embedding, packed.layers)
     if "lm_head" not in (*listed, *packed.layers):
         listed.append("lm_head")  # tied to the embeddings: no tensor, but a linear layer
     return listed
@@ -153,6 +161,10 @@ def _exported_tensors(
                 continue
             if name.endswith(_CODES):
                 layer = name.removesuffix(_CODES)
+                if is_embedding(layer):
+                    yield f"{layer}.weight", packed.read(layer).dequantize(_dtype(source))
+                    progress.advance(info.nbytes)
+                    continue
                 weight, scale = packed.read(layer).to_e4m3()
                 yield f"{layer}.weight", weight
                 yield f"{layer}.weight_scale", scale[:, None].contiguous()
@@ -161,10 +173,19 @@ def _exported_tensors(
             progress.advance(info.nbytes)
 
 
+def _dtype(source: Checkpoint) -> torch.dtype:
+    """The model's own, in which engines hold embeddings; bfloat16 holds every value exactly."""
+    text = source.config.get("text_config")
+    config = source.config | (text if isinstance(text, dict) else {})
+    return _DTYPES.get(str(config.get("dtype", config.get("torch_dtype"))), torch.bfloat16)
+
+
 def _exported_bytes(packed: PackedCheckpoint) -> int:
     total = 0
     for name, info in packed.checkpoint.tensors.items():
-        if name.endswith(_CODES):
+        if name.endswith(_CODES) and is_embedding(name.removesuffix(_CODES)):
+            total += 2 * info.nbytes * _dtype(packed.checkpoint).itemsize
+        elif name.endswith(_CODES):
             total += 2 * info.nbytes + 4 * info.shape[0]
         elif not name.endswith(PACKED_SUFFIXES):
             total += info.nbytes
@@ -175,7 +196,7 @@ def _card(packed: PackedCheckpoint) -> str:
     name = packed.checkpoint.path.resolve().name
     return (
         f"# {name}, BlockDialect weights as FP8\n\n"
-        f"{len(packed.layers)} linear layers hold, bit for bit, the values of a BlockDialect "
+        f"{len(_fp8_layers(packed))} linear layers hold, bit for bit, the values of a BlockDialect "
         f"checkpoint (book `{packed.scheme.book}`) as E4M3 numbers with one power-of-two scale per "
         "output channel, in the compressed-tensors format. Any engine that serves FP8 W8A8 with "
         "dynamic scales per token serves it. Its loss against the 16-bit model is that of the "

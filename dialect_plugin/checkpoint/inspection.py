@@ -93,11 +93,13 @@ def render(found: Inspection) -> str:
     """What was found, and the bytes and dialects of all layers, projections, depths and layers."""
     scheme = found.packed.scheme
     rotation = "" if scheme.rotation == "none" else f", rotation {scheme.rotation}"
+    vocabulary = scheme.vocabulary(tied=found.packed.checkpoint.tied_embeddings)
+    beside = f"\npacked beside the decoder layers: {vocabulary}" if vocabulary else ""
     summary = (
         f"valid: format version {scheme.format_version}, book {scheme.book}, activations "
         f"{scheme.activation_format} ({METHODS[scheme.activation_format].bits}){rotation}\n"
         f"{len(found.layers)} packed layers, {found.bits_per_weight:.3f} bits per weight; "
-        f"{len(scheme.ignore)} names or patterns in 16 bit"
+        f"{len(scheme.ignore)} names or patterns in 16 bit{beside}"
     )
     mixed = mixed_keys(layer.format for layer in found.layers)
     heads = ["shape", "block", *(head for _, head in mixed), "bytes"]

@@ -93,7 +93,8 @@ def choose_layers(checkpoint: Checkpoint, options: ConvertOptions) -> LayerChoic
     _refuse_transposed(checkpoint, chosen)
     absent = _absent_parts(checkpoint, chosen)
     chosen = [name for name in chosen if name not in absent]
-    wanted = {name: scheme.layer(name) for name in chosen}
+    tied = checkpoint.tied_embeddings or "lm_head" not in linear
+    wanted = {name: _wanted(scheme, name, tied) for name in chosen}
     formats = _fit(checkpoint, wanted, strict=options.strict)
     if not formats:
         raise _nothing_fits(checkpoint)
@@ -118,6 +119,13 @@ def _chosen_by_name(
     if options.targets or checkpoint.architecture in architectures.ARCHITECTURES:
         return ""
     return architectures.patterns_of(formats)
+
+
+def _wanted(scheme: Scheme, name: str, tied: bool) -> LayerFormat:
+    """How a layer should be quantized, whatever its columns are."""
+    if architectures.is_embedding(name):
+        return scheme.embedding(name, tied=tied)
+    return scheme.layer(name)
 
 
 def _nothing_chosen(
@@ -282,11 +290,28 @@ def _choose(checkpoint: Checkpoint, linear: list[str], options: ConvertOptions) 
         chosen = set(architectures.default_layers(checkpoint.architecture, served))
     else:
         chosen = set(architectures.candidate_layers(_in_served_blocks(checkpoint, linear)))
-    if options.scheme.lm_head:
+    return [name for name in linear if name in chosen | _vocabulary(checkpoint, linear, options)]
+
+
+def _vocabulary(checkpoint: Checkpoint, linear: list[str], options: ConvertOptions) -> set[str]:
+    """The matrices beside the decoder layers that the options name.
+
+    Raises:
+        SchemeError: if the checkpoint has no such matrix.
+    """
+    chosen = set()
+    if options.scheme.embeddings:
+        chosen = {name for name in linear if architectures.is_embedding(name)}
+        if not chosen:
+            raise SchemeError(
+                "embeddings: the checkpoint has no matrix with a usual name for them, such as "
+                "model.embed_tokens; leave --embeddings out"
+            )
+    if options.scheme.lm_head and not (checkpoint.tied_embeddings and chosen):
         if checkpoint.tied_embeddings:
             raise SchemeError(
-                "lm_head: this model ties its output projection to the embeddings, which stay in "
-                "16 bit; leave --lm-head out"
+                "lm_head: this model ties its output projection to the embeddings; use "
+                "--embeddings, which packs the one matrix of both, or leave --lm-head out"
             )
         if "lm_head" not in linear:
             raise SchemeError(
@@ -294,7 +319,7 @@ def _choose(checkpoint: Checkpoint, linear: list[str], options: ConvertOptions) 
                 "projection is tied to the embeddings; leave --lm-head out"
             )
         chosen.add("lm_head")
-    return [name for name in linear if name in chosen]
+    return chosen
 
 
 def _in_served_blocks(checkpoint: Checkpoint, names: list[str]) -> list[str]:
@@ -312,7 +337,8 @@ def _check_targets(targets: Collection[str], linear: list[str]) -> None:
     """Patterns pass over layers that engines read in 16 bit only; their exact names are errors."""
     for name in targets:
         if name in linear and architectures.is_never_packed(name):
-            remedy = "use --lm-head" if name == "lm_head" else "leave it out"
+            embedding = "use --embeddings" if architectures.is_embedding(name) else "leave it out"
+            remedy = "use --lm-head" if name == "lm_head" else embedding
             raise SchemeError(
                 f"targets: {name} is an embedding, norm, router or gate, expert, convolution, "
                 f"draft layer or output projection, which engines read in 16 bit; {remedy}"
@@ -347,5 +373,6 @@ def _resolved(
             "ignore": architectures.collapse_experts(untouched),
             "overrides": {name: keys for name, keys in overrides.items() if keys},
             "lm_head": "lm_head" in formats,
+            "embeddings": any(map(architectures.is_embedding, formats)),
         }
     )

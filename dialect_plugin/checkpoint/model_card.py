@@ -49,6 +49,7 @@ def model_card(
     return environment.get_template("model_card.md").render(
         architecture=checkpoint.architecture,
         scheme=choice.scheme,
+        vocabulary=choice.scheme.vocabulary(tied=checkpoint.tied_embeddings),
         choice=choice,
         calibration=calibration,
         layers=layers,

@@ -21,7 +21,7 @@ from dialect_kernels import PackedTensor
 from dialect_kernels.layer_names import is_expression, near_misses
 from dialect_kernels.packed import STORED_FIELDS
 
-from ..architectures import is_candidate
+from ..architectures import is_candidate, is_embedding
 from ..scheme import Scheme, SchemeError
 from .json_files import CheckpointError, read_json, unique_keys
 
@@ -400,6 +400,19 @@ def _check_packed_layers(checkpoint: Checkpoint, scheme: Scheme, found: Collecti
             f"{path}: config.json says that lm_head is packed, but it is not; convert the model "
             "again"
         )
+    embeddings = [name for name in found if is_embedding(name)]
+    if scheme.embeddings != bool(embeddings):
+        says, holds = ("", " not") if scheme.embeddings else (" not", "")
+        raise CheckpointError(
+            f"{path}: config.json says that the embeddings are{says} packed, but they are{holds}; "
+            "convert the model again"
+        )
+    for name in embeddings:
+        if (rotation := scheme.layer(name).rotation) != "none":
+            raise CheckpointError(
+                f"{path}: config.json says that {name} has the rotation {rotation}, but embeddings "
+                "are never rotated; convert the model again"
+            )
     for name in scheme.overrides:
         if not is_expression(name) and name not in found:
             raise CheckpointError(

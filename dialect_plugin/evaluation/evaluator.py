@@ -37,7 +37,7 @@ from .calibrated_peers import CalibratedPeers
 from .divergence import Predictions, compare, negative_log_likelihood
 from .formats import Format, format_of, packed_format
 from .layers import Weights
-from .model import EvaluatedModel
+from .model import EvaluatedModel, projection_of
 from .options import EvaluationOptions
 from .progress import Progress, Silent
 from .result import Evaluation, Position, Row
@@ -139,9 +139,9 @@ class _Pass:
 
     def rows(self, entry: Format, progress: Progress) -> list[Row]:
         """The rows of a format."""
-        weights = entry.weights(self._model.linear)
+        weights = entry.weights(self._model.layers)
         found = [
-            _RowInProgress(label, self._modules(weights, activations))
+            _RowInProgress(label, self._modules(entry, weights, activations))
             for label, activations in entry.rows(self._options.activations).items()
         ]
         attention = (
@@ -175,12 +175,18 @@ class _Pass:
         ]
 
     def _modules(
-        self, weights: Weights, activations: ActivationFormat | None
+        self, entry: Format, weights: Weights, activations: ActivationFormat | None
     ) -> dict[str, torch.nn.Module]:
-        return {
-            layer: weights.layer(layer, original, activations)
-            for layer, original in self._model.linear.items()
+        modules = {
+            layer: weights.embeddings(layer, original)
+            if isinstance(original, torch.nn.Embedding)
+            else weights.layer(layer, original, activations)
+            for layer, original in self._model.layers.items()
         }
+        for layer, projection in self._model.projections.items():
+            given = entry.activations_of_tied(activations)
+            modules[projection_of(layer)] = weights.layer(layer, projection, given)
+        return modules
 
     def _add(self, name: str, row: _RowInProgress, number: int, found: Predictions) -> None:
         """Add a window to a row."""

@@ -10,7 +10,7 @@ from typing import Final, cast
 import torch
 
 from dialect_kernels import quantize
-from dialect_kernels.formatbook import ActivationFormat, BookName, book_by_name
+from dialect_kernels.formatbook import ActivationFormat, BookName, Rotation, book_by_name
 from dialect_kernels.rotation import rotate_weight
 
 from ..checkpoint.calibrated import rescaled_tensors
@@ -18,7 +18,7 @@ from ..checkpoint.reader import CheckpointError, PackedCheckpoint
 from ..scheme import METHODS, LayerFormat, fitted
 from .attention import AttentionRounding
 from .calibrated_peers import CalibratedPeers
-from .layers import BaselineWeights, PackedWeights, Weights, rounding_of
+from .layers import BaselineWeights, Layer, PackedWeights, Weights, rounding_of
 from .options import Activations, FormatName, Scope
 
 __all__ = ["Format", "format_of", "packed_format"]
@@ -45,8 +45,12 @@ class Format(ABC):
         """Label of a row -> its activations, as :meth:`Weights.layer` takes them."""
 
     @abstractmethod
-    def weights(self, linear: Mapping[str, torch.nn.Linear]) -> Weights:
+    def weights(self, layers: Mapping[str, Layer]) -> Weights:
         """The weights of the layers of a 16-bit model in this format."""
+
+    def activations_of_tied(self, activations: ActivationFormat | None) -> ActivationFormat | None:
+        """Those of an output projection that is tied to embeddings, in a row with `activations`."""
+        return "none"
 
     @abstractmethod
     def attention(self, query_key_block_size: int | None) -> AttentionRounding:
@@ -78,10 +82,13 @@ class _Packed(Format):
                 found[_MIXED] = None
         return found
 
-    def weights(self, linear: Mapping[str, torch.nn.Linear]) -> Weights:
-        device = next(iter(linear.values())).weight.device
+    def weights(self, layers: Mapping[str, Layer]) -> Weights:
+        device = next(iter(layers.values())).weight.device
         packed = {layer: self._packed.read(layer).to(device) for layer in self._packed.layers}
         return PackedWeights(packed, self._own, rescaled_tensors(self._packed.checkpoint))
+
+    def activations_of_tied(self, activations: ActivationFormat | None) -> ActivationFormat | None:
+        return activations
 
     def attention(self, query_key_block_size: int | None) -> AttentionRounding:
         scheme = self._packed.scheme
@@ -101,17 +108,14 @@ class _Named(Format):
         kinds = dict.fromkeys("w4a4" if choice == "own" else choice for choice in wanted)
         return {METHODS[_BY_BITS[kind]].bits: _BY_BITS[kind] for kind in kinds}
 
-    def weights(self, linear: Mapping[str, torch.nn.Linear]) -> Weights:
+    def weights(self, layers: Mapping[str, Layer]) -> Weights:
         if self.ours:
-            return self._dialects(linear)
-        rotations = {
-            layer: self._name.rotation_for(original.in_features)
-            for layer, original in linear.items()
-        }
+            return self._dialects(layers)
+        rotations = {layer: self._rotation(original) for layer, original in layers.items()}
         done = {} if self._calibrated is None else self._calibrated.read(self._name)
         round_ = rounding_of(self._name)
         values = {}
-        for layer, original in linear.items():
+        for layer, original in layers.items():
             weight = original.weight.detach()
             found = done.get(layer)
             if found is None:
@@ -119,17 +123,24 @@ class _Named(Format):
             values[layer] = found.to(weight.device)
         return BaselineWeights(values, rotations, self._name)
 
-    def _dialects(self, linear: Mapping[str, torch.nn.Linear]) -> Weights:
+    def _rotation(self, original: Layer) -> Rotation:
+        if isinstance(original, torch.nn.Embedding):
+            return "none"
+        return self._name.rotation_for(original.weight.shape[1])
+
+    def _dialects(self, layers: Mapping[str, Layer]) -> Weights:
         book = book_by_name(self._name.format)
         packed = {}
-        for layer, original in linear.items():
+        for layer, original in layers.items():
+            columns = original.weight.shape[1]
+            rotation = self._rotation(original)
             wanted = LayerFormat(
-                cast(BookName, book.name), self._name.block_size, "dialect", self._name.rotation
+                cast(BookName, book.name), self._name.block_size, "dialect", rotation
             )
-            form = fitted(wanted, original.in_features)
+            form = fitted(wanted, columns)
             if form is None:
                 raise CheckpointError(
-                    f"{layer}: its {original.in_features} columns are no multiple of a block size, "
+                    f"{layer}: its {columns} columns are no multiple of a block size, "
                     f"so that {self.name} cannot be emulated; leave that format out"
                 )
             packed[layer] = quantize(

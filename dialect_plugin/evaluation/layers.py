@@ -1,11 +1,12 @@
-"""Linear layers in a number format, and the weights that their activation formats share."""
+"""Linear layers and embeddings in a number format, and the weights that rows of a table share."""
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,16 @@ from dialect_kernels.formatbook import ActivationFormat, BookName, Rotation, boo
 from dialect_kernels.packed import bits_per_weight
 from dialect_kernels.rotation import rotate_activation
 
+from ..checkpoint.reader import CheckpointError
 from ..scheme import LayerFormat
 from .attention import Rounding
 from .options import FormatName
 
-__all__ = ["BaselineWeights", "PackedWeights", "Weights", "rounding_of"]
+__all__ = ["BaselineWeights", "Layer", "PackedWeights", "Weights", "rounding_of"]
+
+
+Layer: TypeAlias = torch.nn.Linear | torch.nn.Embedding
+"""A layer of the 16-bit model."""
 
 
 class Weights(ABC):
@@ -45,6 +51,10 @@ class Weights(ABC):
             activations: their format, ``"dialect"`` for the 4 bits of the weights' own format; None
                 for what the layer is stored with.
         """
+
+    @abstractmethod
+    def embeddings(self, name: str, original: torch.nn.Embedding) -> torch.nn.Module:
+        """Embeddings with these weights in the place of `original`."""
 
 
 class PackedWeights(Weights):
@@ -82,6 +92,17 @@ class PackedWeights(Weights):
         # the same bits on every device, so that figures can be measured again
         return DialectLinear(weight, original.bias, form, "exact", original.weight.dtype)
 
+    def embeddings(self, name: str, original: torch.nn.Embedding) -> torch.nn.Module:
+        """The embeddings of a packed model in transformers."""
+        from ..transformers.embedding import DialectEmbedding  # takes seconds
+
+        if not DialectEmbedding.can_replace(original):
+            raise _other_embeddings(name, original)
+        weight = self._packed[name]
+        book = cast(BookName, weight.book.name)
+        form = LayerFormat(book, weight.block_size, self._own[name], "none")
+        return DialectEmbedding(weight, original, form, original.weight.dtype)
+
 
 class BaselineWeights(Weights):
     """Weights in a format to compare with, as the values that it rounds them to.
@@ -113,6 +134,20 @@ class BaselineWeights(Weights):
             _rounding_of_activations(self._name, activations or "dialect"),
             self._rotations[name],
         )
+
+    def embeddings(self, name: str, original: torch.nn.Embedding) -> torch.nn.Module:
+        """The rounded rows in the model's dtype, scaled as `original` scales its own."""
+        plain = copy.copy(original)
+        values = self._values[name].to(original.weight.dtype)
+        plain._parameters = {"weight": torch.nn.Parameter(values, requires_grad=False)}
+        return plain
+
+
+def _other_embeddings(name: str, original: torch.nn.Module) -> CheckpointError:
+    return CheckpointError(
+        f"{name}: transformers has {type(original).__name__} in its place, which packed embeddings "
+        "do not replace; convert the model again with --no-embeddings"
+    )
 
 
 def _bits(name: FormatName, columns: int) -> float:

@@ -1,4 +1,4 @@
-"""The 16-bit model in transformers, with linear layers and attention that can be exchanged."""
+"""The 16-bit model in transformers, with layers and attention that can be exchanged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from ..checkpoint.reader import Checkpoint, CheckpointError
 from .attention import AttentionRounding, rounded_attention
 
-__all__ = ["EvaluatedModel"]
+__all__ = ["EvaluatedModel", "projection_of"]
 
 
 class EvaluatedModel:
@@ -19,14 +19,15 @@ class EvaluatedModel:
 
     Args:
         checkpoint: the 16-bit checkpoint.
-        layers: names of linear layers as the checkpoint stores them.
+        layers: names of linear layers and embeddings as the checkpoint stores them.
         device: where it runs.
 
     Attributes:
-        linear: layer -> its module.
+        layers: layer -> its module.
+        projections: embeddings -> the output projection that is tied to them.
 
     Raises:
-        CheckpointError: if transformers cannot load the model, or has no such linear layers.
+        CheckpointError: if transformers cannot load the model, or has no such layers.
     """
 
     def __init__(self, checkpoint: Checkpoint, layers: Collection[str], device: str) -> None:
@@ -38,7 +39,15 @@ class EvaluatedModel:
         parameters = parameter_names(self._model, checkpoint.tensors).parameters
         self._parameters = parameters
         paths = {layer: self._path_of(layer, parameters) for layer in layers}
-        self.linear = {layer: self._model.get_submodule(path) for layer, path in paths.items()}
+        self.layers: dict[str, torch.nn.Linear | torch.nn.Embedding] = {
+            layer: self._model.get_submodule(path) for layer, path in paths.items()
+        }
+        self.projections: dict[str, torch.nn.Linear] = {}
+        for path, module in self._model.named_modules():
+            for layer, embeddings in self.layers.items():
+                if module is not embeddings and _is_tied(module, embeddings):
+                    self.projections[layer] = module
+                    paths[projection_of(layer)] = path
         self._paths = paths
 
     @property
@@ -67,10 +76,11 @@ class EvaluatedModel:
         attention: AttentionRounding | None,
         tensors: Mapping[str, torch.Tensor],
     ) -> Iterator[None]:
-        """Run other linear layers inside the ``with`` block.
+        """Run other layers inside the ``with`` block.
 
         Args:
-            modules: layer -> what runs in its place.
+            modules: layer -> what runs in its place; :func:`projection_of` names a projection that
+                is tied to embeddings.
             attention: how the operands of attention's products are rounded; None leaves them.
             tensors: other numbers for parameters outside of these layers, by their stored names.
 
@@ -93,7 +103,8 @@ class EvaluatedModel:
         finally:
             for (parameter, _), data in zip(held, before, strict=True):
                 parameter.data = data
-            self._put(self.linear)
+            self._put(self.layers)
+            self._put({projection_of(layer): old for layer, old in self.projections.items()})
 
     def _put(self, modules: Mapping[str, torch.nn.Module]) -> None:
         for layer, module in modules.items():
@@ -108,13 +119,25 @@ class EvaluatedModel:
         except AttributeError:
             module = None
         shape = self._checkpoint.tensors[f"{layer}.weight"].shape
-        if isinstance(module, torch.nn.Linear) and tuple(module.weight.shape) == shape:
+        known = (torch.nn.Linear, torch.nn.Embedding)
+        if isinstance(module, known) and tuple(module.weight.shape) == shape:
             return path
         raise CheckpointError(
-            f"{layer}: transformers has no linear layer of {list(shape)} for it in "
+            f"{layer}: transformers has no layer of {list(shape)} for it in "
             f"{self._checkpoint.architecture}, so that it cannot be evaluated; serve the model and "
             "measure it there"
         )
+
+
+def projection_of(layer: str) -> str:
+    """What the output projection that is tied to the embeddings `layer` is called here."""
+    return f"{layer}, as output projection"
+
+
+def _is_tied(module: torch.nn.Module, embeddings: torch.nn.Module) -> bool:
+    """Whether a module is a linear layer with the weight of embeddings."""
+    is_pair = isinstance(module, torch.nn.Linear) and isinstance(embeddings, torch.nn.Embedding)
+    return is_pair and module.weight is embeddings.weight
 
 
 def _loaded(checkpoint: Checkpoint) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 try:
     from .config import BlockDialectConfig
+    from .embedding import DialectEmbedding
     from .linear import DialectLinear
     from .quantizer import register
 except ImportError as error:
@@ -18,6 +19,6 @@ except ImportError as error:
         "pip install 'transformers>=5.19'"
     ) from error
 
-__all__ = ["BlockDialectConfig", "DialectLinear"]
+__all__ = ["BlockDialectConfig", "DialectEmbedding", "DialectLinear"]
 
 register()

@@ -1,4 +1,4 @@
-"""The linear layer of a packed model in transformers."""
+"""The linear layer of a packed model in transformers, and what its embeddings share with it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,74 @@ from dialect_kernels.rotation import rotate_activation
 
 from ..scheme import LayerFormat
 
-__all__ = ["DialectLinear"]
+__all__ = ["DialectLinear", "PackedModule"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TO_WRITE = "keep an adapter apart, or call the model's dequantize() before merging it"
 
 
-class DialectLinear(nn.Linear):
+class PackedModule(nn.Module):
+    """A module with a packed matrix.
+
+    Attributes:
+        weight_packed: uint8 [N, K/2], the codes; weight_meta: uint8 [N, K/B]; weight_row_exponent:
+            int8 [N]; all three are parameters, because accelerate offloads no buffers.
+        format: how it is quantized.
+    """
+
+    weight_packed: torch.Tensor
+    weight_meta: torch.Tensor
+    weight_row_exponent: torch.Tensor
+    format: LayerFormat
+
+    _is_hf_initialized = True  # or transformers would write random numbers
+
+    def hold(self, packed: PackedTensor, form: LayerFormat, dtype: torch.dtype) -> None:
+        """Take the matrix; ``weight`` is decoded to `dtype`."""
+        self.format = form
+        self._decoded_dtype = dtype
+        for name, tensor in packed.stored.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    @property
+    def packed(self) -> PackedTensor:
+        """The weight as a packed tensor.
+
+        Raises:
+            ValueError: if its parts do not fit together.
+        """
+        form = self.format
+        return PackedTensor.from_stored(
+            {part.stored: getattr(self, part.stored).data for part in STORED_FIELDS},
+            self.weight_packed.shape[1] * 2,
+            form.formatbook,
+            form.block_size,
+            form.rotation,
+        )
+
+    def decode(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The decoded weight [N, K], rotated back, a new tensor in `dtype` or the model's."""
+        values = dequantize(self.packed, torch.float32)
+        return rotate_activation(values, self.format.rotation).to(dtype or self._decoded_dtype)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The matrix [N, K], read-only; see :class:`~dialect_kernels.packed_weight.PackedWeight`"""
+        codes = self.weight_packed
+        shape = (codes.shape[0], codes.shape[1] * 2)
+        weight = PackedWeight(self.decode, shape, self._decoded_dtype, codes.device, _TO_WRITE)
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]
+        return weight
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """What ``.to``, ``.half`` and their like do to tensors; the packed ones are integers."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = self.weight_packed.device
+        self._decoded_dtype = fn(torch.empty(0, dtype=self._decoded_dtype, device=device)).dtype
+        return self
+
+
+class DialectLinear(PackedModule, nn.Linear):  # type: ignore[override] # weight is a property
     """A linear layer with a packed weight, computed by the ops of vLLM's layers.
 
     It is an ``nn.Linear``, because PEFT looks for that class. Its gradient with respect to the
@@ -32,18 +93,9 @@ class DialectLinear(nn.Linear):
     trained; the bias can.
 
     Attributes:
-        weight_packed: uint8 [N, K/2], the codes; weight_meta: uint8 [N, K/B]; weight_row_exponent:
-            int8 [N]; all three are parameters, because accelerate offloads no buffers.
         bias: parameter [N] or None.
-        format: how weight and activations are quantized.
         accumulation: ``"default"`` or ``"exact"``, see :func:`dialect_kernels.dialect_linear`.
     """
-
-    weight_packed: torch.Tensor
-    weight_meta: torch.Tensor
-    weight_row_exponent: torch.Tensor
-
-    _is_hf_initialized = True  # or transformers would write random numbers
 
     def __init__(
         self,
@@ -56,11 +108,8 @@ class DialectLinear(nn.Linear):
         """A layer around a packed weight [N, K]; `dtype` is what ``weight`` is decoded to."""
         nn.Module.__init__(self)
         self.out_features, self.in_features = packed.shape
-        self.format = form
         self.accumulation = accumulation
-        self._decoded_dtype = dtype
-        for name, tensor in packed.stored.items():
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self.hold(packed, form, dtype)
         self.register_parameter("bias", bias)
 
     @classmethod
@@ -71,36 +120,6 @@ class DialectLinear(nn.Linear):
             shape, book_by_name(form.book), form.block_size, "meta", form.rotation
         )
         return cls(packed, layer.bias, form, accumulation, layer.weight.dtype)
-
-    @property
-    def packed(self) -> PackedTensor:
-        """The weight as a packed tensor.
-
-        Raises:
-            ValueError: if its parts do not fit together.
-        """
-        form = self.format
-        return PackedTensor.from_stored(
-            {part.stored: getattr(self, part.stored).data for part in STORED_FIELDS},
-            self.in_features,
-            form.formatbook,
-            form.block_size,
-            form.rotation,
-        )
-
-    def decode(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The decoded weight [N, K], rotated back, a new tensor in `dtype` or the model's."""
-        values = dequantize(self.packed, torch.float32)
-        return rotate_activation(values, self.format.rotation).to(dtype or self._decoded_dtype)
-
-    @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """The weight [N, K], read-only; see :class:`~dialect_kernels.packed_weight.PackedWeight`"""
-        shape = (self.out_features, self.in_features)
-        device = self.weight_packed.device
-        weight = PackedWeight(self.decode, shape, self._decoded_dtype, device, _TO_WRITE)
-        weight._is_hf_initialized = True  # type: ignore[attr-defined]
-        return weight
 
     def decoded(self) -> nn.Linear:
         """A plain linear layer with the decoded weight; it shares the bias."""
@@ -152,13 +171,6 @@ class DialectLinear(nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {form}"
         )
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """What ``.to``, ``.half`` and their like do to tensors; the packed ones are integers."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        device = self.weight_packed.device
-        self._decoded_dtype = fn(torch.empty(0, dtype=self._decoded_dtype, device=device)).dtype
-        return self
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -1,8 +1,9 @@
 """The quantizer that transformers finds by the ``quant_method`` of a config.json.
 
 ===============  =================================================================================
-packed           before loading, the linear layers that the checkpoint stores packed become empty
-                 :class:`DialectLinear`; transformers loads into them as into any other module
+packed           before loading, the linear layers and embeddings that the checkpoint stores packed
+                 become empty :class:`DialectLinear` and :class:`DialectEmbedding`; transformers
+                 loads into them as into any other module
 16 bit           the layers that the converter would choose are quantized one by one, each as soon
                  as its weight is read
 ===============  =================================================================================
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
@@ -29,6 +31,7 @@ from transformers.quantizers.base import HfQuantizer
 from dialect_kernels import quantize
 from dialect_kernels.packed import STORED_FIELDS
 
+from ..architectures import is_embedding
 from ..checkpoint.layer_choice import choose_layers
 from ..checkpoint.options import ConvertOptions
 from ..checkpoint.reader import (
@@ -40,7 +43,8 @@ from ..checkpoint.reader import (
 )
 from ..scheme import QUANT_METHOD, LayerFormat, SchemeError
 from .config import BlockDialectConfig
-from .linear import DialectLinear
+from .embedding import DialectEmbedding
+from .linear import DialectLinear, PackedModule
 from .names import parameter_names
 
 __all__ = ["BlockDialectQuantizer", "register"]
@@ -119,13 +123,15 @@ class BlockDialectQuantizer(HfQuantizer):
         checkpoint, formats = self._layers(directory)
         self._stored_by = checkpoint.architecture
         self._model = weakref.ref(model)
-        for stored, (name, layer) in _linear_layers(model, checkpoint, formats).items():
+        accumulation = self.quantization_config.accumulation
+        for stored, (name, layer) in _layers_of(model, checkpoint, formats).items():
+            form = formats[stored]
+            if isinstance(layer, nn.Embedding):
+                _pack_tied_projections(model, name, form, accumulation)
             if self.pre_quantized:
-                accumulation = self.quantization_config.accumulation
-                empty = DialectLinear.empty(layer, formats[stored], accumulation)
-                model.set_submodule(name, empty)
+                model.set_submodule(name, _empty(layer, form, accumulation))
                 continue
-            self._targets[name] = _Target(stored, formats[stored])
+            self._targets[name] = _Target(stored, form)
             # transformers reads it in this dtype: the bytes depend on the checkpoint alone
             dtype = _DTYPES[checkpoint.tensors[f"{stored}.weight"].dtype]
             layer.weight = nn.Parameter(layer.weight.to(dtype), requires_grad=False)
@@ -184,7 +190,11 @@ class BlockDialectQuantizer(HfQuantizer):
             return
         dtype = getattr(model, "dtype", weight.dtype)
         accumulation = self.quantization_config.accumulation
-        new = DialectLinear(packed, old.bias, form, accumulation, dtype)
+        new: PackedModule = (
+            DialectEmbedding(packed, old, form, dtype)
+            if isinstance(old, nn.Embedding)
+            else DialectLinear(packed, old.bias, form, accumulation, dtype)
+        )
         model.set_submodule(name, new.train(old.training))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -196,10 +206,10 @@ class BlockDialectQuantizer(HfQuantizer):
                 self._check(model, name, parameter)
                 self._settle(name, parameter, planned)
         for name, layer in model.named_modules():
-            if isinstance(layer, DialectLinear) and not layer.weight_packed.is_meta:
+            if isinstance(layer, PackedModule) and not layer.weight_packed.is_meta:
                 _check_packed(name, layer)
         for name, (stored, _) in self._targets.items():
-            if not isinstance(model.get_submodule(name), DialectLinear):
+            if not isinstance(model.get_submodule(name), PackedModule):
                 raise _missing(f"{stored}.weight")
         self._targets, self._expected = {}, {}
         return model
@@ -236,8 +246,11 @@ class BlockDialectQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for name, layer in list(model.named_modules()):
-            if isinstance(layer, DialectLinear):
+            if isinstance(layer, DialectLinear | DialectEmbedding):
                 model.set_submodule(name, layer.decoded().to(dtype))
+        if isinstance(model, PreTrainedModel):
+            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys()
+            model.tie_weights()
         return model
 
     def is_serializable(self) -> bool:
@@ -311,16 +324,15 @@ def register() -> None:
     auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (BlockDialectConfig,)
 
 
-def _linear_layers(
+def _layers_of(
     model: Any, checkpoint: Checkpoint, formats: Mapping[str, LayerFormat]
-) -> dict[str, tuple[str, nn.Linear]]:
+) -> dict[str, tuple[str, nn.Linear | nn.Embedding]]:
     """Stored layer -> name and module that transformers has for it.
 
     Raises:
         CheckpointError: if it has none, or another one.
     """
     names = parameter_names(model, [f"{stored}.weight" for stored in formats])
-    shared = {name for pair in model.all_tied_weights_keys.items() for name in pair}
     found = {}
     for stored in formats:
         weight = f"{stored}.weight"
@@ -331,25 +343,66 @@ def _linear_layers(
             if stored == "lm_head":
                 continue  # a model without output projection
             layer = None
-        other = None
-        if layer is None:
-            other = "no such layer"
-        elif not isinstance(layer, nn.Linear) or type(layer).__name__ not in _SAME_PRODUCT:
-            other = type(layer).__name__
-        elif weight in names.converted:
+        other = _other(model, stored, name, layer)
+        if other is None and weight in names.converted:
             other = "a layer of other parts"
-        elif f"{name}.weight" in shared:
-            other = "a layer that shares its weight with another"
         if other is not None:
             raise CheckpointError(
                 f"{stored}: is packed, but {type(model).__name__} of transformers has {other} in "
                 f"its place; {_ELSEWHERE}"
             )
         shape = _shape(checkpoint, stored)
-        if shape != (layer.out_features, layer.in_features):
+        if shape != tuple(layer.weight.shape):
             raise _wrong_shape(weight, shape, layer.weight.shape)
         found[stored] = (name, layer)
     return found
+
+
+def _other(model: Any, stored: str, name: str, layer: Any) -> str | None:
+    """What the module of a stored layer is if no packed one can take its place; else None."""
+    tied = {key for pair in model.all_tied_weights_keys.items() for key in pair}
+    shares = f"{name}.weight" in tied
+    if layer is None:
+        return "no such layer"
+    if is_embedding(stored):
+        projections = [model.get_submodule(key) for key in _tied_projections(model, name)]
+        if not DialectEmbedding.can_replace(layer):
+            return type(layer).__name__
+        shares = shares and not (projections and all(map(_is_linear, projections)))
+    elif not _is_linear(layer):
+        return type(layer).__name__
+    return "a layer that shares its weight with another" if shares else None
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) and type(layer).__name__ in _SAME_PRODUCT
+
+
+def _tied_projections(model: Any, name: str) -> list[str]:
+    """The modules whose weight is that of the embeddings `name`."""
+    pairs = model.all_tied_weights_keys.items()
+    return [key.removesuffix(".weight") for key, source in pairs if source == f"{name}.weight"]
+
+
+def _pack_tied_projections(model: Any, name: str, form: LayerFormat, accumulation: str) -> None:
+    """Let packed layers stand where projections are tied to the embeddings `name`.
+
+    transformers ties their packed tensors to those of the embeddings after loading.
+    """
+    for projection in _tied_projections(model, name):
+        layer = model.get_submodule(projection)
+        model.set_submodule(projection, DialectLinear.empty(layer, form, accumulation))
+        del model.all_tied_weights_keys[f"{projection}.weight"]
+        for field in STORED_FIELDS:
+            key = f"{projection}.{field.stored}"
+            model.all_tied_weights_keys[key] = f"{name}.{field.stored}"
+
+
+def _empty(layer: nn.Linear | nn.Embedding, form: LayerFormat, accumulation: str) -> PackedModule:
+    """An empty packed module of the same shape."""
+    if isinstance(layer, nn.Embedding):
+        return DialectEmbedding.empty(layer, form)
+    return DialectLinear.empty(layer, form, accumulation)
 
 
 def _shape(checkpoint: Checkpoint, stored: str) -> tuple[int, ...]:
@@ -378,7 +431,7 @@ def _planned(model: Any) -> re.Pattern[str] | None:
     return re.compile("|".join(p.replace("*", ".*") for p in plan)) if plan else None
 
 
-def _check_packed(name: str, layer: DialectLinear) -> None:
+def _check_packed(name: str, layer: PackedModule) -> None:
     try:
         layer.packed.validate(name, prefix="weight_")
     except ValueError as error:

@@ -29,7 +29,6 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from dialect_kernels.layer_names import is_expression, near_misses
 
@@ -66,7 +65,7 @@ logger = init_logger("vllm.blockdialect")
 
 _TIED = (
     "quantization_config: lm_head is true, but this model ties its output projection to the "
-    "embeddings, which stay in 16 bit; set lm_head to false"
+    "embeddings; set embeddings to true, which packs the one matrix of both, or lm_head to false"
 )
 
 _POOLING = (
@@ -95,7 +94,7 @@ class BlockDialectConfig(QuantizationConfig):
             scheme = scheme.with_activation_format(self.forced_activation_format)
         self.scheme = scheme
         self.complete = self.draft = False
-        self._serialized, self._multimodal = scheme.serialized, False
+        self._serialized, self._multimodal, self._pooling = scheme.serialized, False, False
         self._architectures: list[str] = []
         self._names = [*scheme.ignore, *scheme.overrides]
         self._mappers: list[WeightsMapper] = []
@@ -170,9 +169,12 @@ class BlockDialectConfig(QuantizationConfig):
         """Refuse what the model cannot have; vLLM calls this before it starts its workers.
 
         Raises:
-            SchemeError: if the output projection of a tied model should be quantized.
+            SchemeError: if the output projection of a tied model should be quantized without the
+                embeddings.
         """
-        if hf_config is not None and self.scheme.lm_head and compat.tied_embeddings(hf_config):
+        if not self.scheme.lm_head or self.scheme.embeddings:
+            return
+        if hf_config is not None and compat.tied_embeddings(hf_config):
             raise SchemeError(_TIED)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
@@ -221,7 +223,9 @@ class BlockDialectConfig(QuantizationConfig):
         ]
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The method for a linear layer or output projection; None where vLLM's default serves.
+        """The method for a linear layer; None where vLLM's default serves.
+
+        Embeddings and output projections are decided when the model is complete.
 
         Raises:
             ValueError: if the parts of a fused layer disagree.
@@ -234,18 +238,6 @@ class BlockDialectConfig(QuantizationConfig):
             watch(layer, partial(loading.load, self), begin)
             spec = self.spec(layer, prefix)
             return UnquantizedLinearMethod() if spec is None else BlockDialectLinearMethod(spec)
-        if isinstance(layer, ParallelLMHead) and self.scheme.lm_head:
-            if compat.is_pooling():
-                _log_once("the output projection of a pooling model is not quantized")
-                return None
-            if compat.tied_embeddings():
-                raise SchemeError(_TIED)
-            form = self.scheme.layer("lm_head")
-            if not self.scheme.serialized:
-                form = fitted(form, layer.embedding_dim) or form
-            self._see_engine()
-            spec = LinearSpec("lm_head", self._serialized, form, self.complete)
-            return BlockDialectLinearMethod(spec)
         if compat.is_expert_layer(layer):
             _log_once("MoE experts stay in 16 bit: blockdialect quantizes linear layers only")
         return None
@@ -269,6 +261,7 @@ class BlockDialectConfig(QuantizationConfig):
         self.complete, self.draft = compat.loads_through_loaders(), compat.is_draft()
         self._serialized = self.scheme.serialized or compat.loads_sharded_state()
         self._multimodal = compat.is_multimodal()
+        self._pooling = compat.is_pooling()
         self._architectures = compat.current_architectures()
 
     def spec(self, layer: Any, *names: str) -> LinearSpec | None:
@@ -286,6 +279,58 @@ class BlockDialectConfig(QuantizationConfig):
         if form is None:
             return None
         return LinearSpec(names[0], self._serialized, form, self.complete)
+
+    def embedding_spec(self, layer: Any, name: str, tied: bool) -> LinearSpec | None:
+        """How the embeddings of tokens are quantized; None if they stay in 16 bit.
+
+        Args:
+            layer: the layer.
+            name: vLLM's name of it.
+            tied: whether it is the output projection, too.
+        """
+        if not self.scheme.embeddings or self._belongs_to_target():
+            return None
+        tied = tied and self.forced_activation_format is None
+        form = self.scheme.embedding(*_spellings(name), tied=tied)
+        return self._vocabulary_spec(layer, form, name)
+
+    def projection_spec(self, layer: Any, name: str, tied: bool) -> LinearSpec | None:
+        """How an output projection is quantized; None if it stays in 16 bit.
+
+        Args:
+            layer, name: as for :meth:`embedding_spec`.
+            tied: whether it is tied to embeddings that stay in 16 bit.
+
+        Raises:
+            SchemeError: if it should be quantized although it is.
+        """
+        if not self.scheme.lm_head or self._belongs_to_target():
+            return None
+        if self._pooling:
+            _log_once("the output projection of a pooling model is not quantized")
+            return None
+        if tied:
+            raise SchemeError(_TIED)
+        form = self.scheme.layer(*_spellings(name), "lm_head")
+        return self._vocabulary_spec(layer, form, name, "lm_head")
+
+    def _belongs_to_target(self) -> bool:
+        """Whether a draft model's matrix may be its target's, which vLLM puts in its place."""
+        return self.draft and not self.scheme.serialized
+
+    def _vocabulary_spec(self, layer: Any, form: LayerFormat, *names: str) -> LinearSpec | None:
+        spellings = [spelling for name in names for spelling in _spellings(name)]
+        if any(self.scheme.is_ignored(spelling) for spelling in spellings):
+            return None
+        found: LayerFormat | None = form
+        if not self.scheme.serialized:
+            found = fitted(form, layer.embedding_dim)
+        if found is None:
+            columns = layer.embedding_dim
+            _log_once(f"{names[0]} stays in 16 bit: no block size divides its {columns} columns")
+            return None
+        self._fused |= dict.fromkeys(spellings, names[0])
+        return LinearSpec(names[0], self._serialized, found, self.complete)
 
     def fused_name(self, layer: str) -> str | None:
         """vLLM's layer that the checkpoint's `layer` is loaded into, by its name; None if none."""

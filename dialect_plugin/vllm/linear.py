@@ -127,7 +127,7 @@ class BlockDialectLinearMethod(LinearMethodBase):
         self.dtype = params_dtype
         layer.logical_widths = output_partition_sizes
         self._loader = held(extra_weight_attrs.pop("weight_loader"))
-        self._rows = _whole_rows(layer, self._loader())
+        self._rows = self.whole_rows(layer, self._loader())
         self.input_size = input_size
         weight = self._weight(self._loader(), rows, columns)
         if self.spec.serialized:
@@ -159,6 +159,26 @@ class BlockDialectLinearMethod(LinearMethodBase):
         if self.spec.serialized:
             del vars(layer)[WEIGHT]
         return None if found is own else found
+
+    def whole_rows(self, layer: Any, loader: Callable[..., Any]) -> dict[Hashable, int]:
+        """Rows of the checkpoint's tensors by shard id; None stands for the whole layer.
+
+        All ranks' rows, because vLLM's loaders cut this rank's out of them. Nothing is known of a
+        loader of the model's own.
+        """
+        owner: object = getattr(loader, "__self__", None)
+        if not isinstance(layer, LinearBase) or owner is not layer:
+            return {}
+        parts: dict[Hashable, int]
+        if isinstance(layer, QKVParallelLinear):
+            head, heads, shared = layer.head_size, layer.total_num_heads, layer.total_num_kv_heads
+            of_value = getattr(layer, "v_head_size", head)
+            parts = {"q": heads * head, "k": shared * head, "v": shared * of_value}
+        else:
+            parts = dict(enumerate(getattr(layer, "output_sizes", ())))
+        if len(parts) < 2:
+            return {None: layer.output_size}
+        return {None: sum(parts.values()), **parts}
 
     def _weight(self, loader: Callable[..., Any], rows: int, columns: int) -> ModelWeightParameter:
         """A 16-bit weight without memory, which `loader` fills."""
@@ -350,24 +370,3 @@ class BlockDialectLinearMethod(LinearMethodBase):
 def _log_kernel() -> None:
     if current_platform.is_cpu() and cpu.available():
         logger.info("blockdialect runs on the CPU with %s", cpu.describe())
-
-
-def _whole_rows(layer: Any, loader: Callable[..., Any]) -> dict[Hashable, int]:
-    """Rows of the checkpoint's tensors by shard id; None stands for the whole layer.
-
-    All ranks' rows, because vLLM's loaders cut this rank's out of them. Nothing is known of an
-    output projection, which has more rows than the vocabulary, and of a loader of the model's own.
-    """
-    owner: object = getattr(loader, "__self__", None)
-    if not isinstance(layer, LinearBase) or owner is not layer:
-        return {}
-    parts: dict[Hashable, int]
-    if isinstance(layer, QKVParallelLinear):
-        head, heads, shared = layer.head_size, layer.total_num_heads, layer.total_num_kv_heads
-        of_value = getattr(layer, "v_head_size", head)
-        parts = {"q": heads * head, "k": shared * head, "v": shared * of_value}
-    else:
-        parts = dict(enumerate(getattr(layer, "output_sizes", ())))
-    if len(parts) < 2:
-        return {None: layer.output_size}
-    return {None: sum(parts.values()), **parts}

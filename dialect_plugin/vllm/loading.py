@@ -19,11 +19,10 @@ from typing import Any, Protocol
 
 import torch
 from vllm.logger import init_logger
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from dialect_kernels.packed import STORED_FIELDS
 
-from ..scheme import Scheme, SchemeError
+from ..scheme import Scheme
 from . import compat
 from .completeness import check_complete, track_arrivals
 from .errors import LoadError
@@ -138,7 +137,6 @@ def _first(
 ) -> Any:
     settle(config, model)
     layers = _layers(model)
-    _check_output_projection(config, model)
     if patterns := config.chosen_by_name(method.spec.name for _, method in layers):
         logger.info(
             "blockdialect's table of architectures does not have this one, whose layers were "
@@ -167,31 +165,13 @@ def _first(
             raise LoadError(
                 f"{layer}: vLLM's loader of this model does not take its packed tensors "
                 f"({type(error).__name__}: {error}); convert the model again with this layer in "
-                "16 bit (--ignore, or no --lm-head)"
+                "16 bit (--ignore, --no-lm-head, --no-embeddings)"
             ) from error
     setattr(model, _TARGETS, recorder.check())
     if config.complete:
         check_complete(model, loaded, arrived, draft=config.draft)
     config.check_names(stream.names, getattr(model, "is_unused_checkpoint_weight", None))
     return loaded
-
-
-def _check_output_projection(config: _Config, model: torch.nn.Module) -> None:
-    """Raise SchemeError if it stays in 16 bit although the options of a 16-bit checkpoint name it.
-
-    Some models of vLLM build it without a quantization config.
-    """
-    scheme = config.scheme
-    if not scheme.lm_head or scheme.serialized or config.draft:
-        return
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead) and not isinstance(
-            module.quant_method, BlockDialectLinearMethod
-        ):
-            raise SchemeError(
-                "quantization_config: lm_head is true, but vLLM builds the output projection of "
-                "this model without quantization; set lm_head to false"
-            )
 
 
 def _reload(

@@ -5,7 +5,8 @@ theirs (``q_a_proj`` of MiniCPM3, the shared blocks of Zamba2); a part of a mode
 names of its own, which begin where the part stands (the text model of Gemma 3n); and a model may
 give a weight a loader of its own after the layer is built (Mamba 2 whose groups do not fit the
 ranks). All of this is known before the first tensor is loaded: a layer that would have been decided
-otherwise gets its parameters again.
+otherwise gets its parameters again, and so do embeddings and output projections
+(:mod:`.vocabulary`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .. import architectures
 from . import compat
 from .linear import BlockDialectLinearMethod, LinearSpec
 from .probes import WEIGHT
+from .vocabulary import ChoosesVocabulary, settle_vocabulary
 
 __all__ = ["Decides", "settle"]
 
@@ -30,7 +32,7 @@ _SETTLED = "_blockdialect_settled"
 _PARAMETERS = (WEIGHT, *(field.stored for field in STORED_FIELDS))
 
 
-class Decides(Protocol):
+class Decides(ChoosesVocabulary, Protocol):
     """What is needed of :class:`.config.BlockDialectConfig`, which stands above."""
 
     def see_parts(
@@ -71,6 +73,7 @@ def settle(config: Decides, model: torch.nn.Module) -> None:
             wanted = config.spec(layer, *_names(places, place, layer))
         if wanted != spec or loader is not None:
             _build_again(layer, wanted, loader)
+    settle_vocabulary(config, model, places)
 
 
 def _names(places: Mapping[str, torch.nn.Module], place: str, layer: Any) -> tuple[str, ...]:

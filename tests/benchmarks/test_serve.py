@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -188,7 +189,10 @@ def test_commands_differ_in_the_format_only_and_stay_on_this_machine():
         for line, form in zip(servers, FORMATS.values(), strict=True):
             variables = "".join(f"{name}={value} " for name, value in form.environment.items())
             quantization = f" --quantization {form.method}" if form.method else ""
-            assert line == variables + common + quantization
+            options = json.dumps({"embeddings": True, "lm_head": True})
+            overrides = shlex.quote(json.dumps({"quantization_config_dict_json": options}))
+            asked = f" --hf-overrides {overrides}" if form.vocabulary else ""
+            assert line == variables + common + quantization + asked
         clients = [line for line in lines if "vllm bench serve" in line]
         assert len(clients) == len(shape.loads) + 1, "the slow format's is another one"
         for line in clients:

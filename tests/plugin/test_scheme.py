@@ -79,6 +79,8 @@ VERSION_1 = {
         ({}, 1),
         ({"rotation": "none"}, 1),
         ({"rotation": "hadamard_32"}, 2),
+        ({"embeddings": False}, 1),
+        ({"embeddings": True}, 2),
         ({"overrides": {"a": {"rotation": "none"}}}, 2),
         ({"overrides": {"a": {"book": "semantic_32"}}}, 2),
         ({"overrides": {"a": {"block_size": 16, "activation_format": "fp8"}}}, 2),
@@ -86,13 +88,17 @@ VERSION_1 = {
 )
 def test_keys_that_version_1_lacks_are_written_only_where_they_are_needed(keys, version):
     scheme = Scheme.parse({"overrides": {"a": {"block_size": 16}}} | keys)
-    written = {k: v for k, v in keys.items() if (k, v) != ("rotation", "none")}
+    written = {
+        k: v for k, v in keys.items() if (k, v) not in (("rotation", "none"), ("embeddings", False))
+    }
     expected = VERSION_1 | {"format_version": version} | written
     assert list(scheme.to_config().items()) == list(expected.items())
     assert scheme.format_version == version
     assert Scheme.parse(scheme.to_config()) == scheme
     if version == 2:
-        with pytest.raises(SchemeError, match=r"^x: format_version is 1; rotation, and overrides"):
+        with pytest.raises(
+            SchemeError, match=r"^x: format_version is 1; rotation, embeddings, and"
+        ):
             Scheme.parse(expected | {"format_version": 1}, "x")
 
 
@@ -150,3 +156,12 @@ def test_every_activation_format_has_its_names():
 def test_an_override_that_is_no_object_is_named_with_its_form():
     with pytest.raises(SchemeError, match=r'overrides.x is 16; it must be an object such as \{"b'):
         Scheme.parse({"overrides": {"x": 16}})
+
+
+def test_embeddings_are_never_rotated_and_tied_ones_are_multiplied_with_16_bit_activations():
+    scheme = Scheme(rotation="hadamard_32", overrides={"re:.*wte": {"block_size": 16}})
+    assert scheme.embedding("wte", tied=False) == ("dialect_fp4", 16, "dialect", "none")
+    assert scheme.embedding("wte", tied=True) == ("dialect_fp4", 16, "none", "none")
+    asked = {"wte": {"activation_format": "fp8", "rotation": "hadamard_32"}}
+    other = Scheme.parse({"overrides": asked})
+    assert other.embedding("wte", tied=True) == ("dialect_fp4", 32, "fp8", "none")

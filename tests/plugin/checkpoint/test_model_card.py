@@ -12,7 +12,7 @@ tags: [blockdialect, 4-bit]
 
 # LlamaForCausalLM, packed with BlockDialect
 
-2 linear layers (53,248 weights) are stored in the format `dialect_fp4` at 4.538 bits per weight; \
+2 layers (53,248 weights) are stored in the format `dialect_fp4` at 4.538 bits per weight; \
 everything else is as in the source.
 
 | | |

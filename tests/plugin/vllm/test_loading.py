@@ -497,17 +497,6 @@ def test_an_output_projection_that_a_pooling_model_does_not_use(architecture, tm
     )
 
 
-def test_an_output_projection_that_vllm_builds_without_quantization(tmp_path):
-    source = build("OPTForCausalLM", tmp_path / "source")
-    overrides = {"quantization_config_dict_json": json.dumps({"lm_head": True})}
-    with pytest.raises(ValueError) as caught:
-        load_model(source, quantization="blockdialect", hf_overrides=overrides)
-    assert str(caught.value) == (
-        "quantization_config: lm_head is true, but vLLM builds the output projection of this model "
-        "without quantization; set lm_head to false"
-    )
-
-
 def test_what_vllm_notes_at_a_loader_is_noted_at_its_wrapper():
     """Llama 4 calls a loader with an expert's number only if the loader says that it takes one."""
     from dialect_plugin.vllm.parameters import shards_of, wrapped_loaders

@@ -176,10 +176,7 @@ def test_ignore_and_overrides_agree_packed_and_online(source, tmp_path):
     )
     assert from_packed.keys() == online.keys()
     for name, value in from_packed.items():
-        # the loader fills the padding of the vocabulary with zeros, whose row exponent is another
-        # than that of a quantized row of zeros
-        rows = 500 if name.startswith("lm_head") else None
-        assert torch.equal(value[:rows], online[name][:rows]), name
+        assert torch.equal(value, online[name]), name
     assert "model.layers.0.mlp.gate_up_proj.weight" in online
     assert "model.layers.1.self_attn.o_proj.weight" in online
     assert "model.layers.1.mlp.gate_up_proj.weight_packed" in online
