@@ -14,6 +14,7 @@ from dialect_kernels.ops import dequantize, linear
 from dialect_kernels.packed import STORED_FIELDS
 from dialect_kernels.packed_weight import PackedWeight
 from dialect_kernels.rotation import rotate_activation
+from dialect_kernels.straight_through import straight_through
 
 from ..scheme import LayerFormat
 
@@ -140,18 +141,13 @@ class DialectLinear(PackedModule, nn.Linear):  # type: ignore[override] # weight
                 f"input: {input.dtype} {list(input.shape)}; it must be float32, bfloat16 or "
                 f"float16 [..., {self.in_features}]"
             )
-        bias = self.bias
-        trained = input.requires_grad or (bias is not None and bias.requires_grad)
-        if trained and torch.is_grad_enabled():
-            y: torch.Tensor = _StraightThrough.apply(input, bias, self)  # type: ignore[no-untyped-call]
-            return y
-        return self.product(input)
+        return straight_through(input, self)
 
-    def product(self, input: torch.Tensor) -> torch.Tensor:
+    def product(self, x: torch.Tensor) -> torch.Tensor:
         """What :meth:`forward` computes, without its checks and its gradient."""
         form = self.format
         return linear(
-            input,
+            x,
             self.weight_packed,
             self.weight_meta,
             self.weight_row_exponent,
@@ -170,24 +166,4 @@ class DialectLinear(PackedModule, nn.Linear):  # type: ignore[override] # weight
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {form}"
-        )
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The product, and its gradient as if the activations had not been rounded."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, layer: DialectLinear
-    ) -> torch.Tensor:
-        ctx.layer = layer
-        return layer.product(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        of_x, of_bias = ctx.needs_input_grad[:2]
-        return (
-            grad @ ctx.layer.decode(grad.dtype) if of_x else None,
-            grad.flatten(0, -2).sum(0) if of_bias else None,
-            None,
         )

@@ -118,15 +118,15 @@ class DialectLinear(QuantizedLinear):
         tensors, columns = self.packed_tensors, self.in_features
         return PackedTensor.from_stored(tensors, columns, book, self.block_size, self.rotation)
 
-    def decode(self) -> torch.Tensor:
-        """The decoded weight [N, K], rotated back, a new tensor."""
+    def decode(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The decoded weight [N, K], rotated back, a new tensor in `dtype` or the original's."""
         values = dequantize(self.packed, torch.float32)
-        return rotate_activation(values, self.rotation).to(self.original_dtype)
+        return rotate_activation(values, self.rotation).to(dtype or self.original_dtype)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """``input @ weight.T + bias``, [..., K] -> [..., N] in the input's dtype."""
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """``x @ weight.T + bias``, [..., K] -> [..., N] in x's dtype."""
         y: torch.Tensor = ops.linear(
-            input,
+            x,
             self.weight_packed,
             self.weight_meta,
             self.weight_row_exponent,

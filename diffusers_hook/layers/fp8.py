@@ -88,27 +88,28 @@ class Fp8Linear(QuantizedLinear):
                 "again"
             )
 
-    def decode(self) -> torch.Tensor:
-        """The decoded weight [N, K], a new tensor."""
-        return (self._e4m3.to(torch.float32) * self._scale[:, None]).to(self.original_dtype)
+    def decode(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The decoded weight [N, K], a new tensor in `dtype` or the original's."""
+        values = self._e4m3.to(torch.float32) * self._scale[:, None]
+        return values.to(dtype or self.original_dtype)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """``(input @ e4m3.T) * scale + bias``, [..., K] -> [..., N] in the input's dtype.
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """``(x @ e4m3.T) * scale + bias``, [..., K] -> [..., N] in x's dtype.
 
         E4M3 numbers are exact in every dtype of inputs. All else is done in float32 and rounded
         once; the weight is never whole in anything but FP8.
         """
-        x = input.reshape(-1, self.in_features)
-        y = x.new_empty(len(x), self.out_features)
+        tokens = x.reshape(-1, self.in_features)
+        y = x.new_empty(len(tokens), self.out_features)
         e4m3, scale = self._e4m3, self._scale
         step = max(1, _CHUNK // self.in_features)
         for first in range(0, self.out_features, step):
             rows = slice(first, first + step)
-            part = _product(x, e4m3[rows]) * scale[rows]
+            part = _product(tokens, e4m3[rows]) * scale[rows]
             if self.bias is not None:
                 part = part + self.bias[rows].to(torch.float32)
             y[:, rows] = part
-        return y.view(*input.shape[:-1], self.out_features)
+        return y.view(*x.shape[:-1], self.out_features)
 
     @property
     def _e4m3(self) -> torch.Tensor:

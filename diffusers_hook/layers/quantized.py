@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dialect_kernels.packed_weight import PackedWeight
+from dialect_kernels.straight_through import straight_through
 
 __all__ = ["QuantizedLinear", "check_stored"]
 
@@ -20,7 +21,8 @@ class QuantizedLinear(nn.Linear):
     """A linear layer with a packed weight.
 
     It is an `nn.Linear`, because PEFT and diffusers look for that class; `weight` is decoded only
-    when something computes with it, and the forward pass never does.
+    when something computes with it, and the forward pass never does. Its gradient:
+    :mod:`dialect_kernels.straight_through`.
 
     Attributes:
         bias: parameter [N] or None.
@@ -31,9 +33,17 @@ class QuantizedLinear(nn.Linear):
     original_dtype: torch.dtype
     original_name: str = ""
 
-    def decode(self) -> torch.Tensor:
-        """The decoded weight [N, K], a new tensor."""
+    def decode(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The decoded weight [N, K], a new tensor in `dtype` or the original's."""
         raise NotImplementedError
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """``x @ weight.T + bias``, [..., K] -> [..., N] in x's dtype, without a gradient."""
+        raise NotImplementedError
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """``input @ weight.T + bias``, [..., K] -> [..., N] in the input's dtype."""
+        return straight_through(input, self)
 
     def check(self, name: str) -> None:
         """Raise ValueError, naming the tensor, if what was loaded is not valid."""

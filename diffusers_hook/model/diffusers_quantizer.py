@@ -166,8 +166,8 @@ class SemanticDialectQuantizer(DiffusersQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """The rounding has no gradient."""
-        return False
+        """Adapters can be trained: gradients pass straight through the rounding."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

@@ -189,6 +189,12 @@ def check_grouped(
     check_linear(x, experts.together, None, activation_format, accumulation)
     if x.dim() != 2:
         raise ValueError(f"x: has shape {list(x.shape)}; it must be [T, K]")
+    for name, tensor in (("x", x), ("bias", bias)):
+        if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad:
+            raise ValueError(
+                f"{name}: requires a gradient, which products of experts do not have; compute under"
+                " torch.no_grad(), or with dialect_linear for each expert"
+            )
     count, features, _ = experts.shape
     if bias is not None and tuple(bias.shape) != (count, features):
         raise ValueError(f"bias: has shape {list(bias.shape)}; it must be [{count}, {features}]")

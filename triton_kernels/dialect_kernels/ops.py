@@ -9,7 +9,8 @@ plain tensors, so that engines can trace and compile through them; :func:`dialec
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from functools import partial
+from typing import Final, NamedTuple
 
 import torch
 
@@ -30,6 +31,8 @@ from .backend import Backend, BlockGrid, Quantized
 from .formatbook import DIALECT_FP4, Formatbook, Rotation
 from .packed import PackedTensor
 from .packed_experts import PackedExperts
+from .rotation import rotate_activation
+from .straight_through import straight_through
 
 __all__ = [
     "dequantize",
@@ -165,14 +168,16 @@ def dialect_linear(
 
     Returns:
         [..., N] in x's dtype. A token with NaN or Inf, or that overflows when it is rotated, gives
-        a row of NaN (``"none"``: plain IEEE).
+        a row of NaN (``"none"``: plain IEEE). Its gradient for `x` and `bias` is that of a product
+        with the decoded weight (ours).
 
     Raises:
         ValueError: if shapes, dtypes, devices or options do not fit.
     """
     check_linear(x, p, bias, activation_format, accumulation)
-    y: torch.Tensor = linear(x, *p.op_arguments(bias), activation_format, accumulation, p.rotation)
-    return y
+    options = (activation_format, accumulation, p.rotation)
+    product = partial(_product_of, linear, p, bias, options)
+    return straight_through(x, _Weight(p, bias, product))
 
 
 def expert_linear(
@@ -203,7 +208,8 @@ def expert_linear(
         [R, N] in x's dtype.
 
     Raises:
-        ValueError: if shapes, dtypes, devices, options, rows or offsets do not fit.
+        ValueError: if shapes, dtypes, devices, options, rows or offsets do not fit, or a gradient
+            is required, which this product does not have.
     """
     check_grouped(x, experts, offsets, rows, bias, activation_format, accumulation)
     y: torch.Tensor = grouped_linear(
@@ -228,17 +234,39 @@ def semantic_linear(
     """``x @ p.T + bias`` with decomposed salient tokens and grouped dialects (SemanticDialect).
 
     Arguments, result and errors as :func:`dialect_kernels.reference.semantic_linear`; on CPU the
-    same bits.
+    same bits. The gradient is that of :func:`dialect_linear`.
     """
     check_semantic(x, p, bias, salient, group)
-    y: torch.Tensor = semantic_op(
-        x,
-        *p.op_arguments(bias),
+    options = (
         None if salient is None else each_once(salient),
         None if group is None else renumbered(group),
         p.rotation,
     )
-    return y
+    product = partial(_product_of, semantic_op, p, bias, options)
+    return straight_through(x, _Weight(p, bias, product))
+
+
+class _Weight(NamedTuple):
+    """A weight, as the gradient of a product with it needs it."""
+
+    packed: PackedTensor
+    bias: torch.Tensor | None
+    product: Callable[[torch.Tensor], torch.Tensor]
+
+    def decode(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weight [N, K], rotated back."""
+        values = rotate_activation(dequantize(self.packed), self.packed.rotation)
+        return values.to(dtype or values.dtype)
+
+
+def _product_of(
+    op: Callable[..., torch.Tensor],
+    p: PackedTensor,
+    bias: torch.Tensor | None,
+    options: tuple[object, ...],
+    x: torch.Tensor,
+) -> torch.Tensor:
+    return op(x, *p.op_arguments(bias), *options)
 
 
 def dialect_embedding(

@@ -191,3 +191,12 @@ def test_the_op_has_no_shapes_that_depend_on_data():
         (random(3, 64), rows, offsets, *experts.op_arguments(None), "dialect", "exact"),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+def test_a_gradient_is_refused():
+    experts, offsets = make_experts(), torch.tensor([0, 1, 1, 2, 3])
+    x = random(3, 64).requires_grad_()
+    with pytest.raises(ValueError, match="x: requires a gradient, which products of experts do"):
+        expert_linear(x, experts, offsets)
+    with torch.no_grad():
+        assert expert_linear(x, experts, offsets).shape == (3, 12)

@@ -1,11 +1,14 @@
 """`dialect_linear`: bit for bit in accumulation `exact`, within its bound in `default`."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 import dialect_kernels
-from dialect_kernels import DIALECT_FP4, SEMANTIC_32, dialect_linear, quantize, reference
+from dialect_kernels import DIALECT_FP4, SEMANTIC_32, dialect_linear, ops, quantize, reference
+from dialect_kernels.rotation import rotate_activation
 from tests.support import brute_force as brute
 from tests.support.format_checks import BLOCK_SIZES, as_float32, data, to_packed
 
@@ -338,3 +341,20 @@ def test_inputs_are_left_alone():
         dialect_linear(x, p, bias, activation_format)
     assert torch.equal(x, before)
     assert torch.equal(bias, torch.ones(4))
+
+
+@pytest.mark.parametrize("rotation", ["none", "hadamard_32"])
+def test_gradients_are_those_of_the_decoded_weight(rotation):
+    torch.manual_seed(0)
+    p = quantize(torch.randn(8, 64), rotation=rotation)
+    x, bias = (torch.randn(shape, requires_grad=True) for shape in ((2, 3, 64), (8,)))
+    upstream = torch.randn(2, 3, 8)
+    decoded = rotate_activation(p.dequantize(), rotation)
+    for product in (partial(ops.dialect_linear, accumulation="exact"), ops.semantic_linear):
+        y = product(x, p, bias)
+        found = torch.autograd.grad(y, (x, bias), upstream)
+        torch.testing.assert_close(found[0], upstream @ decoded)
+        torch.testing.assert_close(found[1], upstream.sum((0, 1)))
+        with torch.no_grad():
+            assert torch.equal(product(x, p, bias), y)
+            assert not product(x, p, bias).requires_grad

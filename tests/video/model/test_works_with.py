@@ -85,7 +85,7 @@ def test_loading_a_lora_decodes_no_weight(tmp_path, monkeypatch):
     """PEFT asks every weight some twenty times for its shape, dtype and device."""
     decoded = []
     for kind in (DialectLinear, Fp8Linear):
-        monkeypatch.setattr(kind, "decode", lambda self: decoded.append(self))
+        monkeypatch.setattr(kind, "decode", lambda self, *_: decoded.append(self))
     pipe = wan_pipeline()
     pipe.enable_semantic_dialect(progress=False)
     pipe.load_lora_weights(lora_file(tmp_path))
