@@ -16,7 +16,8 @@ __all__ = ["straight_through"]
 class _Layer(Protocol):
     """A linear layer with a packed weight [N, K] and a bias."""
 
-    bias: Any
+    @property
+    def bias(self) -> Any: ...
 
     def product(self, x: torch.Tensor) -> torch.Tensor: ...
 
