@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -72,7 +73,8 @@ def offline_arguments(
 def shown_command(subcommand: str, arguments: Sequence[str], environment: Mapping[str, str]) -> str:
     """A command line as a result shows it."""
     assignments = [f"{name}={value}" for name, value in environment.items()]
-    return " ".join([*assignments, "vllm", subcommand, *arguments])
+    words = map(shlex.quote, arguments)
+    return " ".join([*assignments, "vllm", subcommand, *words])
 
 
 def warmup(load: Load) -> Load:
