@@ -102,7 +102,8 @@ class _VocabularyMethod(BlockDialectLinearMethod):
         rows = layer.shard_indices.num_org_elements
         kwargs["weight_loader"] = _with_zero_rows(kwargs["weight_loader"], rows)
         super().create_weights(layer, *args, **kwargs)
-        layer.__class__ = _showing_weight(type(layer))
+        kind: Any = type(layer)
+        layer.__class__ = _showing_weight(kind)
 
     def whole_rows(self, layer: Any, loader: Callable[..., Any]) -> dict[Hashable, int]:
         """The checkpoint's rows: without those that vLLM adds."""
