@@ -2,7 +2,8 @@
 
 Names are the checkpoint's module names. A layer is quantized if it belongs to a numbered decoder
 layer and its name there is in the table; everything else (embeddings, norms, the output projection,
-routers, experts, vision towers, projectors) stays in 16 bit unless an option names it.
+routers, vision towers, projectors) stays in 16 bit unless an option names it. Experts are layers of
+their decoder layer, routed ones (:mod:`.experts`) in every architecture.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Iterable
 
 from dialect_kernels.layer_names import matches
 
+from .experts import expert_of, prefixes
+
 __all__ = [
     "ARCHITECTURES",
     "block_of",
@@ -20,9 +23,9 @@ __all__ = [
     "decoder_layer_pattern",
     "default_layers",
     "fused_with",
+    "holds_experts",
     "is_candidate",
     "is_embedding",
-    "is_expert",
     "is_in_encoder",
     "is_in_numbered_block",
     "is_never_packed",
@@ -257,7 +260,7 @@ _FUSED = (
 )
 """Layers that engines run as one matrix: their parts need one block size, or 16 bit, together."""
 
-_ROUTED_EXPERTS = "re:.*\\.experts\\..*"
+_EVERY_ROUTED_EXPERT = "re:.*\\.experts\\..*"
 """One pattern for the experts of a model: their names alone would make config.json megabytes."""
 
 _REPEATED_BLOCK = re.compile(r"(?:^|\.)\d+\.")
@@ -275,7 +278,10 @@ _NOT_TEXT = re.compile(
 """Towers of other modalities and what joins them to the text model."""
 _DRAFT = re.compile(r"(?:^|\.)(?:mtp\w*|nextn\w*|eh_proj|eagle\w*|medusa\w*)(?:\.|$)")
 """Multi-token prediction: a draft model, whose joining projections engines build in 16 bit."""
-_EXPERT = re.compile(r"(?:^|\.)(?:experts?|\w*_experts?)(?:\.|$)")
+_OF_EXPERTS = re.compile(
+    r"(?:^|\.)experts(?:\.|$)|(?:^|\.)block_sparse_moe\.(?:in|out)put_linear(?:\.|$)"
+)
+_SHARED_EXPERT = re.compile(r"(?:^|\.)shared_experts?\.(?:gate|up|down)_proj$")
 _NEVER_PACKED = re.compile(
     r"(?:^|\.)(?:\w*router\w*|gate|\w+_gate|gating|\w*indexer\w*|\w*embed\w*|wte|wpe|\w*norm\w*"
     r"|ln_\w+|\w+_coefs|\w+_adapter_list|lm_head)(?:\.|$)"
@@ -303,28 +309,40 @@ def default_layers(architecture: str, names: Iterable[str]) -> list[str]:
         name
         for name in names
         if (found := _DECODER_LAYER.match(name)) is not None
-        and found["inner"] in inside
+        and (found["inner"] in inside or _is_an_expert(name))
         and is_candidate(name)
     ]
 
 
-def is_expert(name: str) -> bool:
-    """Whether a layer, or the module of a tensor, belongs to the experts of a mixture.
+def _is_an_expert(name: str) -> bool:
+    """Whether a layer is a matrix of a routed or of a shared expert."""
+    return expert_of(name) is not None or _SHARED_EXPERT.search(name) is not None
 
-    Experts stay in 16 bit. Shared experts are experts too.
+
+def holds_experts(name: str) -> bool:
+    """Whether a layer, or the module of a tensor, belongs to the routed experts of a mixture."""
+    return _OF_EXPERTS.search(name) is not None
+
+
+def collapse_experts(names: Iterable[str], packed: Iterable[str] = ()) -> list[str]:
+    """`names` in their order, but for routed experts, for which less stands at the end.
+
+    Args:
+        names: layers in 16 bit.
+        packed: those in 4 bit. If no routed experts are among them, one pattern stands for all
+            experts, else the name of the experts' module for those of a decoder layer.
     """
-    return _EXPERT.search(name) is not None
-
-
-def collapse_experts(names: Iterable[str]) -> list[str]:
-    """`names` in their order, but for routed experts, which one pattern at the end stands for."""
-    listed, has_experts = [], False
+    listed: list[str] = []
+    experts: list[str] = []
     for name in names:
-        if matches(_ROUTED_EXPERTS, name):
-            has_experts = True
-        else:
-            listed.append(name)
-    return [*listed, _ROUTED_EXPERTS] if has_experts else listed
+        (experts if matches(_EVERY_ROUTED_EXPERT, name) else listed).append(name)
+    if not experts:
+        return listed
+    if not prefixes(packed):
+        return [*listed, _EVERY_ROUTED_EXPERT]
+    modules = prefixes(experts)
+    others = set(experts).difference(*modules.values())
+    return [*listed, *(name for name in experts if name in others), *modules]
 
 
 def is_embedding(name: str) -> bool:
@@ -344,10 +362,13 @@ def is_embedding(name: str) -> bool:
 def is_never_packed(name: str) -> bool:
     """Whether engines read the layer in 16 bit only.
 
-    These are embeddings, norms, routers and other gates, experts, convolutions, indexers, the
-    draft layers of multi-token prediction and the output projection.
+    These are embeddings, norms, routers and other gates, convolutions, indexers, the draft layers
+    of multi-token prediction, the output projection, and what belongs to routed experts but is no
+    matrix of one.
     """
-    return any(pattern.search(name) for pattern in (_EXPERT, _NEVER_PACKED, _DRAFT))
+    if holds_experts(name) and expert_of(name) is None:
+        return True
+    return any(pattern.search(name) for pattern in (_NEVER_PACKED, _DRAFT))
 
 
 def is_candidate(name: str) -> bool:

@@ -144,6 +144,9 @@ _Targets = Annotated[
         help="Layer, or re:PATTERN, to quantize instead of the architecture's; repeatable."
     ),
 ]
+_Experts = Annotated[
+    bool, typer.Option("--experts/--no-experts", help="Quantize the routed experts of a mixture.")
+]
 _LmHead = Annotated[bool, typer.Option(help="Quantize the output projection too.")]
 _Embeddings = Annotated[
     bool,
@@ -247,6 +250,7 @@ def quantize(
     override: _Override = None,
     overrides: _Overrides = None,
     targets: _Targets = None,
+    experts: _Experts = True,
     lm_head: _LmHead = False,
     embeddings: _Embeddings = False,
     strict: _Strict = False,
@@ -272,6 +276,7 @@ def quantize(
         options = _options(
             targets,
             strict,
+            experts,
             block_size=block_size,
             activation_format=activation_format,
             **_book_and_rotation(book, rotation, calibration),
@@ -520,12 +525,17 @@ def verify() -> None:
         raise typer.Exit(1)
 
 
-def _options(targets: list[str] | None, strict: bool = False, **scheme: Any) -> ConvertOptions:
+def _options(
+    targets: list[str] | None, strict: bool = False, experts: bool = True, **scheme: Any
+) -> ConvertOptions:
     """The options of a conversion from those of the command line."""
     from .checkpoint.options import ConvertOptions
 
     return ConvertOptions(
-        scheme=Scheme.model_validate(scheme), targets=targets or [], strict=strict
+        scheme=Scheme.model_validate(scheme),
+        targets=targets or [],
+        strict=strict,
+        experts=experts,
     )
 
 

@@ -36,6 +36,8 @@ from dialect_kernels.formatbook import (
 )
 from dialect_kernels.layer_names import check_expressions, is_expression, matches, near_misses
 
+from .experts import DOWN, expert_of, names_of
+
 __all__ = [
     "FORMAT_VERSION",
     "METHODS",
@@ -52,6 +54,7 @@ __all__ = [
     "SentenceError",
     "check_patterns",
     "disagreement",
+    "experts_disagreement",
     "first_fault",
     "fitted",
     "fitting_block_size",
@@ -244,7 +247,7 @@ class Scheme(BaseModel):
 
     def is_ignored(self, name: str) -> bool:
         """Whether the layer `name` stays in 16 bit."""
-        return any(matches(pattern, name) for pattern in self.ignore)
+        return any(matches(pattern, n) for pattern in self.ignore for n in names_of(name))
 
     def layer(self, *names: str) -> LayerFormat:
         """How a layer is quantized, before it is :func:`fitted` to the layer's columns.
@@ -252,6 +255,7 @@ class Scheme(BaseModel):
         Args:
             names: the layer's name, and other spellings of it.
         """
+        names = tuple(name for given in names for name in names_of(given))
         overrides = [self.overrides[name] for name in names if name in self.overrides]
         overrides += [
             override
@@ -416,6 +420,25 @@ def disagreement(parts: Mapping[str, LayerFormat | None]) -> tuple[str, str] | N
         for name, part in parts.items()
     )
     return ", ".join(listed), " and ".join(words.values())
+
+
+def experts_disagreement(parts: Mapping[str, LayerFormat | None]) -> tuple[str, str] | None:
+    """As :func:`disagreement`, for the matrices of all experts of a decoder layer.
+
+    Engines run the gates and ups of all experts as one stack of matrices and the downs as another,
+    so that each stack has one format, or both are in 16 bit.
+    """
+    first: dict[bool, str] = {}
+    for name, form in parts.items():
+        expert = expert_of(name)
+        stack = expert is not None and expert.part == DOWN
+        like = first.setdefault(stack, name)
+        if form != parts[like]:
+            return disagreement({like: parts[like], name: form})
+    gate, down = first.get(False), first.get(True)
+    if gate is not None and down is not None and (parts[gate] is None) != (parts[down] is None):
+        return disagreement({gate: parts[gate], down: parts[down]})
+    return None
 
 
 def first_fault(error: ValidationError) -> tuple[str, str, str]:

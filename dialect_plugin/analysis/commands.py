@@ -135,8 +135,12 @@ def plan_by_outputs(
 
 
 def _chosen(source: str, options: ConvertOptions) -> tuple[Checkpoint, dict[str, LayerFormat]]:
-    """A checkpoint, and the layers that a conversion with these options would quantize, and how."""
+    """A checkpoint, and the layers that a conversion with these options would quantize, and how.
+
+    Without routed experts, which are not measured.
+    """
     checkpoint = open_checkpoint(find_checkpoint(source))
+    options = options.model_copy(update={"experts": False})  # their formats are the scheme's
     layers = choose_layers(checkpoint, options).formats
     return checkpoint, {name: layers[name] for name in sorted(layers, key=natural_order)}
 

@@ -20,6 +20,7 @@ from ..checkpoint.calibrated import CalibratedLayers, Rescaled
 from ..checkpoint.layer_choice import LayerChoice
 from ..checkpoint.progress import Progress
 from ..checkpoint.reader import Checkpoint, CheckpointError
+from ..experts import expert_of
 from ..scheme import LayerFormat
 from .blocks import DecoderBlocks
 from .channels import balance, norms_in_front
@@ -46,8 +47,10 @@ class Calibrator:
     def prepare(self, checkpoint: Checkpoint, choice: LayerChoice) -> Mapping[str, Any]:
         """Build the empty model and read the text; see the protocol."""
         options = self._options
-        self._checkpoint, self._forms = checkpoint, choice.formats
-        self._blocks, self._text = open_calibration(checkpoint, choice.formats, options)
+        # routed experts are no modules of transformers: they are rounded to nearest
+        forms = {name: form for name, form in choice.formats.items() if expert_of(name) is None}
+        self._checkpoint, self._forms = checkpoint, forms
+        self._blocks, self._text = open_calibration(checkpoint, forms, options)
         import transformers
 
         balanced = {"balance": True} if options.balance else {}

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -209,7 +210,7 @@ class _Conversion:
         missing = [
             layer
             for layer in self.choice.formats
-            if self.checkpoint.tensors[f"{layer}.weight"].shard not in self.journal.shards
+            if self.checkpoint.weights[layer].shard not in self.journal.shards
         ]
         with self.workers.set_aside():
             calibration.run(missing, done, self.progress)
@@ -220,11 +221,11 @@ class _Conversion:
 
         It is in the weight, or in what its rotation makes of it.
         """
-        infos = {name: self.checkpoint.tensors[f"{name}.weight"] for name in self.choice.formats}
+        infos = {name: self.checkpoint.weights[name] for name in self.choice.formats}
         infos = {n: info for n, info in infos.items() if info.shard not in self.journal.shards}
         self.progress.begin("checking", len(infos), sum(info.nbytes for info in infos.values()))
         for layer, info in infos.items():
-            groups = self._groups(f"{layer}.weight")
+            groups = self._groups(layer)
             check = partial(_first_not_finite, self.choice.formats[layer].rotation)
             first_row = 0
             for rows, fault in self.workers.map(check, groups):
@@ -266,9 +267,9 @@ class _Conversion:
             for name, info in self.checkpoint.tensors.items():
                 if info.shard != shard:
                     continue
-                layer = _packed_layer(name, self.choice)
-                if layer is not None:
-                    records.append(self._write_layer(layer, writer))
+                layers = _packed_layers(self.checkpoint, name, self.choice)
+                if layers:
+                    records += [self._write_layer(layer, writer) for layer in layers]
                 elif (tensor := self._replaced(name)) is not None:
                     writer.append(name, tensor.flatten().view(torch.uint8).numpy().data)
                 else:
@@ -292,14 +293,14 @@ class _Conversion:
             losses.append(group.loss)
             below += group.below_window
         signal, noise = map(math.fsum, torch.cat(losses).T.tolist())  # exact, whatever the groups
-        rows, columns = self.checkpoint.tensors[f"{layer}.weight"].shape
+        rows, columns = self.checkpoint.weights[layer].shape
         block_size = self.choice.formats[layer].block_size
         return LayerRecord(layer, rows, columns, block_size, packed_bytes, signal, noise, below)
 
     def _quantized_groups(self, layer: str) -> Iterator[_Rows]:
         """Groups of rows of a layer, quantized by the workers, in order."""
         name, form = f"{layer}.weight", self.choice.formats[layer]
-        columns = self.checkpoint.tensors[name].shape[1]
+        columns = self.checkpoint.weights[layer].shape[1]
         whole = self.calibration and self.calibration.layers.read(layer, columns, form)
         scales = self.calibration and self.calibration.layers.scales(layer)
 
@@ -309,7 +310,7 @@ class _Conversion:
                 weight = scales.applied(weight, first)
             packed, below = _quantized(weight, form, name)
             if bool((packed.row_exponent == NAN_ROW).any()):  # checked before: it has changed
-                shard = self.checkpoint.path / self.checkpoint.tensors[name].shard
+                shard = self.checkpoint.path / self.checkpoint.weights[layer].shard
                 raise CheckpointError(
                     f"{shard}: {name} changed while it was converted and holds NaN or Inf now; "
                     "leave the source alone during a conversion, and convert it again"
@@ -318,13 +319,13 @@ class _Conversion:
                 packed = whole.slice_rows(first, first + len(weight))
             return _Rows(packed, rounding_loss(weight, packed), int((below > 0).sum()))
 
-        return self.workers.map(quantize_rows, _numbered(self._groups(name)))
+        return self.workers.map(quantize_rows, _numbered(self._groups(layer)))
 
-    def _groups(self, name: str) -> Iterator[torch.Tensor]:
-        """Groups of rows of a matrix: several for each worker, unless they would be very small."""
-        share = math.prod(self.checkpoint.tensors[name].shape) // (4 * self.workers.count)
+    def _groups(self, layer: str) -> Iterator[torch.Tensor]:
+        """Groups of rows of a weight: several for each worker, unless they would be very small."""
+        share = math.prod(self.checkpoint.weights[layer].shape) // (4 * self.workers.count)
         elements = min(_CHUNK_ELEMENTS, max(_CHUNK_ELEMENTS // 4, share))
-        return self.checkpoint.read_rows(name, elements)
+        return self.checkpoint.read_rows(layer, elements)
 
     def finish(self, resumed: int) -> ConversionResult:
         """Write everything but the shards, and drop the journal."""
@@ -412,8 +413,8 @@ def render(result: ConversionResult) -> str:
             "the checkpoint lacks parts of the fused layers of these, which stay in 16 bit: "
             + folded(choice.incomplete)
         )
-    if choice.has_experts:
-        lines.append("the experts stay in 16 bit: vLLM's plugin does not serve packed experts")
+    if choice.has_plain_experts:
+        lines.append("experts stay in 16 bit")
     below = [layer for layer in layers if layer.rows_below_window]
     if below:
         most = max(below, key=lambda layer: layer.rows_below_window)
@@ -442,10 +443,9 @@ def _beside_the_weights(result: ConversionResult) -> Iterator[str]:
         )
 
 
-def _packed_layer(tensor: str, choice: LayerChoice) -> str | None:
-    """The layer whose weight the tensor is, if it will be packed."""
-    layer = tensor.removesuffix(".weight")
-    return layer if tensor.endswith(".weight") and layer in choice.formats else None
+def _packed_layers(checkpoint: Checkpoint, tensor: str, choice: LayerChoice) -> list[str]:
+    """The layers whose weights the tensor holds and that will be packed: all of them or none."""
+    return [layer for layer in checkpoint.layers_in(tensor) if layer in choice.formats]
 
 
 def _quantized(rows: torch.Tensor, form: LayerFormat, name: str) -> Quantized:
@@ -469,12 +469,11 @@ def _contents(checkpoint: Checkpoint, shard: str, choice: LayerChoice) -> dict[s
     for name, info in checkpoint.tensors.items():
         if info.shard != shard:
             continue
-        layer = _packed_layer(name, choice)
-        if layer is None:
+        layers = _packed_layers(checkpoint, name, choice)
+        if not layers:
             stored[name] = StoredTensor(info.dtype, info.shape, info.nbytes)
-            continue
-        rows, columns = info.shape
-        for field in STORED_FIELDS:
+        for layer, field in product(layers, STORED_FIELDS):
+            rows, columns = checkpoint.weights[layer].shape
             shape = field.shape(rows, columns, choice.formats[layer].block_size)
             dtype = _STORED_DTYPES[field.dtype]
             nbytes = math.prod(shape) * field.dtype.itemsize
@@ -583,13 +582,14 @@ def _is_finished(
 
 def _begins_alike(source: Checkpoint, packed: Checkpoint, name: str, choice: LayerChoice) -> bool:
     """Whether the first rows of a tensor are stored as this conversion stores them."""
-    layer = _packed_layer(name, choice)
-    if layer is None:
+    layers = _packed_layers(source, name, choice)
+    if not layers:
         chunks = (file.read_bytes(name, _COPY_BYTES) for file in (source, packed))
         first, second = (next(chunk, b"") for chunk in chunks)
         return first == second
-    rows = next(source.read_rows(name, _CHUNK_ELEMENTS // 4))
-    expected = _quantized(rows, choice.formats[layer], name).packed
+    layer = layers[0]
+    rows = next(source.read_rows(layer, _CHUNK_ELEMENTS // 4))
+    expected = _quantized(rows, choice.formats[layer], f"{layer}.weight").packed
     for field, tensor in zip(STORED_FIELDS, expected.tensors, strict=True):
         data = tensor.flatten().view(torch.uint8).numpy().tobytes()
         if data and next(packed.read_bytes(f"{layer}.{field.stored}", len(data))) != data:

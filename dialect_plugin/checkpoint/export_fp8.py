@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from dialect_kernels import __version__
 
 from ..architectures import collapse_experts, is_embedding
+from ..experts import expert_of
 from .companions import find_companions
 from .finish import finish_checkpoint
 from .progress import Progress
@@ -63,12 +64,14 @@ def export_fp8(packed: PackedCheckpoint, destination: Path, progress: Progress) 
         progress: receives every tensor.
 
     Raises:
-        CheckpointError, ValueError: one sentence, if a layer is rotated, the destination cannot be
-            used, or a tensor is missing, does not fit or holds reserved values.
+        CheckpointError, ValueError: one sentence, if a layer is rotated or of an expert, the
+            destination cannot be used, or a tensor is missing, does not fit or holds reserved
+            values.
         OSError: if writing fails.
     """
     source = packed.checkpoint
     _refuse_rotated(packed)
+    _refuse_experts(packed)
     check_destination(source.path, destination)
     if destination.exists() and any(destination.iterdir()):
         raise CheckpointError(f"{destination}: is not empty; choose another directory")
@@ -120,6 +123,16 @@ def _refuse_rotated(packed: PackedCheckpoint) -> None:
 def _fp8_layers(packed: PackedCheckpoint) -> list[str]:
     """The packed layers that engines serve in FP8; embeddings they do not."""
     return [name for name in packed.layers if not is_embedding(name)]
+
+
+def _refuse_experts(packed: PackedCheckpoint) -> None:
+    for name in packed.layers:
+        if expert_of(name) is not None:
+            raise CheckpointError(
+                f"{packed.checkpoint.path}: the layer {name} is one of an expert, and engines do "
+                "not agree on how FP8 experts are stored; convert the 16-bit model again with "
+                "--no-experts, and export that"
+            )
 
 
 def _compressed_tensors_config(packed: PackedCheckpoint) -> dict[str, Any]:

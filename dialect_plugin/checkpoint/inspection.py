@@ -11,6 +11,7 @@ import torch
 
 from dialect_kernels.packed import bits_per_weight
 
+from ..experts import expert_of
 from ..scheme import METHODS, LayerFormat
 from .progress import Progress
 from .reader import PACKED_SUFFIXES, PackedCheckpoint, open_packed
@@ -115,7 +116,8 @@ def render(found: Inspection) -> str:
             _commonest(layers),
         ]
 
-    return f"{summary}\n\n{layer_table(heads, found.layers, cells)}"
+    listed = [layer for layer in found.layers if expert_of(layer.name) is None]
+    return f"{summary}\n\n{layer_table(heads, found.layers, cells, listed)}"
 
 
 def _commonest(layers: Sequence[LayerInspection]) -> str:

@@ -10,13 +10,14 @@ from typing import Any
 from dialect_kernels.formatbook import ROTATION_GROUP
 from dialect_kernels.layer_names import matches
 
-from .. import architectures
+from .. import architectures, experts
 from ..scheme import (
     LayerFormat,
     Scheme,
     SchemeError,
     check_patterns,
     disagreement,
+    experts_disagreement,
     fitted,
     fitting_block_size,
 )
@@ -56,7 +57,7 @@ class LayerChoice:
         incomplete: layers that stay in 16 bit because the checkpoint lacks another part of the
             matrix that engines fuse them into.
         scheme: the resolved scheme, for config.json.
-        has_experts: whether the model has experts; they stay in 16 bit.
+        has_plain_experts: whether routed experts, or some of them, stay in 16 bit.
         by_name: patterns of the layers, if only their names tell that they are linear layers of
             the decoder, because the table of architectures lacks the model's.
     """
@@ -67,7 +68,7 @@ class LayerChoice:
     indivisible: tuple[str, ...]
     incomplete: tuple[str, ...]
     scheme: Scheme
-    has_experts: bool
+    has_plain_experts: bool
     by_name: str = ""
 
 
@@ -86,7 +87,7 @@ def choose_layers(checkpoint: Checkpoint, options: ConvertOptions) -> LayerChoic
     scheme = options.scheme
     candidates = _choose(checkpoint, linear, options)
     check_patterns("ignore", scheme.ignore, _modules(checkpoint))
-    check_patterns("override", scheme.overrides, candidates)
+    check_patterns("override", scheme.overrides, _with_other_names(candidates))
     chosen = [name for name in candidates if not scheme.is_ignored(name)]
     if not chosen:
         raise _nothing_chosen(checkpoint, options, candidates)
@@ -95,7 +96,8 @@ def choose_layers(checkpoint: Checkpoint, options: ConvertOptions) -> LayerChoic
     chosen = [name for name in chosen if name not in absent]
     tied = checkpoint.tied_embeddings or "lm_head" not in linear
     wanted = {name: _wanted(scheme, name, tied) for name in chosen}
-    formats = _fit(checkpoint, wanted, strict=options.strict)
+    _check_experts(checkpoint, wanted)
+    formats = _with_whole_experts(_fit(checkpoint, wanted, strict=options.strict), wanted)
     if not formats:
         raise _nothing_fits(checkpoint)
     _check_fused_layers(linear, formats)
@@ -107,7 +109,12 @@ def choose_layers(checkpoint: Checkpoint, options: ConvertOptions) -> LayerChoic
         tuple(name for name in chosen if name not in formats),
         tuple(absent),
         _resolved(scheme, linear, formats, missing),
-        has_experts=any(architectures.is_expert(name) for name in checkpoint.tensors),
+        has_plain_experts=any(
+            architectures.holds_experts(name)
+            and not experts.is_bias(name)
+            and not any(layer in formats for layer in checkpoint.layers_in(name))
+            for name in checkpoint.tensors
+        ),
         by_name=_chosen_by_name(checkpoint, options, formats),
     )
 
@@ -161,7 +168,7 @@ def _fit(
     """
     formats = {}
     for name, layer in wanted.items():
-        info = checkpoint.tensors[f"{name}.weight"]
+        info = checkpoint.weights[name]
         if info.dtype not in _QUANTIZABLE:
             raise CheckpointError(
                 f"{name}.weight: has dtype {info.dtype}; only BF16, F16 and F32 can be quantized: "
@@ -219,7 +226,13 @@ def _nested(value: Any) -> Iterator[Mapping[str, Any]]:
 def _modules(checkpoint: Checkpoint) -> list[str]:
     """Names of the modules with tensors, and of the output projection, which may be tied."""
     modules = {name.rpartition(".")[0]: None for name in checkpoint.tensors}
-    return [*checkpoint.linear_layers(), *modules, *checkpoint.tensors, "lm_head"]
+    linear = _with_other_names(checkpoint.linear_layers())
+    return [*linear, *modules, *checkpoint.tensors, "lm_head"]
+
+
+def _with_other_names(layers: Collection[str]) -> list[str]:
+    """Layers, and what options may call several experts of theirs."""
+    return list(dict.fromkeys(name for layer in layers for name in experts.names_of(layer)))
 
 
 def _refuse_transposed(checkpoint: Checkpoint, chosen: Collection[str]) -> None:
@@ -232,7 +245,7 @@ def _refuse_transposed(checkpoint: Checkpoint, chosen: Collection[str]) -> None:
     square: list[str] = []
     transposed: list[str] = []
     for name in checkpoint.linear_layers():
-        rows, columns = tensors[f"{name}.weight"].shape
+        rows, columns = checkpoint.weights[name].shape
         bias = tensors.get(f"{name}.bias")
         if bias is None or bias.shape != (columns,):
             continue
@@ -241,7 +254,7 @@ def _refuse_transposed(checkpoint: Checkpoint, chosen: Collection[str]) -> None:
         return
     for name in chosen:
         if name in transposed or name in square:
-            rows, columns = tensors[f"{name}.weight"].shape
+            rows, columns = checkpoint.weights[name].shape
             raise CheckpointError(
                 f"{name}.weight: [{rows}, {columns}] is stored as [inputs, outputs] (Conv1D), but "
                 "packed weights are [outputs, inputs]; serve the 16-bit checkpoint with "
@@ -263,7 +276,7 @@ def _absent_parts(checkpoint: Checkpoint, chosen: Collection[str]) -> dict[str, 
     kinds = {architectures.decoder_layer_pattern(name) for name in linear}
     absent = {}
     for name in chosen:
-        parts = architectures.fused_with(name)
+        parts = () if experts.expert_of(name) else architectures.fused_with(name)
         missing = tuple(
             part
             for part in parts
@@ -290,6 +303,8 @@ def _choose(checkpoint: Checkpoint, linear: list[str], options: ConvertOptions) 
         chosen = set(architectures.default_layers(checkpoint.architecture, served))
     else:
         chosen = set(architectures.candidate_layers(_in_served_blocks(checkpoint, linear)))
+    if not options.experts:
+        chosen = {name for name in chosen if experts.expert_of(name) is None}
     return [name for name in linear if name in chosen | _vocabulary(checkpoint, linear, options)]
 
 
@@ -340,7 +355,7 @@ def _check_targets(targets: Collection[str], linear: list[str]) -> None:
             embedding = "use --embeddings" if architectures.is_embedding(name) else "leave it out"
             remedy = "use --lm-head" if name == "lm_head" else embedding
             raise SchemeError(
-                f"targets: {name} is an embedding, norm, router or gate, expert, convolution, "
+                f"targets: {name} is an embedding, norm, router or gate, convolution, "
                 f"draft layer or output projection, which engines read in 16 bit; {remedy}"
             )
 
@@ -359,20 +374,87 @@ def _check_fused_layers(linear: Collection[str], formats: Mapping[str, LayerForm
             )
 
 
+def _check_experts(checkpoint: Checkpoint, wanted: Mapping[str, LayerFormat]) -> None:
+    """Raise unless the experts of a decoder layer are complete and quantized alike, or not at all.
+
+    Raises:
+        CheckpointError: if a matrix of an expert is missing, or two are of different shapes.
+        SchemeError: if their formats differ.
+    """
+    chosen = experts.prefixes(wanted)
+    for prefix, layers in experts.prefixes(checkpoint.linear_layers()).items():
+        if prefix not in chosen:
+            continue
+        found = experts_disagreement({layer: wanted.get(layer) for layer in layers})
+        if found is not None:
+            listed, common = found
+            raise SchemeError(
+                f"{listed}: engines run all experts of a layer as one; give all of them the same "
+                f"{common}, or ignore {prefix}"
+            )
+        _check_complete(checkpoint, prefix, layers)
+
+
+def _check_complete(checkpoint: Checkpoint, prefix: str, layers: Collection[str]) -> None:
+    """Raise CheckpointError if experts of a decoder layer lack a matrix, or differ in shape."""
+    found = [expert for expert in map(experts.expert_of, layers) if expert is not None]
+    parts = [part for part in experts.PARTS if any(expert.part == part for expert in found)]
+    shapes: dict[str, tuple[int, ...]] = {}
+    present = set(layers)
+    for number in range(1 + max(expert.number for expert in found)):
+        for part in parts:
+            layer = f"{prefix}.{number}.{part}"
+            if layer not in present:
+                raise CheckpointError(
+                    f"{layer}: the checkpoint does not hold it beside the other experts; complete "
+                    f"the checkpoint, or --ignore {prefix}"
+                )
+            shape = checkpoint.weights[layer].shape
+            if shapes.setdefault(part, shape) != shape:
+                raise CheckpointError(
+                    f"{layer}: is {list(shape)}, and other experts are {list(shapes[part])}; "
+                    f"download the checkpoint again, or --ignore {prefix}"
+                )
+    rows = {part: shape[0] for part, shape in shapes.items() if part != experts.DOWN}
+    width = shapes.get(experts.DOWN, (0, 0))[1]
+    if set(rows.values()) != {width}:
+        raise CheckpointError(
+            f"{prefix}: its experts have {sorted(set(rows.values()))} rows before and {width} "
+            f"columns behind the activation, which do not fit together; --ignore {prefix}"
+        )
+
+
+def _with_whole_experts(
+    formats: dict[str, LayerFormat], wanted: Mapping[str, LayerFormat]
+) -> dict[str, LayerFormat]:
+    """`formats` without the experts of decoder layers that some block size does not fit."""
+    fitting = experts.prefixes(formats)
+    for prefix, layers in experts.prefixes(wanted).items():
+        if len(layers) != len(fitting.get(prefix, ())):
+            formats = {name: form for name, form in formats.items() if name not in set(layers)}
+    return formats
+
+
 def _resolved(
     scheme: Scheme, linear: list[str], formats: Mapping[str, LayerFormat], absent: list[str]
 ) -> Scheme:
     """The scheme with exact names: what stays in 16 bit, and every layer that differs."""
     untouched = [*(name for name in linear if name not in formats), *absent]
-    overrides = {name: scheme.differing(form) for name, form in formats.items()}
+    overrides = {_name_for_all(name): scheme.differing(form) for name, form in formats.items()}
     config = {k: v for k, v in scheme.to_config().items() if k != "format_version"}
     return Scheme.parse(
         config
         | {
             "serialized": True,
-            "ignore": architectures.collapse_experts(untouched),
+            "ignore": architectures.collapse_experts(untouched, formats),
             "overrides": {name: keys for name, keys in overrides.items() if keys},
             "lm_head": "lm_head" in formats,
             "embeddings": any(map(architectures.is_embedding, formats)),
         }
     )
+
+
+def _name_for_all(layer: str) -> str:
+    """A layer's name; of an expert's, which has the format of all the others, the one for all."""
+    names = experts.names_of(layer)
+    return names[1] if len(names) > 1 else layer

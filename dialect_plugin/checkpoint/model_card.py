@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -15,7 +16,7 @@ from ..scheme import METHODS
 from .layer_choice import LayerChoice
 from .loss import sqnr
 from .reader import Checkpoint
-from .tables import mixed_keys
+from .tables import mixed_keys, without_number
 
 if TYPE_CHECKING:
     from .calibrated import CalibrationRecord
@@ -45,7 +46,9 @@ def model_card(
         keep_trailing_newline=True,
         autoescape=False,  # Markdown: names of layers are shown as they are
     )
+    environment.filters["without_number"] = without_number
     weights = sum(layer.rows * layer.columns for layer in layers)
+    rows = _without_numbers(layers)
     return environment.get_template("model_card.md").render(
         architecture=checkpoint.architecture,
         scheme=choice.scheme,
@@ -53,8 +56,9 @@ def model_card(
         choice=choice,
         calibration=calibration,
         layers=layers,
+        rows=rows,
         mixed=mixed_keys(choice.formats.values()),
-        below=[layer for layer in layers if layer.rows_below_window],
+        below=[row.layer for row in rows if row.layer.rows_below_window],
         weights=weights,
         bits=bits_per_weight(sum(layer.packed_bytes for layer in layers), weights),
         sqnr_db=sqnr(sum(x.signal for x in layers), sum(x.noise for x in layers)),
@@ -62,3 +66,32 @@ def model_card(
         rotation_group=ROTATION_GROUP,
         version=__version__,
     )
+
+
+class _Row(NamedTuple):
+    """A row of the card's table: a layer, or one matrix of all experts of a decoder layer."""
+
+    layer: LayerRecord
+    matrices: int
+    """How many matrices it stands for."""
+    name: str
+    """One of the layers, which has the format of all."""
+
+
+def _without_numbers(layers: Sequence[LayerRecord]) -> list[_Row]:
+    rows: dict[str, _Row] = {}
+    for layer in layers:
+        name = without_number(layer.name)
+        if name not in rows:
+            rows[name] = _Row(replace(layer, name=name), 1, layer.name)
+            continue
+        found, matrices, first = rows[name]
+        total = replace(
+            found,
+            packed_bytes=found.packed_bytes + layer.packed_bytes,
+            signal=found.signal + layer.signal,
+            noise=found.noise + layer.noise,
+            rows_below_window=found.rows_below_window + layer.rows_below_window,
+        )
+        rows[name] = _Row(total, matrices + 1, first)
+    return list(rows.values())

@@ -18,6 +18,7 @@ class ConvertOptions(BaseModel):
         scheme: formats and block sizes; its patterns may match many layers. The checkpoint's own
             scheme has exact names instead, and is always serialized.
         targets: patterns of the layers to quantize, instead of the architecture's table.
+        experts: whether the routed experts of a mixture are quantized like any other layer.
         strict: refuse a layer whose columns its block size does not divide, instead of taking
             another block size or leaving the layer in 16 bit.
     """
@@ -26,6 +27,7 @@ class ConvertOptions(BaseModel):
 
     scheme: Scheme = Field(default_factory=Scheme)
     targets: list[str] = Field(default_factory=list)
+    experts: bool = True
     strict: bool = False
 
     @field_validator("targets")

@@ -6,10 +6,12 @@ Only safetensors are read. Nothing here loads a model or runs code that came wit
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,6 +24,7 @@ from dialect_kernels.layer_names import is_expression, near_misses
 from dialect_kernels.packed import STORED_FIELDS
 
 from ..architectures import is_candidate, is_embedding
+from ..experts import WEIGHT, ExpertMatrix, ExpertTensor, layout_of, names_of
 from ..scheme import Scheme, SchemeError
 from .json_files import CheckpointError, read_json, unique_keys
 
@@ -78,6 +81,8 @@ class TensorInfo:
         shape: its dimensions.
         nbytes: its size.
         offset: position of its first byte in the file.
+        rows_among_others: where the rows of an expert's matrix lie in a tensor of all experts, of
+            which the offset is that of this expert's part; None if its rows follow each other.
     """
 
     shard: str
@@ -85,6 +90,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     nbytes: int
     offset: int
+    rows_among_others: ExpertMatrix | None = None
 
 
 @dataclass(frozen=True)
@@ -128,12 +134,39 @@ class Checkpoint:
         return bool(config.get("tie_word_embeddings", False))
 
     def linear_layers(self) -> list[str]:
-        """Names of modules with a 2-D floating-point ``.weight`` (embeddings included)."""
-        return [
-            name.removesuffix(".weight")
-            for name, info in self.tensors.items()
-            if name.endswith(".weight") and len(info.shape) == 2 and _is_float(info.dtype)
-        ]
+        """Names of modules with a 2-D floating-point ``.weight`` (embeddings included).
+
+        Every matrix of an expert is a layer of its own, named as :mod:`..experts` does.
+        """
+        return list(self.weights)
+
+    @cached_property
+    def weights(self) -> dict[str, TensorInfo]:
+        """Linear layer -> its weight [N, K]: a tensor, or a part of a tensor of experts."""
+        return {
+            layer: info for weights in self._weights_in.values() for layer, info in weights.items()
+        }
+
+    def layers_in(self, tensor: str) -> Sequence[str]:
+        """The linear layers whose weights the tensor holds: one, an expert's many, or none."""
+        return tuple(self._weights_in.get(tensor, ()))
+
+    @cached_property
+    def _weights_in(self) -> dict[str, dict[str, TensorInfo]]:
+        """Tensor -> linear layers whose weights it holds -> these."""
+        names = self.config.get("architectures")
+        layout = layout_of(names if isinstance(names, list) else ())
+        found: dict[str, dict[str, TensorInfo]] = {}
+        for name, info in self.tensors.items():
+            if not _is_float(info.dtype):
+                continue
+            experts = ExpertTensor.of(name)
+            if experts is not None and experts.field == WEIGHT and experts.fits(info.shape):
+                matrices = experts.matrices(info.shape, layout)
+                found[name] = {matrix.layer: _part(info, matrix) for matrix in matrices}
+            elif name.endswith(".weight") and len(info.shape) == 2:
+                found[name] = {name.removesuffix(".weight"): info}
+        return found
 
     def read_bytes(self, name: str, chunk_bytes: int) -> Iterator[bytes]:
         """The stored bytes of a tensor, at most `chunk_bytes` at a time.
@@ -153,8 +186,8 @@ class Checkpoint:
                 left -= len(chunk)
                 yield chunk
 
-    def read_rows(self, name: str, chunk_elements: int) -> Iterator[torch.Tensor]:
-        """A matrix in groups of consecutive rows, each about `chunk_elements` elements.
+    def read_rows(self, layer: str, chunk_elements: int) -> Iterator[torch.Tensor]:
+        """The weight of a linear layer in groups of consecutive rows, each about `chunk_elements`.
 
         Yields:
             [n, K] in the stored dtype, one of BF16, F16 and F32; the last may have fewer rows.
@@ -162,19 +195,27 @@ class Checkpoint:
         Raises:
             CheckpointError: if the file ends before the tensor does.
         """
-        info = self.tensors[name]
+        info = self.weights[layer]
         rows, columns = info.shape
         step = max(1, chunk_elements // max(1, columns))
         with self._open_at(info) as file:
+            if (place := info.rows_among_others) is not None:
+                matrix = place.cut_own(self._read(file, info, *place.own))
+                yield from (part.contiguous() for part in torch.split(matrix, step))
+                return
             for first in range(0, max(1, rows), step):
-                group = torch.empty(min(step, rows - first), columns, dtype=_DTYPES[info.dtype])
-                left = group.view(torch.uint8).flatten().numpy().data
-                while left:
-                    read = file.readinto(left)  # into the tensor: no copy of the bytes
-                    if not read:
-                        raise self._changed(info)
-                    left = left[read:]
-                yield group
+                yield self._read(file, info, min(step, rows - first), columns)
+
+    def _read(self, file: FileIO, info: TensorInfo, rows: int, columns: int) -> torch.Tensor:
+        """The next numbers of a file, in the dtype of `info`."""
+        found = torch.empty(rows, columns, dtype=_DTYPES[info.dtype])
+        left = found.view(torch.uint8).flatten().numpy().data
+        while left:
+            read = file.readinto(left)  # into the tensor: no copy of the bytes
+            if not read:
+                raise self._changed(info)
+            left = left[read:]
+        return found
 
     @contextmanager
     def open_shard(self, shard: str) -> Iterator[Any]:
@@ -384,7 +425,7 @@ def _check_packed_layers(checkpoint: Checkpoint, scheme: Scheme, found: Collecti
     """Raise CheckpointError unless the layers `found` packed are those that the scheme names."""
     path = checkpoint.path
     for name in found:
-        if scheme.is_ignored(name) or f"{name}.weight" in checkpoint.tensors:
+        if scheme.is_ignored(name) or name in checkpoint.weights:
             raise CheckpointError(
                 f"{path}: the layer {name} is stored packed although config.json ignores it or a "
                 "16-bit weight is stored too; convert the model again"
@@ -413,8 +454,9 @@ def _check_packed_layers(checkpoint: Checkpoint, scheme: Scheme, found: Collecti
                 f"{path}: config.json says that {name} has the rotation {rotation}, but embeddings "
                 "are never rotated; convert the model again"
             )
+    known = {name for layer in found for name in names_of(layer)}
     for name in scheme.overrides:
-        if not is_expression(name) and name not in found:
+        if not is_expression(name) and name not in known:
             raise CheckpointError(
                 f"{path}: config.json has an override for {name}, but no such layer is packed; "
                 "convert the model again"
@@ -476,6 +518,20 @@ def _is_path(name: str) -> bool:
 
 def _is_float(dtype: str) -> bool:
     return dtype.startswith(("BF", "F"))
+
+
+def _part(info: TensorInfo, matrix: ExpertMatrix) -> TensorInfo:
+    """The weight of one expert in a tensor."""
+    if matrix.number is None and matrix.own == (matrix.rows, matrix.columns):
+        return info
+    element = info.nbytes // math.prod(info.shape) if info.nbytes else 0
+    offset = info.offset + (matrix.number or 0) * math.prod(matrix.own) * element
+    if not matrix.scattered:
+        offset += matrix.first * matrix.columns * element
+    shape = (matrix.rows, matrix.columns)
+    nbytes = math.prod(shape) * element
+    place = matrix if matrix.scattered else None
+    return TensorInfo(info.shard, info.dtype, shape, nbytes, offset, place)
 
 
 def _read_header(path: Path, shard: str) -> dict[str, TensorInfo]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from ..experts import expert_of
 from ..scheme import LayerFormat
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "natural_order",
     "only_or_blank",
     "shape_cell",
+    "without_number",
 ]
 
 _NUMBER = re.compile(r"(\d+)")
@@ -93,16 +95,22 @@ def layer_table(
 def folded(names: Iterable[str]) -> str:
     """Names in one line; those that differ in their first number only are one.
 
-    ``model.layers.0-2,5.mlp.down_proj`` stands for four layers.
+    ``model.layers.0-2,5.mlp.down_proj`` stands for four layers. The experts of a layer are one.
     """
     groups: dict[tuple[str, str], list[int]] = {}
-    for name in sorted(names, key=natural_order):
+    for name in sorted({without_number(name) for name in names}, key=natural_order):
         stack, number, inner = _split(name) or (name, "", "")
         groups.setdefault((stack, inner), []).extend([int(number)] if number else [])
     return ", ".join(
         f"{stack}{_ranges(numbers)}.{inner}" if numbers else stack
         for (stack, inner), numbers in groups.items()
     )
+
+
+def without_number(layer: str) -> str:
+    """The name of a layer; that of an expert's with ``*`` in the place of its number."""
+    expert = expert_of(layer)
+    return layer if expert is None else f"{expert.prefix}.*.{expert.part}"
 
 
 def _ranges(numbers: Sequence[int]) -> str:

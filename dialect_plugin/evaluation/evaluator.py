@@ -33,6 +33,7 @@ from ..checkpoint.reader import (
     open_packed,
 )
 from ..checkpoint.tables import natural_order
+from ..experts import expert_of
 from .calibrated_peers import CalibratedPeers
 from .divergence import Predictions, compare, negative_log_likelihood
 from .formats import Format, format_of, packed_format
@@ -241,7 +242,8 @@ def _layers(checkpoint: Checkpoint, opened: Mapping[str, PackedCheckpoint]) -> l
         CheckpointError: if they have packed different ones, or the 16-bit model has others.
     """
     if not opened:
-        return sorted(choose_layers(checkpoint, ConvertOptions()).formats, key=natural_order)
+        options = ConvertOptions(experts=False)  # which are no linear layers in transformers
+        return sorted(choose_layers(checkpoint, options).formats, key=natural_order)
     first, *others = opened.values()
     for other in others:
         differing = sorted(set(first.layers) ^ set(other.layers), key=natural_order)
@@ -251,6 +253,12 @@ def _layers(checkpoint: Checkpoint, opened: Mapping[str, PackedCheckpoint]) -> l
                 "alone; evaluate them one after the other"
             )
     for layer in first.layers:
+        if expert_of(layer) is not None:
+            raise CheckpointError(
+                f"{first.checkpoint.path}: {layer} is one of an expert, and transformers runs all "
+                "experts as one tensor, so that they cannot be evaluated; serve the model and "
+                "measure it there, or convert it with --no-experts to evaluate its other layers"
+            )
         info = checkpoint.tensors.get(f"{layer}.weight")
         codes = first.checkpoint.tensors.get(layer + PACKED_SUFFIXES[0])
         if codes is None or len(codes.shape) != 2:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +41,7 @@ from ..checkpoint.reader import (
     open_checkpoint,
     open_packed,
 )
+from ..experts import expert_of
 from ..scheme import QUANT_METHOD, LayerFormat, SchemeError
 from .config import BlockDialectConfig
 from .embedding import DialectEmbedding
@@ -143,9 +144,11 @@ class BlockDialectQuantizer(HfQuantizer):
         config = self.quantization_config
         if self.pre_quantized:
             packed = open_packed(directory)
+            _refuse_experts(packed.layers)
             return packed.checkpoint, {name: config.scheme.layer(name) for name in packed.layers}
         checkpoint = _without_method(open_checkpoint(directory))
-        choice = choose_layers(checkpoint, ConvertOptions(scheme=config.scheme))
+        options = ConvertOptions(scheme=config.scheme, experts=False)  # they are no nn.Linear
+        choice = choose_layers(checkpoint, options)
         if choice.by_name:
             logger.info(
                 "blockdialect's table of architectures does not have %s, whose layers were chosen "
@@ -403,6 +406,15 @@ def _empty(layer: nn.Linear | nn.Embedding, form: LayerFormat, accumulation: str
     if isinstance(layer, nn.Embedding):
         return DialectEmbedding.empty(layer, form)
     return DialectLinear.empty(layer, form, accumulation)
+
+
+def _refuse_experts(layers: Iterable[str]) -> None:
+    for layer in layers:
+        if expert_of(layer) is not None:
+            raise CheckpointError(
+                f"{layer}: is packed, but transformers runs all experts of a layer as one tensor; "
+                "serve the checkpoint with vLLM, or convert the model with --no-experts"
+            )
 
 
 def _shape(checkpoint: Checkpoint, stored: str) -> tuple[int, ...]:

@@ -13,9 +13,12 @@ import torch
 __all__ = [
     "built_for_reload",
     "current_architectures",
+    "has_adapters_for_experts",
     "has_gated_experts",
+    "hidden_weights",
     "is_draft",
     "is_expert_layer",
+    "is_expert_runner",
     "is_multimodal",
     "is_partly_reloaded",
     "is_pooling",
@@ -49,9 +52,28 @@ def is_expert_layer(layer: object) -> bool:
     return isinstance(layer, RoutedExperts)
 
 
+def is_expert_runner(module: object) -> bool:
+    """Whether `module` is what holds the experts of a layer, and has a load_weights for them alone.
+
+    0.26 has none: there a model's own load_weights loads experts. Ends with its support.
+    """
+    return is_expert_layer(getattr(module, "routed_experts", None)) and hasattr(
+        module, "layer_name"
+    )
+
+
 def has_gated_experts(layer: object) -> bool:
     """Whether the experts of an expert layer have a gate beside their up projection."""
     return bool(getattr(getattr(layer, "moe_config", None), "is_act_and_mul", False))
+
+
+def has_adapters_for_experts(layer: object) -> bool:
+    """Whether the engine may get LoRA adapters for the experts of an expert layer."""
+    lora: Any = getattr(_vllm_config(), "lora_config", None)
+    if lora is None:
+        return False
+    targets = getattr(lora, "target_modules", None)
+    return targets is None or "experts" in targets
 
 
 def current_architectures() -> list[str]:
@@ -131,6 +153,20 @@ def restore_weights(model: torch.nn.Module) -> None:
         if info is not None:
             layerwise._place_kernel_tensors(layer, info)
             info.reset()
+
+
+def hidden_weights(model: torch.nn.Module) -> list[tuple[Any, Any]]:
+    """16-bit linear layers whose weights are in no parameter, and the functions that hold them.
+
+    Symptom: after a reload that raises, routers have the new weights. Cause: on CPUs vLLM packs a
+    weight for oneDNN, keeps it in a function of the layer, and empties the parameter. Ends with the
+    first vLLM that keeps it in a tensor of the layer.
+    """
+    return [
+        (layer, product)
+        for layer in model.modules()
+        if (product := vars(layer).get("cpu_linear")) is not None
+    ]
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from dialect_kernels.packed import STORED_FIELDS
 
 from . import compat
 from .errors import LoadError
+from .experts import EXPERT_PARAMETERS, BlockDialectExpertsMethod
 from .linear import BlockDialectLinearMethod
 from .parameters import shards_of, wrapped_loaders
 from .probes import WEIGHT, Recorder
@@ -111,9 +112,10 @@ def check_complete(
 
 
 def _is_ours(module: torch.nn.Module, name: str) -> bool:
-    return name in _OURS and isinstance(
-        getattr(module, "quant_method", None), BlockDialectLinearMethod
-    )
+    method = getattr(module, "quant_method", None)
+    if isinstance(method, BlockDialectExpertsMethod):
+        return name.startswith(EXPERT_PARAMETERS)
+    return name in _OURS and isinstance(method, BlockDialectLinearMethod)
 
 
 def _is_halved(

@@ -33,6 +33,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 from dialect_kernels.layer_names import is_expression, near_misses
 
 from .. import architectures
+from ..experts import DOWN, PARTS, UP, aliases, names_of
 from ..scheme import (
     METHODS,
     QUANT_METHOD,
@@ -41,10 +42,12 @@ from ..scheme import (
     Scheme,
     SchemeError,
     disagreement,
+    experts_disagreement,
     fitted,
 )
 from . import compat, loading
 from .errors import LoadError
+from .experts import BlockDialectExpertsMethod, ExpertsSpec
 from .linear import BlockDialectLinearMethod, LinearSpec
 from .probes import WEIGHT
 from .settling import settle
@@ -239,7 +242,11 @@ class BlockDialectConfig(QuantizationConfig):
             spec = self.spec(layer, prefix)
             return UnquantizedLinearMethod() if spec is None else BlockDialectLinearMethod(spec)
         if compat.is_expert_layer(layer):
-            _log_once("MoE experts stay in 16 bit: blockdialect quantizes linear layers only")
+            self._see_engine()
+            begin = partial(settle, self) if compat.loads_sharded_state() else None
+            watch(layer, partial(loading.load, self), begin)
+            experts = self._experts_spec(layer, prefix)
+            return None if experts is None else BlockDialectExpertsMethod(experts, layer)
         return None
 
     def chosen_by_name(self, layers: Iterable[str]) -> str:
@@ -331,6 +338,52 @@ class BlockDialectConfig(QuantizationConfig):
             return None
         self._fused |= dict.fromkeys(spellings, names[0])
         return LinearSpec(names[0], self._serialized, found, self.complete)
+
+    def _experts_spec(self, layer: Any, prefix: str) -> ExpertsSpec | None:
+        """How the routed experts of a layer are quantized; None if they stay in 16 bit.
+
+        Raises:
+            ValueError: if they disagree, or an adapter could not be applied to packed ones.
+        """
+        scheme, moe = self.scheme, layer.moe_config
+        formats: dict[str, LayerFormat | None] = {}
+        for part in PARTS if compat.has_gated_experts(layer) else PARTS[1:]:
+            for number in range(moe.num_logical_experts):
+                name = f"{prefix}.{number}.{part}"
+                known = [
+                    spelling
+                    for alias in aliases(part)
+                    for spelling in _spellings(f"{prefix}.{number}.{alias}")
+                ]
+                ignored = any(scheme.is_ignored(spelling) for spelling in known)
+                formats[name] = None if ignored else scheme.layer(*known)
+                self._fused |= dict.fromkeys((n for k in known for n in names_of(k)), prefix)
+        if (found := experts_disagreement(formats)) is not None:
+            listed, common = found
+            raise ValueError(
+                f"quantization_config: the experts of {prefix} disagree ({listed}); give all of "
+                f"them the same {common}, or ignore {prefix}"
+            )
+        gate_up, down = formats[f"{prefix}.0.{UP}"], formats[f"{prefix}.0.{DOWN}"]
+        if gate_up is None or down is None:
+            return None
+        if not scheme.serialized:
+            if not self._quantized_online(f"{prefix}.0.{UP}"):
+                return None
+            inner = moe.intermediate_size_per_partition
+            gate_up, down = fitted(gate_up, moe.hidden_dim), fitted(down, inner)
+            if gate_up is None or down is None:
+                _log_once(f"{prefix}: no block size divides the columns of its experts")
+                return None
+        if compat.has_adapters_for_experts(layer):
+            if scheme.serialized:
+                raise SchemeError(
+                    f"--enable-lora: adapters cannot be applied to packed experts ({prefix}); "
+                    "restrict them with --lora-target-modules, or convert with --no-experts"
+                )
+            _log_once("the experts stay in 16 bit, because adapters may be for them")
+            return None
+        return ExpertsSpec(prefix, self._serialized, gate_up, down, self.complete)
 
     def fused_name(self, layer: str) -> str | None:
         """vLLM's layer that the checkpoint's `layer` is loaded into, by its name; None if none."""

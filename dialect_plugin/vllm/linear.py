@@ -39,11 +39,12 @@ from .errors import LoadError
 from .parameters import checked, forget_loaded, held, loaded_shards
 from .probes import WEIGHT, Orders
 
-__all__ = ["BlockDialectLinearMethod", "LinearSpec"]
+__all__ = ["DTYPES", "BlockDialectLinearMethod", "LinearSpec", "log_kernel"]
 
 logger = init_logger("vllm.blockdialect")
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Of models, and of 16-bit weights."""
 _KINDS: tuple[tuple[Any, dict[str, int]], ...] = (
     (PackedvLLMParameter, {"input_dim": 1, "packed_dim": 1, "packed_factor": 2}),
     (GroupQuantScaleParameter, {"input_dim": 1}),
@@ -183,7 +184,7 @@ class BlockDialectLinearMethod(LinearMethodBase):
     def _weight(self, loader: Callable[..., Any], rows: int, columns: int) -> ModelWeightParameter:
         """A 16-bit weight without memory, which `loader` fills."""
         loader = checked(
-            loader, self.spec.name, WEIGHT, self._rows, self.input_size, _DTYPES, self._orders
+            loader, self.spec.name, WEIGHT, self._rows, self.input_size, DTYPES, self._orders
         )
         data = torch.empty(rows, columns, dtype=torch.float32, device="meta")
         return ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
@@ -257,7 +258,7 @@ class BlockDialectLinearMethod(LinearMethodBase):
         if self.is_loaded(layer):
             return
         self.other_loader(layer)  # of a layer that was loaded by itself
-        _log_kernel()
+        log_kernel()
         if self.spec.complete:
             self.check_loaded(layer)
         for parameter in layer.parameters():
@@ -343,7 +344,7 @@ class BlockDialectLinearMethod(LinearMethodBase):
 
     def _check(self, dtype: torch.dtype, columns: int, all_columns: int) -> None:
         name, block_size = self.spec.name, self.spec.format.block_size
-        if dtype not in _DTYPES:
+        if dtype not in DTYPES:
             raise ValueError(
                 f"{name}: dtype {dtype} is not supported; use --dtype bfloat16, float16 or float32"
             )
@@ -367,6 +368,7 @@ class BlockDialectLinearMethod(LinearMethodBase):
 
 
 @cache
-def _log_kernel() -> None:
+def log_kernel() -> None:
+    """Say once what computes on the CPU."""
     if current_platform.is_cpu() and cpu.available():
         logger.info("blockdialect runs on the CPU with %s", cpu.describe())

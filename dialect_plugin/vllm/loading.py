@@ -26,6 +26,7 @@ from ..scheme import Scheme
 from . import compat
 from .completeness import check_complete, track_arrivals
 from .errors import LoadError
+from .expert_loading import expert_layers, without_experts
 from .linear import BlockDialectLinearMethod
 from .parameters import forget_loaded
 from .probes import WEIGHT, Recorder
@@ -44,6 +45,14 @@ _TARGETS = "_blockdialect_targets"
 _Layers = list[tuple[Any, BlockDialectLinearMethod]]
 _active: list[torch.nn.Module] = []
 """The model whose load_weights runs: those of its parts run inside of it."""
+
+
+class _Method(Protocol):
+    """What a reload needs of the methods of linear layers and of experts."""
+
+    def set_loaded(self, layer: Any) -> None: ...
+
+    def check_loaded(self, layer: Any) -> None: ...
 
 
 class _Config(Decides, Protocol):
@@ -75,18 +84,30 @@ def load(
     """
     if _active:
         return own(weights)
+    if compat.is_expert_runner(model):  # of transformers' modules, which the model is built around
+        return own(_of_runner(config, model, weights))
     layers = _layers(model)
     _active.append(model)
     try:
         if compat.is_reloading(model):
+            weights = without_experts(model, weights, config.fused_name, first=False)
             return _reload(config, model, layers, weights, own)
-        if any(method.is_loaded(layer) for layer, method in layers):
+        loaded = any(method.is_loaded(layer) for layer, method in layers)
+        weights = without_experts(model, weights, config.fused_name, first=not loaded)
+        if loaded:
             return _push(config, model, layers, weights, own)
         if hasattr(model, _TARGETS):  # a model without a packed layer
             return own(weights)
         return _first(config, model, weights, own)
     finally:
         _active.pop()
+
+
+def _of_runner(config: _Config, runner: Any, weights: Weights) -> Weights:
+    """The tensors of one layer's experts, named from there, that are not loaded by this plugin."""
+    loaded = any(method.is_loaded(layer) for layer, method in expert_layers(runner))
+    first = not loaded and not compat.is_reloading(runner)
+    return without_experts(runner, weights, config.fused_name, first, f"{runner.layer_name}.")
 
 
 def _layers(model: torch.nn.Module) -> _Layers:
@@ -181,7 +202,8 @@ def _reload(
     weights: Weights,
     own: Callable[[Weights], Any],
 ) -> Any:
-    for layer, _ in layers:
+    every: list[tuple[Any, _Method]] = [*layers, *expert_layers(model)]
+    for layer, _ in every:
         for parameter in layer.parameters():
             forget_loaded(parameter)  # of a reload that failed
     targets = getattr(model, _TARGETS, {})
@@ -200,11 +222,11 @@ def _reload(
     try:
         with keeping_reloaded(model):
             loaded = own(quantized())
-            for layer, method in layers:
+            for layer, method in every:
                 if compat.is_partly_reloaded(layer):
                     method.check_loaded(layer)
     except BaseException:
-        for layer, method in layers:
+        for layer, method in every:
             method.set_loaded(layer)
         raise
     return loaded

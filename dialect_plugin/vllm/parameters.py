@@ -15,7 +15,17 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from . import probes
 from .errors import LoadError
 
-__all__ = ["checked", "forget_loaded", "held", "loaded_shards", "shards_of", "wrapped_loaders"]
+__all__ = [
+    "check_tensor",
+    "checked",
+    "counted_before",
+    "forget_loaded",
+    "held",
+    "loaded_shards",
+    "mark_loaded",
+    "shards_of",
+    "wrapped_loaders",
+]
 
 _LOADED = "_blockdialect_loaded"
 """Attribute of a parameter: which of its shards have been loaded, a set of shard ids."""
@@ -59,16 +69,13 @@ def checked(
         if probes.record(loaded_weight, field, layer, shards, orders):
             return None
         height = sum(rows[shard] for shard in shards) if rows.keys() >= set(shards) else None
-        _check(loaded_weight, name, height, width, dtypes)
-        if param.is_meta:
-            counted = param.__dict__.setdefault(_COUNTED, set())
-            if shards in counted:
-                return None
-            counted.add(shards)
+        check_tensor(loaded_weight, name, height, width, dtypes)
+        if param.is_meta and counted_before(param, shards):
+            return None
         if (order := orders.get((field, shards))) is not None:
             loaded_weight = loaded_weight[order.to(loaded_weight.device)]
         result = original()(param, loaded_weight, *args, **kwargs)
-        param.__dict__.setdefault(_LOADED, set()).update(shards)
+        mark_loaded(param, shards)
         return result
 
     load.__signature__ = inspect.signature(loader)  # type: ignore[attr-defined]
@@ -130,8 +137,22 @@ def shards_of(loader: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Ha
     return ((shard, None if tensor.dim() >= param.dim() else expert),)
 
 
+def mark_loaded(param: torch.Tensor, shards: Iterable[Hashable]) -> None:
+    """Note that these shards have been loaded into `param`."""
+    param.__dict__.setdefault(_LOADED, set()).update(shards)
+
+
+def counted_before(param: torch.Tensor, shard: Hashable) -> bool:
+    """Whether vLLM has counted a shard of a parameter on the meta device; it is from now on."""
+    counted = param.__dict__.setdefault(_COUNTED, set())
+    if shard in counted:
+        return True
+    counted.add(shard)
+    return False
+
+
 def loaded_shards(param: torch.Tensor) -> set[Hashable]:
-    """The shard ids that a :func:`checked` loader has loaded into `param`."""
+    """The shards that have been loaded into `param`: ids of vLLM, or what its loader has noted."""
     shards: set[Hashable] = param.__dict__.get(_LOADED, set())
     return shards
 
@@ -142,13 +163,21 @@ def forget_loaded(param: torch.Tensor) -> None:
         param.__dict__.get(mark, set()).clear()
 
 
-def _check(
+def check_tensor(
     tensor: torch.Tensor,
     name: str,
     height: int | None,
     width: int | None,
     dtypes: tuple[torch.dtype, ...],
 ) -> None:
+    """Raise LoadError unless a checkpoint's tensor has one of the `dtypes`, rows and columns.
+
+    Args:
+        tensor: what arrives.
+        name: the parameter's, for messages.
+        height, width: of the tensor, as far as they are known.
+        dtypes: allowed dtypes.
+    """
     if tensor.dtype not in dtypes:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise LoadError(

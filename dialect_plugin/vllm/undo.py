@@ -39,12 +39,15 @@ def keeping_reloaded(model: torch.nn.Module) -> Iterator[None]:
     all weights are copied first.
     """
     kept = _Kept()
+    products = compat.hidden_weights(model)
     for layer in model.modules():
         kept.keep(tensor.data for tensor in compat.weights_put_aside(layer))
     try:
         yield
     except BaseException:
         compat.restore_weights(model)
+        for layer, product in products:
+            layer.cpu_linear = product
         kept.give_back()
         raise
 

@@ -37,8 +37,8 @@ def options_of_the_commands():
         for name in inspect.signature(command.callback).parameters:
             info = typing.get_args(hints[name])[1]
             if isinstance(info, OptionInfo):
-                given = [text for text in (info.default, *(info.param_decls or ())) if text]
-                names = [text for text in given if isinstance(text, str)]
+                given = (info.default, *(info.param_decls or ()))
+                names = [name for t in given if isinstance(t, str) for name in t.split("/") if name]
                 options |= set(names) or {"--" + name.replace("_", "-")}
         found[command.callback.__name__] = options
     return found

@@ -5,6 +5,7 @@ import pytest
 from dialect_kernels.layer_names import matches
 from dialect_plugin import architectures
 from dialect_plugin.checkpoint.reader import open_checkpoint
+from dialect_plugin.experts import expert_of
 from tests.support import swept_models
 from tests.support.tiny_models import CONFIGS
 
@@ -68,7 +69,11 @@ def test_the_table_is_what_engines_quantize_while_loading(architecture, tiny_mod
     table = architectures.default_layers(architecture, linear)
     assert table == architectures.candidate_layers(linear)
     assert table
-    inside = {name.partition(".layers.0.")[2] for name in table if ".layers.0." in name}
+    inside = {
+        name.partition(".layers.0.")[2]
+        for name in table
+        if ".layers.0." in name and expert_of(name) is None  # which every table has
+    }
     assert inside <= set(architectures.ARCHITECTURES[architecture])
 
 
@@ -93,11 +98,12 @@ def test_candidates_are_linear_layers_of_numbered_blocks():
         "transformer.h.0.attn.c_attn",
         "transformer.h.0.ln_1",
         "transformer.h.0.moe.experts.3.w1",
+        "transformer.h.0.moe.experts.mlp",
         "transformer.h.0.moe.gate",
         "vision_tower.layers.0.fc1",
         "lm_head",
     ]
-    assert architectures.candidate_layers(names) == ["transformer.h.0.attn.c_attn"]
+    assert architectures.candidate_layers(names) == [names[1], names[3]]
     pattern = architectures.decoder_layer_pattern("transformer.h.0.attn.c_attn")
     assert pattern == r"re:transformer.h.\d+.attn.c_attn"
     assert matches(pattern, "transformer.h.17.attn.c_attn")
@@ -113,4 +119,16 @@ def test_one_pattern_stands_for_the_routed_experts_and_for_nothing_else():
     pattern = "re:.*\\.experts\\..*"  # as in config.json
     assert architectures.collapse_experts(names) == [names[1], names[2], pattern]
     assert architectures.collapse_experts(names[1:3]) == names[1:3]
-    assert [architectures.is_expert(name) for name in names] == [True, True, False, True]
+    assert [architectures.holds_experts(name) for name in names] == [True, False, False, True]
+
+
+def test_where_some_experts_are_packed_each_module_of_the_others_is_named():
+    names = [
+        f"model.layers.0.mlp.experts.{e}.{part}_proj" for e in (0, 1) for part in ("gate", "up")
+    ]
+    packed = ["model.layers.1.mlp.experts.0.up_proj"]
+    others = ["model.layers.0.mlp.gate", "model.layers.0.mlp.experts.0.bottleneck"]
+    found = architectures.collapse_experts([*names, *others], packed)
+    assert found == [*others, "model.layers.0.mlp.experts"]
+    dense = ["model.layers.0.mlp.up_proj"]
+    assert architectures.collapse_experts(names, dense) == ["re:.*\\.experts\\..*"]

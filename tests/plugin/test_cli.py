@@ -173,8 +173,13 @@ def test_quantize_says_what_it_did_and_how_to_go_on(tiny_model, tmp_path):
     assert said[-1] == f"serve it with: vllm serve {tmp_path / 'packed'}"
     done = run("quantize", tiny_model(intermediate_size=200), tmp_path / "odd")
     assert "which stay in 16 bit: model.layers.0-1.mlp.down_proj\n" in done.stdout
-    done = run("quantize", tiny_model("MixtralForCausalLM"), tmp_path / "mixture")
-    assert "the experts stay in 16 bit" in done.stdout
+    mixture = tiny_model("MixtralForCausalLM")
+    done = run("quantize", mixture, tmp_path / "mixture")
+    assert done.stdout.startswith("32 layers at ")
+    assert "experts" not in done.stdout
+    done = run("quantize", mixture, tmp_path / "plain", "--no-experts")
+    assert done.stdout.startswith("8 layers at ")
+    assert "experts stay in 16 bit\n" in done.stdout
 
 
 def test_verify():

@@ -53,7 +53,7 @@ def serve(model: Path, quantization: str | None = None, **options: Any) -> Serve
         runner = core.model_executor.driver_worker.worker.model_runner
         stored = STORED_FIELDS[0].stored
         packed = {
-            name.removesuffix(f".{stored}"): 2 * value.numel()
+            name.removesuffix(stored).rstrip("._"): 2 * value.numel()
             for name, value in runner.get_model().named_parameters()
             if name.endswith(stored)
         }

@@ -118,6 +118,34 @@ def expected_bytes(
     }
 
 
+def expected_experts(
+    weights: dict[str, torch.Tensor], module: str, block_size: int = 32
+) -> dict[str, torch.Tensor]:
+    """The packed experts of vLLM's `module`, from Mixtral's 16-bit `weights`."""
+    prefix, found = module.removesuffix(".routed_experts"), {}
+    count = len({name.split(".")[-3] for name in weights if name.startswith(f"{prefix}.")})
+    for stack, parts in (("w13", ("w1", "w3")), ("w2", ("w2",))):
+        experts = [
+            [
+                quantize(weights[f"{prefix}.{e}.{part}.weight"], block_size=block_size)
+                for part in parts
+            ]
+            for e in range(count)
+        ]
+        for field, suffix in zip(("codes", "meta", "row_exponent"), STORED, strict=True):
+            found[f"{module}.{stack}_{suffix}"] = torch.stack(
+                [torch.cat([getattr(part, field) for part in expert]) for expert in experts]
+            )
+    return found
+
+
+def packed_experts(found: dict[str, torch.Tensor]) -> list[str]:
+    """Names of vLLM's modules with packed experts."""
+    ending = ".w13_weight_packed"
+    return [name.removesuffix(ending) for name in found if name.endswith(ending)]
+
+
 def packed_modules(found: dict[str, torch.Tensor]) -> list[str]:
     """Names of the modules with packed parameters."""
-    return [name.removesuffix(".weight_packed") for name in found if name.endswith("weight_packed")]
+    ending = ".weight_packed"
+    return [name.removesuffix(ending) for name in found if name.endswith(ending)]

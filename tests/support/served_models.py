@@ -72,7 +72,7 @@ QUANTIZED_LEAVES = {
     "Gemma3ForCausalLM": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
     "Phi3ForCausalLM": "qkv_proj o_proj gate_up_proj down_proj",
     "OPTForCausalLM": "q_proj k_proj v_proj out_proj fc1 fc2",
-    "MixtralForCausalLM": "q_proj k_proj v_proj o_proj",
+    "MixtralForCausalLM": "q_proj k_proj v_proj o_proj w1 w2 w3",
 }
 """Written out a second time, so that an error in the plugin's table shows."""
 
@@ -119,6 +119,9 @@ def expected_logprobs(
     )
     for name, module in model.named_modules():
         size = block_size(name)
+        if name.endswith(".experts") and size is not None:
+            settings = (book, size, rotation)
+            module.forward = _expert_by_expert(module, activation_format, settings)
         wanted = is_quantized(architecture, name) or (name == "lm_head" and lm_head)
         if not isinstance(module, torch.nn.Linear) or not wanted or size is None:
             continue
@@ -138,15 +141,46 @@ def _on_rounded_input(
     forward: Callable[..., torch.Tensor], activation_format: str, weight: PackedTensor
 ) -> Callable[..., torch.Tensor]:
     def rounded(x: torch.Tensor) -> torch.Tensor:
-        tokens = rotate_activation(x.reshape(-1, x.shape[-1]), weight.rotation)
-        if activation_format == "dialect":
-            tokens = reference.round_activation(tokens, weight.book, weight.block_size)
-        elif activation_format == "fp8":
-            codes, scale = baselines.quantize_fp8(tokens)
-            tokens = codes.to(torch.float32) * scale[:, None]
-        return forward(tokens.view(x.shape))
+        return forward(
+            _rounded(x.reshape(-1, x.shape[-1]), activation_format, weight).view(x.shape)
+        )
 
     return rounded
+
+
+def _rounded(x: torch.Tensor, activation_format: str, weight: PackedTensor) -> torch.Tensor:
+    tokens = rotate_activation(x, weight.rotation)
+    if activation_format == "dialect":
+        tokens = reference.round_activation(tokens, weight.book, weight.block_size)
+    elif activation_format == "fp8":
+        codes, scale = baselines.quantize_fp8(tokens)
+        tokens = codes.to(torch.float32) * scale[:, None]
+    return tokens
+
+
+def _expert_by_expert(
+    module: Any, activation_format: str, settings: tuple[Formatbook, int, Rotation]
+) -> Callable[..., torch.Tensor]:
+    """What transformers' stacked experts compute, each token and each expert by itself."""
+    book, size, rotation = settings
+    stacks = [
+        [reference.quantize(weight, book, size, rotation=rotation) for weight in stack.detach()]
+        for stack in (module.gate_up_proj, module.down_proj)
+    ]
+
+    def product(x: torch.Tensor, weight: PackedTensor) -> torch.Tensor:
+        return _rounded(x, activation_format, weight) @ weight.dequantize().T
+
+    def forward(x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        result = torch.zeros_like(x)
+        for token in range(len(x)):
+            for expert, weight in zip(chosen[token].tolist(), weights[token], strict=True):
+                gate, up = product(x[token : token + 1], stacks[0][expert]).chunk(2, dim=-1)
+                inner = torch.nn.functional.silu(gate) * up
+                result[token] += weight * product(inner, stacks[1][expert])[0]
+        return result
+
+    return forward
 
 
 def _add_adapter(down: torch.Tensor, up: torch.Tensor, scale: float) -> Callable[..., Any]:

@@ -15,9 +15,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dialect_plugin.architectures import is_expert
+from dialect_plugin.architectures import holds_experts
 from dialect_plugin.checkpoint.convert import convert
 from dialect_plugin.checkpoint.reader import open_checkpoint, open_packed
+from dialect_plugin.checkpoint.tables import without_number
+from dialect_plugin.experts import is_bias
 from tests.support.swept_models import CONFIGS, KINDS, UNSERVED, build
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,14 +48,16 @@ def entry(source: Path, packed: Iterable[str]) -> dict[str, list[str]]:
     """
     chosen = set(packed)
     names: dict[str, dict[str, None]] = {"4 bit": {}, "16 bit": {}}
-    for tensor, info in open_checkpoint(source).tensors.items():
-        module = tensor.removesuffix(".weight")
-        inner = _BLOCK.sub("", tensor, count=1).removesuffix(".weight")
-        inner = _IN_A_LIST.sub("", inner)
-        if module in chosen:
-            names["4 bit"][inner] = None
-        elif _BLOCK.match(tensor) and len(info.shape) > 1:
-            found = _EXPERTS.match(inner) if is_expert(module) else None
+    checkpoint = open_checkpoint(source)
+    for tensor, info in checkpoint.tensors.items():
+        layers = checkpoint.layers_in(tensor)
+        if layers and chosen.issuperset(layers):
+            for layer in layers:
+                names["4 bit"][_BLOCK.sub("", without_number(layer), count=1)] = None
+        elif _BLOCK.match(tensor) and len(info.shape) > 1 and not is_bias(tensor):
+            module = tensor.removesuffix(".weight")
+            inner = _IN_A_LIST.sub("", _BLOCK.sub("", module, count=1))
+            found = _EXPERTS.match(inner) if holds_experts(module) else None
             names["16 bit"][found["module"] if found else inner] = None
     return {bits: sorted(found) for bits, found in names.items()}
 

@@ -6,6 +6,7 @@ All are made by transformers' own class of the architecture, in the form it save
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from dialect_kernels.ops import dequantize
-from dialect_plugin.checkpoint.reader import open_packed
+from dialect_plugin.checkpoint.reader import Checkpoint, open_checkpoint, open_packed
+from dialect_plugin.experts import ExpertTensor, layout_of
 from tests.support.served_models import COMMON, VOCABULARY
 
 _COMMON = COMMON | {"intermediate_size": 256}
@@ -419,12 +421,28 @@ def decoded_copy(source: Path, packed: Path, destination: Path) -> Path:
     float32 holds them exactly; so vLLM without the plugin computes from it what is right.
     """
     shutil.copytree(source, destination)
-    opened = open_packed(packed)
+    opened, original = open_packed(packed), open_checkpoint(source)
     for file in destination.glob("*.safetensors"):
         tensors = load_file(file)
-        for name in tensors:
-            layer = name.removesuffix(".weight")
-            if layer in opened.layers:
-                tensors[name] = dequantize(opened.read(layer)).float()
+        for name in list(tensors):
+            layers = original.layers_in(name)
+            if not layers or layers[0] not in opened:
+                continue
+            values = {layer: dequantize(opened.read(layer)).float() for layer in layers}
+            tensors[name] = _held(name, tensors[name].shape, values, original)
         save_file(tensors, file, {"format": "pt"})
     return destination
+
+
+def _held(
+    name: str, shape: torch.Size, values: Mapping[str, torch.Tensor], source: Checkpoint
+) -> torch.Tensor:
+    """The tensor of a checkpoint that holds these weights of layers, or of experts."""
+    held = ExpertTensor.of(name)
+    if held is None:
+        [value] = values.values()
+        return value
+    tensor = torch.full(shape, torch.nan)
+    for matrix in held.matrices(shape, layout_of([source.architecture])):
+        matrix.cut(tensor).copy_(values[matrix.layer])
+    return tensor

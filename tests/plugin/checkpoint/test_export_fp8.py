@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from dialect_kernels import reference
 from dialect_plugin.checkpoint.convert import convert
 from dialect_plugin.checkpoint.export_fp8 import export_fp8
+from dialect_plugin.checkpoint.options import ConvertOptions
 from dialect_plugin.checkpoint.progress import Silent
 from dialect_plugin.checkpoint.reader import CheckpointError, open_packed
 from dialect_plugin.cli import app
@@ -111,12 +112,20 @@ def test_tied_output_projection_and_experts_are_left_alone(tiny_model, tmp_path)
     assert config["quantization_config"]["ignore"] == ["model.embed_tokens", "lm_head"]
     assert not (tmp_path / "tied_fp8" / "model.safetensors.index.json").exists()
 
-    mixture = packed_checkpoint(tiny_model("MixtralForCausalLM"), tmp_path / "mixture")
+    convert(tiny_model("MixtralForCausalLM"), tmp_path / "mixture", ConvertOptions(experts=False))
+    mixture = open_packed(tmp_path / "mixture")
     export_fp8(mixture, tmp_path / "mixture_fp8", Silent())
     config = json.loads((tmp_path / "mixture_fp8" / "config.json").read_text())
     ignored = config["quantization_config"]["ignore"]
     assert "re:.*\\.experts\\..*" in ignored
     assert not [name for name in ignored if ".experts." in name and not name.startswith("re:")]
+
+
+def test_packed_experts_are_refused(tiny_model, tmp_path):
+    mixture = packed_checkpoint(tiny_model("MixtralForCausalLM"), tmp_path / "mixture")
+    with pytest.raises(CheckpointError, match=r"is one of an expert, .* with --no-experts"):
+        export_fp8(mixture, tmp_path / "fp8", Silent())
+    assert not (tmp_path / "fp8").exists()
 
 
 def test_a_destination_that_holds_something_is_refused(packed, tmp_path):

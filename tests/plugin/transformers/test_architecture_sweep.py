@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from dialect_plugin import open_packed
 from dialect_plugin.checkpoint.convert import convert
+from dialect_plugin.checkpoint.options import ConvertOptions
 from dialect_plugin.checkpoint.reader import CheckpointError
 from dialect_plugin.scheme import Scheme
 from dialect_plugin.transformers import DialectLinear
@@ -42,7 +43,8 @@ def scheme_of(path):
 def test_the_packed_model_is_the_decoded_one_and_is_saved_as_it_was(architecture, tmp_path):
     source, packed = build(architecture, tmp_path / "source"), tmp_path / "packed"
     # in W4A16 nothing but the order of additions differs from a product with decoded weights
-    convert(source, packed, Scheme(activation_format="none"))
+    scheme = Scheme(activation_format="none")
+    convert(source, packed, ConvertOptions(scheme=scheme, experts=False))
     model_class = getattr(transformers, architecture)
     if architecture in REFUSED:
         with pytest.raises(CheckpointError, match=REFUSED[architecture]):

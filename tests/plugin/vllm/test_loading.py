@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from dialect_kernels import quantize
 from dialect_plugin.checkpoint.convert import convert
+from dialect_plugin.checkpoint.options import ConvertOptions
 from dialect_plugin.scheme import Scheme
 from tests.support import swept_models
 from tests.support.conversions import edit_config
@@ -262,18 +263,24 @@ def test_a_part_of_a_16_bit_layer_is_missed(source, tmp_path):
         ([(expert, "up") for expert in range(4)], "w13_weight"),
     ],
 )
-def test_an_expert_is_missed(lost, tensor, quantization, tmp_path):
+def test_a_16_bit_expert_is_missed(lost, tensor, quantization, tmp_path):
     """vLLM has one tensor for all experts of a layer; those that arrive must be all of them."""
     source = build("MixtralForCausalLM", tmp_path / "source")
+    experts = {"ignore": ["re:.*\\.experts\\..*"]}
+    options = {"quantization_config_dict_json": json.dumps(experts)} if quantization else {}
     if quantization is None:
-        convert(source, tmp_path / "packed")
+        convert(source, tmp_path / "packed", ConvertOptions(experts=False))
     origin = source if quantization else tmp_path / "packed"
     tensors = checkpoint_tensors(origin)
     leaves = {"gate": "w1", "down": "w2", "up": "w3"}
     for expert, part in lost:
         del tensors[f"model.layers.1.block_sparse_moe.experts.{expert}.{leaves[part]}.weight"]
     with pytest.raises(ValueError) as caught:
-        load_model(write(tmp_path / "lossy", origin, tensors), quantization=quantization)
+        load_model(
+            write(tmp_path / "lossy", origin, tensors),
+            quantization=quantization,
+            hf_overrides=options,
+        )
     assert str(caught.value).startswith("model.layers.1.")
     assert str(caught.value).endswith(
         f".{tensor}: the checkpoint does not hold all of its parts{INCOMPLETE}"
@@ -413,9 +420,11 @@ def test_a_push_that_fails_midway_changes_nothing(mode, pushed, source, packed, 
 
 
 def test_what_a_model_copies_without_a_loader_comes_back(tmp_path):
-    """GPT-OSS writes its experts into the parameters itself."""
+    """GPT-OSS writes its 16-bit experts into the parameters itself."""
     source = swept_models.build("GptOssForCausalLM", tmp_path / "source")
-    model = load_model(source, quantization="blockdialect")
+    plain = json.dumps({"ignore": ["re:.*\\.experts\\..*"]})
+    options = {"quantization_config_dict_json": plain}
+    model = load_model(source, quantization="blockdialect", hf_overrides=options)
     before = {name: value.clone() for name, value in tensors_of(model).items()}
     tensors = checkpoint_tensors(source)
     new = {n: v + 0.125 for n, v in tensors.items() if "experts" in n and n.endswith("bias")}

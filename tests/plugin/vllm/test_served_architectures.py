@@ -4,7 +4,7 @@ One with bias, one with fused projections, one with experts; the sweep has the o
 
 The packed bytes must be those of quantizing the checkpoint's weights; the log-probabilities those
 of transformers' model with decoded weights and rounded inputs. The tolerance is for the order of
-float32 additions in what is not quantized (norms, attention, experts, output projection), 1e-6
+float32 additions in what is not quantized (norms, attention, output projection), 1e-6
 here; the formats differ from each other by more than 0.05 (test_engine).
 """
 
@@ -16,7 +16,9 @@ from tests.support.engines import (
     STORED,
     engine,
     expected_bytes,
+    expected_experts,
     logprobs,
+    packed_experts,
     packed_modules,
     parameters,
 )
@@ -48,6 +50,8 @@ def test_packed_and_online(architecture, tmp_path):
     expected = {}
     for module in packed_modules(packed):
         expected |= expected_bytes(weights, module)
+    for module in packed_experts(packed):
+        expected |= expected_experts(weights, module)
     stored = [name for name in packed if name.endswith(STORED)]
     assert sorted(stored) == sorted(expected)
     quantized = sum(weights[name].numel() for name in names)

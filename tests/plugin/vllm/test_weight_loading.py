@@ -17,6 +17,7 @@ from tests.support.engines import (
     STORED,
     expected_bytes,
     load_model,
+    packed_experts,
     packed_modules,
     tensors_of,
 )
@@ -278,7 +279,7 @@ def test_gemma3_with_its_vision_tower_keeps_it_in_16_bit(tmp_path):
     assert isinstance(vision.quant_method, UnquantizedLinearMethod)
 
 
-def test_an_architecture_that_is_not_in_the_table_keeps_experts_and_routers(tmp_path, monkeypatch):
+def test_an_architecture_that_is_not_in_the_table_keeps_its_routers(tmp_path, monkeypatch):
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     monkeypatch.delitem(ARCHITECTURES, "Qwen2MoeForCausalLM")
@@ -300,7 +301,10 @@ def test_an_architecture_that_is_not_in_the_table_keeps_experts_and_routers(tmp_
     assert packed_modules(found) == [
         "model.layers.0.self_attn.qkv_proj",
         "model.layers.0.self_attn.o_proj",
+        "model.layers.0.mlp.shared_expert.gate_up_proj",
+        "model.layers.0.mlp.shared_expert.down_proj",
     ]
+    assert packed_experts(found) == ["model.layers.0.mlp.experts.routed_experts"]
 
 
 @pytest.fixture
