@@ -45,6 +45,7 @@ __all__ = [
     "ActivationFormat",
     "BlockSize",
     "BookName",
+    "KvCacheFormat",
     "LayerFormat",
     "LayerOverride",
     "Method",
@@ -64,11 +65,15 @@ QUANT_METHOD: Final = "blockdialect"
 FORMAT_VERSION: Final = 2
 """The latest version that this release reads; it writes the first one that has all keys it needs.
 
-Version 2 adds `rotation`, `embeddings`, and in `overrides` whatever is not a block size.
+Version 2 adds `rotation`, `embeddings` and `kv_cache`, and in `overrides` whatever is not a block
+size.
 """
 
 
-_KEYS_OF_VERSION_2: Final = ("rotation", "embeddings")
+KvCacheFormat = Literal["none", "dialect"]
+"""Format of the KV cache: 16 bit, or 4 bit in the 32-dialect book."""
+
+_KEYS_OF_VERSION_2: Final = ("rotation", "embeddings", "kv_cache")
 """Fields of a scheme that are written only where they are not the default."""
 
 
@@ -172,6 +177,7 @@ class Scheme(BaseModel):
         rotation: ``"none"`` or ``"hadamard_32"``, of weights and activations.
         embeddings: whether the embeddings of tokens are quantized too. Where the output projection
             is tied to them, the one matrix serves both.
+        kv_cache: ``"none"`` or ``"dialect"``, what an engine keeps keys and values in.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -187,6 +193,7 @@ class Scheme(BaseModel):
     lm_head: bool = False
     rotation: Rotation = "none"
     embeddings: bool = False
+    kv_cache: KvCacheFormat = "none"
 
     @model_validator(mode="before")
     @classmethod
@@ -199,7 +206,7 @@ class Scheme(BaseModel):
     def _version_has_the_keys(self) -> Scheme:
         if self.format_version < 2 and _needs_version_2(dict(self)):
             raise ValueError(
-                f"format_version is {self.format_version}; rotation, embeddings, and "
+                f"format_version is {self.format_version}; rotation, embeddings, kv_cache, and "
                 "overrides of more than the block size need version 2: convert the model again"
             )
         return self

@@ -27,7 +27,9 @@ __all__ = [
     "loads_through_loaders",
     "name_mapper",
     "no_warnings_of_probes",
+    "packs_caches",
     "permit_amx",
+    "register_cpu_attention",
     "restore_weights",
     "stacked_names",
     "tied_embeddings",
@@ -231,6 +233,31 @@ def _layer_info(layer: torch.nn.Module) -> Any:
 
     info = LAYERWISE_INFO.get(layer)
     return info if info is not None and info.kernel_tensors is not None else None
+
+
+def packs_caches() -> bool:
+    """Whether a back end of this vLLM can say what its KV cache takes.
+
+    Symptom: no `customize_spec` in 0.26 and 0.27. Cause: a cache's size followed from dtype and
+    head size alone. Ends with the support of 0.27.
+    """
+    from vllm.v1.attention.backend import AttentionBackend
+
+    return hasattr(AttentionBackend, "customize_spec")
+
+
+def register_cpu_attention() -> None:
+    """Put the back end that knows 4-bit KV caches in the place of vLLM's own one for CPUs.
+
+    It has no other place: vLLM's CPU platform takes this back end, whatever it is told. Another
+    plugin's back end stays.
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    place = AttentionBackendEnum.CPU_ATTN
+    if current_platform.is_cpu() and packs_caches() and not place.is_overridden():
+        register_backend(place, f"{__package__}.attention.DialectCPUBackend")
 
 
 @cache

@@ -21,6 +21,8 @@ from ..rotation import check_rotation
 from .library import call, instructions_or_best, threads_or_torch
 
 __all__ = [
+    "DTYPES",
+    "book_tables",
     "decomposed_linear",
     "dequantize",
     "embedding",
@@ -32,7 +34,7 @@ __all__ = [
     "variant_costs",
 ]
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FORMATS = {"dialect": 0, "fp8": 1, "none": 2}
 _LEVELS = 32
 
@@ -73,10 +75,10 @@ def quantize(
     call(
         "dialect_quantize",
         x.data_ptr(),
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         rows,
         columns,
-        ctypes.byref(_book(book)),
+        ctypes.byref(book_tables(book)),
         block_size,
         int(rule == book.online_rule),
         window,
@@ -126,10 +128,10 @@ def linear(
     call(
         "dialect_linear",
         x.data_ptr(),
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         x.shape[0],
         ctypes.byref(weight),
-        ctypes.byref(_book(p.book)),
+        ctypes.byref(book_tables(p.book)),
         _FORMATS[activation_format],
         int(accumulation == "exact"),
         None if bias is None else bias.data_ptr(),
@@ -183,18 +185,18 @@ def grouped_linear(
     call(
         "dialect_grouped",
         x.data_ptr(),
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         len(x),
         None if rows is None else rows.data_ptr(),
         len(y),
         offsets.data_ptr(),
         count,
         ctypes.byref(weight),
-        ctypes.byref(_book(experts.together.book)),
+        ctypes.byref(book_tables(experts.together.book)),
         _FORMATS[activation_format],
         int(accumulation == "exact"),
         None if bias is None else bias.data_ptr(),
-        0 if bias is None else _DTYPES[bias.dtype],
+        0 if bias is None else DTYPES[bias.dtype],
         y.data_ptr(),
         threads_or_torch(threads),
         instructions_or_best(instructions),
@@ -243,13 +245,13 @@ def decomposed_linear(
     call(
         "dialect_decomposed",
         x.data_ptr(),
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         x.shape[0],
         None if variants is None else variants.data_ptr(),
         salient.data_ptr(),
         salient.numel(),
         ctypes.byref(weight),
-        ctypes.byref(_book(p.book)),
+        ctypes.byref(book_tables(p.book)),
         y.data_ptr(),
         threads_or_torch(threads),
         instructions_or_best(instructions),
@@ -287,9 +289,9 @@ def variant_costs(
     call(
         "dialect_costs",
         x.data_ptr(),
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         *x.shape,
-        ctypes.byref(_book(book)),
+        ctypes.byref(book_tables(book)),
         block_size,
         int(rotation != "none"),
         out.data_ptr(),
@@ -314,7 +316,7 @@ def dequantize(p: PackedTensor, threads: int | None = None) -> torch.Tensor:
     call(
         "dialect_dequantize",
         ctypes.byref(weight),
-        ctypes.byref(_book(p.book)),
+        ctypes.byref(book_tables(p.book)),
         out.data_ptr(),
         threads_or_torch(threads),
     )
@@ -356,8 +358,8 @@ def embedding(
         ids.data_ptr(),
         ids.shape[0],
         ctypes.byref(weight),
-        ctypes.byref(_book(p.book)),
-        _DTYPES[dtype],
+        ctypes.byref(book_tables(p.book)),
+        DTYPES[dtype],
         out.data_ptr(),
         threads_or_torch(threads),
     )
@@ -395,9 +397,9 @@ def rounding_loss(
     call(
         "dialect_loss",
         x.data_ptr(),
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         ctypes.byref(weight),
-        ctypes.byref(_book(p.book)),
+        ctypes.byref(book_tables(p.book)),
         out.data_ptr(),
         threads_or_torch(threads),
         instructions_or_best(instructions),
@@ -443,7 +445,7 @@ def feed_back(
         "dialect_feed_back",
         block.data_ptr(),
         *(tensor.data_ptr() for tensor in given),
-        ctypes.byref(_book(book)),
+        ctypes.byref(book_tables(book)),
         errors.data_ptr(),
         codes.data_ptr(),
         rows,
@@ -512,7 +514,7 @@ def _tokens(
         ValueError: if they do not fit.
     """
     check_block_size(block_size)
-    if x.dtype not in _DTYPES or x.device.type != "cpu":
+    if x.dtype not in DTYPES or x.device.type != "cpu":
         raise ValueError(
             f"x: {x.dtype} on {x.device}; it must be float32, bfloat16 or float16 on cpu"
         )
@@ -548,7 +550,7 @@ def _bias(bias: torch.Tensor | None, *shape: int) -> torch.Tensor | None:
         raise ValueError(
             f"bias: has shape {list(bias.shape)} on {bias.device}; it must be {list(shape)} on cpu"
         )
-    return (bias if bias.dtype in _DTYPES else bias.to(torch.float32)).contiguous()
+    return (bias if bias.dtype in DTYPES else bias.to(torch.float32)).contiguous()
 
 
 def _numbers(numbers: torch.Tensor, name: str, count: int) -> torch.Tensor:
@@ -567,7 +569,7 @@ def _numbers(numbers: torch.Tensor, name: str, count: int) -> torch.Tensor:
 
 
 @cache
-def _book(book: Formatbook) -> _Book:
+def book_tables(book: Formatbook) -> _Book:
     out = _Book(dialects=len(book), id_bits=book.id_bits, variants=book.variants)
     for id_, (index, signed) in enumerate(zip(book.index_lut, book.signed_half_units, strict=True)):
         out.index[id_][:] = index

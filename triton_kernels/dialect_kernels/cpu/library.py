@@ -181,6 +181,9 @@ def _declare(handle: ctypes.CDLL) -> None:
             *(i64, i32, i32, i32),
         ),
         "dialect_costs": (*(pointer, i32, i64, i64, pointer, i32, i32, pointer, i32, i32),),
+        "dialect_cache_words": (pointer, pointer),
+        "dialect_cache_store": (pointer, pointer, pointer, i32, i32),
+        "dialect_cache_attend": (pointer, pointer, pointer, pointer, i32, i32),
     }
     for name, arguments in signatures.items():
         function = getattr(handle, name)

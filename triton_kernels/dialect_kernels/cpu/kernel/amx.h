@@ -28,35 +28,40 @@ constexpr int kFewestForAmx = 8;  // tokens; with fewer, AVX-512 is faster
 // products 0..2 [16 tokens, 16 rows], tokens 3 [16, B], weights 4 [B/4, 16 rows, 4]. With a block
 // of 64 all are [16, 64 bytes].
 struct Tiles {
-    explicit Tiles(int block) {
-        Shapes shapes = {};
-        shapes.palette = 1;
-        for (int i = 0; i < 8; i++) {
-            shapes.rows[i] = uint8_t(i == 4 ? block / 4 : 16);
-            shapes.bytes[i] = uint16_t(i == 3 ? block : 64);
-        }
+    struct Shapes {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    };
+    explicit Tiles(const Shapes& shapes) {
         asm volatile("sttilecfg %0" : "=m"(before));
         asm volatile("ldtilecfg %0" ::"m"(shapes));
     }
+    explicit Tiles(int block) : Tiles(of_products(block)) {}
     ~Tiles() {
         if (before.palette)
             asm volatile("ldtilecfg %0" ::"m"(before));
         else
             asm volatile("tilerelease");
     }
-    struct Shapes {
-        uint8_t palette, start_row, reserved[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    };
+    static Shapes of_products(int block) {
+        Shapes shapes = {};
+        shapes.palette = 1;
+        for (int i = 0; i < 8; i++) {
+            shapes.rows[i] = uint8_t(i == 4 ? block / 4 : 16);
+            shapes.bytes[i] = uint16_t(i == 3 ? block : 64);
+        }
+        return shapes;
+    }
     Shapes before;
 };
 
 // As text: the compilers' own functions do not declare that they read or write memory.
 #define TILE_LOAD(tile, from, stride)                                                      \
     asm volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(from), "r"(int64_t(stride)) : "memory")
-#define TILE_STORE(tile, to)                                                               \
-    asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(to), "r"(int64_t(64)) : "memory")
+#define TILE_STORE_ROWS(tile, to, stride)                                                  \
+    asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(to), "r"(int64_t(stride)) : "memory")
+#define TILE_STORE(tile, to) TILE_STORE_ROWS(tile, to, 64)
 #define TILE_PRODUCT(tile) /* of a digit of the tokens and the weights */                  \
     asm volatile("tilezero %%tmm" #tile "\n\ttdpbssd %%tmm4, %%tmm3, %%tmm" #tile ::)
 

@@ -35,6 +35,11 @@
 //     panels.h     the product of many tokens, panel by panel
 //     linear.h     the linear layer
 //     grouped.h    the linear layers of a mixture of experts
+//     kv_cache.h   slots of a key/value cache, and how rows get there
+//     kv_softmax.h  scores of an attention and their softmax
+//     kv_products.h  the products of an attention in float32
+//     kv_tiles.h   the same with AMX
+//     kv_attention.h  attention over a cache
 //
 // Functions return 0, 1 if memory ran out, or 2 if contents of an argument do not fit, unless they
 // say otherwise. Python checks the shapes.
@@ -47,6 +52,8 @@
 #include "feedback.h"
 #include "grouped.h"
 #include "interface.h"
+#include "kv_attention.h"
+#include "kv_cache.h"
 #include "linear.h"
 #include "loss.h"
 #include "rows.h"
@@ -264,6 +271,37 @@ int32_t dialect_embedding(const int64_t* ids, int64_t count, const Weight* weigh
                          embed_row(r, ids[i], dtype, values, out, i * weight->columns);
                      });
     });
+}
+
+// words [256, 16]: the numbers of a meta byte's dialect times 2^-delta, in bfloat16; for books of
+// 5-bit ids.
+int32_t dialect_cache_words(const Book* book, uint16_t* words) {
+    for (int meta = 0; meta < 256; meta++) {
+        const float scale = power_of_two(-(meta >> book->id_bits));
+        const int8_t* half_units = book->half_units[meta & ((1 << book->id_bits) - 1)];
+        for (int code = 0; code < 16; code++)
+            words[16 * meta + code] = uint16_t(bits_of(half_units[code] * scale) >> 16);
+    }
+    return 0;
+}
+
+// Quantizes rows of keys and values into their slots.
+int32_t dialect_cache_store(const KvCache* cache, const KvRows* rows, const Book* book,
+                            int32_t threads, int32_t features) {
+    return guarded([&] {
+        for_each_row(rows->tokens * cache->heads, cache->columns, kCacheBlock, threads,
+                     [&](float* values, uint32_t* maxima, int64_t i) {
+                         store_slot(*cache, *rows, *book, i / cache->heads, i % cache->heads,
+                                    values, maxima, features);
+                     });
+    });
+}
+
+// Attention of queries over a cache; `words` as dialect_cache_words has written them, on a cache
+// line.
+int32_t dialect_cache_attend(const KvCache* cache, const Attention* attention, const Book* book,
+                             const uint16_t* words, int32_t threads, int32_t features) {
+    return guarded([&] { attend({*cache, *attention, *book, words, features}, threads); });
 }
 
 }  // extern "C"

@@ -198,18 +198,6 @@ AVX2 void put_tile(const float* sums, const Operand& x, int64_t first, int64_t e
     }
 }
 
-// Memory of a thread that stays: fresh pages cost more than decoding into them.
-char* scratch(int64_t bytes) {
-    thread_local Aligned<char> memory(0);
-    thread_local int64_t size = 0;
-    if (size < bytes) {
-        size = 0;
-        memory = Aligned<char>(bytes);
-        size = bytes;
-    }
-    return memory.get();
-}
-
 // The products number first..end-1, at most kTokenTile, with all rows of a weight; `first` is a
 // multiple of 16.
 struct Panels {

@@ -34,6 +34,18 @@ struct Scratch {
     Aligned<uint32_t> largest;
 };
 
+// Memory of a thread that stays: fresh pages cost more than decoding into them.
+char* scratch(int64_t bytes) {
+    thread_local Aligned<char> memory(0);
+    thread_local int64_t size = 0;
+    if (size < bytes) {
+        size = 0;
+        memory = Aligned<char>(bytes);
+        size = bytes;
+    }
+    return memory.get();
+}
+
 // Splits `count` rows into at most 8 tasks a thread and calls work(scratch row, maxima, row).
 template <class Work>
 void for_each_row(int64_t count, int64_t padded, int block, int threads, const Work& work) {

@@ -1,0 +1,191 @@
+"""A KV cache of 4 bits in vLLM's engine on a CPU."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+
+from dialect_kernels import reference_attention
+from dialect_kernels.kv_cache import KvCache, slot_bytes
+from dialect_kernels.rotation import rotate_activation
+from dialect_plugin.scheme import Scheme, SchemeError
+from tests.support.engine_core import many_engines, serve
+from tests.support.engines import engine
+from tests.support.served_models import PROMPT, VOCABULARY, build
+
+SWITCH = {"blockdialect": {"kv_cache": "dialect"}}
+ARCHITECTURE = "LlamaForCausalLM"
+TOLERANCE = 1e-3
+"""Of log-probabilities in float32."""
+
+
+def config(additional=None, scheme="none", cache_dtype="auto", transfer=None):
+    return SimpleNamespace(
+        additional_config=additional or {},
+        quant_config=SimpleNamespace(scheme=Scheme(kv_cache=scheme)),
+        cache_config=SimpleNamespace(cache_dtype=cache_dtype),
+        kv_transfer_config=transfer,
+    )
+
+
+def test_the_engines_option_goes_before_the_models():
+    from dialect_plugin.vllm.attention import cache_format
+
+    assert cache_format(config()) == "none"
+    assert cache_format(config(SWITCH)) == "dialect"
+    assert cache_format(config(scheme="dialect")) == "dialect"
+    off = {"blockdialect": {"kv_cache": "none"}, "another_plugin": 1}
+    assert cache_format(config(off, "dialect")) == "none"
+    assert cache_format(SimpleNamespace(additional_config=SWITCH, quant_config=None)) == "dialect"
+
+
+@pytest.mark.parametrize(
+    ("additional", "sentence"),
+    [
+        ({"blockdialct": {}}, "the key 'blockdialct' is not known; did you mean 'blockdialect'?"),
+        ({"blockdialect": {"kvcache": "dialect"}}, "has the key 'kvcache'; allowed is kv_cache"),
+        ({"blockdialect": {"kv_cache": "fp8"}}, "is 'fp8'; allowed are 'none' and 'dialect'"),
+        ({"blockdialect": "dialect"}, "blockdialect is 'dialect'; it must be an object such as"),
+    ],
+)
+def test_an_option_that_is_misspelt_is_one_sentence(additional, sentence):
+    from dialect_plugin.vllm.attention import cache_format
+
+    with pytest.raises(SchemeError, match=r"^additional_config: ") as raised:
+        cache_format(config(additional))
+    assert sentence in str(raised.value)
+
+
+def test_what_does_not_go_together_is_one_sentence():
+    from dialect_plugin.vllm.attention import _check_engine
+
+    _check_engine(config(SWITCH), "auto")
+    with pytest.raises(SchemeError, match="kv_cache_dtype: 'fp8'; with kv_cache 'dialect' allowed"):
+        _check_engine(config(SWITCH, cache_dtype="fp8"), "fp8")
+    with pytest.raises(SchemeError, match="kv_transfer_config: connectors that move or offload"):
+        _check_engine(config(SWITCH, transfer=object()), "auto")
+
+
+def test_layers_that_a_dialect_cache_cannot_serve_keep_16_bit():
+    from vllm.v1.kv_cache_interface import CrossAttentionSpec, FullAttentionSpec, SlidingWindowSpec
+
+    from dialect_plugin.vllm import attention
+
+    def customized(kind, head_size, **options):
+        sizes = {"block_size": 16, "num_kv_heads": 2, "head_size": head_size}
+        spec = kind(**sizes, dtype=torch.bfloat16, **options)
+        return spec, attention.DialectCPUBackend.customize_spec(spec)
+
+    switched_on = config(SWITCH)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_latest", lambda: switched_on)
+        for kind, options in ((FullAttentionSpec, {}), (SlidingWindowSpec, {"sliding_window": 8})):
+            _, packed = customized(kind, 128, **options)
+            assert (packed.dtype, packed.state_content_bytes) == (torch.uint8, 138)
+            assert packed.page_size_bytes == 2 * 16 * 138
+        for kind, head_size, options in (
+            (FullAttentionSpec, 80, {}),
+            (FullAttentionSpec, 64, {"head_size_v": 32}),
+            (CrossAttentionSpec, 64, {}),
+        ):
+            plain, kept = customized(kind, head_size, **options)
+            assert kept == plain
+        patch.setattr(attention, "_latest", lambda: config())
+        plain, kept = customized(FullAttentionSpec, 64)
+        assert kept == plain
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return build(ARCHITECTURE, tmp_path_factory.mktemp("model"), head_dim=64)
+
+
+def through_a_cache(directory):
+    """Log-probabilities of transformers' model whose keys and values went through a cache."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def rounded(x):
+        rows = x[0].transpose(0, 1)  # [T, heads, D]
+        count, heads, size = rows.shape
+        memory = torch.zeros(1, heads, count, slot_bytes(size), dtype=torch.uint8)
+        reference_attention.store(KvCache(memory, size), rows, rows, torch.arange(count))
+        read, _ = reference_attention.read(KvCache(memory, size), torch.arange(count))
+        return rotate_activation(read).transpose(0, 1)[None]
+
+    def attention(module, query, key, value, mask, **options):
+        eager = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return eager(module, query, rounded(key), rounded(value), mask, **options)
+
+    ALL_ATTENTION_FUNCTIONS.register("through_a_cache", attention)
+    transformers.AttentionMaskInterface.register(
+        "through_a_cache", transformers.masking_utils.sdpa_mask
+    )
+    model = getattr(transformers, ARCHITECTURE).from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="through_a_cache"
+    )
+    with torch.no_grad():
+        logits = model(torch.tensor([PROMPT])).logits[0, :-1, :VOCABULARY]
+    return torch.log_softmax(logits, dim=-1)
+
+
+@pytest.mark.slow
+def test_served_as_the_reference_says_and_without_the_option_as_vllm_does(tiny):
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.selector import _cached_get_attn_backend
+
+    wanted = through_a_cache(tiny)
+    with many_engines():
+        on = serve(tiny, additional_config=SWITCH).output
+        chunked = serve(tiny, additional_config=SWITCH, max_num_batched_tokens=4).output
+        options = {"serialized": False, "quant_method": "blockdialect", "ignore": ["re:.*"]}
+        by_scheme = serve(
+            tiny, hf_overrides={"quantization_config": options | {"kv_cache": "dialect"}}
+        ).output
+        off = serve(tiny).output
+        assert AttentionBackendEnum.CPU_ATTN.is_overridden()
+        path = AttentionBackendEnum.CPU_ATTN.get_path()
+        AttentionBackendEnum.CPU_ATTN.clear_override()
+        _cached_get_attn_backend.cache_clear()
+        own = serve(tiny).output
+        from vllm.v1.attention.backends.registry import register_backend
+
+        register_backend(AttentionBackendEnum.CPU_ATTN, path)
+        _cached_get_attn_backend.cache_clear()
+    assert torch.equal(off, own)
+    assert (off - wanted).abs().max() > 20 * TOLERANCE  # so that the tolerance tells them apart
+    torch.testing.assert_close(on, wanted, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(chunked, wanted, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(by_scheme, wanted, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_blocks_prefixes_and_preemption_with_the_shipped_model():
+    from vllm import SamplingParams
+
+    options = {
+        "additional_config": json.loads(json.dumps(SWITCH)),
+        "enable_prefix_caching": True,
+        "block_size": 32,
+        "dtype": "bfloat16",
+        "max_model_len": 256,
+    }
+    prompt = [{"prompt_token_ids": [(7 * i) % 500 + 3 for i in range(70)]}]
+    wanted = SamplingParams(max_tokens=12, temperature=0, detokenize=False, ignore_eos=True)
+    with engine("demo/model", **options) as llm:
+        cache = llm.llm_engine.vllm_config.cache_config
+        model = llm.llm_engine.vllm_config.model_config.hf_config
+        heads = model.num_key_value_heads * model.num_hidden_layers
+        in_16_bit = 2**30 // (heads * cache.block_size * 2 * 64 * 2)
+        assert cache.num_gpu_blocks >= 3.6 * in_16_bit
+        (first,) = llm.generate(prompt, wanted, use_tqdm=False)
+        (again,) = llm.generate(prompt, wanted, use_tqdm=False)
+        assert (first.num_cached_tokens, again.num_cached_tokens) == (0, 64)
+        assert first.outputs[0].token_ids == again.outputs[0].token_ids
+    # fewer blocks than four such requests need at once
+    options |= {"enable_prefix_caching": False, "num_gpu_blocks_override": 9}
+    with engine("demo/model", **options) as llm:
+        many = llm.generate(prompt * 4, wanted, use_tqdm=False)
+    for one in many:
+        assert one.outputs[0].token_ids == first.outputs[0].token_ids

@@ -1,0 +1,116 @@
+"""Sequences in a dialect cache, and what attention over them gives, in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from dialect_kernels import reference_attention
+from dialect_kernels.kv_cache import Context, KvCache, Scoring, slot_bytes
+from dialect_kernels.rotation import rotate_activation
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sequences in scattered blocks of a cache whose other bytes are random.
+
+    Attributes:
+        slots: int64 [all positions], of one sequence after the other.
+        key, value: [all positions, heads, D], not stored yet.
+    """
+
+    cache: KvCache
+    key: torch.Tensor
+    value: torch.Tensor
+    slots: torch.Tensor
+    query: torch.Tensor
+    context: Context
+
+    def stored(self) -> Case:
+        """The same with keys and values stored by the reference, in a cache of its own."""
+        case = replace(self, cache=replace(self.cache, slots=self.cache.slots.clone()))
+        reference_attention.store(case.cache, self.key, self.value, self.slots)
+        return case
+
+
+def make(
+    head_size: int,
+    group: int,
+    sequences: Sequence[tuple[int, int]],
+    dtype: torch.dtype = torch.float32,
+    heads: int = 2,
+    block: int = 16,
+    means: bool = False,
+    rotated: bool = True,
+    causal: torch.Tensor | bool = True,
+    seed: int = 0,
+) -> Case:
+    """Sequences of (queries, positions)."""
+    draw = torch.Generator().manual_seed(seed)
+    blocks = [-(-length // block) for _, length in sequences]
+    shape = (sum(blocks) + 2, heads, block, slot_bytes(head_size))
+    memory = torch.randint(0, 256, shape, dtype=torch.uint8, generator=draw)
+    memory[..., -2:] = 128  # unwritten slots read as NaN: whoever multiplies them by 0 shows it
+    order = torch.randperm(shape[0], generator=draw).to(torch.int32)
+    table = torch.zeros(len(sequences), max(blocks), dtype=torch.int32)
+    slots = []
+    for sequence, (_, length) in enumerate(sequences):
+        first = sum(blocks[:sequence])
+        table[sequence, : blocks[sequence]] = order[first : first + blocks[sequence]]
+        position = torch.arange(length)
+        slots.append(table[sequence].long()[position // block] * block + position % block)
+    count, queries = sum(n for _, n in sequences), sum(n for n, _ in sequences)
+
+    def rows(*shape: int) -> torch.Tensor:
+        channels = torch.exp(0.5 * torch.randn(shape[-1], generator=draw))
+        return (torch.randn(*shape, generator=draw) * channels).to(dtype)
+
+    mean = torch.randn(heads, head_size, generator=draw).bfloat16().float() if means else None
+    cache = KvCache(memory, head_size, rotated, mean, None if mean is None else mean.flip(1))
+    starts = torch.tensor([0] + [n for n, _ in sequences]).cumsum(0).to(torch.int32)
+    lengths = torch.tensor([length for _, length in sequences], dtype=torch.int32)
+    key, value = rows(count, heads, head_size), rows(count, heads, head_size)
+    query = rows(queries, heads * group, head_size)
+    context = Context(starts, lengths, table, causal)
+    return Case(cache, key, value, torch.cat(slots), query, context)
+
+
+def expected(case: Case, scoring: Scoring) -> torch.Tensor:
+    """Plain attention in float64 over the rows as they were before rotation and means."""
+    cache, out, at = case.cache, [], 0
+    group = case.query.shape[1] // cache.heads
+    starts = case.context.query_start.tolist()
+    for sequence, length in enumerate(case.context.lengths.tolist()):
+        rows = reference_attention.read(cache, case.slots[at : at + length])
+        at += length
+        key, value = (rotate_activation(x) if cache.rotated else x for x in rows)
+        key = key.double() + (0 if cache.key_mean is None else cache.key_mean.double())
+        value = value.double() + (0 if cache.value_mean is None else cache.value_mean.double())
+        causal = case.context.causal
+        causal = bool(causal[sequence]) if isinstance(causal, torch.Tensor) else causal
+        for number in range(starts[sequence], starts[sequence + 1]):
+            own = length - starts[sequence + 1] + number
+            seen = [
+                p
+                for p in range(length)
+                if (p <= own or not causal)
+                and (not scoring.window or abs(p - own) < scoring.window)
+            ]
+            q, k = case.query[number].double(), key[seen].repeat_interleave(group, dim=1)
+            score = torch.einsum("khd,hd->hk", k, q) * scoring.scale
+            if scoring.soft_cap:
+                score = scoring.soft_cap * torch.tanh(score / scoring.soft_cap)
+            if scoring.slopes is not None:
+                score += scoring.slopes.double()[:, None] * (torch.tensor(seen) - own)
+            sink = torch.full((len(score), 1), -math.inf, dtype=torch.float64)
+            if scoring.sinks is not None:
+                sink = scoring.sinks.double()[:, None]
+            weight = torch.softmax(torch.cat([score, sink], dim=1), dim=1)[:, :-1]
+            v = value[seen].repeat_interleave(group, dim=1)
+            out.append(torch.einsum("hk,khd->hd", weight, v))
+    if not out:
+        return torch.empty(case.query.shape, dtype=torch.float64)
+    return torch.stack(out).view(case.query.shape)
