@@ -236,14 +236,15 @@ def _layer_info(layer: torch.nn.Module) -> Any:
 
 
 def packs_caches() -> bool:
-    """Whether a back end of this vLLM can say what its KV cache takes.
+    """Whether the plugin's back end for 4-bit KV caches has a place here: on CPUs, from 0.28 on.
 
     Symptom: no `customize_spec` in 0.26 and 0.27. Cause: a cache's size followed from dtype and
     head size alone. Ends with the support of 0.27.
     """
+    from vllm.platforms import current_platform
     from vllm.v1.attention.backend import AttentionBackend
 
-    return hasattr(AttentionBackend, "customize_spec")
+    return current_platform.is_cpu() and hasattr(AttentionBackend, "customize_spec")
 
 
 def register_cpu_attention() -> None:
@@ -252,11 +253,10 @@ def register_cpu_attention() -> None:
     It has no other place: vLLM's CPU platform takes this back end, whatever it is told. Another
     plugin's back end stays.
     """
-    from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     place = AttentionBackendEnum.CPU_ATTN
-    if current_platform.is_cpu() and packs_caches() and not place.is_overridden():
+    if packs_caches() and not place.is_overridden():
         register_backend(place, f"{__package__}.attention.DialectCPUBackend")
 
 

@@ -71,6 +71,11 @@ _TIED = (
     "embeddings; set embeddings to true, which packs the one matrix of both, or lm_head to false"
 )
 
+_NO_CACHE = (
+    "quantization_config: kv_cache is 'dialect', but only the CPU back end of vLLM 0.28 and later "
+    "can have such a cache; set it to 'none'"
+)
+
 _POOLING = (
     "quantization_config: lm_head is true, but a pooling model (embeddings, scores) does not use "
     "its output projection; set lm_head to false"
@@ -173,8 +178,10 @@ class BlockDialectConfig(QuantizationConfig):
 
         Raises:
             SchemeError: if the output projection of a tied model should be quantized without the
-                embeddings.
+                embeddings, or the KV cache where vLLM cannot pack it.
         """
+        if self.scheme.kv_cache != "none" and not compat.packs_caches():
+            raise SchemeError(_NO_CACHE)
         if not self.scheme.lm_head or self.scheme.embeddings:
             return
         if hf_config is not None and compat.tied_embeddings(hf_config):

@@ -81,6 +81,8 @@ VERSION_1 = {
         ({"rotation": "hadamard_32"}, 2),
         ({"embeddings": False}, 1),
         ({"embeddings": True}, 2),
+        ({"kv_cache": "none"}, 1),
+        ({"kv_cache": "dialect"}, 2),
         ({"overrides": {"a": {"rotation": "none"}}}, 2),
         ({"overrides": {"a": {"book": "semantic_32"}}}, 2),
         ({"overrides": {"a": {"block_size": 16, "activation_format": "fp8"}}}, 2),
@@ -88,16 +90,15 @@ VERSION_1 = {
 )
 def test_keys_that_version_1_lacks_are_written_only_where_they_are_needed(keys, version):
     scheme = Scheme.parse({"overrides": {"a": {"block_size": 16}}} | keys)
-    written = {
-        k: v for k, v in keys.items() if (k, v) not in (("rotation", "none"), ("embeddings", False))
-    }
+    defaults = {"rotation": "none", "embeddings": False, "kv_cache": "none"}
+    written = {k: v for k, v in keys.items() if (k, v) not in defaults.items()}
     expected = VERSION_1 | {"format_version": version} | written
     assert list(scheme.to_config().items()) == list(expected.items())
     assert scheme.format_version == version
     assert Scheme.parse(scheme.to_config()) == scheme
     if version == 2:
         with pytest.raises(
-            SchemeError, match=r"^x: format_version is 1; rotation, embeddings, and"
+            SchemeError, match=r"^x: format_version is 1; rotation, embeddings, kv_cache, and"
         ):
             Scheme.parse(expected | {"format_version": 1}, "x")
 
