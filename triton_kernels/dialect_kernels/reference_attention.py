@@ -52,7 +52,7 @@ def read(cache: KvCache, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     half, blocks = cache.head_size // 2, cache.head_size // CACHE_BLOCK
     sizes = (half, half, blocks, blocks, 1, 1)
     key_codes, value_codes, key_meta, value_meta, key_exponent, value_exponent = (
-        part.flatten(0, 1).contiguous() for part in bytes_.split(sizes, dim=-1)
+        part.flatten(0, 1).contiguous() for part in torch.split(bytes_, sizes, dim=-1)
     )
     shape = (slots.shape[0], cache.heads, cache.head_size)
     key = _unpack(key_codes, key_meta, key_exponent).view(shape)
