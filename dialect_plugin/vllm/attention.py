@@ -36,7 +36,7 @@ from dialect_kernels.kv_cache import CACHE_BLOCK, Context, KvCache, Scoring, slo
 
 from ..scheme import KvCacheFormat, SchemeError
 
-__all__ = ["DialectCPUBackend", "cache_format"]
+__all__ = ["DialectCPUBackend"]
 
 logger = init_logger("vllm.blockdialect")
 
@@ -48,7 +48,7 @@ _SPECS = (FullAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec)
 _latest: weakref.ref[Any] | None = None
 
 
-def cache_format(config: Any) -> KvCacheFormat:
+def _cache_format(config: Any) -> KvCacheFormat:
     """The format of the KV cache of an engine.
 
     Args:
@@ -102,7 +102,7 @@ class DialectCPUBackend(CPUAttentionBackend):
         """Say how much a slot takes, in layers that a dialect cache can serve."""
         spec = super().customize_spec(spec)
         config = get_current_vllm_config_or_none() or (_latest and _latest())
-        if config is None or cache_format(config) == "none" or _is_packed(spec):
+        if config is None or _cache_format(config) == "none" or _is_packed(spec):
             return spec
         if (reason := _refusal(spec)) is not None:
             _log_once(f"the KV cache of some layers stays in 16 bit: {reason}")
@@ -123,7 +123,7 @@ class _Attention(CPUAttentionBackendImpl):
         global _latest
         config = get_current_vllm_config()
         _latest = weakref.ref(config)
-        if cache_format(config) != "none":
+        if _cache_format(config) != "none":
             _check_engine(config, self.kv_cache_dtype)
         self._scoring: Scoring | None = None
 

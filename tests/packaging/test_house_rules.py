@@ -52,6 +52,7 @@ HANDED_OVER = {
     "dialect_kernels.cpu.build": "the compiler, which setup.py loads by its path",
     "dialect_plugin.cli": "commands, which Typer calls",
     "dialect_plugin.transformers.quantizer": "the quantizer, which transformers takes from there",
+    "dialect_plugin.vllm.attention": "the back end, which vLLM takes from its registry",
     "dialect_plugin.vllm.config": "configurations, which vLLM takes from its registry",
     "diffusers_hook.pipeline_methods": "methods that are added to DiffusionPipeline",
     **{

@@ -31,14 +31,14 @@ def config(additional=None, scheme="none", cache_dtype="auto", transfer=None):
 
 
 def test_the_engines_option_goes_before_the_models():
-    from dialect_plugin.vllm.attention import cache_format
+    from dialect_plugin.vllm.attention import _cache_format
 
-    assert cache_format(config()) == "none"
-    assert cache_format(config(SWITCH)) == "dialect"
-    assert cache_format(config(scheme="dialect")) == "dialect"
+    assert _cache_format(config()) == "none"
+    assert _cache_format(config(SWITCH)) == "dialect"
+    assert _cache_format(config(scheme="dialect")) == "dialect"
     off = {"blockdialect": {"kv_cache": "none"}, "another_plugin": 1}
-    assert cache_format(config(off, "dialect")) == "none"
-    assert cache_format(SimpleNamespace(additional_config=SWITCH, quant_config=None)) == "dialect"
+    assert _cache_format(config(off, "dialect")) == "none"
+    assert _cache_format(SimpleNamespace(additional_config=SWITCH, quant_config=None)) == "dialect"
 
 
 @pytest.mark.parametrize(
@@ -51,10 +51,10 @@ def test_the_engines_option_goes_before_the_models():
     ],
 )
 def test_an_option_that_is_misspelt_is_one_sentence(additional, sentence):
-    from dialect_plugin.vllm.attention import cache_format
+    from dialect_plugin.vllm.attention import _cache_format
 
     with pytest.raises(SchemeError, match=r"^additional_config: ") as raised:
-        cache_format(config(additional))
+        _cache_format(config(additional))
     assert sentence in str(raised.value)
 
 
