@@ -22,6 +22,7 @@ DOCUMENTS = documents()
 PACKAGES = ("dialect_kernels", "dialect_plugin", "diffusers_hook", "benchmarks", "demo")
 VLLM_OPTIONS = {"--quantization", "-q", "--hf-overrides", "--enforce-eager", "--dtype", "--port"}
 VLLM_OPTIONS |= {"--max-model-len", "--tensor-parallel-size", "--quantization-config"}
+VLLM_OPTIONS |= {"--additional-config"}
 
 
 def name_of(path):

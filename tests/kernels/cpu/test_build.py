@@ -246,6 +246,29 @@ for book, block_size in product((DIALECT_FP4, SEMANTIC_32), (16, 32, 64)):
                 chosen = torch.randint_like(costs[..., 0], -1, book.variants).to(torch.int8)
                 for variants in (None, chosen):
                     calls.decomposed_linear(x, p, variants, salient, **options)
+
+from dialect_kernels.cpu import kv_cache
+from dialect_kernels.kv_cache import Context, KvCache, Scoring, slot_bytes
+table = torch.tensor([[3, 0, 0], [1, 4, 2]], dtype=torch.int32)
+lengths = torch.tensor([5, 70], dtype=torch.int32)
+starts = torch.tensor([0, 1, 41], dtype=torch.int32)
+for head_size, dtype, instructions in product(
+    (32, 96), (torch.float32, torch.float16, torch.bfloat16), cpu.INSTRUCTIONS[: best + 1]
+):
+    options = {"threads": 3, "instructions": instructions}
+    memory = torch.randint(0, 256, (5, 2, 24, slot_bytes(head_size)), dtype=torch.uint8)
+    mean = torch.randn(2, head_size)
+    key = torch.randn(40, 2, head_size).to(dtype)
+    key[3, 0, 1] = torch.nan
+    for cache in (KvCache(memory, head_size), KvCache(memory, head_size, True, mean, mean)):
+        kv_cache.store(cache, key, key, torch.arange(40) * 3 - 1, **options)
+        for group, scoring in product(
+            (1, 3, 16), (Scoring(0.1), Scoring(0.1, 2.0, 9, torch.ones(2), torch.ones(2)))
+        ):
+            if scoring.slopes is not None and group > 1:
+                continue
+            query = torch.randn(41, 2 * group, head_size).to(dtype)
+            kv_cache.attend(cache, query, Context(starts, lengths, table), scoring, **options)
 """
 
 
