@@ -254,7 +254,11 @@ class Scheme(BaseModel):
 
     def is_ignored(self, name: str) -> bool:
         """Whether the layer `name` stays in 16 bit."""
-        return any(matches(pattern, n) for pattern in self.ignore for n in names_of(name))
+        names = names_of(name)
+        return any(
+            any(matches(pattern, n) for n in names) if is_expression(pattern) else pattern in names
+            for pattern in self.ignore
+        )
 
     def layer(self, *names: str) -> LayerFormat:
         """How a layer is quantized, before it is :func:`fitted` to the layer's columns.

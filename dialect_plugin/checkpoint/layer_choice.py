@@ -431,7 +431,8 @@ def _with_whole_experts(
     fitting = experts.prefixes(formats)
     for prefix, layers in experts.prefixes(wanted).items():
         if len(layers) != len(fitting.get(prefix, ())):
-            formats = {name: form for name, form in formats.items() if name not in set(layers)}
+            for layer in layers:
+                formats.pop(layer, None)
     return formats
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "loads_through_loaders",
     "name_mapper",
     "no_warnings_of_probes",
+    "number_of_experts",
     "packs_caches",
     "permit_amx",
     "register_cpu_attention",
@@ -155,6 +156,15 @@ def restore_weights(model: torch.nn.Module) -> None:
         if info is not None:
             layerwise._place_kernel_tensors(layer, info)
             info.reset()
+
+
+def number_of_experts(layer: Any) -> int:
+    """How many experts the checkpoint has for an expert layer, on all ranks together.
+
+    0.26 counts none apart from those that load balancing adds. Ends with its support.
+    """
+    moe = layer.moe_config
+    return int(getattr(moe, "num_logical_experts", moe.num_experts))
 
 
 def hidden_weights(model: torch.nn.Module) -> list[tuple[Any, Any]]:

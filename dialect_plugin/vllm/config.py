@@ -352,10 +352,10 @@ class BlockDialectConfig(QuantizationConfig):
         Raises:
             ValueError: if they disagree, or an adapter could not be applied to packed ones.
         """
-        scheme, moe = self.scheme, layer.moe_config
+        scheme, moe = _about(self.scheme, prefix), layer.moe_config
         formats: dict[str, LayerFormat | None] = {}
         for part in PARTS if compat.has_gated_experts(layer) else PARTS[1:]:
-            for number in range(moe.num_logical_experts):
+            for number in range(compat.number_of_experts(layer)):
                 name = f"{prefix}.{number}.{part}"
                 known = [
                     spelling
@@ -522,6 +522,18 @@ def _mapped(mapper: WeightsMapper, name: str) -> str:
         return mapped[0].removesuffix(f".{WEIGHT}")
     mapped = mapper.apply_list([name])
     return mapped[0] if mapped else name
+
+
+def _about(scheme: Scheme, module: str) -> Scheme:
+    """`scheme` without names of layers outside of a module, which has thousands of layers."""
+    inside = tuple(_spellings(module))
+
+    def may_match(pattern: str) -> bool:
+        return is_expression(pattern) or pattern.startswith(inside)
+
+    ignore = [pattern for pattern in scheme.ignore if may_match(pattern)]
+    overrides = {name: entry for name, entry in scheme.overrides.items() if may_match(name)}
+    return scheme.model_copy(update={"ignore": ignore, "overrides": overrides})
 
 
 def _spellings(name: str) -> list[str]:

@@ -109,6 +109,11 @@ class BlockDialectExpertsMethod(FusedMoEMethodBase):
                 multiple of the block size.
         """
         self._hidden, self._inner = hidden_size, intermediate_size_per_partition
+        if extra_weight_attrs.get("unpadded_hidden_size", hidden_size) != hidden_size:
+            raise SchemeError(
+                f"--all2all-backend: it pads the tokens for {self.spec.name}, which packed experts "
+                f"cannot have; use another one, or ignore {self.spec.name}"
+            )
         self._dtype = params_dtype
         if params_dtype not in DTYPES:
             raise ValueError(
@@ -391,15 +396,10 @@ class BlockDialectExpertsMethod(FusedMoEMethodBase):
     def _refuse(self) -> None:
         """Raise SchemeError for what vLLM may do with experts and this method cannot."""
         moe, name = self.moe, self.spec.name
-        if moe.moe_parallel_config.enable_eplb:
+        if getattr(moe.moe_parallel_config, "enable_eplb", False):
             raise SchemeError(
                 f"--enable-eplb: packed experts ({name}) cannot be moved between ranks; leave it "
                 f"out, or ignore {name}"
-            )
-        if moe.hidden_dim != moe.hidden_dim_unpadded:
-            raise SchemeError(
-                f"--all2all-backend: it pads the tokens for {name}, which packed experts cannot "
-                f"have; use another one, or ignore {name}"
             )
 
     def _activation(self, layer: Any) -> Activation:

@@ -16,10 +16,12 @@ from dialect_plugin.scheme import Scheme
 
 
 def options_of(
-    targets: list[str] | None = None, strict: bool = False, **scheme: Any
+    targets: list[str] | None = None, strict: bool = False, experts: bool = True, **scheme: Any
 ) -> ConvertOptions:
     """Options of a conversion from one flat list of keywords."""
-    return ConvertOptions(scheme=Scheme.parse(scheme), targets=targets or [], strict=strict)
+    return ConvertOptions(
+        scheme=Scheme.parse(scheme), targets=targets or [], strict=strict, experts=experts
+    )
 
 
 def refused(

@@ -243,10 +243,11 @@ def test_other_architectures(architecture, tiny_model, text, tmp_path):
     """q, k, v and o of a mixture of experts; fused matrices; layers with biases."""
     calibrated(tiny_model(architecture), tmp_path / "packed", text, {"book": "semantic_32"})
     record = json.loads((tmp_path / "packed" / RECORD).read_text())
-    assert record["rounded_to_nearest"] == []
     packed = open_packed(tmp_path / "packed")
+    experts = [layer for layer in packed.layers if ".experts." in layer]
+    assert set(record["rounded_to_nearest"]) == set(experts)
     weights = load_file(tiny_model(architecture) / "model.safetensors")
-    for layer in packed.layers:
+    for layer in set(packed.layers).difference(experts):
         nearest = quantize(weights[f"{layer}.weight"], packed[layer].book, 32)
         assert float((packed[layer].codes != nearest.codes).float().mean()) > 0.05, layer
 
@@ -305,7 +306,7 @@ def test_a_mixture_of_experts_with_a_shared_one(text, tmp_path):
     packed, weights = open_packed(tmp_path / "packed"), load_file(source / "model.safetensors")
     routed = [layer for layer in packed.layers if ".experts." in layer]
     assert len(routed) == 2 * 4 * 3
-    assert record["rounded_to_nearest"] == routed
+    assert set(record["rounded_to_nearest"]) == set(routed)
     for layer in packed.layers:
         nearest = quantize(weights[f"{layer}.weight"], packed[layer].book, 32)
         differing = float((packed[layer].codes != nearest.codes).float().mean())

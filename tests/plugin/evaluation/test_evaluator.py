@@ -207,6 +207,15 @@ def test_without_a_checkpoint_the_usual_layers_are_emulated(tiny_model, text):
     assert [row.name for row in found.rows] == ["mxfp4-32"]
 
 
+def test_packed_experts_are_refused_and_those_of_a_16_bit_model_left_alone(
+    tiny_model, packed, text
+):
+    mixture = tiny_model("MixtralForCausalLM")
+    with pytest.raises(CheckpointError, match=r"is one of an expert, .* --no-experts to evaluate"):
+        evaluate([packed("MixtralForCausalLM")], mixture, options(text))
+    assert evaluate([], mixture, options(text, formats="mxfp4-32")).layers == 2 * 4
+
+
 def test_attention_is_rounded_too(tiny_model, packed, text):
     linear, whole = (
         evaluate([packed()], tiny_model(), options(text, formats="mxfp4-32", scope=scope))

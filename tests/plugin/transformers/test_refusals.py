@@ -137,6 +137,13 @@ def test_options_for_a_16_bit_checkpoint(tiny_model, options, match, error):
     refused(match, tiny_model(), error=error, quantization_config=config)
 
 
+def test_packed_experts(packed):
+    refused(
+        r"experts\.0\.[a-z]*_proj: is packed, but transformers runs all experts .* --no-experts",
+        packed("MixtralForCausalLM"),
+    )
+
+
 def test_pickled_weights(tiny_model, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_model())
     model.config.save_pretrained(tmp_path)

@@ -165,8 +165,7 @@ class TestWithoutAnEngine:
         for model, options in of.values():
             load_model(model, load_format="dummy", **options)
 
-    @pytest.mark.parametrize("mode", ["packed", "online"])
-    @pytest.mark.parametrize("pushed", ["packed", "online"])
+    @pytest.mark.parametrize(("mode", "pushed"), [("packed", "online"), ("online", "packed")])
     def test_weights_are_pushed_into_a_running_model(self, mode, pushed, of, other, tmp_path):
         """Not into routers: vLLM keeps their weights elsewhere on a CPU."""
         model = load_model(of[mode][0], **of[mode][1])
