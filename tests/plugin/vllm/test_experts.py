@@ -5,6 +5,7 @@ for every architecture, in the sweep.
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from dialect_kernels import quantize
 from dialect_plugin.checkpoint.convert import convert
 from dialect_plugin.checkpoint.options import ConvertOptions
+from dialect_plugin.scheme import Scheme
 from tests.support import swept_models
 from tests.support.engines import (
     STORED,
@@ -258,3 +260,57 @@ def test_the_experts_take_little_more_than_a_quarter_of_their_bytes(tmp_path):
         for path in (tmp_path / "packed", source)
     ]
     assert sizes[0] <= 0.28 * sizes[1]
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+def test_ranks_with_whole_experts_add_up_to_all_of_them(on_input):
+    """Expert parallel: each rank leaves out the tokens of others; and each product by itself."""
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+    from dialect_plugin.vllm.experts import BlockDialectExpertsMethod, ExpertsSpec
+
+    torch.manual_seed(0)
+    form = Scheme(activation_format="none").layer("experts")
+    gate_up = [quantize(torch.randn(2 * 32, 64)) for _ in range(4)]
+    down = [quantize(torch.randn(64, 32)) for _ in range(4)]
+    bias = torch.randn(4, 2 * 32)
+
+    def layer(chosen, expert_map):
+        config = SimpleNamespace(
+            moe_parallel_config=SimpleNamespace(enable_eplb=False), is_act_and_mul=True
+        )
+        found = SimpleNamespace(
+            moe_config=config,
+            activation=MoEActivation.SILU,
+            expert_map=expert_map,
+            apply_router_weight_on_input=on_input,
+            w13_bias=bias[chosen],
+        )
+        for stack, weights in (("w13", gate_up), ("w2", down)):
+            for suffix, field in zip(STORED, ("codes", "meta", "row_exponent"), strict=True):
+                value = torch.stack([getattr(weights[e], field) for e in chosen])
+                setattr(found, f"{stack}_{suffix}", value)
+        return found
+
+    def computed(chosen, expert_map=None):
+        held = layer(chosen, expert_map)
+        method = BlockDialectExpertsMethod(ExpertsSpec("experts", True, form, form), held)
+        return method.apply(held, x, weights, ids, None, None)
+
+    x, chosen = torch.randn(7, 64), 1 if on_input else 2
+    ids = torch.stack([torch.randperm(4)[:chosen] for _ in range(7)]).int()
+    weights = torch.rand(7, chosen)
+    whole = computed([0, 1, 2, 3])
+    parts = [
+        computed([0, 2], torch.tensor([0, -1, 1, -1], dtype=torch.int32)),
+        computed([1, 3], torch.tensor([-1, 0, -1, 1], dtype=torch.int32)),
+    ]
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-5, atol=1e-5)
+    expected = torch.zeros(7, 64)
+    for token in range(7):
+        for expert, weight in zip(ids[token].tolist(), weights[token], strict=True):
+            scale = weight if on_input else 1
+            both = gate_up[expert].dequantize() @ (x[token] * scale) + bias[expert]
+            inner = torch.nn.functional.silu(both[:32]) * both[32:]
+            expected[token] += (1 if on_input else weight) * (down[expert].dequantize() @ inner)
+    torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-3)
