@@ -85,7 +85,8 @@ def _tensors(model: Llama) -> Iterator[Tensors]:
         "model.embed_tokens.weight": embedding[: model.vocabulary].contiguous(),
         "model.norm.weight": ones.clone(),
     }
-    weights = {name: random(*shape) for name, shape in model.projections.items()}
+    matrices = model.projections | model.routers
+    weights = {name: random(*shape) for name, shape in matrices.items()}
     for layer in range(model.layers):
         tensors = {name: weight.clone() for name, weight in weights.items()}
         tensors |= {norm: ones.clone() for norm in _NORMS}

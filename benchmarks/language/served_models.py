@@ -17,7 +17,7 @@ from typing import Literal
 from dialect_plugin.scheme import METHODS
 
 from ..lib.harness import ROOT
-from ..lib.shapes import LLAMA_1B, LLAMA_8B, Llama
+from ..lib.shapes import LLAMA_1B, LLAMA_8B, SPARSE_1B, Llama
 from .checkpoints import write_checkpoint, write_config, write_tokenizer
 
 __all__ = [
@@ -108,6 +108,13 @@ SHAPES = {
     "llama-3.2-1b": Shape(
         f"{LLAMA_1B.name}'s shape",
         LLAMA_1B,
+        "random",
+        context=512,
+        loads={"single": Load(1, 2, 64, 32), "many": Load(8, 8, 64, 32)},
+    ),
+    "mixture": Shape(
+        SPARSE_1B.name,
+        SPARSE_1B,
         "random",
         context=512,
         loads={"single": Load(1, 2, 64, 32), "many": Load(8, 8, 64, 32)},
