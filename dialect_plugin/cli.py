@@ -102,6 +102,9 @@ def _one_of(option: str, literal: Any, text: str) -> Any:
 
 
 _Source = Annotated[str, typer.Argument(help="Directory or hub id of a 16-bit checkpoint.")]
+_Destination = Annotated[
+    Path, typer.Argument(help="Directory to write: new, empty, or an unfinished conversion.")
+]
 _Packed = Annotated[Path, typer.Argument(help="Directory of a packed checkpoint.")]
 _BlockSizeOption = Annotated[
     BlockSize, _one_of("--block-size", BlockSize, "Elements that share a dialect and a scale.")
@@ -239,9 +242,7 @@ _Output = Annotated[
 @app.command()
 def quantize(
     src: _Source,
-    dst: Annotated[
-        Path, typer.Argument(help="Directory to write: new, empty, or an unfinished conversion.")
-    ],
+    dst: _Destination,
     block_size: _BlockSizeOption = 32,
     book: _BookOrDefault = None,
     activation_format: _Activations = "dialect",
