@@ -309,10 +309,14 @@ struct AttentionWork {
             if (products.softmax(call.rule, tokens, start, !own[i]->sees_all(start, tokens),
                                  key_scale, value_scale, lanes, seeing[i].scores))
                 for (int r = 0; r < n; r++)
-                    for (int k = 0; k < columns && lanes.correction[r] != 1.0f; k++)
-                        seeing[i].sums[r * columns + k] *= lanes.correction[r];
+                    correct(seeing[i].sums + r * columns, lanes.correction[r]);
         }
         products.add_values(slots, tokens, seeing, number, decoded, turned);
+    }
+
+    void correct(float* row, float factor) const {
+        if (factor == 1.0f) return;
+        for (int k = 0; k < columns; k++) row[k] *= factor;
     }
 
     void put(int64_t i) {

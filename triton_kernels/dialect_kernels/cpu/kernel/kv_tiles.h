@@ -146,7 +146,7 @@ AVX512 void turn_weights(const float* weights, char* out) {
     }
 }
 
-// sums [n, columns] of all tiles += weights times values, 32 tokens at a time. `turned` has room for
+// sums [n, columns] of all tiles += weights times values of 32 or 64 tokens. `turned` has room for
 // the weights of all tiles.
 AVX512_VBMI void tile_add_values(const uint8_t* const* slots, int tokens, const ChunkTile* tiles,
                                  int count, int n, int columns, const uint16_t* tables,
@@ -160,21 +160,23 @@ AVX512_VBMI void tile_add_values(const uint8_t* const* slots, int tokens, const 
     for (int i = 0; i < count; i++)
         for (int t = 0; t < tokens; t += 32)
             turn(tiles[i].scores + t * n, turned + (2 * i + t / 32) * weights);
-    for (int next = 0; next <= tokens; next += 32) {
-        if (next < tokens)
-            decode_values(slots + next, columns, tables, decoded + next / 32 * size);
-        const int t = next - 32;
-        if (t < 0) continue;
-        const char* const values = decoded + t / 32 * size;
-        for (int i = 0; i < count; i++) {
-            TILE_LOAD(3, turned + (2 * i + t / 32) * weights, 64);
-            for (int c = 0; c < columns / 16; c++) {
-                float* const sums = tiles[i].sums + 16 * c;
-                TILE_LOAD(4, sums, row);
-                TILE_LOAD(2, values + c * kStepBytes, 64);
-                asm volatile("tdpbf16ps %%tmm2, %%tmm3, %%tmm4" ::);
-                TILE_STORE_ROWS(4, sums, row);
+    for (int t = 0; t < tokens; t += 32)
+        decode_values(slots + t, columns, tables, decoded + t / 32 * size);
+    for (int i = 0; i < count; i++) {
+        const char* const own = turned + 2 * i * weights;
+        TILE_LOAD(3, own, 64);
+        if (tokens > 32) TILE_LOAD(5, own + weights, 64);
+        for (int c = 0; c < columns / 16; c++) {
+            float* const sums = tiles[i].sums + 16 * c;
+            const char* const values = decoded + c * kStepBytes;
+            TILE_LOAD(4, sums, row);
+            TILE_LOAD(2, values, 64);
+            asm volatile("tdpbf16ps %%tmm2, %%tmm3, %%tmm4" ::);
+            if (tokens > 32) {
+                TILE_LOAD(2, values + size, 64);
+                asm volatile("tdpbf16ps %%tmm2, %%tmm5, %%tmm4" ::);
             }
+            TILE_STORE_ROWS(4, sums, row);
         }
     }
 }
@@ -190,11 +192,11 @@ AVX512 void tile_scales(const int8_t* exponents, int count, float factor, int n,
 }
 
 // Tiles in the shapes of products with n rows of queries: 0 products and 1 queries [16, n], 2 keys
-// or values [16, 64 bytes], 3 weights and 4 sums [n, 64 bytes].
+// or values [16, 64 bytes], 3 and 5 weights and 4 sums [n, 64 bytes].
 Tiles tiles_for_queries(int n) {
     Tiles::Shapes shapes = {};
     shapes.palette = 1;
-    for (int i = 0; i < 5; i++) {
+    for (int i = 0; i < 6; i++) {
         shapes.rows[i] = uint8_t(i < 3 ? 16 : n);
         shapes.bytes[i] = uint16_t(i < 2 ? 4 * n : 64);
     }
@@ -212,11 +214,12 @@ struct TileProducts {
         : n(n), columns(columns), tables(tables), tiles(tiles_for_queries(n)) {}
 
     void put_query(const float* row, int i, void* queries) const {
-        uint16_t* const to = static_cast<uint16_t*>(queries);
-        for (int s = 0; s < columns / 32; s++)
-            for (int w = 0; w < 32; w++)
-                to[((s * 16 + w / 2) * n + i) * 2 + w % 2] =
-                    uint16_t(bits_of(row[32 * s + word_column(w)]) >> 16);
+        uint32_t* to = static_cast<uint32_t*>(queries) + i;
+        for (int s = 0; s < columns / 32; s++, row += 32)
+            for (int w = 0; w < 32; w += 2, to += n) {  // two columns that are neighbours
+                const float* const two = row + word_column(w);
+                *to = bits_of(two[0]) >> 16 | (bits_of(two[1]) & 0xffff0000u);
+            }
     }
     void key_products(const uint8_t* const* slots, const uint8_t* const* ahead, int tokens,
                       const ChunkTile* all, int count, void* decoded) const {
