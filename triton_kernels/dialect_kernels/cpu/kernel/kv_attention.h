@@ -209,7 +209,8 @@ struct AttentionWork {
         Room room;
         for (int pass = 0; pass < 2; pass++) {  // the first pass finds out how much room it takes
             queries = room.take<char>(tiles * Products::query_bytes(n, columns));
-            decoded = room.take<char>(Products::decoded_bytes(columns));
+            keys = room.take<char>(Products::key_bytes(columns));
+            values = room.take<char>(Products::value_bytes(columns));
             turned = room.take<char>(tiles * Products::turned_bytes(n));
             scores = room.take<float>(tiles * Products::kTokens * n);
             key_scale = room.take<float>(Products::kTokens * n);
@@ -297,7 +298,8 @@ struct AttentionWork {
             own[number++] = &all[t];
         }
         int8_t exponents[2][Products::kTokens];
-        products.key_products(slots, ahead, tokens, seeing, number, decoded);
+        products.key_products(slots, ahead, tokens, seeing, number, keys);
+        products.decode_values(slots, tokens, values);  // before the weights, which take some time
         for (int t = 0; t < tokens; t++) {
             exponents[0][t] = int8_t(slots[t][call.layout.key_exponent]);
             exponents[1][t] = int8_t(slots[t][call.layout.value_exponent]);
@@ -311,7 +313,7 @@ struct AttentionWork {
                 for (int r = 0; r < n; r++)
                     correct(seeing[i].sums + r * columns, lanes.correction[r]);
         }
-        products.add_values(slots, tokens, seeing, number, decoded, turned);
+        products.add_values(tokens, seeing, number, values, turned);
     }
 
     void correct(float* row, float factor) const {
@@ -341,7 +343,7 @@ struct AttentionWork {
     const int64_t tiles;
     const Products products;
     std::vector<QueryTile> all;
-    char *queries, *decoded, *turned;
+    char *queries, *keys, *values, *turned;
     float *scores, *key_scale, *value_scale, *sums;
 };
 

@@ -147,7 +147,8 @@ struct FloatProducts {
     static constexpr int kTokens = 32;  // of a chunk
 
     static int64_t query_bytes(int n, int columns) { return int64_t(n) * columns * 4; }
-    static int64_t decoded_bytes(int columns) { return int64_t(kTokens) * columns * 4; }
+    static int64_t key_bytes(int columns) { return int64_t(kTokens) * columns * 4; }
+    static int64_t value_bytes(int columns) { return int64_t(kTokens) * columns * 4; }
     static int64_t turned_bytes(int) { return 0; }
 
     FloatProducts(int n, int columns, const Book& book, const uint16_t*)
@@ -159,9 +160,10 @@ struct FloatProducts {
     // The products of all tiles with the keys; `decoded` is room for decoded rows.
     void key_products(const uint8_t* const* slots, const uint8_t* const* ahead, int tokens,
                       const ChunkTile* tiles, int count, void* decoded) const;
+    void decode_values(const uint8_t* const* slots, int tokens, void* decoded) const;
     // The weighted values, added to the sums of all tiles; `turned` is room for other weights.
-    void add_values(const uint8_t* const* slots, int tokens, const ChunkTile* tiles, int count,
-                    void* decoded, void* turned) const;
+    void add_values(int tokens, const ChunkTile* tiles, int count, const void* decoded,
+                    void* turned) const;
     void scales(const int8_t* exponents, int count, float factor, float* out) const;
     bool softmax(const ScoreRule& rule, int tokens, int32_t start, bool masked,
                  const float* key_scale, const float* value_scale, Lanes& lanes,
@@ -184,14 +186,17 @@ struct FloatProducts {
                                    columns, tiles[i].scores);                                      \
     }                                                                                              \
     template <>                                                                                    \
-    target void FloatProducts<instructions>::add_values(                                           \
-        const uint8_t* const* slots, int tokens, const ChunkTile* tiles, int count, void* decoded, \
-        void*) const {                                                                             \
-        float* const values = static_cast<float*>(decoded);                                        \
+    target void FloatProducts<instructions>::decode_values(                                        \
+        const uint8_t* const* slots, int tokens, void* decoded) const {                            \
         decode_floats_in<width>(slots, tokens, columns, layout.value_codes, layout.value_meta,     \
-                                book, values);                                                     \
+                                book, static_cast<float*>(decoded));                               \
+    }                                                                                              \
+    template <>                                                                                    \
+    target void FloatProducts<instructions>::add_values(                                           \
+        int tokens, const ChunkTile* tiles, int count, const void* decoded, void*) const {         \
         for (int i = 0; i < count; i++)                                                            \
-            add_values_in<width>(tiles[i].scores, values, n, tokens, columns, tiles[i].sums);      \
+            add_values_in<width>(tiles[i].scores, static_cast<const float*>(decoded), n, tokens,   \
+                                 columns, tiles[i].sums);                                          \
     }                                                                                              \
     template <>                                                                                    \
     target void FloatProducts<instructions>::scales(const int8_t* exponents, int count,            \

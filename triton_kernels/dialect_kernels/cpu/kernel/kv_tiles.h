@@ -74,7 +74,7 @@ AVX512_VBMI_INLINE void decode_keys(const uint8_t* const* slots, const uint8_t* 
 }
 
 // Thirty-two tokens, [columns/16, 16 pairs, 16, 2].
-AVX512_VBMI_INLINE void decode_values(const uint8_t* const* slots, int columns,
+AVX512_VBMI void decode_value_tiles(const uint8_t* const* slots, int columns,
                                       const uint16_t* tables, char* out) {
     const SlotLayout layout(columns);
     const __m512i control = _mm512_load_si512(nibbles.control);
@@ -148,9 +148,8 @@ AVX512 void turn_weights(const float* weights, char* out) {
 
 // sums [n, columns] of all tiles += weights times values of 32 or 64 tokens. `turned` has room for
 // the weights of all tiles.
-AVX512_VBMI void tile_add_values(const uint8_t* const* slots, int tokens, const ChunkTile* tiles,
-                                 int count, int n, int columns, const uint16_t* tables,
-                                 char* decoded, char* turned) {
+void tile_add_values(int tokens, const ChunkTile* tiles, int count, int n, int columns,
+                     const char* decoded, char* turned) {
     const auto turn = n == 1   ? turn_weights<1>
                       : n == 2 ? turn_weights<2>
                       : n == 4 ? turn_weights<4>
@@ -160,8 +159,6 @@ AVX512_VBMI void tile_add_values(const uint8_t* const* slots, int tokens, const 
     for (int i = 0; i < count; i++)
         for (int t = 0; t < tokens; t += 32)
             turn(tiles[i].scores + t * n, turned + (2 * i + t / 32) * weights);
-    for (int t = 0; t < tokens; t += 32)
-        decode_values(slots + t, columns, tables, decoded + t / 32 * size);
     for (int i = 0; i < count; i++) {
         const char* const own = turned + 2 * i * weights;
         TILE_LOAD(3, own, 64);
@@ -207,7 +204,8 @@ struct TileProducts {
     static constexpr int kTokens = 64;
 
     static int64_t query_bytes(int n, int columns) { return int64_t(n) * columns * 2; }
-    static int64_t decoded_bytes(int columns) { return int64_t(kTokens) * columns * 2; }
+    static int64_t key_bytes(int columns) { return int64_t(32) * columns * 2; }
+    static int64_t value_bytes(int columns) { return int64_t(kTokens) * columns * 2; }
     static int64_t turned_bytes(int n) { return 2 * 64 * n; }
 
     TileProducts(int n, int columns, const Book&, const uint16_t* tables)
@@ -226,9 +224,14 @@ struct TileProducts {
         tile_key_products(slots, ahead, tokens, all, count, n, columns, tables,
                           static_cast<char*>(decoded));
     }
-    void add_values(const uint8_t* const* slots, int tokens, const ChunkTile* all, int count,
-                    void* decoded, void* turned) const {
-        tile_add_values(slots, tokens, all, count, n, columns, tables, static_cast<char*>(decoded),
+    void decode_values(const uint8_t* const* slots, int tokens, void* decoded) const {
+        for (int t = 0; t < tokens; t += 32)
+            decode_value_tiles(slots + t, columns, tables,
+                               static_cast<char*>(decoded) + int64_t(t) * columns * 2);
+    }
+    void add_values(int tokens, const ChunkTile* all, int count, const void* decoded,
+                    void* turned) const {
+        tile_add_values(tokens, all, count, n, columns, static_cast<const char*>(decoded),
                         static_cast<char*>(turned));
     }
     void scales(const int8_t* exponents, int count, float factor, float* out) const {
