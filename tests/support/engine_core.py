@@ -48,8 +48,11 @@ def serve(model: Path, quantization: str | None = None, **options: Any) -> Serve
     """Load `model` and run PROMPT through it, in float32."""
     with _core(model, quantization=quantization, **options) as core:
         core.add_request(_request(core))
-        outputs, _ = core.step()
-        [output] = outputs[0].outputs
+        found: list[Any] = []
+        while not found:  # a prompt may take several steps
+            outputs, _ = core.step()
+            found = outputs[0].outputs if 0 in outputs else []
+        [output] = found
         runner = core.model_executor.driver_worker.worker.model_runner
         stored = STORED_FIELDS[0].stored
         packed = {
@@ -59,10 +62,10 @@ def serve(model: Path, quantization: str | None = None, **options: Any) -> Serve
         }
     if output.pooling_output is not None:
         return Served(output.pooling_output, packed)
-    found = output.new_prompt_logprobs_tensors
+    tensors = output.new_prompt_logprobs_tensors
     logprobs = torch.full((len(PROMPT) - 1, VOCABULARY), torch.nan)
     # the first column is the prompt's own token, which the others have too
-    logprobs.scatter_(1, found.logprob_token_ids[:, 1:].long(), found.logprobs[:, 1:])
+    logprobs.scatter_(1, tensors.logprob_token_ids[:, 1:].long(), tensors.logprobs[:, 1:])
     return Served(logprobs, packed)
 
 
