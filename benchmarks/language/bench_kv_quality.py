@@ -31,7 +31,7 @@ from .bench_accuracy import write_text
 PACKAGES = ("torch", "transformers")
 MODELS = {"smollm2": ROOT / ".cache/models/smollm2", "shipped": ROOT / "demo/model"}
 WINDOW = 512
-MEAN_WINDOWS = 16
+MEAN_WINDOWS = 8
 GOAL = 1.1
 """KL of the dialect cache, of that of int4 per token and head."""
 
