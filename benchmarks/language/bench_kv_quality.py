@@ -47,9 +47,8 @@ def measure(models: str, windows: int) -> dict[str, Any]:
 def tables(figures: dict[str, Any]) -> dict[str, Table]:
     """``kl``: a row for each format, two columns for each model."""
     head = ["KV cache"]
-    for name, found in figures.items():
+    for name in figures:
         head += [f"{name}: bits", "KL", "of int4"]
-        del found
     rows = [head]
     for row in next(iter(figures.values()))["formats"]:
         cells = [row]
