@@ -278,7 +278,9 @@ def _one_sentence(error: ValidationError) -> str:
     option = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         known = sorted(SemanticDialectConfig.model_fields)
-        near = [_RENAMED[option]] if option in _RENAMED else get_close_matches(option, known, n=1)
+        begun = [name for name in SemanticDialectConfig.model_fields if name.startswith(option)]
+        near = [_RENAMED[option]] if option in _RENAMED else begun[:1]
+        near = near or get_close_matches(option, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(known)}"
         return f"{option}: is not an option of SemanticDialectConfig; {hint}"
     return f"{option}: {fault['input']!r} cannot be used: {reason[:1].lower()}{reason[1:]}"

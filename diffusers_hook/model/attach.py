@@ -20,8 +20,9 @@ from ..layouts import Layout
 from ..tokens.branch import watch_branch
 from ..tokens.model_state import ModelState
 from ..tokens.observe import Observed, observed_processor
+from .share import warn_of_a_small_share
 
-__all__ = ["Attached", "attach", "attached", "detach", "follow"]
+__all__ = ["Attached", "attach", "attached", "blocks_read", "detach", "follow"]
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class Attached:
         originals: the replaced layers; None for a transformer that was loaded quantized.
         processors: number of a block's state -> its attention's processor before.
         undo: functions that remove the hooks from the module, in the order they were added.
+        warned: whether the user knows that blocks are not read.
     """
 
     config: SemanticDialectConfig
@@ -47,6 +49,12 @@ class Attached:
     originals: Originals | None = None
     processors: dict[int, Any] = field(default_factory=dict)
     undo: list[Callable[[nn.Module], None]] = field(default_factory=list)
+    warned: bool = False
+
+    @property
+    def blocks_to_read(self) -> int:
+        """How many blocks tell salient tokens and groups through their attention."""
+        return len(self.processors)
 
 
 _attached: weakref.WeakKeyDictionary[nn.Module, Attached] = weakref.WeakKeyDictionary()
@@ -97,6 +105,7 @@ def attach(
     _watch_calls(module, hook)
     hook.undo.append(unguard)
     guard(module, originals.files if originals is not None else ())
+    warn_of_a_small_share(module)
 
 
 def detach(module: nn.Module) -> None:
@@ -123,6 +132,17 @@ def _give_back_processors(module: nn.Module, processors: dict[int, Any]) -> None
             setattr(attention, "processor", processor)  # noqa: B010 - not a module's type
 
 
+def blocks_read(module: nn.Module) -> int:
+    """How many blocks still have the processor that reads their attention.
+
+    One that is set later is not observed.
+    """
+    return sum(
+        isinstance(getattr(attention, "processor", None), Observed)
+        for attention in module.modules()
+    )
+
+
 def follow(module: nn.Module, pipeline: object) -> None:
     """Follow the pipeline of a hooked transformer: its scheduler shows where generations begin."""
     _attached[module].state.generation.follow(pipeline)
@@ -140,6 +160,7 @@ def _watch_calls(module: nn.Module, hook: Attached) -> None:
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if state.reads_attention:
             _refuse_halved_batches(module)
+            _warn_of_blocks_not_read(module, hook)
         arguments = signature.bind_partial(*(() if own else (module,)), *args, **kwargs).arguments
         state.begin(layout.grid(module, arguments), arguments.get(layout.timestep), branch())
 
@@ -163,6 +184,21 @@ def _refuse_halved_batches(module: nn.Module) -> None:
             "where salient tokens and groups cannot follow; call disable_cache(), or enable "
             "SemanticDialect with salient_fraction=0 and seda=False"
         )
+
+
+def _warn_of_blocks_not_read(module: nn.Module, hook: Attached) -> None:
+    """Say once that processors of attention were exchanged, so that blocks are not read."""
+    if hook.warned or (found := blocks_read(module)) == hook.blocks_to_read:
+        return
+    hook.warned = True
+    _log.warning(
+        "%s: another processor of attention was set after SemanticDialect was enabled, so that %d "
+        "of %d blocks are read; salient tokens and groups of the others stay as they are. Set "
+        "processors before enabling",
+        type(module).__name__,
+        found,
+        hook.blocks_to_read,
+    )
 
 
 class _Call:

@@ -14,7 +14,8 @@ from dialect_kernels.packed import bits_per_weight
 
 from ..layers.dialect import DialectLinear
 from ..layers.fp8 import Fp8Linear
-from .attach import Attached
+from .attach import Attached, blocks_read
+from .share import share_in_4_bit
 
 __all__ = ["Summary", "TransformerSummary", "summarize"]
 
@@ -31,6 +32,9 @@ class TransformerSummary:
         layers: linear layers in 4 bit.
         fp8_layers: modulation layers in FP8.
         bits: bits per weight of the 4-bit layers.
+        share: share of the parameters before that are in 4 bit now.
+        blocks: blocks whose attention tells salient tokens and groups, by the configuration.
+        blocks_read: those whose attention still has the processor that tells them.
         bytes_before: bytes of all parameters before quantization.
         bytes_after: bytes of all parameters and buffers now.
         bytes_by_device: the same for each device, e.g. ``"cuda:0"``; ``"offloaded"`` are those on
@@ -38,6 +42,8 @@ class TransformerSummary:
         host_bytes: bytes of 16-bit weights kept in host memory for ``disable``.
         originals: where the 16-bit weights are: ``"disk"``, ``"host"``, ``"none"``.
         calls: calls of the transformer so far.
+        decomposes: whether salient tokens are decomposed.
+        makes_groups: whether tokens are grouped (SeDA).
         salient_share: decomposed rows over all rows of the video, and of text in one attention with
             it, that went through 4-bit layers; those of cross-attention's text do not count.
         groups: SeDA groups per block and branch, the mean over those in force.
@@ -52,12 +58,17 @@ class TransformerSummary:
     layers: int
     fp8_layers: int
     bits: float
+    share: float
+    blocks: int
+    blocks_read: int
     bytes_before: int
     bytes_after: int
     bytes_by_device: Mapping[str, int]
     host_bytes: int
     originals: str
     calls: int
+    decomposes: bool
+    makes_groups: bool
     salient_share: float
     groups: float
     grouped_share: float
@@ -92,6 +103,8 @@ class Summary:
         Console(file=out, width=100).print(table)
         return out.getvalue().rstrip()
 
+    __repr__ = __str__
+
 
 def summarize(name: str, module: nn.Module, attached: Attached) -> TransformerSummary:
     """The figures of one transformer."""
@@ -106,12 +119,17 @@ def summarize(name: str, module: nn.Module, attached: Attached) -> TransformerSu
         layers=len(layers),
         fp8_layers=sum(isinstance(layer, Fp8Linear) for layer in module.modules()),
         bits=_bits(layers),
+        share=share_in_4_bit(module),
+        blocks=attached.blocks_to_read,
+        blocks_read=blocks_read(module),
         bytes_before=attached.bytes_before,
         bytes_after=sum(bytes_by_device.values()),
         bytes_by_device=bytes_by_device,
         host_bytes=0 if originals is None else originals.host_bytes,
         originals="none" if originals is None else originals.place,
         calls=meter.counts["calls"],
+        decomposes=attached.config.decomposes,
+        makes_groups=attached.config.groups,
         salient_share=meter.counts["decomposed rows"] / max(1, meter.counts["rows"]),
         groups=sum(groups for groups, _ in sizes) / max(1, len(sizes)),
         grouped_share=sum(share for _, share in sizes) / max(1, len(sizes)),
@@ -146,7 +164,8 @@ def _lines(found: TransformerSummary) -> list[tuple[str, str]]:
     lines = [
         ("model", found.model),
         ("layers in 4 bit", f"{found.layers}"),
-        ("modulation layers in FP8", f"{found.fp8_layers}"),
+        ("parameters in 4 bit", f"{found.share:.1%}"),
+        *([("modulation layers in FP8", f"{found.fp8_layers}")] if found.fp8_layers else []),
         ("bits per weight", f"{found.bits:.3f}"),
         ("MiB before", f"{found.bytes_before / 2**20:.1f}"),
         ("MiB now", f"{found.bytes_after / 2**20:.1f}"),
@@ -157,10 +176,18 @@ def _lines(found: TransformerSummary) -> list[tuple[str, str]]:
         ("MiB now, host (16-bit copy)", f"{found.host_bytes / 2**20:.1f}"),
         ("16-bit weights are kept", _PLACES[found.originals]),
         ("transformer calls", f"{found.calls}"),
-        ("decomposed rows", f"{found.salient_share:.1%}"),
-        ("groups per block", f"{found.groups:.1f}"),
-        ("tokens in groups", f"{found.grouped_share:.1%}"),
-        ("salient-token refreshes", f"{found.salient_refreshes}"),
-        ("group refreshes", f"{found.group_refreshes}"),
     ]
+    if found.blocks:
+        lines.append(("blocks that are read", f"{found.blocks_read} of {found.blocks}"))
+    if found.decomposes:
+        lines += [
+            ("decomposed rows", f"{found.salient_share:.1%}"),
+            ("salient-token refreshes", f"{found.salient_refreshes}"),
+        ]
+    if found.makes_groups:
+        lines += [
+            ("groups per block", f"{found.groups:.1f}"),
+            ("tokens in groups", f"{found.grouped_share:.1%}"),
+            ("group refreshes", f"{found.group_refreshes}"),
+        ]
     return lines + [(f"seconds, {part}", f"{spent:.3f}") for part, spent in found.seconds.items()]

@@ -183,4 +183,6 @@ def parts(model):
 
 
 def warnings(caplog):
-    return [r.getMessage() for r in caplog.records if r.name.startswith("diffusers_hook")]
+    """Those of the hook; that little is in 4 bit is true of tiny models only."""
+    found = [r.getMessage() for r in caplog.records if r.name.startswith("diffusers_hook")]
+    return [text for text in found if "of the parameters are in 4 bit" not in text]

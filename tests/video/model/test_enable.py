@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -70,7 +71,7 @@ def test_a_pipeline_and_back(two):
     assert [found.name for found in summary.transformers] == (
         ["transformer", "transformer_2"] if two else ["transformer"]
     )
-    assert "bits per weight" in str(summary)
+    assert "bits per weight" in str(summary) == repr(summary)
     pipe.disable_semantic_dialect()
     assert torch.equal(generate(pipe), before)
 
@@ -190,7 +191,7 @@ def spoilt_layer(model):
         (None, {"layout": "wann"}, LayoutError, "layout: 'wann' is not known; known are "),
         (None, {"layout": 3}, LayoutError, "layout: 3 cannot be used: it must be a "),
         (None, {"config": 3}, ConfigError, "config: 3 cannot be used: it must be a "),
-        (None, {"salient": 1}, ConfigError, "did you mean"),
+        (None, {"salient": 1}, ConfigError, "did you mean 'salient_fraction'"),
         (None, {"ignore": ["proj_out"]}, ConfigError, "ignore: 'proj_out' matches no layer of "),
     ],
 )  # fmt: skip
@@ -492,3 +493,46 @@ def test_the_config_object_and_options_together():
     assert found.groups > 0
     assert 0.3 < found.salient_share < 0.5
     assert attached(model).config.selection == "random"
+
+
+def test_the_summary_shows_what_is_on(caplog):
+    model = wan()
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    diffusers_hook.enable(model, progress=False, salient_fraction=0)
+    shown = str(diffusers_hook.summary(model))
+    for word in ("decomposed", "salient", "group", "blocks that are read"):
+        assert word not in shown
+    [found] = diffusers_hook.summary(model).transformers
+    layers = [m for m in model.modules() if isinstance(m, DialectLinear)]
+    assert found.share == sum(m.in_features * m.out_features for m in layers) / whole
+    assert f"{found.share:.1%}" in shown
+    diffusers_hook.disable(model)
+    diffusers_hook.enable(model, progress=False)
+    shown = str(diffusers_hook.summary(model))
+    assert "salient-token refreshes" in shown
+    assert "group" not in shown
+    assert not caplog.records
+
+
+def test_a_model_that_is_little_in_4_bit_is_named(caplog):
+    model = wan()
+    names = [f"re:blocks.{number}\\." for number in range(1)]
+    diffusers_hook.enable(model, progress=False, ignore=names)
+    [found] = diffusers_hook.summary(model).transformers
+    assert caplog.messages == [
+        f"WanTransformer3DModel: {100 * found.share:.0f} % of the parameters are in 4 bit, the "
+        "others in 16 bit or FP8"
+    ]
+
+
+def test_a_processor_that_is_set_later_is_told_once(caplog):
+    model = wan()
+    diffusers_hook.enable(model, progress=False, seda=True)
+    run(model)
+    assert not caplog.messages
+    model.blocks[1].attn1.processor = WanAttnProcessor()
+    for _ in range(2):
+        run(model)
+    [told] = caplog.messages
+    assert "so that 1 of 2 blocks are read" in told
+    assert "1 of 2" in str(diffusers_hook.summary(model))
