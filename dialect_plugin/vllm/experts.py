@@ -23,9 +23,9 @@ import torch
 from torch.nn import Parameter
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 
-from dialect_kernels import PackedTensor, quantize
+from dialect_kernels import PackedExperts, PackedTensor, quantize
 from dialect_kernels.formatbook import ROTATION_GROUP
-from dialect_kernels.ops import grouped_linear
+from dialect_kernels.ops import grouped_linear, warm_up_experts
 from dialect_kernels.packed import STORED_FIELDS
 
 from ..experts import BIAS, DOWN, GATE, PARTS, UP, WEIGHT, Expert, layout_of
@@ -184,6 +184,7 @@ class BlockDialectExpertsMethod(FusedMoEMethodBase):
             self._validate(layer)
         elif layer.w2_weight_packed.device.type == "cpu":
             heap.trim()
+        self._warm_up(layer)
         self.set_loaded(layer)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
@@ -230,6 +231,20 @@ class BlockDialectExpertsMethod(FusedMoEMethodBase):
         own = torch.argsort(order).view(tokens, chosen)
         weighted = outer[own].float() * topk_weights.float().unsqueeze(-1)
         return weighted.sum(dim=1).to(x.dtype)
+
+    def _warm_up(self, layer: Any) -> None:
+        """Compile a GPU's kernels now: nothing is compiled while serving, or in a CUDA graph."""
+        for stack in (_GATE_UP, _DOWN):
+            form = self.spec.down if stack == _DOWN else self.spec.gate_up
+            codes, meta, row_exponent = (
+                getattr(layer, f"{stack}_{name}").data for name in (_CODES, _META, _ROW_EXPONENT)
+            )
+            columns = codes.shape[2] * 2
+            experts = PackedExperts.from_op(
+                codes, meta, row_exponent, columns, form.book, form.block_size, form.rotation
+            )
+            bias_dtype = self._dtype if self.moe.has_bias else None
+            warm_up_experts(experts, form.activation_format, self._dtype, bias_dtype)
 
     def _product(
         self,

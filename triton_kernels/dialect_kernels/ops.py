@@ -50,6 +50,7 @@ __all__ = [
     "semantic_linear",
     "semantic_op",
     "warm_up",
+    "warm_up_experts",
 ]
 
 _BACKENDS: Final[tuple[Backend, ...]] = (cpu, gpu, torch_backend)
@@ -306,6 +307,24 @@ def warm_up(
         bias_dtype: of the bias, if there is one.
     """
     _running(p.device).warm_up(p, activation_format, dtype, bias_dtype)
+
+
+def warm_up_experts(
+    experts: PackedExperts,
+    activation_format: str,
+    dtype: torch.dtype,
+    bias_dtype: torch.dtype | None = None,
+) -> None:
+    """As :func:`warm_up`, for products with experts.
+
+    Args:
+        experts: E packed weights [N, K].
+        activation_format: as for :func:`dialect_linear`.
+        dtype: of the tokens to come.
+        bias_dtype: of the bias, if there is one.
+    """
+    backend = _running(experts.device)
+    backend.warm_up_experts(experts, activation_format, dtype, bias_dtype)
 
 
 def _linear(

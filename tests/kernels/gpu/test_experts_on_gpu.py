@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dialect_kernels import PackedExperts, expert_linear, gpu, ops, quantize
+from dialect_kernels import PackedExperts, expert_linear, ops, quantize
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -50,7 +50,7 @@ def test_one_graph_serves_every_routing():
         arguments = packed.op_arguments(added)
         return ops.grouped_linear(held[0], held[1], offsets, *arguments, "dialect", "exact")
 
-    gpu.warm_up_experts(packed, "dialect", torch.bfloat16, torch.float32)
+    ops.warm_up_experts(packed, "dialect", torch.bfloat16, torch.float32)
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
