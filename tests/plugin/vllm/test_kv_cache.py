@@ -68,6 +68,18 @@ def test_what_does_not_go_together_is_one_sentence():
         _check_engine(config(SWITCH, transfer=object()), "auto")
 
 
+def test_a_scheme_with_a_cache_is_refused_where_vllm_cannot_pack_one(monkeypatch):
+    from dialect_plugin.vllm import compat
+    from dialect_plugin.vllm.config import BlockDialectConfig
+
+    wanted = BlockDialectConfig(Scheme(serialized=False, kv_cache="dialect"))
+    wanted.maybe_update_config("model")
+    monkeypatch.setattr(compat, "packs_caches", lambda: False)
+    BlockDialectConfig(Scheme(serialized=False)).maybe_update_config("model")
+    with pytest.raises(SchemeError, match="kv_cache is 'dialect', but only the CPU back end"):
+        wanted.maybe_update_config("model")
+
+
 def test_layers_that_a_dialect_cache_cannot_serve_keep_16_bit():
     from vllm.v1.kv_cache_interface import CrossAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
