@@ -107,6 +107,7 @@ def expected_logprobs(
     adapter: dict[str, torch.Tensor] | None = None,
     adapter_scale: float = 1.0,
     rotation: Rotation = "none",
+    embeddings: bool = False,
 ) -> torch.Tensor:
     """Log-probabilities [len(PROMPT), VOCABULARY] of the quantized model, float32.
 
@@ -117,6 +118,9 @@ def expected_logprobs(
     model = getattr(transformers, architecture).from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     )
+    if embeddings:
+        matrix = model.get_input_embeddings().weight
+        matrix.data = quantize(matrix.data, book).dequantize()
     for name, module in model.named_modules():
         size = block_size(name)
         if name.endswith(".experts") and size is not None:

@@ -45,8 +45,12 @@ def logprobs_on_two_ranks(model, tmp_path, options=""):
     return torch.tensor(json.loads(line.removeprefix("logprobs ")))
 
 
-@pytest.mark.parametrize("rotation", ["none", "hadamard_32"])
-def test_two_ranks_compute_what_one_does(rotation, tmp_path):
+@pytest.mark.parametrize(
+    "scheme",
+    [{}, {"rotation": "hadamard_32", "lm_head": True, "embeddings": True}],
+    ids=["plain", "rotated, with the vocabulary"],
+)
+def test_two_ranks_compute_what_one_does(scheme, tmp_path):
     """W4A16: the ranks' parts add up to the same sums, so the comparison can be tight.
 
     With rounded activations each rank rounds its own share of a row-parallel layer's inputs with a
@@ -54,9 +58,9 @@ def test_two_ranks_compute_what_one_does(rotation, tmp_path):
     whole row.
     """
     source = build("LlamaForCausalLM", tmp_path / "source")
-    convert(source, tmp_path / "packed", Scheme(rotation=rotation))
+    convert(source, tmp_path / "packed", Scheme(**scheme))
     found = logprobs_on_two_ranks(
         tmp_path / "packed", tmp_path, 'quantization="blockdialect_w4a16"'
     )
-    oracle = expected_logprobs(source, "LlamaForCausalLM", "none", rotation=rotation)[:-1]
+    oracle = expected_logprobs(source, "LlamaForCausalLM", "none", **scheme)[:-1]
     torch.testing.assert_close(found, oracle, rtol=1e-4, atol=1e-3)
