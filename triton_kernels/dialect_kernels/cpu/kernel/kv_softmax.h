@@ -67,7 +67,8 @@ INLINE Floats<Width> exp2_of(const Floats<Width>& x) {
     p = p * f + 2.40226507e-1f;
     p = p * f + 6.93147181e-1f;
     p = p * f + 1.0f;
-    const Floats<Width> power = (Floats<Width>)((Ints<Width>)p + ((Ints<Width>)rounded << 23));
+    typedef Vector<uint32_t, Width> Bits;  // sums that nobody selects may overflow
+    const Floats<Width> power = (Floats<Width>)((Bits)p + ((Bits)rounded << 23));
     const Floats<Width> zero = {};
     const Floats<Width> flushed = selected<Width>(x < zero - 126.0f, zero, power);
     return selected<Width>(x == x, flushed, x);
