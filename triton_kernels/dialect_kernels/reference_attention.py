@@ -50,7 +50,7 @@ def read(cache: KvCache, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     """
     bytes_ = cache.slots[slots // cache.block_tokens, :, slots % cache.block_tokens]
     half, blocks = cache.head_size // 2, cache.head_size // CACHE_BLOCK
-    sizes = (half, half, blocks, blocks, 1, 1)
+    sizes = [half, half, blocks, blocks, 1, 1]
     key_codes, value_codes, key_meta, value_meta, key_exponent, value_exponent = (
         part.flatten(0, 1).contiguous() for part in torch.split(bytes_, sizes, dim=-1)
     )
