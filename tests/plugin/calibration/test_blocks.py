@@ -24,10 +24,10 @@ WINDOWS = torch.arange(3, 3 + 2 * 24).view(2, 24) * 7 % 300
 
 
 def blocks_of(path, **options):
+    """As a calibration has them: routed experts are no modules of transformers."""
     checkpoint = open_checkpoint(path)
-    return DecoderBlocks(
-        checkpoint, choose_layers(checkpoint, options_of(**options)).formats, "cpu"
-    )
+    choice = choose_layers(checkpoint, options_of(experts=False, **options))
+    return DecoderBlocks(checkpoint, choice.formats, "cpu")
 
 
 def outputs(blocks):

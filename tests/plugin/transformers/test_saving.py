@@ -43,7 +43,7 @@ ROTATED = {"rotation": "hadamard_32", "book": "semantic_32"}
     ],
 )
 def test_a_saved_model_is_the_checkpoint_again(packed, tmp_path, architecture, options):
-    source = packed(architecture, **options)
+    source = packed(architecture, experts=False, **options)
     loaded = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     loaded.save_pretrained(tmp_path)
     same_tensors(source, tmp_path)
@@ -110,7 +110,7 @@ def test_quantizing_while_loading_gives_the_converter_s_bytes(
         dtype="auto",
         quantization_config=BlockDialectConfig(**options),
     )
-    converted = packed(architecture, **options)
+    converted = packed(architecture, experts=False, **options)
     expected = AutoModelForCausalLM.from_pretrained(converted, dtype="auto")
     assert torch.equal(logits_of(loaded), logits_of(expected))
     loaded.save_pretrained(tmp_path)
