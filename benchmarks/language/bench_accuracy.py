@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,13 +97,27 @@ def measure(models: str, windows: int) -> dict[str, Any]:
     Raises:
         SystemExit: if a model is not known or cannot be fetched.
     """
+    return on_the_text(MODELS, models, windows, _evaluated)
+
+
+def on_the_text(
+    known: Collection[str],
+    models: str,
+    windows: int,
+    evaluated: Callable[[str, Path, int], dict[str, Any]],
+) -> dict[str, Any]:
+    """Per model, separated by commas: what `evaluated` finds in so many windows of the text.
+
+    Raises:
+        SystemExit: if a model is not known.
+    """
     chosen = models.split(",")
-    if not set(chosen) <= set(MODELS):
-        raise SystemExit(f"--models: {models!r}; it must be some of {', '.join(MODELS)}")
+    if not set(chosen) <= set(known):
+        raise SystemExit(f"--models: {models!r}; it must be some of {', '.join(known)}")
     with tempfile.TemporaryDirectory() as directory:
         text = write_text(Path(directory))
         return {
-            "models": {name: _evaluated(name, text, windows) for name in chosen},
+            "models": {name: evaluated(name, text, windows) for name in chosen},
             "windows": windows,
             "window": WINDOW,
         }

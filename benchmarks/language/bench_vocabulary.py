@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..lib.gate import golden_gate
 from ..lib.harness import ROOT, Table, main
-from .bench_accuracy import SHIPPED, WINDOW, write_text
+from .bench_accuracy import SHIPPED, WINDOW, on_the_text
 
 if TYPE_CHECKING:
     from dialect_plugin.evaluation.result import Row
@@ -52,16 +52,7 @@ def measure(models: str, windows: int) -> dict[str, Any]:
     Raises:
         SystemExit: if a model is not known or cannot be fetched.
     """
-    chosen = models.split(",")
-    if not set(chosen) <= set(MODELS):
-        raise SystemExit(f"--models: {models!r}; it must be some of {', '.join(MODELS)}")
-    with tempfile.TemporaryDirectory() as directory:
-        text = write_text(Path(directory))
-        return {
-            "models": {name: _evaluated(name, text, windows) for name in chosen},
-            "windows": windows,
-            "window": WINDOW,
-        }
+    return on_the_text(MODELS, models, windows, _evaluated)
 
 
 def _evaluated(name: str, text: Path, windows: int) -> dict[str, Any]:
