@@ -289,7 +289,7 @@ def test_address_and_undefined_behaviour_sanitizers(source_tree):
     flags = (
         "-fsanitize=address,undefined,float-cast-overflow",
         "-fno-sanitize-recover=all",
-        "-g",
+        "-g1",  # lines for the report; everything else takes the compiler half a minute more
         "-O1",
     )
     build_module.build(source_tree / "dialect_kernels" / "cpu", flags)
