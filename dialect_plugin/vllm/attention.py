@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from difflib import get_close_matches
-from functools import cache
 from typing import Any, get_args
 
 import torch
@@ -105,10 +104,10 @@ class DialectCPUBackend(CPUAttentionBackend):
         if config is None or _cache_format(config) == "none" or _is_packed(spec):
             return spec
         if (reason := _refusal(spec)) is not None:
-            _log_once(f"the KV cache of some layers stays in 16 bit: {reason}")
+            logger.info_once(f"the KV cache of some layers stays in 16 bit: {reason}")
             return spec
         size = slot_bytes(spec.head_size)
-        _log_once(
+        logger.info_once(
             f"KV cache in 4 bit: {size} bytes for each token and head of {spec.head_size} "
             f"instead of {spec.state_content_size_bytes}"
         )
@@ -250,8 +249,3 @@ def _check_engine(config: Any, kv_cache_dtype: str) -> None:
             "kv_transfer_config: connectors that move or offload a KV cache do not know the "
             "dialect format; leave it out, or set kv_cache to 'none'"
         )
-
-
-@cache
-def _log_once(message: str) -> None:
-    logger.info(message)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -321,7 +321,7 @@ class BlockDialectConfig(QuantizationConfig):
         if not self.scheme.lm_head or self._belongs_to_target():
             return None
         if self._pooling:
-            _log_once("the output projection of a pooling model is not quantized")
+            logger.info_once("the output projection of a pooling model is not quantized")
             return None
         if tied:
             raise SchemeError(_TIED)
@@ -341,7 +341,9 @@ class BlockDialectConfig(QuantizationConfig):
             found = fitted(form, layer.embedding_dim)
         if found is None:
             columns = layer.embedding_dim
-            _log_once(f"{names[0]} stays in 16 bit: no block size divides its {columns} columns")
+            logger.info_once(
+                f"{names[0]} stays in 16 bit: no block size divides its {columns} columns"
+            )
             return None
         self._fused |= dict.fromkeys(spellings, names[0])
         return LinearSpec(names[0], self._serialized, found, self.complete)
@@ -380,7 +382,7 @@ class BlockDialectConfig(QuantizationConfig):
             inner = moe.intermediate_size_per_partition
             gate_up, down = fitted(gate_up, moe.hidden_dim), fitted(down, inner)
             if gate_up is None or down is None:
-                _log_once(f"{prefix}: no block size divides the columns of its experts")
+                logger.info_once(f"{prefix}: no block size divides the columns of its experts")
                 return None
         if compat.has_adapters_for_experts(layer):
             if scheme.serialized:
@@ -388,7 +390,7 @@ class BlockDialectConfig(QuantizationConfig):
                     f"--enable-lora: adapters cannot be applied to packed experts ({prefix}); "
                     "restrict them with --lora-target-modules, or convert with --no-experts"
                 )
-            _log_once("the experts stay in 16 bit, because adapters may be for them")
+            logger.info_once("the experts stay in 16 bit, because adapters may be for them")
             return None
         return ExpertsSpec(prefix, self._serialized, gate_up, down, self.complete)
 
@@ -540,8 +542,3 @@ def _spellings(name: str) -> list[str]:
     """A layer's name, and as it is in checkpoints of the inner model: without ``model.``."""
     inner = name.removeprefix(_ROOT)
     return [name, inner if inner != name else f"{_ROOT}{name}"]
-
-
-@cache
-def _log_once(message: str) -> None:
-    logger.info(message)

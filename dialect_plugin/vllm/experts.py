@@ -35,6 +35,7 @@ from .activations import Activation
 from .errors import LoadError
 from .linear import DTYPES, log_kernel
 from .parameters import (
+    MarksLoaded,
     check_tensor,
     counted_before,
     forget_loaded,
@@ -76,7 +77,7 @@ class ExpertsSpec:
         return self.down if part == DOWN else self.gate_up
 
 
-class BlockDialectExpertsMethod(FusedMoEMethodBase):
+class BlockDialectExpertsMethod(MarksLoaded, FusedMoEMethodBase):
     """Creates, loads and applies the packed weights of a layer's routed experts.
 
     Attributes:
@@ -271,16 +272,6 @@ class BlockDialectExpertsMethod(FusedMoEMethodBase):
             "default",
             form.rotation,
         )
-
-    @staticmethod
-    def is_loaded(layer: Any) -> bool:
-        """Whether the layer holds weights that have been checked."""
-        return bool(getattr(layer, "_already_called_process_weights_after_loading", False))
-
-    @staticmethod
-    def set_loaded(layer: Any) -> None:
-        """Note that the layer holds checked weights: new ones, or old ones again."""
-        layer._already_called_process_weights_after_loading = True
 
     def check_loaded(self, layer: Any) -> None:
         """Raise LoadError if a tensor of an expert was not in the checkpoint."""

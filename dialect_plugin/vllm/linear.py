@@ -36,7 +36,7 @@ from dialect_kernels.packed import STORED_FIELDS
 from ..scheme import LayerFormat
 from . import heap
 from .errors import LoadError
-from .parameters import checked, forget_loaded, held, loaded_shards
+from .parameters import MarksLoaded, checked, forget_loaded, held, loaded_shards
 from .probes import WEIGHT, Orders
 
 __all__ = ["DTYPES", "BlockDialectLinearMethod", "LinearSpec", "log_kernel"]
@@ -84,7 +84,7 @@ class LinearSpec:
 
 
 @register_weight_loader_v2_supported_method
-class BlockDialectLinearMethod(LinearMethodBase):
+class BlockDialectLinearMethod(MarksLoaded, LinearMethodBase):
     """Creates, loads and applies the packed weight of a linear layer or an output projection.
 
     After loading, the layer holds ``weight_packed`` uint8 [N, K/2], ``weight_meta`` uint8
@@ -305,16 +305,6 @@ class BlockDialectLinearMethod(LinearMethodBase):
             dtypes.add(None)  # where ranks add up their parts, only the first adds the bias
         for bias_dtype in dtypes:
             warm_up(self._packed(layer), self.spec.format.activation_format, self.dtype, bias_dtype)
-
-    @staticmethod
-    def is_loaded(layer: Any) -> bool:
-        """Whether the layer holds packed weights that have been processed."""
-        return bool(getattr(layer, "_already_called_process_weights_after_loading", False))
-
-    @staticmethod
-    def set_loaded(layer: Any) -> None:
-        """Note that the layer holds processed weights: new ones, or old ones again."""
-        layer._already_called_process_weights_after_loading = True
 
     def check_loaded(self, layer: Any) -> None:
         """Raise LoadError if a tensor was not in the checkpoint: vLLM does not check this."""

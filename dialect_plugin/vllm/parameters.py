@@ -16,6 +16,7 @@ from . import probes
 from .errors import LoadError
 
 __all__ = [
+    "MarksLoaded",
     "check_tensor",
     "checked",
     "counted_before",
@@ -135,6 +136,20 @@ def shards_of(loader: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Ha
         return shard if isinstance(shard, tuple) else (shard,)
     param, tensor = list(bound.arguments.values())[:2]
     return ((shard, None if tensor.dim() >= param.dim() else expert),)
+
+
+class MarksLoaded:
+    """A quantization method that notes at a layer whether its weights have been processed."""
+
+    @staticmethod
+    def is_loaded(layer: Any) -> bool:
+        """Whether the layer holds weights that have been processed; vLLM has the same mark."""
+        return bool(getattr(layer, "_already_called_process_weights_after_loading", False))
+
+    @staticmethod
+    def set_loaded(layer: Any) -> None:
+        """Note that the layer holds processed weights: new ones, or old ones again."""
+        layer._already_called_process_weights_after_loading = True
 
 
 def mark_loaded(param: torch.Tensor, shards: Iterable[Hashable]) -> None:
