@@ -9,7 +9,6 @@ plain tensors, so that engines can trace and compile through them; :func:`dialec
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Final, NamedTuple
 
 import torch
@@ -176,8 +175,13 @@ def dialect_linear(
         ValueError: if shapes, dtypes, devices or options do not fit.
     """
     check_linear(x, p, bias, activation_format, accumulation)
-    options = (activation_format, accumulation, p.rotation)
-    product = partial(_product_of, linear, p, bias, options)
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = linear(
+            x, *p.op_arguments(bias), activation_format, accumulation, p.rotation
+        )
+        return y
+
     return straight_through(x, _Weight(p, bias, product))
 
 
@@ -238,12 +242,13 @@ def semantic_linear(
     same bits. The gradient is that of :func:`dialect_linear`.
     """
     check_semantic(x, p, bias, salient, group)
-    options = (
-        None if salient is None else each_once(salient),
-        None if group is None else renumbered(group),
-        p.rotation,
-    )
-    product = partial(_product_of, semantic_op, p, bias, options)
+    once = None if salient is None else each_once(salient)
+    numbers = None if group is None else renumbered(group)
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = semantic_op(x, *p.op_arguments(bias), once, numbers, p.rotation)
+        return y
+
     return straight_through(x, _Weight(p, bias, product))
 
 
@@ -258,16 +263,6 @@ class _Weight(NamedTuple):
         """The weight [N, K], rotated back."""
         values = rotate_activation(dequantize(self.packed), self.packed.rotation)
         return values.to(dtype or values.dtype)
-
-
-def _product_of(
-    op: Callable[..., torch.Tensor],
-    p: PackedTensor,
-    bias: torch.Tensor | None,
-    options: tuple[object, ...],
-    x: torch.Tensor,
-) -> torch.Tensor:
-    return op(x, *p.op_arguments(bias), *options)
 
 
 def dialect_embedding(
