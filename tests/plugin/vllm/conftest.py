@@ -4,7 +4,7 @@ import pytest
 import torch
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def one_rank(tmp_path_factory):
     """vLLM's process groups for a single rank, and a config that says float32."""
     from vllm.config import VllmConfig, set_current_vllm_config
