@@ -3,7 +3,7 @@
 64 clients stream answers from ``vllm serve``; a third of them close the connection in the middle of
 every answer. Memory is the anonymous memory of all processes of the server; the first minute is not
 counted, and a line is fitted to the rest. Greedy answers, one request at a time, are compared by
-tokens and log-probabilities before and after.
+tokens and log-probabilities before and after. A server in 16 bit is the control.
 
     python -m benchmarks.language.bench_endurance [--seconds 300] [--clients 64]
 """
@@ -60,12 +60,13 @@ def measure(seconds: float, clients: int) -> Figures:
         ways = {
             "W4A4, packed": (packed, ()),
             "W4A4, packed while loading": (DEMO, ("--quantization", method)),
+            "bfloat16, the control": (DEMO, ()),
         }
         served = {
             name: _serve(model, Path(directory, f"{number}.log"), arguments, seconds, clients)
             for number, (name, (model, arguments)) in enumerate(ways.items())
         }
-    packed_answers, online_answers = (row.pop("answers") for row in served.values())
+    packed_answers, online_answers, _ = (row.pop("answers") for row in served.values())
     return {
         "clients": clients,
         "seconds": seconds,
@@ -138,7 +139,7 @@ def _prompts() -> list[str]:
 
 
 def tables(figures: Figures) -> dict[str, Table]:
-    """``soak``: traffic, memory and answers of both servers."""
+    """``soak``: traffic, memory and answers of every server."""
     rows = [
         [
             "served as",

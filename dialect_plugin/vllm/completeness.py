@@ -6,6 +6,7 @@ a bias that the checkpoint lacks is memory that nobody has written.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -27,6 +28,9 @@ from .probes import WEIGHT, Recorder
 __all__ = ["check_complete", "track_arrivals"]
 
 _OURS = (WEIGHT, *(field.stored for field in STORED_FIELDS))
+_COMMON = ("weight", "bias")
+"""Names that many tensors of one decoder layer have."""
+_NUMBERS = re.compile(r"(?<=\.)\d+(?=\.)")
 _GATED = ("w1", "w3")
 """vLLM's shard ids of gate and up, which one tensor holds for all experts."""
 
@@ -77,6 +81,7 @@ def check_complete(
     model: torch.nn.Module,
     loaded: Collection[str] | None,
     arrived: Mapping[int, set[Hashable]],
+    offered: Collection[str],
     draft: bool,
 ) -> None:
     """Raise LoadError if a parameter of the model, or a part of a fused one, was not loaded.
@@ -88,6 +93,7 @@ def check_complete(
         model: the model after its load_weights.
         loaded: what load_weights returned, names of parameters.
         arrived: from :func:`track_arrivals`.
+        offered: names of the checkpoint's tensors.
         draft: whether it is the draft model of speculative decoding.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
@@ -108,7 +114,7 @@ def check_complete(
             elif shards and _is_halved(module, parameter, shards):
                 halved.append(f"{prefix}.{name}")
     if missing or halved:
-        raise _incomplete(missing, halved)
+        raise _left_out(missing, offered) or _incomplete(missing, halved)
 
 
 def _is_ours(module: torch.nn.Module, name: str) -> bool:
@@ -140,6 +146,22 @@ def _lacks_experts(
     if not experts.keys().isdisjoint(_GATED) and compat.has_gated_experts(module):
         experts = {shard: experts.get(shard, set()) for shard in _GATED}
     return any(len(found) < parameter.shape[0] for found in experts.values())
+
+
+def _left_out(missing: list[str], offered: Collection[str]) -> LoadError | None:
+    """The error for a tensor that the checkpoint holds under a name which vLLM's loader skipped."""
+    for name in missing:
+        leaf = name.rpartition(".")[2]
+        if leaf in _COMMON:
+            continue
+        place = _NUMBERS.findall(name)
+        for other in sorted(offered):
+            if other.rpartition(".")[2] == leaf and _NUMBERS.findall(other) == place:
+                return LoadError(
+                    f"{name}: vLLM's loader of this model left it empty, although the checkpoint "
+                    f"holds {other}; serve it with a version of vLLM that loads this tensor"
+                )
+    return None
 
 
 def _incomplete(missing: list[str], halved: list[str]) -> LoadError:

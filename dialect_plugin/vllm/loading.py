@@ -190,7 +190,7 @@ def _first(
             ) from error
     setattr(model, _TARGETS, recorder.check())
     if config.complete:
-        check_complete(model, loaded, arrived, draft=config.draft)
+        check_complete(model, loaded, arrived, stream.names, draft=config.draft)
     config.check_names(stream.names, getattr(model, "is_unused_checkpoint_weight", None))
     return loaded
 

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LagunaConfig, LagunaForCausalLM
 
 from dialect_kernels import quantize
 from dialect_plugin.checkpoint.convert import convert
@@ -239,6 +239,35 @@ def test_a_bias_is_missed(lost, message, tmp_path):
     with pytest.raises(ValueError) as caught:
         load_model(write(tmp_path / "lossy", tmp_path / "packed", tensors))
     assert str(caught.value) == f"model.layers.1.self_attn.qkv_proj.bias: {message}{INCOMPLETE}"
+
+
+@pytest.mark.parametrize("quantization", [None, "blockdialect"])
+def test_a_tensor_that_a_loader_skips(quantization, tmp_path):
+    """vLLM builds Laguna's bias of the routing inside of a module that its loader looks past."""
+    config = LagunaConfig(
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=64,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    source = tmp_path / "source"
+    LagunaForCausalLM(config).to(torch.bfloat16).save_pretrained(source)
+    if not quantization:
+        convert(source, tmp_path / "packed")
+    with pytest.raises(ValueError) as caught:
+        load_model(source if quantization else tmp_path / "packed", quantization=quantization)
+    layer, name = "model.layers.1.mlp.experts", "e_score_correction_bias"
+    assert str(caught.value) == (
+        f"{layer}.routed_experts.{name}: vLLM's loader of this model left it empty, although the "
+        f"checkpoint holds {layer}.{name}; serve it with a version of vLLM that loads this tensor"
+    )
 
 
 def test_a_part_of_a_16_bit_layer_is_missed(source, tmp_path):
