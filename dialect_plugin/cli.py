@@ -109,15 +109,7 @@ _Packed = Annotated[Path, typer.Argument(help="Directory of a packed checkpoint.
 _BlockSizeOption = Annotated[
     BlockSize, _one_of("--block-size", BlockSize, "Elements that share a dialect and a scale.")
 ]
-_BookOrDefault = Annotated[
-    BookName | None,
-    _one_of(
-        "--book",
-        BookName,
-        "Formatbook of weights and activations; default: semantic_32 with --calibrate, else "
-        "dialect_fp4.",
-    ),
-]
+_Book = Annotated[BookName, _one_of("--book", BookName, "Formatbook of weights and activations.")]
 _Activations = Annotated[
     ActivationFormat,
     _one_of("--activation-format", ActivationFormat, "Activations that engines use by default."),
@@ -244,7 +236,7 @@ def quantize(
     src: _Source,
     dst: _Destination,
     block_size: _BlockSizeOption = 32,
-    book: _BookOrDefault = None,
+    book: _Book = "semantic_32",
     activation_format: _Activations = "dialect",
     rotation: _RotationOrDefault = None,
     ignore: _Ignore = None,
@@ -280,7 +272,8 @@ def quantize(
             experts,
             block_size=block_size,
             activation_format=activation_format,
-            **_book_and_rotation(book, rotation, calibration),
+            book=book,
+            rotation=_rotation(rotation, calibration),
             ignore=ignore or [],
             overrides=_read_overrides(override or [], overrides),
             lm_head=lm_head,
@@ -318,7 +311,7 @@ def report(
     src: _Source,
     html: _Html = None,
     as_json: _Json = False,
-    book: _BookOrDefault = None,
+    book: _Book = "semantic_32",
     rotation: _RotationOrDefault = None,
     ignore: _Ignore = None,
     targets: _Targets = None,
@@ -344,7 +337,7 @@ def report(
             damping=damping,
             device=device,
         )
-        chosen = _book_and_rotation(book, rotation, calibration)
+        chosen: dict[str, Any] = {"book": book, "rotation": _rotation(rotation, calibration)}
         vocabulary = {"lm_head": lm_head, "embeddings": embeddings}
         options = _options(targets, ignore=ignore or [], **chosen, **vocabulary)
     from .analysis.commands import report_on
@@ -373,7 +366,7 @@ def plan(
     output: _Output = None,
     objective: _Objective = None,
     fp8_share: _Fp8Share = None,
-    book: _BookOrDefault = None,
+    book: _Book = "semantic_32",
     rotation: _RotationOrDefault = None,
     ignore: _Ignore = None,
     targets: _Targets = None,
@@ -400,7 +393,7 @@ def plan(
         _check_rows(max_rows, all_rows)
         if output is not None:
             _check_file("--output", output)
-        chosen = _book_and_rotation(book, rotation, calibration)
+        chosen: dict[str, Any] = {"book": book, "rotation": _rotation(rotation, calibration)}
         vocabulary = {"lm_head": lm_head, "embeddings": embeddings}
         options = _options(targets, ignore=ignore or [], **chosen, **vocabulary)
     from .analysis.commands import plan_by_outputs, plan_by_weights
@@ -420,7 +413,7 @@ def plan(
     print(found.table)
     if output is not None:
         text = "" if calibrate is None else f" --calibrate {shlex.quote(calibrate)}"
-        usual = _book_and_rotation(None, None, calibration)
+        usual = {"book": "semantic_32", "rotation": _rotation(None, calibration)}
         other = "".join(f" --{key} {value}" for key, value in chosen.items() if value != usual[key])
         other += "".join(
             f" --{key.replace('_', '-')}" for key, wanted in vocabulary.items() if wanted
@@ -560,14 +553,9 @@ def _windows(text: str | None, samples: int | None) -> int | None:
     return 32 if text is not None and samples is None else samples
 
 
-def _book_and_rotation(
-    book: BookName | None, rotation: Rotation | None, calibration: CalibrationOptions | None
-) -> dict[str, Any]:
-    """Those of a conversion, by default the ones that lose least with or without calibration."""
-    return {
-        "book": book or ("semantic_32" if calibration else "dialect_fp4"),
-        "rotation": rotation or ("hadamard_32" if calibration else "none"),
-    }
+def _rotation(rotation: Rotation | None, calibration: CalibrationOptions | None) -> Rotation:
+    """That of a conversion, by default only with calibration."""
+    return rotation or ("hadamard_32" if calibration else "none")
 
 
 def _calibrator(options: CalibrationOptions) -> Calibrator:

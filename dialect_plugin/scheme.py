@@ -73,6 +73,9 @@ size.
 KvCacheFormat = Literal["none", "dialect"]
 """Format of the KV cache: 16 bit, or 4 bit in the 32-dialect book."""
 
+_UNNAMED_BOOK: Final[BookName] = "dialect_fp4"
+"""Book of a packed checkpoint that does not name one, whatever a new one gets by default."""
+
 _KEYS_OF_VERSION_2: Final = ("rotation", "embeddings", "kv_cache")
 """Fields of a scheme that are written only where they are not the default."""
 
@@ -167,7 +170,8 @@ class Scheme(BaseModel):
         format_version: version of the stored format, 1 or 2; default: the first that has all keys
             that the scheme needs.
         serialized: True if the weights are stored packed, False to quantize them while loading.
-        book: formatbook of weights and activations.
+        book: formatbook of weights and activations. The 32 dialects lose less on every model
+            measured than BlockDialect's 16, in as many bits.
         block_size: elements per block, along the reduction dimension.
         activation_format: ``"dialect"`` (W4A4), ``"fp8"`` (W4A8) or ``"none"`` (W4A16).
         ignore: patterns of layers that stay in 16 bit.
@@ -185,7 +189,7 @@ class Scheme(BaseModel):
     quant_method: Literal["blockdialect"] = QUANT_METHOD
     format_version: int = 1
     serialized: bool = True
-    book: BookName = "dialect_fp4"
+    book: BookName = "semantic_32"
     block_size: BlockSize = 32
     activation_format: ActivationFormat = "dialect"
     ignore: list[str] = Field(default_factory=list)
@@ -247,6 +251,8 @@ class Scheme(BaseModel):
             SchemeError: one sentence for the first fault: unknown key, wrong type or value, or a
                 format_version of a later release.
         """
+        if "quant_method" in data and data.get("serialized", True):
+            data = {"book": _UNNAMED_BOOK, **data}
         try:
             return cls.model_validate(dict(data))
         except ValidationError as error:

@@ -3,7 +3,7 @@
 Server and emulation of the demonstration add in other orders. In W4A4 such a difference, however
 small, may move an activation over the edge between two 4-bit codes; from that token on the layers
 above amplify it. In float32 the edge is met so rarely that each window has a part before it, in
-which the two must agree as closely as in W4A16.
+which the two must agree as closely as in W4A16. *Calibrated* weights are rotated, too.
 
     python -m benchmarks.language.bench_agreement
 """
@@ -33,7 +33,10 @@ def measure() -> dict[str, Any]:
 
     from demo.language.perplexity import windows
     from demo.language.real_models import REAL_MODELS, prepare
+    from dialect_plugin.calibration.calibrator import Calibrator
+    from dialect_plugin.calibration.options import CalibrationOptions
     from dialect_plugin.checkpoint.convert import convert
+    from dialect_plugin.scheme import Scheme
 
     model = prepare(MODEL)
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
@@ -41,10 +44,13 @@ def measure() -> dict[str, Any]:
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     parts = windows(tokens, CONTEXT - 1, TOKENS, tokenizer.bos_token_id)
     with tempfile.TemporaryDirectory() as directory:
-        packed = Path(directory, "packed")
+        packed, calibrated = Path(directory, "packed"), Path(directory, "calibrated")
         convert(model, packed)
+        calibrator = Calibrator(CalibrationOptions(sequence_length=CONTEXT))
+        convert(model, calibrated, Scheme(rotation="hadamard_32"), calibration=calibrator)
         rows = [
-            _row(model, packed, activations, dtype, parts)
+            {"weights": path.name} | _row(model, path, activations, dtype, parts)
+            for path in (packed, calibrated)
             for dtype in ("float32", "bfloat16")
             for activations in ("none", "dialect")
         ]
@@ -127,7 +133,7 @@ def tables(figures: dict[str, Any]) -> dict[str, Table]:
         largest, deviation = row["largest_before"], row["deviation_after"]
         rows.append(
             [
-                row["format"],
+                row["format"] + (", calibrated" if row["weights"] == "calibrated" else ""),
                 row["dtype"],
                 f"{row['served_perplexity']:.3f}",
                 f"{row['emulated_perplexity']:.3f}",

@@ -37,7 +37,7 @@ _ANSWERS = 16
 _ANSWER_TOKENS = 64
 _SHOWN_ERRORS = 10
 _ARGUMENTS = ("--dtype", "bfloat16", "--max-model-len", "512", "--enforce-eager")
-_FAULT = re.compile(r"\bERROR\b|^Traceback", re.M)
+_FAULT = re.compile(r"^.*\bERROR\b.*|^Traceback.*", re.M)
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -103,6 +103,7 @@ def _serve(
         if _WARM_UP_S <= second - begin <= _WARM_UP_S + seconds
     ]
     per_second, error = slope(*zip(*kept, strict=True))
+    logged = _FAULT.findall(log.read_text(encoding="utf-8", errors="replace"))
     return {
         "whole": traffic.whole,
         "left_early": traffic.left,
@@ -117,7 +118,8 @@ def _serve(
         "same_answers": sum(b == a for b, a in zip(before, after, strict=True)),
         "asked": len(asked),
         "answers": before,
-        "logged_errors": len(_FAULT.findall(log.read_text(encoding="utf-8", errors="replace"))),
+        "logged_errors": len(logged),
+        "first_logged_errors": logged[:_SHOWN_ERRORS],
         "processes_left": sum(map(_is_running, processes)),
     }
 

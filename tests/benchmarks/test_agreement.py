@@ -26,10 +26,13 @@ def test_tokens_are_equal_until_a_window_parts():
 def test_the_table_has_a_dash_where_there_is_nothing_to_say():
     same = torch.full((3,), -1.0, dtype=torch.float64)
     rows = [
-        {"format": "W4A16", "dtype": "float32"} | compare(same, same, [[0] * 4]),
-        {"format": "W4A4", "dtype": "bfloat16"} | compare(same + 0.5, same, [[0] * 4]),
+        {"weights": "packed", "format": "W4A16", "dtype": "float32"},
+        {"weights": "calibrated", "format": "W4A4", "dtype": "bfloat16"},
     ]
+    rows[0] |= compare(same, same, [[0] * 4])
+    rows[1] |= compare(same + 0.5, same, [[0] * 4])
     _, first, second = tables({"rows": rows})["formats"]
+    assert (first[0], second[0]) == ("W4A16", "W4A4, calibrated")
     assert first[5:] == ["3 of 3", "0e+00", "–"]
     assert second[4].startswith("+0.5000 ±")
     assert second[5:] == ["0 of 3", "–", "0.00"]

@@ -39,25 +39,25 @@ def test_each_key_of_a_layer_comes_from_the_first_override_that_has_it():
     scheme = Scheme.parse(
         {
             "overrides": {
-                "re:.*layers.0": {"rotation": "none", "book": "semantic_32"},
-                "re:.*down_proj": {"activation_format": "fp8", "book": "dialect_fp4"},
+                "re:.*layers.0": {"rotation": "none", "book": "dialect_fp4"},
+                "re:.*down_proj": {"activation_format": "fp8", "book": "semantic_32"},
                 "layers.0.down_proj": {"block_size": 16},
                 "model.layers.0.q_proj": {"block_size": 64, "rotation": "hadamard_32"},
             },
             "rotation": "hadamard_32",
         }
     )
-    down = ("semantic_32", 16, "fp8", "none")
+    down = ("dialect_fp4", 16, "fp8", "none")
     assert scheme.layer("layers.0.down_proj") == down
     assert scheme.layer("model.layers.0.down_proj", "layers.0.down_proj") == down
-    assert scheme.layer("layers.1.down_proj") == ("dialect_fp4", 32, "fp8", "hadamard_32")
-    assert scheme.layer("layers.0.q_proj") == ("semantic_32", 32, "dialect", "none")
+    assert scheme.layer("layers.1.down_proj") == ("semantic_32", 32, "fp8", "hadamard_32")
+    assert scheme.layer("layers.0.q_proj") == ("dialect_fp4", 32, "dialect", "none")
     both = ("layers.0.q_proj", "model.layers.0.q_proj")
-    assert scheme.layer(*both) == ("semantic_32", 64, "dialect", "hadamard_32")
-    assert scheme.layer("layers.1.q_proj") == ("dialect_fp4", 32, "dialect", "hadamard_32")
+    assert scheme.layer(*both) == ("dialect_fp4", 64, "dialect", "hadamard_32")
+    assert scheme.layer("layers.1.q_proj") == ("semantic_32", 32, "dialect", "hadamard_32")
     forced = scheme.with_activation_format("none")
     assert {forced.layer(n).activation_format for n in ("layers.0.down_proj", "x")} == {"none"}
-    assert forced.layer("layers.0.down_proj").book == "semantic_32"
+    assert forced.layer("layers.0.down_proj").book == "dialect_fp4"
 
 
 VERSION_1 = {
@@ -92,7 +92,7 @@ def test_keys_that_version_1_lacks_are_written_only_where_they_are_needed(keys, 
     scheme = Scheme.parse({"overrides": {"a": {"block_size": 16}}} | keys)
     defaults = {"rotation": "none", "embeddings": False, "kv_cache": "none"}
     written = {k: v for k, v in keys.items() if (k, v) not in defaults.items()}
-    expected = VERSION_1 | {"format_version": version} | written
+    expected = VERSION_1 | {"book": "semantic_32", "format_version": version} | written
     assert list(scheme.to_config().items()) == list(expected.items())
     assert scheme.format_version == version
     assert Scheme.parse(scheme.to_config()) == scheme
@@ -101,6 +101,13 @@ def test_keys_that_version_1_lacks_are_written_only_where_they_are_needed(keys, 
             SchemeError, match=r"^x: format_version is 1; rotation, embeddings, kv_cache, and"
         ):
             Scheme.parse(expected | {"format_version": 1}, "x")
+
+
+def test_a_packed_checkpoint_without_a_book_has_the_first_one():
+    """New conversions name their book; what they get by default says nothing about files."""
+    unnamed = {key: value for key, value in VERSION_1.items() if key != "book"}
+    assert Scheme.parse(unnamed).to_config() == VERSION_1
+    assert Scheme.parse({"serialized": False}).book == Scheme().book == "semantic_32"
 
 
 def test_a_file_of_version_2_may_lack_its_keys():
@@ -129,17 +136,17 @@ def test_a_faulty_override_is_one_sentence(override, sentence):
 )
 def test_a_format_is_fitted_to_the_columns(columns, block_size, rotation):
     wanted = Scheme(block_size=64, rotation="hadamard_32").layer("x")
-    assert fitted(wanted, columns) == ("dialect_fp4", block_size, "dialect", rotation)
+    assert fitted(wanted, columns) == ("semantic_32", block_size, "dialect", rotation)
     assert fitted(wanted, 40) is None
 
 
 def test_how_parts_of_a_matrix_disagree():
     plain = Scheme().layer("x")
-    parts = {"q": plain, "k": plain._replace(rotation="hadamard_32", book="semantic_32"), "v": None}
+    parts = {"q": plain, "k": plain._replace(rotation="hadamard_32", book="dialect_fp4"), "v": None}
     assert disagreement({"q": plain, "k": plain}) is None
     assert disagreement({"q": None, "k": None}) is None
     assert disagreement(parts) == (
-        "q book dialect_fp4, rotation none, k book semantic_32, rotation hadamard_32, v 16 bit",
+        "q book semantic_32, rotation none, k book dialect_fp4, rotation hadamard_32, v 16 bit",
         "book and rotation",
     )
     assert disagreement({"q": plain, "v": None}) == ("q block size 32, v 16 bit", "block size")
@@ -161,8 +168,8 @@ def test_an_override_that_is_no_object_is_named_with_its_form():
 
 def test_embeddings_are_never_rotated_and_tied_ones_are_multiplied_with_16_bit_activations():
     scheme = Scheme(rotation="hadamard_32", overrides={"re:.*wte": {"block_size": 16}})
-    assert scheme.embedding("wte", tied=False) == ("dialect_fp4", 16, "dialect", "none")
-    assert scheme.embedding("wte", tied=True) == ("dialect_fp4", 16, "none", "none")
+    assert scheme.embedding("wte", tied=False) == ("semantic_32", 16, "dialect", "none")
+    assert scheme.embedding("wte", tied=True) == ("semantic_32", 16, "none", "none")
     asked = {"wte": {"activation_format": "fp8", "rotation": "hadamard_32"}}
     other = Scheme.parse({"overrides": asked})
-    assert other.embedding("wte", tied=True) == ("dialect_fp4", 32, "fp8", "none")
+    assert other.embedding("wte", tied=True) == ("semantic_32", 32, "fp8", "none")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dialect_kernels import quantize
-from dialect_kernels.formatbook import DIALECT_FP4, Formatbook, Rotation
+from dialect_kernels.formatbook import SEMANTIC_32, Formatbook, Rotation
 from tests.support.served_models import PROMPT, VOCABULARY
 
 FUSED = {
@@ -101,7 +101,7 @@ def parameters(llm: Any) -> dict[str, torch.Tensor]:
 def expected_bytes(
     weights: dict[str, torch.Tensor],
     module: str,
-    book: Formatbook = DIALECT_FP4,
+    book: Formatbook = SEMANTIC_32,
     block_size: int = 32,
     rotation: Rotation = "none",
 ) -> dict[str, torch.Tensor]:
@@ -127,7 +127,7 @@ def expected_experts(
     for stack, parts in (("w13", ("w1", "w3")), ("w2", ("w2",))):
         experts = [
             [
-                quantize(weights[f"{prefix}.{e}.{part}.weight"], block_size=block_size)
+                quantize(weights[f"{prefix}.{e}.{part}.weight"], SEMANTIC_32, block_size=block_size)
                 for part in parts
             ]
             for e in range(count)

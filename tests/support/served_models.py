@@ -11,7 +11,7 @@ import transformers
 from safetensors import safe_open
 
 from dialect_kernels import PackedTensor, baselines, quantize, reference
-from dialect_kernels.formatbook import DIALECT_FP4, Formatbook, Rotation
+from dialect_kernels.formatbook import SEMANTIC_32, Formatbook, Rotation
 from dialect_kernels.rotation import rotate_activation
 
 VOCABULARY = 500  # vLLM pads it to 512
@@ -101,7 +101,7 @@ def expected_logprobs(
     directory: Path,
     architecture: str,
     activation_format: str = "dialect",
-    book: Formatbook = DIALECT_FP4,
+    book: Formatbook = SEMANTIC_32,
     block_size: Callable[[str], int | None] = lambda name: 32,
     lm_head: bool = False,
     adapter: dict[str, torch.Tensor] | None = None,

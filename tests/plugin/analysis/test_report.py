@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from dialect_kernels import DIALECT_FP4, quantize
+from dialect_kernels import SEMANTIC_32, quantize
 from dialect_kernels.baselines import quantize_mxfp4, quantize_nvfp4
 from dialect_plugin.analysis.report import SAMPLED_ROWS, FormatLoss, LayerReport, Report
 from dialect_plugin.analysis.report_page import report_page
@@ -41,7 +41,7 @@ def tiny_report(tiny_model):
 def test_sqnr_is_what_float64_gives(tiny_model, tiny_report):
     weight = load_file(tiny_model() / "model.safetensors")[f"{LAYER}.weight"]
     rounded = {
-        f"BlockDialect-{b}": quantize(weight, DIALECT_FP4, b).dequantize() for b in (16, 32, 64)
+        f"BlockDialect-{b}": quantize(weight, SEMANTIC_32, b).dequantize() for b in (16, 32, 64)
     }
     rounded |= {"MXFP4-32": quantize_mxfp4(weight, 32), "NVFP4-16": quantize_nvfp4(weight)}
     assert tiny_report["formats"] == list(rounded) == NAMES
@@ -59,8 +59,8 @@ def test_bits_and_dialects_are_those_of_the_packed_tensor(tiny_model, tiny_repor
     for block_size in (16, 32, 64):
         loss = tiny_report["layers"][LAYER]["losses"][f"BlockDialect-{block_size}"]
         assert loss["bits_per_weight"] == 4 + 8 / block_size + 8 / columns
-        meta = quantize(weight, DIALECT_FP4, block_size).meta.flatten().tolist()
-        assert loss["dialects"] == [sum(m & 15 == i for m in meta) for i in range(16)]
+        meta = quantize(weight, SEMANTIC_32, block_size).meta.flatten().tolist()
+        assert loss["dialects"] == [sum(m & 31 == i for m in meta) for i in range(32)]
         assert sum(loss["dialects"]) == rows * columns // block_size
     assert tiny_report["layers"][LAYER]["losses"]["MXFP4-32"]["dialects"] is None
 
@@ -110,7 +110,7 @@ def test_sampled_rows_are_evenly_spread_and_always_the_same(tiny_model):
     rows = [i * 128 // 50 for i in range(50)]
     sample = weight[rows].double()
     assert layer["signal"] == pytest.approx(128 / 50 * sample.square().sum().item(), rel=1e-5)
-    error = sample - quantize(weight[rows], DIALECT_FP4, 32).dequantize().double()
+    error = sample - quantize(weight[rows], SEMANTIC_32, 32).dequantize().double()
     noise = layer["losses"]["BlockDialect-32"]["noise"]
     assert noise == pytest.approx(128 / 50 * error.square().sum().item(), rel=1e-5)
 

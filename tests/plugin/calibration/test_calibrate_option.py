@@ -38,10 +38,10 @@ def test_book_and_rotation_can_be_chosen(tiny_model, tmp_path):
     assert record["damping"] == 0.1
 
 
-def test_without_calibration_the_defaults_are_the_old_ones(tiny_model, tmp_path):
+def test_without_calibration_nothing_is_rotated(tiny_model, tmp_path):
     assert run("quantize", tiny_model(), tmp_path / "packed").exit_code == 0
     scheme = open_packed(tmp_path / "packed").scheme
-    assert (scheme.book, scheme.rotation) == ("dialect_fp4", "none")
+    assert (scheme.book, scheme.rotation, scheme.format_version) == ("semantic_32", "none", 1)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dialect_kernels import DIALECT_FP4, quantize
+from dialect_kernels import SEMANTIC_32, quantize
 from dialect_plugin.checkpoint.convert import convert, render
 from dialect_plugin.checkpoint.options import ConvertOptions
 from dialect_plugin.checkpoint.progress import Silent
@@ -35,7 +35,7 @@ def test_every_architecture_of_the_table(architecture, tiny_model, tmp_path):
     for name, weight in weights.items():
         layer = name.removesuffix(".weight")
         if layer in layers:
-            expected = quantize(weight, DIALECT_FP4)
+            expected = quantize(weight, SEMANTIC_32)
             assert torch.equal(stored[f"{layer}.weight_packed"], expected.codes)
             assert torch.equal(stored[f"{layer}.weight_meta"], expected.meta)
             assert torch.equal(stored[f"{layer}.weight_row_exponent"], expected.row_exponent)
@@ -87,7 +87,9 @@ def test_other_dtypes(source, tmp_path, dtype):
     convert(source, tmp_path / "packed")
     stored = load_file(tmp_path / "packed" / "model.safetensors")
     name = "model.layers.0.mlp.down_proj"
-    assert torch.equal(stored[f"{name}.weight_packed"], quantize(weights[f"{name}.weight"]).codes)
+    assert torch.equal(
+        stored[f"{name}.weight_packed"], quantize(weights[f"{name}.weight"], SEMANTIC_32).codes
+    )
     assert stored["model.embed_tokens.weight"].dtype == dtype
 
 
@@ -105,8 +107,8 @@ def test_rows_below_the_window_are_reported(source, tmp_path):
     weights = load_file(source / "model.safetensors")
     name = "model.layers.0.mlp.down_proj.weight"
     weights[name][2, :32] *= 2.0**-30  # becomes zeros
-    weights[name][9, :32] *= 2.0**-16  # is rounded at the window's edge
-    weights[name][11, :32] *= 2.0**-8  # inside the window
+    weights[name][9, :32] *= 2.0**-10  # is rounded at the window's edge
+    weights[name][11, :32] *= 2.0**-5  # inside the window
     weights[name][13, :32] = 0
     save_file(weights, source / "model.safetensors", {"format": "pt"})
     result = convert(source, tmp_path / "packed")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dialect_kernels import reference
+from dialect_kernels import SEMANTIC_32, reference
 from dialect_plugin.checkpoint.convert import convert, render
 from dialect_plugin.checkpoint.inspection import inspect_checkpoint
 from dialect_plugin.checkpoint.inspection import render as render_inspection
@@ -117,7 +117,7 @@ def test_each_matrix_of_each_expert_is_a_layer_of_its_own(architecture, source, 
     }
     assert set(packed) == {*wanted, "model.layers.0.self_attn.q_proj"}
     for layer, weight in wanted.items():
-        expected = reference.quantize(weight)
+        expected = reference.quantize(weight, SEMANTIC_32)
         for found, right in zip(packed[layer].tensors, expected.tensors, strict=True):
             assert torch.equal(found, right), layer
     assert packed.scheme.ignore == [f"{MLP}.gate"]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dialect_kernels import quantize
+from dialect_kernels import SEMANTIC_32, quantize
 from dialect_plugin.checkpoint import loss
 
 
@@ -14,7 +14,7 @@ from dialect_plugin.checkpoint import loss
 def test_signal_and_noise_by_their_definition(dtype, slice_elements, monkeypatch):
     monkeypatch.setattr(loss, "_SLICE_ELEMENTS", slice_elements)
     weight = torch.randn(37, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
-    kept, values = weight.clone(), quantize(weight).dequantize()
+    kept, values = weight.clone(), quantize(weight, SEMANTIC_32).dequantize()
     found = loss.signal_and_noise(weight, lambda start, stop: values[start:stop].clone())
     assert torch.equal(weight, kept)
     exact = weight.to(torch.float32)

@@ -12,13 +12,13 @@ tags: [blockdialect, 4-bit]
 
 # LlamaForCausalLM, packed with BlockDialect
 
-2 layers (53,248 weights) are stored in the format `dialect_fp4` at 4.538 bits per weight; \
+2 layers (53,248 weights) are stored in the format `semantic_32` at 4.538 bits per weight; \
 everything else is as in the source.
 
 | | |
 |---|---|
 | architecture | LlamaForCausalLM |
-| format | `blockdialect` version 1, book `dialect_fp4` |
+| format | `blockdialect` version 1, book `semantic_32` |
 | block size | 32, 2 layers differ |
 | activations | W4A8 by default |
 | selection of dialects | exact squared error |

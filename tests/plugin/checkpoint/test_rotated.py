@@ -76,7 +76,7 @@ def test_config_json_without_rotation_is_that_of_version_1(tiny_model, tmp_path)
     "quant_method": "blockdialect",
     "format_version": 1,
     "serialized": true,
-    "book": "dialect_fp4",
+    "book": "semantic_32",
     "block_size": 32,
     "activation_format": "dialect",
     "ignore": [
@@ -156,7 +156,7 @@ def test_layers_whose_columns_do_not_fit_are_not_rotated(tiny_model, tmp_path):
     ("key", "value", "other"),
     [
         ("rotation", ROTATED, "none"),
-        ("book", "semantic_32", "dialect_fp4"),
+        ("book", "dialect_fp4", "semantic_32"),
         ("activation_format", "fp8", "dialect"),
     ],
 )
@@ -176,17 +176,17 @@ def test_parts_of_a_fused_layer_agree_in_every_key(source, tmp_path, key, value,
 
 
 def test_each_layer_has_the_book_of_its_override(source, tmp_path):
-    overrides = {"re:.*down_proj": {"book": "semantic_32", "activation_format": "none"}}
+    overrides = {"re:.*down_proj": {"book": "dialect_fp4", "activation_format": "none"}}
     convert(source, tmp_path / "packed", options_of(overrides=overrides))
     weight = load_file(source / "model.safetensors")[f"{LAYER}.weight"]
     found = open_packed(tmp_path / "packed")
-    assert found[LAYER].book is SEMANTIC_32
-    assert torch.equal(found[LAYER].meta, quantize(weight, SEMANTIC_32).meta)
-    assert found[UP].book is DIALECT_FP4
+    assert found[LAYER].book is DIALECT_FP4
+    assert torch.equal(found[LAYER].meta, quantize(weight, DIALECT_FP4).meta)
+    assert found[UP].book is SEMANTIC_32
     assert found.scheme.layer(LAYER).activation_format == "none"
     shown = run("inspect", tmp_path / "packed").stdout
     (down,) = [line for line in shown.splitlines() if line.startswith("0.mlp.down_proj")]
-    assert down.split()[5:7] == ["semantic_32", "none"]
+    assert down.split()[5:7] == ["dialect_fp4", "none"]
     (total,) = [line for line in shown.splitlines() if line.startswith("all 14 layers")]
     assert "%" not in total  # dialects of two books are not counted together
 
@@ -307,7 +307,7 @@ def test_report_and_plan_measure_rotated_weights(tiny_model, tmp_path):
     assert found["rotation"] == ROTATED
     (layer,) = [entry for entry in found["layers"] if entry["name"] == LAYER]
     weight = load_file(tiny_model() / "model.safetensors")[f"{LAYER}.weight"]
-    error = (quantize(rotated(weight)).dequantize() - rotated(weight)).double()
+    error = (quantize(rotated(weight), SEMANTIC_32).dequantize() - rotated(weight)).double()
     assert layer["signal"] == pytest.approx(weight.double().square().sum().item(), rel=1e-4)
     noise = layer["losses"]["BlockDialect-32"]["noise"]
     assert noise == pytest.approx(error.square().sum().item() / 32, rel=1e-4)
@@ -322,4 +322,4 @@ def test_report_and_plan_measure_rotated_weights(tiny_model, tmp_path):
 
 def test_the_choice_is_one_packed_format_for_each_layer(tiny_model):
     choice = choose_layers(open_checkpoint(tiny_model()), options_of(rotation=ROTATED))
-    assert set(choice.formats.values()) == {("dialect_fp4", 32, "dialect", ROTATED)}
+    assert set(choice.formats.values()) == {("semantic_32", 32, "dialect", ROTATED)}

@@ -188,7 +188,7 @@ def test_the_worst_positions(tiny_model, packed, text):
 
 def test_several_checkpoints_in_one_evaluation(tiny_model, packed, text, tmp_path):
     other = tmp_path / "other"
-    convert(tiny_model(), other, Scheme(block_size=16))
+    convert(tiny_model(), other, Scheme(activation_format="fp8"))
     found = evaluate([packed(), other], tiny_model(), options(text, ratio_to="packed"))
     assert [row.name for row in found.rows] == ["packed", "other"]
     assert found.rows[1].ratio(found.rows[0])[0] < 1

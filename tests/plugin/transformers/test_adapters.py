@@ -37,9 +37,9 @@ def test_the_gradient_passes_straight_through_the_rounding(rotation, activation_
 
 
 def test_without_a_gradient_nothing_is_kept():
-    packed = quantize(torch.randn(32, 64))
+    packed = quantize(torch.randn(32, 64), SEMANTIC_32)
     layer = DialectLinear(
-        packed, None, LayerFormat("dialect_fp4", 32, "dialect", "none"), "default", torch.float32
+        packed, None, LayerFormat("semantic_32", 32, "dialect", "none"), "default", torch.float32
     )
     assert not layer(torch.randn(3, 64)).requires_grad
     with torch.no_grad():

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
-from dialect_kernels import reference
+from dialect_kernels import SEMANTIC_32, reference
 from dialect_plugin import open_packed
 from dialect_plugin.checkpoint.reader import CheckpointError
 from dialect_plugin.transformers import BlockDialectConfig, DialectEmbedding, DialectLinear
@@ -128,5 +128,5 @@ def test_embeddings_of_another_class_are_refused(packed, monkeypatch):
 def test_rows_are_those_of_the_reference(tiny_model, packed):
     loaded = AutoModelForCausalLM.from_pretrained(packed("LlamaForCausalLM", (), embeddings=True))
     weight = load_file(tiny_model() / "model.safetensors")["model.embed_tokens.weight"]
-    rows = reference.quantize(weight).dequantize(torch.bfloat16)[TOKENS]
+    rows = reference.quantize(weight, SEMANTIC_32).dequantize(torch.bfloat16)[TOKENS]
     assert torch.equal(loaded.get_input_embeddings()(TOKENS), rows)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from dialect_kernels import reference
-from dialect_kernels.formatbook import DIALECT_FP4, SEMANTIC_32
+from dialect_kernels.formatbook import SEMANTIC_32
 from dialect_plugin import open_packed
 from dialect_plugin.calibration.calibrator import Calibrator
 from dialect_plugin.calibration.options import CalibrationOptions
@@ -40,7 +40,7 @@ def exact(path, dtype="auto", model_class=AutoModelForCausalLM, **options):
 
 
 def plain(weight):
-    return reference.quantize(weight, DIALECT_FP4, 32)
+    return reference.quantize(weight, SEMANTIC_32, 32)
 
 
 def layers_of(architecture, pack=plain, blocks=2):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dialect_kernels import quantize
+from dialect_kernels import SEMANTIC_32, quantize
 from dialect_plugin.checkpoint.convert import convert
 from dialect_plugin.checkpoint.options import ConvertOptions
 from dialect_plugin.scheme import Scheme
@@ -205,9 +205,9 @@ class TestWithoutAnEngine:
             module = f"{EXPERTS}.routed_experts"
             for e in range(4):
                 w1, w3, w2 = (weights[f"{EXPERTS}.{e}.w{n}.weight"] for n in (1, 3, 2))
-                both = quantize(torch.cat([w1[half:], w3[half:]]))
-                down = quantize(w2[:, half:].contiguous())
-                whole = quantize(w2)
+                both = quantize(torch.cat([w1[half:], w3[half:]]), SEMANTIC_32)
+                down = quantize(w2[:, half:].contiguous(), SEMANTIC_32)
+                whole = quantize(w2, SEMANTIC_32)
                 for suffix, value in zip(STORED, both.tensors, strict=True):
                     assert torch.equal(found[f"{module}.w13_{suffix}"][e], value), (mode, suffix)
                 if mode == "online":  # a row exponent of its own
@@ -271,8 +271,8 @@ def test_ranks_with_whole_experts_add_up_to_all_of_them(on_input):
 
     torch.manual_seed(0)
     form = Scheme(activation_format="none").layer("experts")
-    gate_up = [quantize(torch.randn(2 * 32, 64)) for _ in range(4)]
-    down = [quantize(torch.randn(64, 32)) for _ in range(4)]
+    gate_up = [quantize(torch.randn(2 * 32, 64), SEMANTIC_32) for _ in range(4)]
+    down = [quantize(torch.randn(64, 32), SEMANTIC_32) for _ in range(4)]
     bias = torch.randn(4, 2 * 32)
 
     def layer(chosen, expert_map):

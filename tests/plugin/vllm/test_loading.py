@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LagunaConfig, LagunaForCausalLM
 
-from dialect_kernels import quantize
+from dialect_kernels import SEMANTIC_32, quantize
 from dialect_plugin.checkpoint.convert import convert
 from dialect_plugin.checkpoint.options import ConvertOptions
 from dialect_plugin.scheme import Scheme
@@ -47,7 +47,7 @@ def pack(tensors, layers):
     """`tensors` with `layers` packed as they lie, whatever the engine makes of them."""
     packed = dict(tensors)
     for layer in layers:
-        stored = quantize(packed.pop(f"{layer}.weight")).stored
+        stored = quantize(packed.pop(f"{layer}.weight"), SEMANTIC_32).stored
         packed |= {f"{layer}.{name}": value for name, value in stored.items()}
     return packed
 
@@ -110,7 +110,7 @@ def test_rows_that_the_loader_permutes(tmp_path):
     source, packed = mistral(tmp_path)
     model = load_model(packed)
     found, right = tensors_of(model), tensors_of(online(source))
-    unpermuted = quantize(checkpoint_tensors(source)["layers.0.attention.wq.weight"])
+    unpermuted = quantize(checkpoint_tensors(source)["layers.0.attention.wq.weight"], SEMANTIC_32)
     for name, plain in zip(STORED, unpermuted.stored.values(), strict=True):
         assert torch.equal(found[f"{QKV}.{name}"], right[f"{QKV}.{name}"]), name
         assert not torch.equal(found[f"{QKV}.{name}"][:128], plain), name

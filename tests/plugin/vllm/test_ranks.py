@@ -6,8 +6,7 @@ It does not compute here, so that no first rank is needed.
 import pytest
 import torch
 
-from dialect_kernels import PackedTensor, quantize
-from dialect_kernels.formatbook import DIALECT_FP4
+from dialect_kernels import SEMANTIC_32, PackedTensor, quantize
 from dialect_plugin.checkpoint.convert import convert
 from tests.support.engines import STORED, load_model, packed_modules, tensors_of
 from tests.support.served_models import checkpoint_tensors
@@ -42,7 +41,7 @@ def packed_at(found, module):
     codes, meta, row_exponent = (found[f"{module}.{name}"] for name in STORED)
     shape = (codes.shape[0], codes.shape[1] * 2)
     block_size = shape[1] // meta.shape[1]
-    return PackedTensor(codes, meta, row_exponent, shape, DIALECT_FP4, block_size)
+    return PackedTensor(codes, meta, row_exponent, shape, SEMANTIC_32, block_size)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +69,7 @@ def test_a_rank_has_its_share(architecture, tmp_path, monkeypatch):
         weight = f"{module}.weight"
         assert torch.equal(packed_at(packed, module).dequantize(), decoded[weight]), module
         found = packed_at(online, module)
-        expected = quantize(plain[weight], block_size=found.block_size)
+        expected = quantize(plain[weight], SEMANTIC_32, block_size=found.block_size)
         assert torch.equal(found.codes, expected.codes), module
         assert torch.equal(found.meta, expected.meta), module
         assert torch.equal(found.row_exponent, expected.row_exponent), module

@@ -30,7 +30,7 @@ OPTIONS = {
     "rotation": ROTATED,
     "lm_head": True,
     "overrides": {
-        "re:.*layers.1.mlp.(gate|up)": {"book": "semantic_32", "rotation": "none"},
+        "re:.*layers.1.mlp.(gate|up)": {"book": "dialect_fp4", "rotation": "none"},
         "re:.*down_proj": {"activation_format": "fp8", "block_size": 16},
         "re:.*o_proj": {"activation_format": "none", "block_size": 64},
     },
@@ -81,10 +81,10 @@ def test_packed_and_online_hold_the_same_bytes(source, packed):
 @pytest.mark.usefixtures("one_rank")
 def test_each_layer_computes_in_its_own_formats(source, packed):
     wanted = {
-        "layers.0.self_attn.qkv_proj": ("dialect_fp4", 32, "dialect", ROTATED),
-        "layers.1.mlp.gate_up_proj": ("semantic_32", 32, "dialect", "none"),
-        "layers.1.mlp.down_proj": ("dialect_fp4", 16, "fp8", ROTATED),
-        "layers.1.self_attn.o_proj": ("dialect_fp4", 64, "none", ROTATED),
+        "layers.0.self_attn.qkv_proj": ("semantic_32", 32, "dialect", ROTATED),
+        "layers.1.mlp.gate_up_proj": ("dialect_fp4", 32, "dialect", "none"),
+        "layers.1.mlp.down_proj": ("semantic_32", 16, "fp8", ROTATED),
+        "layers.1.self_attn.o_proj": ("semantic_32", 64, "none", ROTATED),
     }
     torch.manual_seed(0)
     for model in (load_model(packed), load_online(source)):
@@ -138,9 +138,9 @@ def test_columns_that_the_rotation_does_not_divide(tmp_path):
     for model in (from_packed, online):
         layers = quantized(model)
         form = layers["model.layers.0.mlp.down_proj"].quant_method.spec.format
-        assert form == ("dialect_fp4", 16, "dialect", "none")
+        assert form == ("semantic_32", 16, "dialect", "none")
         form = layers["model.layers.0.mlp.gate_up_proj"].quant_method.spec.format
-        assert form == ("dialect_fp4", 32, "dialect", ROTATED)
+        assert form == ("semantic_32", 32, "dialect", ROTATED)
     tensors = tensors_of(online)
     for name, value in tensors_of(from_packed).items():
         assert torch.equal(value, tensors[name]), name

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dialect_kernels import quantize
+from dialect_kernels import SEMANTIC_32, quantize
 from dialect_kernels.formatbook import LOWEST_EXPONENT
 from dialect_plugin.checkpoint.convert import convert
 from dialect_plugin.scheme import Scheme
@@ -98,7 +98,7 @@ def test_bytes_and_padding_are_the_same_packed_and_online(source, packed):
         assert torch.equal(value, online[name]), name
     for module in (EMBEDDINGS, PROJECTION):
         codes, meta, row_exponent = (online[f"{module}.{name}"] for name in STORED)
-        expected = quantize(checkpoint_tensors(source)[f"{module}.weight"])
+        expected = quantize(checkpoint_tensors(source)[f"{module}.weight"], SEMANTIC_32)
         assert torch.equal(codes[:500], expected.codes)
         assert torch.equal(meta[:500], expected.meta)
         assert torch.equal(row_exponent[:500], expected.row_exponent)
@@ -131,7 +131,7 @@ def test_the_second_of_two_ranks_has_its_rows(source, packed, packed_tied, tied,
         from_packed = tensors_of(load_model(converted))
         online = tensors_of(load_model(plain, **online_options))
         for module in modules:
-            expected = quantize(checkpoint_tensors(plain)[f"{module}.weight"][256:])
+            expected = quantize(checkpoint_tensors(plain)[f"{module}.weight"][256:], SEMANTIC_32)
             fields = zip(STORED, expected.tensors, (0, 0, LOWEST_EXPONENT), strict=True)
             for name, tensor, padding in fields:
                 for found in (from_packed[f"{module}.{name}"], online[f"{module}.{name}"]):
@@ -154,7 +154,7 @@ def test_rows_pushed_into_a_loaded_model(mode, pushed, tied, packed_tied, tmp_pa
     new = checkpoint_tensors(other if pushed == "16 bit" else tmp_path / "new")
     model.load_weights((n, value) for n, value in new.items() if n.startswith(EMBEDDINGS))
     found = tensors_of(model)
-    expected = quantize(checkpoint_tensors(other)[f"{EMBEDDINGS}.weight"])
+    expected = quantize(checkpoint_tensors(other)[f"{EMBEDDINGS}.weight"], SEMANTIC_32)
     for name, tensor in zip(STORED, expected.tensors, strict=True):
         assert torch.equal(found[f"{EMBEDDINGS}.{name}"][:500], tensor)
     exponents = found[f"{EMBEDDINGS}.{STORED[2]}"][500:]

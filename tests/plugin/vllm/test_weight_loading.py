@@ -183,7 +183,7 @@ def test_ignore_and_overrides_agree_packed_and_online(source, tmp_path):
     assert "model.layers.1.mlp.gate_up_proj.weight_packed" in online
     assert online["model.layers.0.mlp.down_proj.weight_meta"].shape == (128, 192 // 16)
     assert online["lm_head.weight_packed"].shape == (512, 64)
-    expected = quantize(checkpoint_tensors(source)["lm_head.weight"])
+    expected = quantize(checkpoint_tensors(source)["lm_head.weight"], SEMANTIC_32)
     assert torch.equal(online["lm_head.weight_packed"][:500], expected.codes)
     assert not online["lm_head.weight_packed"][500:].any()
 
@@ -408,7 +408,7 @@ def test_what_is_compiled_for_a_layer(rank, bias, compiled, monkeypatch):
     """Of the ranks that add up a layer's parts only the first one adds its bias."""
     from dialect_plugin.vllm import linear
 
-    p, seen = quantize(torch.randn(8, 64)), []
+    p, seen = quantize(torch.randn(8, 64), SEMANTIC_32), []
     monkeypatch.setattr(
         linear, "warm_up", lambda p, form, dtype, bias_dtype: seen.append(bias_dtype)
     )
