@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -15,6 +15,7 @@ from .layers.quantized import QuantizedLinear
 from .layouts import Layout, LayoutError, generic_layout, layout_for, layout_named
 from .model.attach import attached, follow
 from .model.layer_choice import choose_layers
+from .model.pipeline import check_components, modules_of, uncheck_components
 from .model.reconfigure import change_options, changed_config
 from .model.report import Summary, summarize
 from .model.swap import Job, put_in, take_out
@@ -65,9 +66,8 @@ def enable(
             work.append(_prepare(name, module, config, layout))
         else:
             changes.append((module, changed_config(name, module, config, layout)))
-    put_in(work, [_quantize(job, progress) for job in work])
-    for module, changed in changes:
-        change_options(module, changed)
+    _put_in_force(changes, work, [_quantize(job, progress) for job in work])
+    check_components(target)
     for module in (*(job.module for job in work), *(module for module, _ in changes)):
         if target is not module:
             follow(module, target)
@@ -94,6 +94,7 @@ def disable(target: Any) -> Any:
     for name, module in modules.items():
         check_offloading(name, module)
     take_out(list(modules.values()))
+    uncheck_components(target)
     return target
 
 
@@ -149,6 +150,26 @@ def _prepare(
     return Job(name, module, layout, config, choice, place, sources)
 
 
+def _put_in_force(
+    changes: Sequence[tuple[nn.Module, SemanticDialectConfig]],
+    work: Sequence[Job],
+    layers: Sequence[Mapping[str, QuantizedLinear]],
+) -> None:
+    """Change the options of some transformers and put layers into others, or do neither."""
+    before = []
+    try:
+        for module, changed in changes:
+            hook = attached(module)
+            assert hook is not None
+            before.append((module, hook.config))
+            change_options(module, changed)
+        put_in(work, layers)
+    except BaseException:
+        for module, config in reversed(before):
+            change_options(module, config)
+        raise
+
+
 def _quantize(job: Job, progress: bool) -> dict[str, QuantizedLinear]:
     """The new layers, by name; nothing in the model is touched."""
     from diffusers.utils.logging import tqdm
@@ -164,7 +185,7 @@ def _transformers(target: Any, layout: Layout | None) -> dict[str, nn.Module]:
     Raises:
         LayoutError: if there is none.
     """
-    modules = _modules(target)
+    modules = modules_of(target)
     if isinstance(target, nn.Module):
         return modules
     if layout is None:
@@ -188,23 +209,4 @@ def _is_of(module: nn.Module, layout: Layout) -> bool:
 
 
 def _enabled(target: Any) -> dict[str, nn.Module]:
-    return {name: m for name, m in _modules(target).items() if attached(m) is not None}
-
-
-def _modules(target: Any) -> dict[str, nn.Module]:
-    """The modules of a pipeline, or the module itself, by name; each once and not compiled."""
-    if isinstance(target, nn.Module):
-        module = _uncompiled(target)
-        return {type(module).__name__: module}
-    components: Mapping[str, Any] = getattr(target, "components", None) or {}
-    found: dict[str, nn.Module] = {}
-    for name, part in components.items():
-        if isinstance(part, nn.Module) and _uncompiled(part) not in found.values():
-            found[name] = _uncompiled(part)
-    return found
-
-
-def _uncompiled(module: nn.Module) -> nn.Module:
-    """The module inside what `torch.compile(module)` returns."""
-    inner: nn.Module = getattr(module, "_orig_mod", module)
-    return inner
+    return {name: m for name, m in modules_of(target).items() if attached(m) is not None}

@@ -11,9 +11,11 @@ from torch import nn
 from dialect_kernels.packed_weight import PackedWeight
 from dialect_kernels.straight_through import straight_through
 
-__all__ = ["QuantizedLinear", "check_stored"]
+__all__ = ["DTYPES", "QuantizedLinear", "check_stored"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What quantized layers compute in."""
+_TO_REPLACE = "call disable_semantic_dialect() first, or quantize other components"
 _TO_WRITE = "call disable_semantic_dialect() first, e.g. to fuse or unfuse a LoRA"
 
 
@@ -74,6 +76,16 @@ class QuantizedLinear(nn.Linear):
         plain.bias = self.bias
         return plain.train(self.training)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a bias or a packed tensor.
+
+        Raises:
+            RuntimeError: for `weight`, which other tools assign to replace it.
+        """
+        if name == "weight":
+            raise RuntimeError(f"the weight of a quantized layer cannot be replaced; {_TO_REPLACE}")
+        super().register_parameter(name, param)
+
     def _register(self, name: str, tensor: torch.Tensor) -> None:
         """Store a tensor of the packed weight.
 
@@ -86,7 +98,7 @@ class QuantizedLinear(nn.Linear):
         """What ``.to``, ``.half`` and their like do to tensors; the packed ones are integers."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         dtype = fn(torch.empty(0, dtype=self.original_dtype, device=self.device)).dtype
-        if dtype in _DTYPES:  # not the storage format of layerwise casting
+        if dtype in DTYPES:  # not the storage format of layerwise casting
             self.original_dtype = dtype
         return self
 

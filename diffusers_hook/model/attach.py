@@ -145,7 +145,7 @@ def blocks_read(module: nn.Module) -> int:
 
 def follow(module: nn.Module, pipeline: object) -> None:
     """Follow the pipeline of a hooked transformer: its scheduler shows where generations begin."""
-    _attached[module].state.generation.follow(pipeline)
+    _attached[module].state.follow(pipeline)
 
 
 def _watch_calls(module: nn.Module, hook: Attached) -> None:
@@ -162,6 +162,8 @@ def _watch_calls(module: nn.Module, hook: Attached) -> None:
             _refuse_halved_batches(module)
             _warn_of_blocks_not_read(module, hook)
         arguments = signature.bind_partial(*(() if own else (module,)), *args, **kwargs).arguments
+        # a forward that stands before the class's own may name nothing itself
+        arguments.update(arguments.pop("kwargs", {}))
         state.begin(layout.grid(module, arguments), arguments.get(layout.timestep), branch())
 
     @torch.compiler.disable

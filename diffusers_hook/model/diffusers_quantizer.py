@@ -7,7 +7,9 @@ because it does not know the type.
 
 from __future__ import annotations
 
+import logging
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,6 +28,8 @@ from .layer_choice import LayerChoice, choose_layers, put
 from .saved_mark import mark, unmark
 
 __all__ = ["SemanticDialectQuantizer", "register"]
+
+_log = logging.getLogger(__name__)
 
 _STORED = {**{part.stored: part.dtype for part in STORED_FIELDS}, **Fp8Linear.STORED}
 """Last part of a packed tensor's name -> its dtype in files; loaders would cast any other."""
@@ -150,19 +154,36 @@ class SemanticDialectQuantizer(DiffusersQuantizer):
 
     @property
     def is_serializable(self) -> bool:
-        """Whether the model can be saved; diffusers checks it before it writes anything.
+        """The model can be saved, whatever adapters it carries."""
+        return True
 
-        Raises:
-            ValueError: if it carries adapters: no loader would find their tensors again.
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The tensors that are saved, and no metadata.
+
+        Those of adapters are left out, after a warning, and the layers inside them get their own
+        names back: a loader would find neither again.
         """
         model = None if self.model is None else self.model()
-        for name, module in [] if model is None else model.named_modules():
-            if hasattr(module, "base_layer"):
-                raise ValueError(
-                    f"{name}: has an adapter; save the adapter with save_lora_weights and call "
-                    "unload_lora_weights before saving the quantized model"
-                )
-        return True
+        wrapped = [] if model is None else list(_inside_adapters(model))
+        if not wrapped:
+            return state_dict, {}
+        _log.warning(
+            "%s: is saved without its adapters; save them with save_lora_weights",
+            type(model).__name__,
+        )
+        saved = {}
+        for name, tensor in state_dict.items():
+            for path, inner in wrapped:
+                if name.startswith(f"{path}.{inner}."):
+                    saved[f"{path}.{name.removeprefix(f'{path}.{inner}.')}"] = tensor
+                    break
+                if name.startswith(f"{path}."):
+                    break
+            else:
+                saved[name] = tensor
+        return saved, {}
 
     @property
     def is_trainable(self) -> bool:
@@ -179,6 +200,14 @@ def register() -> None:
     """Put the quantizer into diffusers' tables; again is harmless."""
     auto.AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD.value, SemanticDialectQuantizer)
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD.value, SemanticDialectConfig)
+
+
+def _inside_adapters(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """(Name of each adapter's module, what it calls the layer inside)."""
+    for path, module in model.named_modules():
+        for inner in ("base_layer", "original_module"):  # PEFT's own names
+            if isinstance(getattr(module, inner, None), nn.Module):
+                yield path, inner
 
 
 def _layout(model: nn.Module) -> Layout:

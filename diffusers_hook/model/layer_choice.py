@@ -15,6 +15,7 @@ from dialect_kernels.formatbook import ROTATION_GROUP, Rotation, book_by_name
 from dialect_kernels.layer_names import matches, near_misses
 
 from ..config import ConfigError, SemanticDialectConfig
+from ..layers.casting import kept_in_float32
 from ..layers.dialect import DialectLinear
 from ..layers.fp8 import Fp8Linear
 from ..layouts import Layout, LayoutError, Stream, without_adapters
@@ -107,15 +108,16 @@ def choose_layers(
     quantized = {
         n: found
         for n, found in linears.items()
-        if not _ignored(n, config) and not _kept_in_float32(module, n)
+        if not _ignored(n, config) and not kept_in_float32(module, n)
     }
     if not quantized:
         raise ValueError(
             f"{name}: no linear layer is left to quantize, ignore={list(config.ignore)} matches "
             f"all of {len(linears)}; ignore fewer layers"
         )
+    quantized = _divisible(name, quantized, config)
     for path, (layer, _) in quantized.items():
-        _check_layer(f"{name}.{path}", layer, config.block_size, empty)
+        _check_layer(f"{name}.{path}", layer, empty)
     _check_rotation(name, quantized, config)
     _check_ignore(name, config, [*linears, *_modulation_layers(module, layout)])
     config, modulation = _modulation(module, layout, config)
@@ -154,7 +156,39 @@ def _check_processor(name: str, processor: object) -> None:
         ) from None
 
 
-def _check_layer(name: str, layer: nn.Linear, block_size: int, empty: bool) -> None:
+def _divisible(
+    name: str, layers: Mapping[str, tuple[nn.Linear, Stream]], config: SemanticDialectConfig
+) -> dict[str, tuple[nn.Linear, Stream]]:
+    """The layers whose columns the block size divides, after one warning of the others.
+
+    Raises:
+        ValueError: if there are others with `strict`, or if there is no other.
+    """
+    size = config.block_size
+    odd = {path: layer for path, (layer, _) in layers.items() if layer.in_features % size}
+    if not odd:
+        return dict(layers)
+    fault = (
+        f"{name}: block_size {size} does not divide the columns of {len(odd)} of {len(layers)} "
+        f"layers ({_first_of(odd)})"
+    )
+    if len(odd) == len(layers):
+        raise ValueError(f"{fault}; choose a smaller block_size")
+    if config.strict:
+        raise ValueError(
+            f"{fault}; choose a smaller block_size, add them to ignore, or pass strict=False"
+        )
+    _log.warning("%s, which stay in 16 bit; a smaller block_size may divide them", fault)
+    return {path: found for path, found in layers.items() if path not in odd}
+
+
+def _first_of(layers: Mapping[str, nn.Linear]) -> str:
+    """The first layer and its columns."""
+    path, layer = next(iter(layers.items()))
+    return f"{path}: {layer.in_features}" + (", ..." if len(layers) > 1 else "")
+
+
+def _check_layer(name: str, layer: nn.Linear, empty: bool) -> None:
     weight = layer.weight
     if type(layer) is not nn.Linear:
         raise ValueError(
@@ -166,11 +200,6 @@ def _check_layer(name: str, layer: nn.Linear, block_size: int, empty: bool) -> N
             f"{name}.weight: is not in memory (offloaded); enable SemanticDialect before offloading"
         )
     check_dtype(weight, f"{name}.weight")
-    if layer.in_features % block_size:
-        raise ValueError(
-            f"{name}.weight: has {layer.in_features} columns, not a multiple of block_size "
-            f"{block_size}; choose a smaller block_size or add the layer to ignore"
-        )
 
 
 def _rotation(layer: nn.Linear, config: SemanticDialectConfig) -> Rotation:
@@ -208,7 +237,7 @@ def _modulation(
         if not _ignored(name, config)
     }
     if config.modulation is None:
-        kept = tuple(name for name in layers if _kept_in_float32(module, name))
+        kept = tuple(name for name in layers if kept_in_float32(module, name))
         layers = {name: layer for name, layer in layers.items() if name not in kept}
         held = sum(layer.weight.numel() for layer in layers.values())
         whole = sum(parameter.numel() for parameter in module.parameters())
@@ -226,12 +255,6 @@ def _modulation_layers(module: nn.Module, layout: Layout) -> dict[str, nn.Linear
         if isinstance(layer, nn.Linear)
         and any(re.fullmatch(p, without_adapters(name)) for p in layout.modulation)
     }
-
-
-def _kept_in_float32(module: nn.Module, name: str) -> bool:
-    """Whether diffusers' class of a model keeps a part of it in float32, whatever its dtype."""
-    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
-    return not kept.isdisjoint(name.split("."))
 
 
 def _check_ignore(name: str, config: SemanticDialectConfig, candidates: Sequence[str]) -> None:

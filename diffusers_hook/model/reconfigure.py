@@ -99,4 +99,4 @@ def _attach_again(module: nn.Module, hook: Attached, config: SemanticDialectConf
     attach(module, config, hook.layout, hook.bytes_before)
     again = attached(module)
     assert again is not None
-    again.state.generation.pipeline = hook.state.generation.pipeline
+    again.state.pipeline = hook.state.pipeline

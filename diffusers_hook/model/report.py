@@ -110,7 +110,7 @@ def summarize(name: str, module: nn.Module, attached: Attached) -> TransformerSu
     """The figures of one transformer."""
     layers = [layer for layer in module.modules() if isinstance(layer, DialectLinear)]
     meter = attached.state.meter
-    sizes = [size for block in attached.state.blocks for size in block.group_sizes()]
+    sizes = attached.state.group_sizes()
     originals = attached.originals
     bytes_by_device = _bytes_by_device(module)
     return TransformerSummary(

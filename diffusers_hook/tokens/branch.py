@@ -6,7 +6,7 @@ diffusers hands that name to stateful hooks only, so we register one that does n
 
 from __future__ import annotations
 
-import weakref
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,62 +35,60 @@ def watch_branch(
         module: the transformer.
 
     Returns:
-        (a function that returns the context in force, a function that stops watching the module
-        it is given); neither keeps the module alive.
+        (a function that returns the context in force in the thread that calls it, a function that
+        stops watching the module it is given); neither keeps the module alive.
     """
     if not hasattr(module, "cache_context"):
         return Context, lambda module: None
-    from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
+    from diffusers.hooks.hooks import HookRegistry
+
+    had_registry = "_diffusers_hook" in vars(module)
+    hook = _watcher()
+    of_thread = hook.contexts.of_thread
+    # In front of all others, and by hand: `register_hook` would put a functools.partial in the
+    # place of the module's forward, which nobody could unwrap but in the order of wrapping.
+    registry: Any = HookRegistry.check_if_exists_or_initialize(module)
+    registry.hooks = {_NAME: hook, **registry.hooks}
+    registry._hook_order.insert(0, _NAME)
+    registry._fn_refs.insert(0, hook.fn_ref)
+    registry.invalidate_child_registries_cache()
+
+    def context() -> Context:
+        found = getattr(of_thread, "context", None)
+        return Context() if found is None else Context(found.name, found.step_index)
+
+    def unwatch(module: nn.Module) -> None:
+        registry: Any = module._diffusers_hook
+        index = registry._hook_order.index(_NAME)
+        del registry.hooks[_NAME], registry._hook_order[index], registry._fn_refs[index]
+        registry.invalidate_child_registries_cache()
+        if not had_registry and not registry.hooks:
+            del module._diffusers_hook
+
+    return context, unwatch
+
+
+def _watcher() -> Any:
+    """A hook of diffusers whose `contexts` keep one context for each thread."""
+    from diffusers.hooks.hooks import BaseState, HookFunctionReference, ModelHook, StateManager
+
+    class Contexts(StateManager):
+        def __init__(self) -> None:
+            super().__init__(BaseState)
+            self.of_thread = threading.local()
+
+        def set_context(self, context: Any) -> None:
+            self.of_thread.context = context
 
     class Watcher(ModelHook):
         _is_stateful = True
 
         def __init__(self) -> None:
             super().__init__()
-            self.manager = StateManager(BaseState)
+            self.contexts = Contexts()
+            self.fn_ref = HookFunctionReference()
 
         def reset_state(self, module: nn.Module) -> nn.Module:
             return module
 
-    hook = Watcher()
-    manager = hook.manager
-    had_forward = "forward" in vars(module)
-    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _NAME)
-    ours: Callable[[], Any] = weakref.ref(module.forward)
-
-    def context() -> Context:
-        try:
-            found = manager.context
-        except ValueError:  # no context is set
-            return Context()
-        return Context(found.name, found.step_index)
-
-    def unwatch(module: nn.Module) -> None:
-        registry: Any = module._diffusers_hook
-        inner = registry.hooks[_NAME].fn_ref.forward
-        _unlink(module, registry, ours(), inner)
-        index = registry._hook_order.index(_NAME)
-        del registry.hooks[_NAME], registry._hook_order[index], registry._fn_refs[index]
-        registry.invalidate_child_registries_cache()
-        if not had_forward and not registry.hooks and module.forward is inner:
-            # what is left is the class's own method, bound, in the instance
-            del module.forward
-            del module._diffusers_hook
-
-    return context, unwatch
-
-
-def _unlink(module: nn.Module, registry: Any, ours: Any, inner: Any) -> None:
-    """Let every caller of our forward call the one inside it.
-
-    `HookRegistry.remove_hook` would put that one in the place of the module's forward, or of the
-    next hook's. Offloading of accelerate that was added around ours would be lost, one that was
-    removed since would come back, and so would a forward that the next hook has itself.
-    """
-    if ours is None:
-        return  # nobody calls it any more
-    places = [(module, "forward"), (module, "_old_forward")]  # accelerate's own name
-    places += [(ref, name) for ref in registry._fn_refs for name in ("forward", "original_forward")]
-    for place, name in places:
-        if getattr(place, name, None) is ours:
-            setattr(place, name, inner)
+    return Watcher()

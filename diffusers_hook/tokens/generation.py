@@ -1,18 +1,19 @@
-"""Where a generation begins, and which guidance branch and grid the call in progress has."""
+"""Where a generation begins, which branch and grid a call has, and what is known of its tokens."""
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
-from typing import Any, TypeAlias
+from collections import defaultdict
+from typing import TypeAlias
 
 import torch
 
 from ..layouts import Grid
 from .branch import Context
+from .branch_state import BranchState
 
-__all__ = ["Generation"]
+__all__ = ["Generation", "Generations"]
 
 _MOST_BRANCHES = 16
 """Guidance branches of one generation, at most; more calls of one timestep begin another one."""
@@ -22,12 +23,12 @@ _Place: TypeAlias = tuple[float, ...]
 
 
 class Generation:
-    """The generation that a transformer's calls belong to.
+    """The generation that the calls of a transformer in one thread belong to.
 
     Attributes:
         grid: the grid of the call in progress; None outside a call, and where there is none.
         branch: the guidance branch of the call in progress.
-        pipeline: a function that returns the followed pipeline, or None.
+        records: what is known of the tokens of each block, by its index and by branch.
     """
 
     def __init__(self, *, timestep_rises: bool = False) -> None:
@@ -38,18 +39,23 @@ class Generation:
         """
         self.grid: Grid | None = None
         self.branch = ""
-        self.pipeline: Callable[[], Any] = lambda: None
+        self.records: defaultdict[int, dict[str, BranchState]] = defaultdict(dict)
         self._timestep_rises = timestep_rises
         self._schedule: torch.Tensor | None = None
         self._first: _Place | None = None
         self._last: dict[str, tuple[_Place, Grid | None]] = {}
 
-    def follow(self, pipeline: object) -> None:
-        """Follow a pipeline: a generation begins wherever its scheduler gets new timesteps."""
-        with suppress(TypeError):  # what cannot be referred to weakly is not followed
-            self.pipeline = weakref.ref(pipeline)
+    def record(self, block: int) -> BranchState:
+        """The record of a block, by its index, in the branch of the call in progress."""
+        return self.records[block].setdefault(self.branch, BranchState())
 
-    def begin(self, grid: Grid | None, timestep: object, context: Context) -> bool:
+    def begin(
+        self,
+        grid: Grid | None,
+        timestep: object,
+        context: Context,
+        schedule: torch.Tensor | None = None,
+    ) -> None:
         """A call of the transformer begins.
 
         It begins a generation if the call before did not come to its end, if the pipeline we follow
@@ -66,34 +72,27 @@ class Generation:
                 compared, as a generation may denoise one frame after the other.
             context: branch and step as the pipeline names them; where it names no branch, the
                 calls of one timestep are numbered.
+            schedule: the timesteps of the pipeline that is followed, if one is.
 
-        Returns:
-            Whether it begins a generation.
+        Where a generation begins, all records are forgotten.
 
         Waits for a GPU only where neither the context nor the followed pipeline tells the step.
         """
-        aborted, scheduled = self.grid is not None, self._scheduled()
+        aborted, scheduled = self.grid is not None, schedule is not self._schedule
+        self._schedule = schedule
         place = self._place(timestep, context.step)
         anew = aborted or scheduled or self._begins_anew(place, grid, self._branch(place, context))
         if anew:
+            self.records.clear()
             self._last.clear()
             self._first = place
         self.grid = grid
         self.branch = self._branch(place, context)
         self._last[self.branch] = place, grid
-        return anew
 
     def end(self) -> None:
         """The call came to its end."""
         self.grid = None
-
-    def _scheduled(self) -> bool:
-        """Whether the pipeline has set timesteps since the last call."""
-        before = self._schedule
-        scheduler = getattr(self.pipeline(), "scheduler", None)
-        # an attribute and no property: a property could make a new tensor in every call
-        self._schedule = getattr(scheduler, "__dict__", {}).get("timesteps")
-        return self._schedule is not before
 
     def _place(self, timestep: object, step: int | None) -> _Place:
         if step is None:
@@ -117,6 +116,35 @@ class Generation:
         if place == self._first or len(place) != len(last) or grid != last_grid:
             return True
         return any(now > before for now, before in zip(place, last, strict=True))
+
+
+class Generations:
+    """The generations of one transformer: each thread that calls it has its own."""
+
+    def __init__(self, *, timestep_rises: bool = False) -> None:
+        """No thread has called yet; argument as :class:`Generation`."""
+        self._timestep_rises = timestep_rises
+        self._of_thread = threading.local()
+        self._all: weakref.WeakSet[Generation] = weakref.WeakSet()
+
+    @property
+    def current(self) -> Generation:
+        """The generation of the thread that asks."""
+        found: Generation | None = getattr(self._of_thread, "generation", None)
+        if found is None:
+            found = Generation(timestep_rises=self._timestep_rises)
+            self._of_thread.generation = found
+            self._all.add(found)
+        return found
+
+    def records(self) -> list[BranchState]:
+        """What is known in all threads that have not ended."""
+        return [
+            record
+            for generation in list(self._all)
+            for branches in list(generation.records.values())
+            for record in list(branches.values())
+        ]
 
 
 def _index_in(schedule: torch.Tensor | None, timestep: object) -> int | None:

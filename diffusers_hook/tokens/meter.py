@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -25,6 +26,12 @@ class Meter:
         self.counts: Counter[str] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.wait: Callable[[], object] = lambda: None
+        self._lock = threading.Lock()  # threads may share the transformer
+
+    def add(self, what: str, number: int = 1) -> None:
+        """Count something."""
+        with self._lock:
+            self.counts[what] += number
 
     @contextmanager
     def clock(self, part: str) -> Iterator[None]:
@@ -35,4 +42,6 @@ class Meter:
             yield
         finally:
             self.wait()
-            self.seconds[part] += time.perf_counter() - start
+            spent = time.perf_counter() - start
+            with self._lock:
+                self.seconds[part] += spent

@@ -207,12 +207,29 @@ def test_what_cannot_be_enabled_is_refused_and_left_as_it_was(spoil, options, er
     assert {n: id(p) for n, p in model.named_parameters()} == parameters
 
 
-def test_a_block_size_that_does_not_divide_names_the_layer():
-    with pytest.raises(
-        ValueError, match=r"blocks\.0\.attn1\.to_q\.weight: has 96 columns"
-    ) as caught:
-        diffusers_hook.enable(wan(num_attention_heads=3), progress=False, seda=True, block_size=64)
-    assert "not a multiple of block_size 64; choose a smaller block_size" in str(caught.value)
+def test_layers_that_the_block_size_does_not_divide_stay_in_16_bit(tmp_path, caplog):
+    """Saved and loaded, and quantized while it loads, it is the same model."""
+    model = wan(num_attention_heads=3)
+    model.save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"the columns of 18 of 20 layers \(blocks\.0\."):
+        diffusers_hook.enable(model, progress=False, block_size=64, strict=True)
+    diffusers_hook.enable(model, progress=False, block_size=64)
+    assert caplog.messages[0] == (
+        "WanTransformer3DModel: block_size 64 does not divide the columns of 18 of 20 layers "
+        "(blocks.0.attn1.to_q: 96, ...), which stay in 16 bit; a smaller block_size may divide them"
+    )
+    quantized = {n for n, m in model.named_modules() if isinstance(m, DialectLinear)}
+    assert quantized == {"blocks.0.ffn.net.2", "blocks.1.ffn.net.2"}
+    expected = run(model)
+    model.save_pretrained(tmp_path / "packed")
+    config = SemanticDialectConfig(block_size=64)
+    for loaded in (
+        WanTransformer3DModel.from_pretrained(tmp_path / "packed"),
+        WanTransformer3DModel.from_pretrained(tmp_path / "plain", quantization_config=config),
+    ):
+        assert torch.equal(run(loaded), expected)
+    with pytest.raises(ValueError, match=r"of 20 of 20 layers .*; choose a smaller block_size"):
+        diffusers_hook.enable(wan(num_attention_heads=3, ffn_dim=96), block_size=64)
 
 
 def test_a_second_transformer_that_cannot_be_enabled_leaves_the_first_alone():

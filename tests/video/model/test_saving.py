@@ -413,13 +413,3 @@ def test_a_configuration_of_another_release_is_refused(saved, change, sentence):
     with pytest.raises(ConfigError) as caught:
         WanTransformer3DModel.from_pretrained(saved[1])
     assert str(caught.value).startswith(sentence)
-
-
-def test_a_model_with_an_adapter_is_not_saved_half(saved, tmp_path):
-    from peft import LoraConfig
-
-    model, _ = saved
-    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    with pytest.raises(ValueError, match="has an adapter; save the adapter with save_lora_weights"):
-        model.save_pretrained(tmp_path / "adapter")
-    assert not (tmp_path / "adapter").exists()
