@@ -96,6 +96,8 @@ def _serve(
         left = unfinished(url, _IDLE_S)
         after = answers(url, asked, "after", _ANSWER_TOKENS)
         processes = process_tree(server.pid)
+        # here: what a signal interrupts may write a traceback when the server is stopped
+        logged = _FAULT.findall(log.read_text(encoding="utf-8", errors="replace"))
     begin = memory.seconds[0]
     kept = [
         (second - begin, size)
@@ -103,7 +105,6 @@ def _serve(
         if _WARM_UP_S <= second - begin <= _WARM_UP_S + seconds
     ]
     per_second, error = slope(*zip(*kept, strict=True))
-    logged = _FAULT.findall(log.read_text(encoding="utf-8", errors="replace"))
     return {
         "whole": traffic.whole,
         "left_early": traffic.left,
