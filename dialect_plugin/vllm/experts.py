@@ -39,6 +39,7 @@ from .parameters import (
     check_tensor,
     counted_before,
     forget_loaded,
+    hold_tables,
     loaded_shards,
     mark_loaded,
 )
@@ -186,6 +187,7 @@ class BlockDialectExpertsMethod(MarksLoaded, FusedMoEMethodBase):
         elif layer.w2_weight_packed.device.type == "cpu":
             heap.trim()
         self._warm_up(layer)
+        hold_tables(layer)
         self.set_loaded(layer)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:

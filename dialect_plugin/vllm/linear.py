@@ -36,7 +36,7 @@ from dialect_kernels.packed import STORED_FIELDS
 from ..scheme import LayerFormat
 from . import heap
 from .errors import LoadError
-from .parameters import MarksLoaded, checked, forget_loaded, held, loaded_shards
+from .parameters import MarksLoaded, checked, forget_loaded, held, hold_tables, loaded_shards
 from .probes import WEIGHT, Orders
 
 __all__ = ["DTYPES", "BlockDialectLinearMethod", "LinearSpec", "log_kernel"]
@@ -276,6 +276,7 @@ class BlockDialectLinearMethod(MarksLoaded, LinearMethodBase):
             for name, tensor in packed.stored.items():
                 layer.register_parameter(name, Parameter(tensor, requires_grad=False))
         self._warm_up(layer)
+        hold_tables(layer)
         self.set_loaded(layer)
         if self.load is not None:  # blocks that share the layer bring its tensors again
             self.load.enter_context(self.open(layer, quantizes=True))

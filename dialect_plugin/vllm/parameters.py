@@ -12,6 +12,8 @@ from weakref import WeakMethod
 import torch
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
+from dialect_kernels.device_tables import tables_on
+
 from . import probes
 from .errors import LoadError
 
@@ -22,6 +24,7 @@ __all__ = [
     "counted_before",
     "forget_loaded",
     "held",
+    "hold_tables",
     "loaded_shards",
     "mark_loaded",
     "shards_of",
@@ -32,6 +35,9 @@ _LOADED = "_blockdialect_loaded"
 """Attribute of a parameter: which of its shards have been loaded, a set of shard ids."""
 _COUNTED = "_blockdialect_counted"
 """Attribute of a parameter on the meta device: which of its shards vLLM has counted."""
+
+_TABLE = "_blockdialect_table_"
+"""Of the names of buffers of a layer, a number behind it."""
 
 
 def checked(
@@ -150,6 +156,17 @@ class MarksLoaded:
     def set_loaded(layer: Any) -> None:
         """Note that the layer holds processed weights: new ones, or old ones again."""
         layer._already_called_process_weights_after_loading = True
+
+
+def hold_tables(layer: Any) -> None:
+    """Make the tables that kernels read on the layer's device buffers of it, without copies.
+
+    They were made while the model was loaded, so that vLLM's sleep mode of level 2 throws their
+    contents away with the weights. It brings those of buffers back when it wakes up.
+    """
+    device = next(layer.parameters()).device
+    for number, table in enumerate(tables_on(device)):
+        layer.register_buffer(f"{_TABLE}{number}", table, persistent=False)
 
 
 def mark_loaded(param: torch.Tensor, shards: Iterable[Hashable]) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
+from .device_tables import kept_tables
 from .formatbook import LOWEST_EXPONENT, NAN_ROW, Formatbook
 
 __all__ = [
@@ -85,7 +85,7 @@ def divisor(value: float, x: torch.Tensor) -> torch.Tensor:
     return torch.full((), value, device=x.device)
 
 
-@lru_cache(maxsize=64)
+@kept_tables
 def flat_table(
     book: Formatbook, name: str, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:

@@ -25,6 +25,7 @@ from typing import Any, Final
 import torch
 
 from .arithmetic import padded_columns, power_of_two, row_scale
+from .device_tables import kept_tables
 from .formatbook import (
     BLOCK_SIZES,
     BOOKS,
@@ -86,6 +87,9 @@ STORED_FIELDS: Final = (
 class PackedTensor:
     """A 2-D tensor in a dialect format. Immutable; all tensors live on one device.
 
+    Kernels read the three tensors as bytes one behind the other: a view that is not contiguous is
+    copied on construction.
+
     Attributes:
         codes: uint8 [N, Kp/2].
         meta: uint8 [N, Kp/B].
@@ -113,9 +117,8 @@ class PackedTensor:
         rows, columns = self.shape
         check_block_size(self.block_size)
         check_rotation(self.rotation, columns)
-        padded, device = padded_columns(columns, self.block_size), self.codes.device
-        for part, tensor in zip(STORED_FIELDS, self.tensors, strict=True):
-            shape = (rows, *part.row_shape(padded, self.block_size))
+        device, shapes = self.codes.device, _shapes(rows, columns, self.block_size)
+        for part, tensor, shape in zip(STORED_FIELDS, self.tensors, shapes, strict=True):
             if tensor.dtype != part.dtype or tensor.shape != shape:
                 raise ValueError(
                     f"{part.name}: {tensor.dtype} {list(tensor.shape)} does not fit a "
@@ -127,6 +130,8 @@ class PackedTensor:
                     f"{part.name}: is on {tensor.device}, codes on {device}; move them to one "
                     "device"
                 )
+            if not tensor.is_contiguous():
+                object.__setattr__(self, part.name, tensor.contiguous())
 
     @classmethod
     def from_stored(
@@ -429,14 +434,14 @@ class PackedTensor:
         shape: tuple[int, int],
     ) -> PackedTensor:
         return PackedTensor(
-            codes.contiguous(),
-            meta.contiguous(),
-            row_exponent.contiguous(),
-            shape,
-            self.book,
-            self.block_size,
-            self.rotation,
+            codes, meta, row_exponent, shape, self.book, self.block_size, self.rotation
         )
+
+
+@lru_cache(maxsize=1024)
+def _shapes(rows: int, columns: int, block_size: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the stored tensors, in their order; engines make a tensor of them for each call."""
+    return tuple(part.shape(rows, columns, block_size) for part in STORED_FIELDS)
 
 
 def _read_metadata(
@@ -506,7 +511,7 @@ def pack_codes(codes: torch.Tensor) -> torch.Tensor:
     return packed
 
 
-@lru_cache(maxsize=32)
+@kept_tables
 def _byte_pairs(
     table: tuple[tuple[int, ...], ...], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:

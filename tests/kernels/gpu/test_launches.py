@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from dialect_kernels import DIALECT_FP4, SEMANTIC_32, PackedExperts, quantize
-from dialect_kernels.gpu import grouped, linear
+from dialect_kernels.gpu import grouped, library, linear
 
 TOKENS = (1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 127, 128, 129, 256, 257, 511, 512, 513, 1000, 4097,
           16384)  # fmt: skip
@@ -48,7 +48,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", before_compiling)
     monkeypatch.setattr(linear, "runs_on", lambda device: True)
     monkeypatch.setattr(
-        linear,
+        library,
         "_scaled_product",
         lambda x, scale, weight, *_: torch.empty(len(x), len(weight), dtype=torch.bfloat16),
     )

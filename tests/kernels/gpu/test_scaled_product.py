@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from dialect_kernels.gpu.linear import _scaled_product
+from dialect_kernels.gpu.library import _scaled_product
 
 FP8 = torch.float8_e4m3fn
 

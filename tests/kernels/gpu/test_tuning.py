@@ -7,7 +7,14 @@ from itertools import pairwise
 import pytest
 
 from dialect_kernels.gpu import tuning
-from dialect_kernels.gpu.tuning import GemmPlan, _default_plan, _tuned_plans, choose, parse_plans
+from dialect_kernels.gpu.tuning import (
+    GemmPlan,
+    _default_plan,
+    _measured_plan,
+    _tuned_plans,
+    choose,
+    parse_plans,
+)
 
 H200 = {"processors": 132, "table": "fp8"}
 
@@ -64,11 +71,41 @@ def test_measured_plans_are_chosen_by_the_nearest_number(folder, monkeypatch):
         return plan.kind, plan.splits
 
     assert kind(1) == ("fused", 3)
-    assert kind(9) == ("fused", 3), "10 is the middle of 1 and 100"
-    assert kind(11) == ("scratch", 1)
+    assert kind(9) == ("fused", 3)
+    assert kind(49)[1] != 3, "derived: too far from 1 and from 100"
+    assert kind(51) == ("scratch", 1)
     assert kind(9999) == ("scratch", 1)
     assert kind(9999, "fp8")[0] == "scratch", "what is not in the file is derived"
     assert kind(64, features=4095)[0] == "fused"
+
+
+def fused(tokens, splits=1):
+    return GemmPlan("fused", tokens, splits=splits)
+
+
+def test_a_tile_is_not_used_far_beyond_what_was_measured():
+    """A file of the fused kernel only must not decide about a prompt."""
+    plans = {16: fused(16), 512: fused(128), 1024: fused(128)}
+    near = {1: 16, 16: 16, 257: 512, 512: 512, 513: 1024, 700: 1024, 1024: 1024, 1536: 1024}
+    for tokens, measured in near.items():
+        assert _measured_plan(tokens, plans) is plans[measured]
+    for tokens in (25, 255, 1537, 2048, 16384, 131072):
+        assert _measured_plan(tokens, plans) is None
+    assert _measured_plan(1, {}) is None
+
+
+def test_a_larger_measured_tile_before_one_that_is_too_small():
+    plans = {1: fused(16, 1), 16: fused(16, 2), 24: fused(32, 3), 128: fused(128), 256: fused(128)}
+    for tokens, measured in ((1, 1), (3, 1), (9, 16), (16, 16), (17, 24), (32, 24), (150, 256)):
+        assert _measured_plan(tokens, plans) is plans[measured], tokens
+    assert _measured_plan(20, {16: fused(16)}).tokens == 16, "there is no other"
+
+
+def test_the_library_for_all_that_is_larger():
+    plans = {512: fused(128), 1024: GemmPlan("scratch")}
+    assert _measured_plan(1 << 17, plans) == GemmPlan("scratch")
+    assert _measured_plan(513, plans) is plans[1024], "one more token is one more tile"
+    assert _measured_plan(500, plans) is plans[512]
 
 
 def test_one_warning_without_a_measurement(caplog):
@@ -96,6 +133,27 @@ def test_files_that_hold_something_else(folder, monkeypatch):
         file.write_text(text)
         with pytest.raises(ValueError, match=sentence):
             _tuned_plans(1, 2, "x")
+
+
+def test_accumulator_bits_are_measured_or_unknown(folder, monkeypatch):
+    monkeypatch.setattr(tuning, "files", lambda package: folder)
+    file = folder / "configs" / "probes,device=NVIDIA_H200.json"
+    tuning.accumulator_bits.cache_clear()
+    assert tuning.accumulator_bits("NVIDIA H200") is None
+    measured = {"gpu": "NVIDIA H200", "fp8_accumulator_bits": {"within": 13, "across": 22}}
+    for text, sentence in (
+        (json.dumps(measured), None),
+        ("{", r"probes,device=NVIDIA_H200.json: holds no integer fp8_accumulator_bits\.across"),
+        (json.dumps({"fp8_accumulator_bits": {"across": "22"}}), "holds no integer"),
+    ):
+        file.write_text(text)
+        tuning.accumulator_bits.cache_clear()
+        if sentence is None:
+            assert tuning.accumulator_bits("NVIDIA H200") == 22
+        else:
+            with pytest.raises(ValueError, match=sentence):
+                tuning.accumulator_bits("NVIDIA H200")
+    tuning.accumulator_bits.cache_clear()
 
 
 def test_plans_from_json():

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LagunaConfig, LagunaForCausalLM
 
 from dialect_kernels import SEMANTIC_32, quantize
+from dialect_kernels.device_tables import tables_on
 from dialect_plugin.checkpoint.convert import convert
 from dialect_plugin.checkpoint.options import ConvertOptions
 from dialect_plugin.scheme import Scheme
@@ -54,6 +55,37 @@ def pack(tensors, layers):
 
 def linear_layers(tensors):
     return [n.removesuffix(".weight") for n, v in tensors.items() if v.dim() == 2]
+
+
+def test_tables_outlive_a_sleep_of_level_2(packed, source):
+    """vLLM's worker keeps a copy of all buffers then, and of nothing else that a load has made."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import reload
+
+    read = quantize(torch.randn(8, 64))
+    want = read.dequantize()
+    model = load_model(packed)
+    tables = tables_on(torch.device("cpu"))
+    held = [table.clone() for table in tables]
+    try:
+        saved = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        for table in tables:
+            table.view(torch.uint8).fill_(0x5A)
+        assert not torch.equal(read.dequantize(), want)
+        for name, buffer in model.named_buffers():
+            buffer.data.copy_(saved[name])
+        assert all(map(torch.equal, tables, held))
+        assert torch.equal(read.dequantize(), want)
+    finally:
+        for table, values in zip(tables, held, strict=True):
+            table.copy_(values)
+
+    config = EngineArgs(str(packed), skip_tokenizer_init=True, dtype="float32")
+    reload.initialize_layerwise_reload(model)
+    model.load_weights(iter(checkpoint_tensors(source).items()))
+    reload.finalize_layerwise_reload(model, config.create_model_config())
+    assert saved.keys() <= dict(model.named_buffers()).keys()
+    assert not any("_table_" in name for name in model.state_dict())
 
 
 REARRANGED = (

@@ -494,11 +494,9 @@ def _weight(p: PackedTensor) -> tuple[_Weight, tuple[torch.Tensor, ...]]:
     """
     if p.device.type != "cpu":
         raise ValueError(f"weight: is on {p.device}; it must be on cpu: move it there")
-    codes, meta = p.codes.contiguous(), p.meta.contiguous()
-    row_exponent = p.row_exponent.contiguous()
-    pointers = (codes.data_ptr(), meta.data_ptr(), row_exponent.data_ptr())
+    pointers = (tensor.data_ptr() for tensor in p.tensors)
     rotated = int(p.rotation != "none")
-    return _Weight(*pointers, *p.shape, p.block_size, rotated), (codes, meta, row_exponent)
+    return _Weight(*pointers, *p.shape, p.block_size, rotated), p.tensors
 
 
 def _tokens(

@@ -27,12 +27,11 @@ Triton's interpreter. (Tables, layout and instructions: ours.)
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 
+from ..device_tables import kept_tables
 from ..formatbook import E4M3_WINDOW, LOWEST_EXPONENT, NAN_ROW, Formatbook
 from ..packed import PackedTensor
 from .layout import interpreted
@@ -98,14 +97,14 @@ def _by_meta(book: Formatbook) -> list[tuple[int, ...]]:
     ]
 
 
-@lru_cache(maxsize=16)
+@kept_tables
 def e4m3_table(book: Formatbook, device: torch.device) -> torch.Tensor:
     """E4M3 bytes of a block's eight magnitudes by meta byte, int64 [256]: index 0 lowest."""
     table = torch.tensor(_by_meta(book), dtype=torch.uint8)
     return table.view(torch.int64).flatten().to(device)
 
 
-@lru_cache(maxsize=16)
+@kept_tables
 def sixteen_table(book: Formatbook, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Magnitudes as `dtype` by meta byte, int64 [256, 2]: eight low bytes, then eight high ones.
 

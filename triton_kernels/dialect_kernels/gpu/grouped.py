@@ -13,8 +13,8 @@ import torch
 
 from ..packed_experts import PackedExperts
 from .gemm import RowTiles, launch_eight_bits, launch_sixteen_bits
-from .layout import with_unit_stride
-from .linear import Route, covers, first_of_each_route, quantize_tokens, route
+from .layout import readable, readable_rows
+from .linear import Route, compiled_for, covers, first_of_each_route, quantize_tokens, route
 from .rotation import rotate_tokens
 from .tuning import FUSED_FOR_MANY
 
@@ -60,7 +60,7 @@ def warm_up(
     """
     count, features, columns = experts.shape
     p = experts.together
-    facts = (experts.shape, p.book.name, p.block_size, p.rotation, p.device, bias_dtype, dtype)
+    facts = (count, *compiled_for(p), bias_dtype, dtype)
     x = torch.zeros(1, columns, dtype=dtype, device=p.device)
     if (*facts, activation_format) in _warm or not covers(x, p, activation_format, "default"):
         return
@@ -92,12 +92,12 @@ def _product(
     """:func:`grouped_linear` of at least one row, by a route."""
     count = len(tokens if rows is None else rows)
     y = tokens.new_zeros(count, experts.shape[1])
-    bias = None if bias is None else bias.contiguous()
+    rows, bias = (None if each is None else readable(each) for each in (rows, bias))
     tiles = RowTiles(_row_tiles(offsets, count, how.plan.tokens), rows)
     if activation_format == "none":
         if experts.together.rotation != "none":
             tokens = rotate_tokens(tokens)
-        tokens = with_unit_stride(tokens)
+        tokens = readable_rows(tokens)
         launch_sixteen_bits(
             tokens, None, experts.together, bias, y, how.plan, None, how.exact, tiles
         )

@@ -14,6 +14,7 @@ first four in one half of the row and their last four in the other::
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -27,10 +28,16 @@ __all__ = [
     "interpreted",
     "load_blocks",
     "operand_columns",
+    "readable",
+    "readable_rows",
     "row_config",
-    "with_unit_stride",
     "written_dtype",
 ]
+
+_VECTOR = 16
+"""Bytes that one instruction loads."""
+_ELEMENTS = 16
+"""Elements that rows must be multiples of, to be read in vectors."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +53,10 @@ class RowConfig:
     num_warps: int
 
 
+@lru_cache(maxsize=256)
 def row_config(columns: int, rotated: bool = False) -> RowConfig:
     """A safe default: the whole row at once, up to 8192 columns; a thread rotates 32 of them."""
-    chunk = min(8192, max(128, int(triton.next_power_of_2(columns))))
+    chunk = min(8192, max(128, 1 << max(0, columns - 1).bit_length()))
     return RowConfig(chunk, num_warps=max(1, min(8, chunk // (1024 if rotated else 512))))
 
 
@@ -57,14 +65,32 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def with_unit_stride(x: torch.Tensor) -> torch.Tensor:
-    """`x` [T, K], copied if the elements of a row are not neighbours."""
-    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
+def readable(x: torch.Tensor) -> torch.Tensor:
+    """`x`, copied if it is not contiguous or does not begin at a multiple of 16 bytes.
+
+    Kernels are compiled for where their arguments begin: without the copy a view of another tensor
+    could be compiled for while serving.
+    """
+    if x.is_contiguous() and x.data_ptr() % _VECTOR == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def readable_rows(x: torch.Tensor) -> torch.Tensor:
+    """`x` [T, K], copied if elements of a row are not neighbours, or rows begin elsewhere.
+
+    The first row begins at a multiple of 16 bytes, and every other row at a multiple of 16
+    elements further on if K is one, so that K alone says how rows can be read.
+    """
+    neighbours = x.shape[1] <= 1 or x.stride(1) == 1
+    vectors = x.data_ptr() % _VECTOR == 0 and (x.shape[1] % _ELEMENTS != 0 or aligned(x))
+    return x if neighbours and vectors else x.clone(memory_format=torch.contiguous_format)
 
 
 def aligned(x: torch.Tensor) -> bool:
     """Whether rows of `x` can be read in vectors of 16 elements."""
-    return x.shape[1] % 16 == 0 and x.stride(0) % 16 == 0
+    of_rows = x.shape[0] <= 1 or x.stride(0) % _ELEMENTS == 0
+    return x.shape[1] % _ELEMENTS == 0 and of_rows
 
 
 def written_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -5,24 +5,24 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from ..packed import PackedTensor
-from .decode import decode_bf16, decode_e4m3
 from .gemm import arrivals, launch_eight_bits, launch_sixteen_bits
-from .layout import interpreted, with_unit_stride
+from .layout import interpreted, readable, readable_rows
+from .library import Library, added_residuals, library_product
 from .quantize_activations import quantize_activation
 from .quantize_fp8 import quantize_activation_fp8
 from .rotation import rotate_tokens
-from .tuning import FUSED_FOR_MANY, GemmPlan, choose
+from .tuning import FUSED_FOR_MANY, GemmPlan, accumulator_bits, choose
 
 __all__ = [
     "EXACT_PLANS",
     "Route",
+    "compiled_for",
     "covers",
     "dialect_linear",
     "first_of_each_route",
@@ -51,6 +51,8 @@ class _Device(NamedTuple):
     name: str
     processors: int
     capability: tuple[int, int]
+    cache: int = 0
+    """Bytes of the L2 cache."""
 
 
 class Route(NamedTuple):
@@ -120,7 +122,7 @@ def dialect_linear(
     if activation_format == "none":
         if p.rotation != "none":
             tokens = rotate_tokens(tokens)
-        return multiply(with_unit_stride(tokens), None, p, bias, tokens.dtype, how)
+        return multiply(readable_rows(tokens), None, p, bias, tokens.dtype, how)
     zeros = arrivals(tokens.shape[0], p.shape[0], how.plan, tokens.device)
     q, scale = quantize_tokens(tokens, p, activation_format, how, zeros=zeros)
     return multiply(q, scale, p, bias, tokens.dtype, how, arrived=zeros)
@@ -143,8 +145,8 @@ def semantic_linear(
         group: int32 [T] or None; tokens with the same number in 0..T-1 share variants.
 
     Returns:
-        [T, N] in the tokens' dtype. Where a library multiplies, products and residual products are
-        bfloat16 before they are added.
+        [T, N] in the tokens' dtype. Where a library multiplies whose GEMM cannot return float32,
+        products and residual products are bfloat16 before they are added.
     """
     count = tokens.shape[0]
     if count == 0 or p.shape[0] == 0:
@@ -154,16 +156,10 @@ def semantic_linear(
     zeros = arrivals(all_rows, p.shape[0], how.plan, tokens.device)
     q, scale = quantize_tokens(tokens, p, "dialect", how, salient=rows, group=group, zeros=zeros)
     if how.decodes_to_memory:
-        weight = _decoded(p, how.eight_bits)
-        y = _library_product(q[:count], scale[:count], weight, p, bias, tokens.dtype)
-        if rows is not None:
-            left_over = _library_product(q[count:], scale[count:], weight, p, None, y.dtype)
-            y.index_add_(0, rows.clamp(min=0), left_over)  # unused places add zeros
-        return y
+        library = _library(q.device, how.eight_bits)
+        return library_product(q, scale, p, bias, tokens.dtype, library, rows)
     y = multiply(q, scale, p, None, torch.float32, how, arrived=zeros)
-    y, left_over = y[:count], y[count:]
-    if rows is not None:
-        y.index_add_(0, rows.clamp(min=0), left_over)
+    y = added_residuals(y, rows)
     if bias is not None:
         y = y + bias.to(torch.float32)
     return y.to(tokens.dtype)
@@ -187,7 +183,18 @@ def route(
         device: where they are.
         accumulation: ``"default"`` or ``"exact"``.
     """
-    facts = _device(device)
+    return _route(tokens, shape, activation_format, dtype, _device(device), accumulation)
+
+
+@lru_cache(maxsize=4096)
+def _route(
+    tokens: int,
+    shape: tuple[int, int],
+    activation_format: str,
+    dtype: torch.dtype,
+    facts: _Device,
+    accumulation: str,
+) -> Route:
     if accumulation == "exact":
         return Route(next(plan for most, plan in EXACT_PLANS if tokens <= most), False, True)
     eight_bits = activation_format != "none" and facts.capability >= _FP8_CAPABILITY
@@ -265,9 +272,9 @@ def multiply(
     Returns:
         [T, N], contiguous.
     """
-    bias = None if bias is None else bias.contiguous()
+    bias = None if bias is None else readable(bias)
     if how.decodes_to_memory:
-        return _library_product(x, scale, _decoded(p, how.eight_bits), p, bias, dtype)
+        return library_product(x, scale, p, bias, dtype, _library(x.device, how.eight_bits))
     if arrived is None:
         arrived = arrivals(x.shape[0], p.shape[0], how.plan, x.device)
         arrived = None if arrived is None else arrived.zero_()
@@ -280,74 +287,6 @@ def multiply(
     return y
 
 
-class _Decoded(NamedTuple):
-    """A weight in memory that is free again after the product."""
-
-    values: torch.Tensor
-    """float8_e4m3fn [Np, Kp] in the order of operands, or bfloat16 [N, K]."""
-    scale: torch.Tensor | None
-    """float32 [Np] beside float8_e4m3fn."""
-
-
-def _decoded(p: PackedTensor, eight_bits: bool) -> _Decoded:
-    return _Decoded(*decode_e4m3(p)) if eight_bits else _Decoded(decode_bf16(p), None)
-
-
-def _library_product(
-    x: torch.Tensor,
-    scale: torch.Tensor | None,
-    weight: _Decoded,
-    p: PackedTensor,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """``(x * scale) @ p.T + bias`` by the library's GEMM, [T, N] contiguous."""
-    if weight.scale is not None:
-        assert scale is not None, "8-bit tokens have scales"
-        fused = bias is not None and bias.dtype == dtype == torch.bfloat16
-        fused = fused and len(weight.values) == p.shape[0]
-        y = _scaled_product(x, scale, weight.values, weight.scale, bias if fused else None)
-        y = y[:, : p.shape[0]]
-        bias = None if fused else bias
-    elif scale is not None:
-        y = F.linear(x[:, : p.shape[1]], weight.values).float() * scale[:, None]
-    else:
-        y = F.linear(x, weight.values)
-    if bias is not None:
-        y = y.to(torch.float32) + bias.to(torch.float32)
-    return y.to(dtype).contiguous()
-
-
-def _scaled_product(
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """The library's FP8 GEMM, float32 accumulation; bfloat16 is the one result all of them have.
-
-    Args:
-        x: float8_e4m3fn [T, Kp], Kp a multiple of 16.
-        scale: float32 [T].
-        weight: float8_e4m3fn [Np, Kp], Np a multiple of 16.
-        weight_scale: float32 [Np].
-        bias: bfloat16 [Np] or None.
-
-    Returns:
-        bfloat16 [T, Np].
-    """
-    return torch._scaled_mm(
-        x,
-        weight.t(),
-        scale_a=scale.unsqueeze(1),
-        scale_b=weight_scale.unsqueeze(0),
-        bias=bias,
-        out_dtype=torch.bfloat16,
-        use_fast_accum=False,
-    )
-
-
 def warm_up(
     p: PackedTensor,
     activation_format: str,
@@ -356,7 +295,8 @@ def warm_up(
 ) -> None:
     """Compile every kernel that products of tokens with this weight can need, by running it.
 
-    Weights of the same shape share their kernels: only the first of them costs time.
+    Weights of the same shape (see :func:`compiled_for`) share kernels: only the first
+    of them costs time.
 
     Args:
         p: packed weight [N, K].
@@ -366,8 +306,7 @@ def warm_up(
     """
     if p.shape[0] == 0 or not runs_on(p.device):
         return
-    weight = (p.shape, p.book.name, p.block_size, p.rotation, p.device)
-    facts = (*weight, bias_dtype, activation_format, dtype)
+    facts = (*compiled_for(p), bias_dtype, activation_format, dtype)
     if facts in _warm:
         return
     bias = None
@@ -381,6 +320,12 @@ def warm_up(
 
 
 _warm: set[tuple[object, ...]] = set()
+
+
+def compiled_for(p: PackedTensor) -> tuple[object, ...]:
+    """What weights have in common that share their compiled kernels."""
+    begin = tuple(tensor.data_ptr() % 16 == 0 for tensor in p.tensors)
+    return (p.shape, p.book.name, p.block_size, p.rotation, p.device, begin)
 
 
 def first_of_each_route(
@@ -411,5 +356,13 @@ def _device(device: torch.device) -> _Device:
         return _Device("interpreter", 4, (9, 0))
     properties = torch.cuda.get_device_properties(device)
     return _Device(
-        properties.name, properties.multi_processor_count, (properties.major, properties.minor)
+        properties.name,
+        properties.multi_processor_count,
+        (properties.major, properties.minor),
+        properties.L2_cache_size,
     )
+
+
+def _library(device: torch.device, eight_bits: bool) -> Library:
+    facts = _device(device)
+    return Library(eight_bits, facts.cache, accumulator_bits(facts.name))

@@ -25,6 +25,7 @@ from ..arithmetic import padded_columns
 from ..formatbook import DIALECT_FP4, Formatbook, Rotation
 from ..packed import check_block_size
 from ..rotation import check_rotation
+from .launch import launch
 from .layout import (
     RowConfig,
     aligned,
@@ -32,8 +33,9 @@ from .layout import (
     clear,
     interpreted,
     operand_columns,
+    readable,
+    readable_rows,
     row_config,
-    with_unit_stride,
     written_dtype,
 )
 from .rotation import load_activation
@@ -300,35 +302,32 @@ def _launch_quantize_activation(
         "ROTATED": rotation != "none",
         "ALIGNED": aligned(x),
         "ASM": not interpreted(),
-        "num_warps": config.num_warps,
     }
     totals = None
     if group is not None:
         blocks = q.shape[1] // block_size
         totals = torch.zeros(tokens, blocks, 4, dtype=torch.int32, device=x.device)
-        _group_errors_kernel[(tokens,)](
-            x, group, totals, table, tokens, columns, x.stride(0), **shape
+        launch(
+            _group_errors_kernel,
+            (tokens,),
+            (x, group, totals, table, tokens, columns, x.stride(0)),
+            shape,
+            num_warps=config.num_warps,
         )
-    _quantize_activation_kernel[(rows,)](
-        x,
-        q,
-        scale,
-        salient,
-        group,
-        totals,
-        table,
-        zeros,
-        tokens,
-        columns,
-        q.shape[1],
-        x.stride(0),
-        0 if zeros is None else zeros.numel(),
-        DIALECTS=len(book),
-        ONE_CHUNK=q.shape[1] <= config.chunk,
-        OPERANDS=operand_order,
-        SALIENT=salient is not None,
-        GROUPED=group is not None,
-        **shape,
+    sizes = (tokens, columns, q.shape[1], x.stride(0), 0 if zeros is None else zeros.numel())
+    launch(
+        _quantize_activation_kernel,
+        (rows,),
+        (x, q, scale, salient, group, totals, table, zeros, *sizes),
+        {
+            "DIALECTS": len(book),
+            "ONE_CHUNK": q.shape[1] <= config.chunk,
+            "OPERANDS": operand_order,
+            "SALIENT": salient is not None,
+            "GROUPED": group is not None,
+            **shape,
+        },
+        num_warps=config.num_warps,
     )
 
 
@@ -373,7 +372,8 @@ def quantize_activation(
     check_matrix(x, "x")
     check_block_size(block_size)
     _check_rows(x, salient, group, book, rotation)
-    x = with_unit_stride(x)
+    x = readable_rows(x)
+    salient, group = (None if each is None else readable(each) for each in (salient, group))
     padded = padded_columns(x.shape[1], block_size)
     rows = x.shape[0] + (0 if salient is None else salient.shape[0])
     q = torch.empty(rows, padded, dtype=written_dtype(dtype), device=x.device)

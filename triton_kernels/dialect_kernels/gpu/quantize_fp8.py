@@ -21,14 +21,15 @@ from ..arithmetic import padded_columns
 from ..formatbook import E4M3_MAX, Rotation
 from ..packed import check_block_size
 from ..rotation import check_rotation
+from .launch import launch
 from .layout import (
     RowConfig,
     aligned,
     block_columns,
     clear,
     operand_columns,
+    readable_rows,
     row_config,
-    with_unit_stride,
     written_dtype,
 )
 from .rotation import load_activation
@@ -134,27 +135,25 @@ def quantize_activation_fp8(
     check_matrix(x, "x")
     check_block_size(block_size)
     check_rotation(rotation, x.shape[1], "x")
-    x = with_unit_stride(x)
+    x = readable_rows(x)
     rows, columns = x.shape
     padded = padded_columns(columns, block_size)
     q = torch.empty(rows, padded, dtype=written_dtype(dtype), device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     config = config or row_config(padded, rotation != "none")
     if rows:
-        _quantize_activation_fp8_kernel[(rows,)](
-            x,
-            q,
-            scale,
-            zeros,
-            columns,
-            padded,
-            x.stride(0),
-            0 if zeros is None else zeros.numel(),
-            CHUNK=config.chunk,
-            ONE_CHUNK=padded <= config.chunk,
-            OPERANDS=operand_order,
-            ROTATED=rotation != "none",
-            ALIGNED=aligned(x),
+        cleared = 0 if zeros is None else zeros.numel()
+        launch(
+            _quantize_activation_fp8_kernel,
+            (rows,),
+            (x, q, scale, zeros, columns, padded, x.stride(0), cleared),
+            {
+                "CHUNK": config.chunk,
+                "ONE_CHUNK": padded <= config.chunk,
+                "OPERANDS": operand_order,
+                "ROTATED": rotation != "none",
+                "ALIGNED": aligned(x),
+            },
             num_warps=config.num_warps,
         )
     return q.view(dtype), scale

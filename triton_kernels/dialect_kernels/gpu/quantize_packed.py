@@ -21,7 +21,6 @@ cost: the format, section 1; this form of it: ours.)
 
 from __future__ import annotations
 
-from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -31,9 +30,10 @@ import triton.language as tl
 
 from ..arguments import check_matrix
 from ..arithmetic import padded_columns
+from ..device_tables import kept_tables
 from ..formatbook import DIALECT_FP4, E4M3_WINDOW, NAN_ROW, Formatbook, Rotation
 from ..packed import PackedTensor, check_block_size
-from .layout import RowConfig, aligned, interpreted, row_config, with_unit_stride
+from .layout import RowConfig, aligned, interpreted, readable_rows, row_config
 from .rotation import load_weight
 from .rounding import (
     block_largest,
@@ -63,7 +63,7 @@ class PackedTokens(NamedTuple):
     """int8 [T]; -128 marks a token with NaN or Inf."""
 
 
-@lru_cache(maxsize=32)
+@kept_tables
 def _step_table(book: Formatbook, device: torch.device) -> torch.Tensor:
     """``(t_i, h_i - h_(i-1))`` of every dialect, int32 [dialects, 7, 2]."""
     steps = [
@@ -160,7 +160,7 @@ def _launch_quantize_packed(
     config: RowConfig,
 ) -> PackedTokens:
     """One launch."""
-    x = with_unit_stride(x)
+    x = readable_rows(x)
     rows, columns = x.shape
     padded = padded_columns(columns, block_size)
     out = PackedTokens(

@@ -22,7 +22,8 @@ import triton.language as tl
 
 from ..formatbook import ROTATION_GROUP
 from .epilogue import rounded
-from .layout import aligned, block_columns, interpreted, load_blocks, row_config, with_unit_stride
+from .launch import launch
+from .layout import aligned, block_columns, interpreted, load_blocks, readable_rows, row_config
 
 __all__ = ["load_activation", "load_weight", "rotate_tokens"]
 
@@ -141,19 +142,16 @@ def rotate_tokens(x: torch.Tensor) -> torch.Tensor:
     Args:
         x: float32, bfloat16 or float16 [T, K], K a multiple of 32.
     """
-    x = with_unit_stride(x)
+    x = readable_rows(x)
     rows, columns = x.shape
     y = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     config = row_config(columns, rotated=True)
     if rows and columns:
-        _rotate_kernel[(rows,)](
-            x,
-            y,
-            columns,
-            x.stride(0),
-            CHUNK=config.chunk,
-            ALIGNED=aligned(x),
-            ASM=not interpreted(),
+        launch(
+            _rotate_kernel,
+            (rows,),
+            (x, y, columns, x.stride(0)),
+            {"CHUNK": config.chunk, "ALIGNED": aligned(x), "ASM": not interpreted()},
             num_warps=config.num_warps,
         )
     return y

@@ -20,12 +20,11 @@ two bodies with the same results: inline PTX, and arithmetic for Triton's interp
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 
+from ..device_tables import kept_tables
 from ..formatbook import (
     CELLS,
     E4M3_WINDOW,
@@ -99,7 +98,7 @@ or.b32 $0, a, s;
 _BYTES_CONSTRAINTS = tl.constexpr("=r" + ",r" * 20)
 
 
-@lru_cache(maxsize=32)
+@kept_tables
 def book_table(book: Formatbook, device: torch.device) -> torch.Tensor:
     """The tables of a book as the kernels read them, int32, in this order (ours).
 

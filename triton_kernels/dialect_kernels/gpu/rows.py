@@ -19,7 +19,8 @@ import triton.language as tl
 from ..formatbook import LOWEST_EXPONENT, NAN_ROW
 from ..packed import PackedTensor
 from .decode import joined_sixteen, sixteen_parts, sixteen_table
-from .layout import interpreted
+from .launch import launch
+from .layout import interpreted, readable
 from .rounding import power_of_two
 
 __all__ = ["gather"]
@@ -73,7 +74,7 @@ def gather(ids: torch.Tensor, p: PackedTensor, dtype: torch.dtype) -> torch.Tens
     """The rows `ids` of a packed tensor.
 
     Args:
-        ids: int64 [T], contiguous, on p's device.
+        ids: int64 [T] on p's device.
         p: packed tensor [V, K] on a GPU (or anywhere, in Triton's interpreter), not rotated.
         dtype: float32, bfloat16 or float16.
 
@@ -87,21 +88,12 @@ def gather(ids: torch.Tensor, p: PackedTensor, dtype: torch.dtype) -> torch.Tens
     if not out.numel():
         return out
     padded = p.codes.shape[1] * 2
-    _embedding_kernel[(triton.cdiv(tokens, _TOKENS), triton.cdiv(padded, _COLUMNS))](
-        ids,
-        p.codes,
-        p.meta,
-        p.row_exponent,
-        sixteen_table(p.book, torch.bfloat16, p.device),
-        out,
-        tokens,
-        p.shape[0],
-        columns,
-        padded,
-        B=p.block_size,
-        BT=_TOKENS,
-        BK=_COLUMNS,
-        ASM=not interpreted(),
+    table = sixteen_table(p.book, torch.bfloat16, p.device)
+    launch(
+        _embedding_kernel,
+        (-(-tokens // _TOKENS), -(-padded // _COLUMNS)),
+        (readable(ids), *p.tensors, table, out, tokens, p.shape[0], columns, padded),
+        {"B": p.block_size, "BT": _TOKENS, "BK": _COLUMNS, "ASM": not interpreted()},
         num_warps=4,
     )
     return out

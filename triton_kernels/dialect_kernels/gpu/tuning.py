@@ -6,7 +6,8 @@ holds one plan per number of tokens it was measured at, for each activation form
 
     {"dialect": {"1": {"kind": "fused", "tokens": 16, ...}, "4096": {"kind": "scratch"}}, ...}
 
-and the nearest T in log space counts. Nothing is measured while serving.
+and the nearest T in log space counts, among those whose plans reach as far. Nothing is measured
+while serving.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ __all__ = [
     "FUSED_FOR_MANY",
     "TABLES",
     "GemmPlan",
+    "accumulator_bits",
     "choose",
     "config_name",
     "parse_plans",
@@ -107,6 +109,10 @@ FUSED_FOR_MANY = GemmPlan("fused", 64, 64, 128, num_stages=3)
 """For many tokens where scratch memory is not possible."""
 _LEAST_STEPS = 4
 """Steps over K that are worth a program of their own."""
+_FARTHEST = 2.0
+"""How many times more tokens a plan may have been measured at."""
+_FARTHEST_BEYOND = 1.5
+"""How many times fewer tokens a plan of the fused kernel may have been measured at."""
 
 
 def choose(
@@ -128,11 +134,41 @@ def choose(
         table: which of `TABLES` is for the operands on this device.
     """
     plans = _tuned_plans(features, columns, device_name).get(activation_format)
-    if plans:
-        position = math.log(max(1, tokens))
-        return plans[min(plans, key=lambda measured: abs(math.log(measured) - position))]
-    _say_once(f"no measured GEMM configuration for {device_name}: using derived ones")
-    return _default_plan(tokens, features, columns, processors, table)
+    if not plans:
+        _say_once(f"no measured GEMM configuration for {device_name}: using derived ones")
+    plan = _measured_plan(tokens, plans or {})
+    return plan or _default_plan(tokens, features, columns, processors, table)
+
+
+def _measured_plan(tokens: int, plans: dict[int, GemmPlan]) -> GemmPlan | None:
+    """The plan that was measured nearest to T, in log space; None if none reaches T.
+
+    One that was measured at fewer tokens, and whose tile holds fewer, is the last choice: it would
+    read the weight once more.
+    """
+
+    def outgrown(measured: int) -> bool:
+        plan = plans[measured]
+        return plan.kind == "fused" and max(measured, plan.tokens) < tokens
+
+    near = [measured for measured, plan in plans.items() if _reaches(plan, measured, tokens)]
+    if not near:
+        return None
+    position = math.log(tokens)
+    return plans[min(near, key=lambda at: (outgrown(at), abs(math.log(at) - position)))]
+
+
+def _reaches(plan: GemmPlan, measured: int, tokens: int) -> bool:
+    """Whether a plan that was measured at some number of tokens is any good at another.
+
+    The library's product is the better the more tokens there are; tiles of the fused kernel that
+    are not full cost the same whatever they hold, and more tiles than were measured may be slow.
+    """
+    if plan.kind == "scratch":
+        return tokens * _FARTHEST >= measured
+    if max(tokens, measured) <= plan.tokens:
+        return True
+    return measured <= tokens * _FARTHEST and tokens <= measured * _FARTHEST_BEYOND
 
 
 def _default_plan(
@@ -174,6 +210,31 @@ def _tuned_plans(
         return parse_plans(json.loads(file.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}; measure again or remove the file") from error
+
+
+@lru_cache(maxsize=16)
+def accumulator_bits(device_name: str) -> int | None:
+    """Fraction bits that FP8 sums of a device keep across MMAs, or None without a measurement.
+
+    ``configs/probes,device=….json`` holds what ``python -m benchmarks.lib.probes`` prints.
+
+    Raises:
+        ValueError: naming the file, if it holds something else.
+    """
+    name = f"probes,device={device_name.replace(' ', '_')}.json"
+    file = files(__package__) / "configs" / name
+    if not file.is_file():
+        return None
+    try:
+        bits = json.loads(file.read_text(encoding="utf-8"))["fp8_accumulator_bits"]["across"]
+    except (KeyError, TypeError, ValueError):
+        bits = None
+    if type(bits) is not int:
+        raise ValueError(
+            f"{name}: holds no integer fp8_accumulator_bits.across; measure again or remove the "
+            "file"
+        )
+    return bits
 
 
 def config_name(features: int, columns: int, device_name: str) -> str:

@@ -1,0 +1,85 @@
+"""A kernel that was launched before is launched directly: with the arguments Triton would give.
+
+Compiled for a GPU that is not there, whose driver notes what it gets.
+"""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+
+from dialect_kernels.gpu import launch as launches
+from dialect_kernels.gpu.launch import launch
+from tests.support.views import shifted
+
+
+@triton.jit(do_not_specialize=["count"])
+def copy_kernel(p_x, p_y, p_none, count, BLOCK: tl.constexpr, ADD: tl.constexpr):
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(p_y + o, tl.load(p_x + o, mask=o < count) + ADD, mask=o < count)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What the driver launches: everything it is given."""
+    given = []
+    driver = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 17,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        launcher_cls=lambda source, metadata: lambda *arguments: given.append(arguments),
+        utils=SimpleNamespace(
+            load_binary=lambda *_: (1, 1, 32, 0, 1024),
+            get_device_properties=lambda device: {"max_shared_mem": 227 << 10},
+        ),
+    )
+    monkeypatch.setattr(launches, "_compiled", {})
+    triton.runtime.driver.set_active(driver)
+    yield given
+    triton.runtime.driver._active = None
+    copy_kernel.device_caches.clear()
+
+
+def test_the_same_arguments_without_a_search(seen, monkeypatch):
+    x, y = torch.zeros(64), torch.zeros(64)
+    constants = {"ADD": 3, "BLOCK": 16}  # not in the order of the signature
+    launch(copy_kernel, (4,), (x, y, None, 64), constants, num_warps=1)
+    monkeypatch.setattr(type(copy_kernel), "run", lambda *_, **__: pytest.fail("searched again"))
+    launch(copy_kernel, (4,), (x, y, None, 64), constants, num_warps=1)
+    assert len(seen) == 2
+    first, again = ([None if callable(a) else a for a in arguments] for arguments in seen)
+    assert first == again
+    assert again[:4] == [4, 1, 1, 17]
+    assert again[-6:] == [x, y, None, 64, 16, 3]
+    launch(copy_kernel, (2,), (y, x, None, 20), constants, num_warps=1)
+    assert list(seen[2][:3]) == [2, 1, 1]
+    assert list(seen[2][-6:]) == [y, x, None, 20, 16, 3]
+
+
+def test_what_a_kernel_is_compiled_for_is_a_kernel_of_its_own(seen):
+    x, y = torch.zeros(64), torch.zeros(64)
+    same = (x, y, None, 64)
+    launch(copy_kernel, (4,), same, {"BLOCK": 16, "ADD": 3}, num_warps=1)
+    for arguments, constants, warps in (
+        ((x.half(), y, None, 64), {"BLOCK": 16, "ADD": 3}, 1),
+        ((shifted(x), y, None, 64), {"BLOCK": 16, "ADD": 3}, 1),
+        ((x, y, x, 64), {"BLOCK": 16, "ADD": 3}, 1),
+        ((x, y, None, 1 << 31), {"BLOCK": 16, "ADD": 3}, 1),
+        (same, {"BLOCK": 32, "ADD": 3}, 1),
+        (same, {"BLOCK": 16, "ADD": 4}, 1),
+        (same, {"BLOCK": 16, "ADD": 3}, 2),
+    ):
+        known = len(launches._compiled)
+        launch(copy_kernel, (4,), arguments, constants, num_warps=warps)
+        assert len(launches._compiled) == known + 1
+    assert len({id(kernel) for kernel, _ in launches._compiled.values()}) == 8
+    launch(copy_kernel, (3,), (x, y, None, 7), {"BLOCK": 16, "ADD": 3}, num_warps=1)
+    assert len(launches._compiled) == 8
