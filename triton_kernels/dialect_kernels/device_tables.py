@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import ParamSpec
+from typing import ParamSpec, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -31,7 +31,7 @@ def kept_tables(make: Callable[_P, torch.Tensor]) -> Callable[_P, torch.Tensor]:
         _kept[id(table)] = table
         return table
 
-    return kept
+    return cast("Callable[_P, torch.Tensor]", kept)
 
 
 def tables_on(device: torch.device) -> list[torch.Tensor]:

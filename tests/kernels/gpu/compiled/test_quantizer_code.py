@@ -56,9 +56,31 @@ def test_activations(capability, kind):
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.get)
 def test_fp8_activations(capability, dtype):
     constants = {"CHUNK": 4096, "ONE_CHUNK": True, "OPERANDS": True, "ALIGNED": True}
-    constants["ROTATED"] = False
+    constants |= {"ROTATED": False, "ASM": True, "NATIVE": capability >= 89}
     kernel = quantize_fp8._quantize_activation_fp8_kernel
-    checked(kernel, capability, constants, {"p_x": dtype}, num_warps=8)
+    code = checked(kernel, capability, constants, {"p_x": dtype}, num_warps=8)
+    if capability >= 89:
+        conversions = [text for text in code.instructions if text.startswith("F2FP")]
+        assert len(conversions) >= 16 // 2, "two elements at a time"
+    if capability == 90 and dtype == "*bf16":
+        executed = sum(map(len, without_divisions(code)))
+        print(f"{executed / 16:.1f} instructions an element")
+        assert executed / 16 <= 22
+
+
+def without_divisions(code):
+    """Pieces of straight code, without those of divisions and what they call."""
+    pieces = [[]]
+    for text in code.instructions:
+        pieces[-1].append(text)
+        if text.split()[0].split(".")[0] in ("BRA", "EXIT", "RET", "CALL"):
+            pieces.append([])
+    called = next(i for i, piece in enumerate(pieces) if any("EXIT" in text for text in piece))
+    return [
+        piece
+        for piece in pieces[: called + 1]
+        if not any(text.startswith(("FCHK", "CALL")) for text in piece)
+    ]
 
 
 @everywhere

@@ -32,7 +32,8 @@ def activations(dialects: int, video: bool = False):
 
 
 def fp8(dtype: str):
-    constants = {"CHUNK": 4096, "ONE_CHUNK": True, "OPERANDS": True, "ALIGNED": True}
+    constants = {"CHUNK": 4096, "ONE_CHUNK": True, "OPERANDS": True, "ALIGNED": True, "ASM": True}
+    constants["NATIVE"] = False
     return quantize_fp8._quantize_activation_fp8_kernel, constants, {"p_x": dtype}, 4
 
 
