@@ -76,6 +76,7 @@ def _load_totals(e0, e1, e2, e3, p_totals, first, columns, label, B: tl.constexp
 @triton.jit
 def _round(
     b_x,
+    largest,
     first,
     columns,
     exponent,
@@ -90,7 +91,7 @@ def _round(
     ASM: tl.constexpr,
 ):
     """E4M3 bytes of a chunk, uint8 [G, B], by the book's online rule."""
-    cell, delta, largest_cell = scale_blocks(b_x, exponent, WINDOW, ASM)
+    cell, delta, largest_cell = scale_blocks(b_x, largest, exponent, WINDOW, ASM)
     m = block_range(largest_cell)
     if GROUPED:
         p_selection = p_book + DIALECTS * (1 + 2 * DELTAS)
@@ -126,6 +127,7 @@ def _source(
         if residual:
             b_q = _round(
                 b_x,
+                block_largest(b_x),
                 first,
                 columns,
                 exponent,
@@ -201,9 +203,11 @@ def _quantize_activation_kernel(
                 largest = tl.maximum(largest, block_largest(b_x))
             first_exponent, _ = row_exponent(tl.max(largest, axis=0))
 
+    # with constant ends, a loop of one step is none
+    end, padded_end = (CHUNK, CHUNK) if ONE_CHUNK else (columns, padded)
     b_x = tl.zeros((CHUNK // B, B), tl.float32)
     largest = tl.zeros((CHUNK // B,), tl.int32)
-    for first in range(0, columns, CHUNK):
+    for first in range(0, end, CHUNK):
         b_x = _source(
             p_row, first, columns, residual, first_exponent, label, p_totals, p_book,
             DIALECTS, B, CHUNK, SALIENT, GROUPED, ROTATED, ASM,
@@ -213,14 +217,16 @@ def _quantize_activation_kernel(
     tl.store(p_scale + i_row, tl.where(used, row_scale(exponent, finite), 1.0))
     finite = tl.where(used, finite, 0)
 
-    for first in range(0, padded, CHUNK):
+    for first in range(0, padded_end, CHUNK):
         if not ONE_CHUNK:
             b_x = _source(
                 p_row, first, columns, residual, first_exponent, label, p_totals, p_book,
                 DIALECTS, B, CHUNK, SALIENT, GROUPED, ROTATED, ASM,
             )  # fmt: skip
+        if not ONE_CHUNK:
+            largest = block_largest(b_x)
         b_q = _round(
-            b_x, first, columns, exponent, finite, own_label, p_totals, p_book,
+            b_x, largest, first, columns, exponent, finite, own_label, p_totals, p_book,
             DIALECTS, B, GROUPED, ROTATED, ASM,
         )  # fmt: skip
         o_column = block_columns(first, B, CHUNK)
@@ -264,7 +270,7 @@ def _group_errors_kernel(
         blocks = tl.cdiv(columns, B)
         for first in range(0, columns, CHUNK):
             b_x = load_activation(p_row, first, columns, B, CHUNK, ROTATED)
-            cell, _, largest_cell = scale_blocks(b_x, exponent, WINDOW, ASM)
+            cell, _, largest_cell = scale_blocks(b_x, block_largest(b_x), exponent, WINDOW, ASM)
             p_selection = p_book + 32 * (1 + 2 * DELTAS)
             m = block_range(largest_cell)
             e0, e1, e2, e3 = variant_errors(cell, m, p_selection, ROTATED and ASM)
@@ -294,6 +300,7 @@ def _launch_quantize_activation(
     rows = q.shape[0]
     if rows == 0:
         return
+    salient, group = (None if each is None else readable(each) for each in (salient, group))
     tokens, columns = x.shape
     table = book_table(book, x.device)
     shape = {
@@ -373,7 +380,6 @@ def quantize_activation(
     check_block_size(block_size)
     _check_rows(x, salient, group, book, rotation)
     x = readable_rows(x)
-    salient, group = (None if each is None else readable(each) for each in (salient, group))
     padded = padded_columns(x.shape[1], block_size)
     rows = x.shape[0] + (0 if salient is None else salient.shape[0])
     q = torch.empty(rows, padded, dtype=written_dtype(dtype), device=x.device)

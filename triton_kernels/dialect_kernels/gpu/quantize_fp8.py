@@ -126,9 +126,11 @@ def _quantize_activation_fp8_kernel(
         clear(p_zeros, zeros)
     i_row = tl.program_id(0).to(tl.int64)
     p_row = p_x + i_row * stride
+    # with constant ends, a loop of one step is none
+    end, padded_end = (CHUNK, CHUNK) if ONE_CHUNK else (columns, padded)
     b_x = tl.zeros((CHUNK // _B, _B), tl.float32)
     largest = tl.zeros((CHUNK // _B,), tl.int32)
-    for first in range(0, columns, CHUNK):
+    for first in range(0, end, CHUNK):
         b_x = load_activation(p_row, first, columns, _B, CHUNK, ROTATED)
         largest = tl.maximum(largest, block_largest(b_x))
     top = tl.max(largest, axis=0)
@@ -138,7 +140,7 @@ def _quantize_activation_fp8_kernel(
     inverse = tl.div_rn(1.0, scale)
     tl.store(p_scale + i_row, tl.where(finite, scale, float("nan")))
 
-    for first in range(0, padded, CHUNK):
+    for first in range(0, padded_end, CHUNK):
         if not ONE_CHUNK:
             b_x = load_activation(p_row, first, columns, _B, CHUNK, ROTATED)
         o_column = block_columns(first, _B, CHUNK)

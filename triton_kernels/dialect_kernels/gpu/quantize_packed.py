@@ -127,7 +127,7 @@ def _quantize_packed_kernel(
 
     for first in range(0, columns, CHUNK):
         b_x = load_weight(p_row, first, columns, B, CHUNK, ROTATED)
-        cell, delta, largest_cell = scale_blocks(b_x, exponent, window, ASM)
+        cell, delta, largest_cell = scale_blocks(b_x, block_largest(b_x), exponent, window, ASM)
         if EXACT_ERROR:
             b_quarters = tl.abs(b_x) * power_of_two(2 - exponent + delta)[:, None]
             if WIDE:

@@ -105,8 +105,8 @@ def book_table(book: Formatbook, device: torch.device) -> torch.Tensor:
     * ``[dialects]`` thresholds: bit ``t_i - 1`` for each of the seven thresholds;
     * ``[14 (delta), dialects, 2]`` E4M3 bytes of the magnitudes at that delta, largest first;
     * selection: 32-dialect book, ``[8 (M = 15..8), 32]`` the packed errors of the four variants;
-      DialectFP4, ``[8, 2]`` two bits per cell: 1 where the even dialect is better, 3 (-1) where
-      the odd one is.
+      DialectFP4, ``[8, 2]`` two bits per cell, the lowest cell's on top: 1 where the even dialect
+      is better, 3 (-1) where the odd one is.
 
     Args:
         book: the formatbook.
@@ -120,7 +120,7 @@ def book_table(book: Formatbook, device: torch.device) -> torch.Tensor:
     if book.variants == 2:
         for even in range(0, len(book), 2):
             ours, theirs = book.beneficial_cells[even : even + 2]
-            fields = sum((ours[k] | theirs[k] * 3) << (2 * k) for k in range(CELLS))
+            fields = sum((ours[k] | theirs[k] * 3) << (62 - 2 * k) for k in range(CELLS))
             words += [fields & 0xFFFFFFFF, fields >> 32]
     else:
         words += [word for by_cell in book.packed_error_lut for word in by_cell]
@@ -181,15 +181,15 @@ def row_scale(exponent, finite):
 
 
 @triton.jit
-def scale_blocks(x, exponent, window, ASM: tl.constexpr):
+def scale_blocks(x, largest, exponent, window, ASM: tl.constexpr):
     """Put the blocks of a row on their grids: int32 (cell [G, B], delta [G], largest cell [G]).
 
     Args:
         x: float32 [G, B].
+        largest: of :func:`block_largest`, int32 [G].
         exponent: the row's R; below the row's true exponent only if the row holds NaN or Inf.
         window: the largest delta.
     """
-    largest = block_largest(x)
     delta = tl.maximum(tl.minimum(exponent - _block_exponent(largest), window), 0)
     scale = power_of_two(2 - exponent + delta)
     cell = _cells(x, scale[:, None], ASM)
@@ -211,7 +211,7 @@ def _select_in_pairs(cell, m, p_selection):
     high = tl.load(p_selection + row + 1).to(tl.int64)
     fields = (high << 32) | low
     # the cell's two bits move to the top, so that they can be read as a signed number
-    shift = ((cell << 1) ^ 62) & 62
+    shift = (cell << 1) & 62
     surplus = ((fields[:, None] << shift.to(tl.int64)) >> 62).to(tl.int32)
     return row + (tl.sum(surplus, axis=1) < 0).to(tl.int32)
 

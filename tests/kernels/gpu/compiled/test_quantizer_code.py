@@ -49,6 +49,11 @@ def test_activations(capability, kind):
     code = checked(kernel, capability, constants, {}, num_warps=8)
     loads = [text for text in code.instructions if text.startswith("LDG.E.128")]
     row = 2 * 4096 // 16 // (32 * 8)  # loads of a thread
+    each = len(code.instructions) / 16
+    print(f"{each:.1f} instructions an element, {code.registers} registers")
+    if capability == 90 and not video:
+        assert each <= {16: 31, 32: 37}[dialects]
+        assert code.registers <= 48, "eight programs share a processor"
     assert len(loads) == (2 if video else 1) * row
 
 
