@@ -12,12 +12,13 @@ all use FP4's dialect.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import gc
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -44,9 +45,9 @@ from ..lib.gpu_timing import (
     reason,
     time_graphs,
 )
-from ..lib.harness import Table, main
+from ..lib.harness import Report, Table, main
 from ..lib.shapes import LLAMA_8B, LLAMA_70B
-from .peer_kernels import PEERS
+from .peer_kernels import PEERS, Peer
 from .random_data import random_tokens, random_weight
 
 PACKAGES = ("torch", "triton")
@@ -56,6 +57,8 @@ OURS = {method.bits: name for name, method in METHODS.items()}
 MXFP4_HERE = "MXFP4 here, W4A8"
 BASELINE = "bfloat16"
 FP8 = "FP8"
+Methods: TypeAlias = dict[str, tuple[Callable[[torch.Tensor, int], object], int]]
+"""Name -> (call with tokens and the number of a copy, copies)."""
 EIGHT_BITS = {"W4A4", "W4A8", FP8, MXFP4_HERE}
 
 
@@ -72,13 +75,26 @@ def gate() -> list[str]:
         for tokens in (1, 40, 600):
             x = _tokens(tokens, columns)
             for name, activation_format in OURS.items():
-                if not _is_close(x, p, activation_format):
+                y = dialect_linear(x, p, None, activation_format)
+                if not is_close(y, x, p, activation_format):
                     faults.append(f"{name}, {tokens} tokens, {features} x {columns}: wrong result")
     return faults
 
 
-def measure(models: list[str], tokens: list[int]) -> dict[str, Any]:
-    """Microseconds of every method for each model, layer and number of tokens."""
+def measure(
+    models: list[str],
+    tokens: list[int],
+    peers: Mapping[str, Peer] = PEERS,
+    report: Report = lambda **_: None,
+) -> dict[str, Any]:
+    """Microseconds of every method for each model, layer and number of tokens.
+
+    Args:
+        models: keys of `MODELS`.
+        tokens: T, each.
+        peers: other projects' kernels to measure beside ours.
+        report: receives ``model``, ``layer``, ``shape``, ``tokens`` and ``times`` of each.
+    """
     device = torch.device("cuda")
     ceilings = measure_ceilings(device)
     missing: dict[str, str] = {}
@@ -88,10 +104,18 @@ def measure(models: list[str], tokens: list[int]) -> dict[str, Any]:
         "models": {},
     }
     for model in models:
-        figures["models"][model] = {
-            layer: _measure_layer(shape, tokens, ceilings, missing)
-            for layer, shape in MODELS[model].fused_projections.items()
-        }
+        figures["models"][model] = {}
+        for layer, shape in MODELS[model].fused_projections.items():
+            methods = _prepare(shape, peers, missing)
+            times = {}
+            for count in tokens:
+                times[str(count)] = _measure_tokens(methods, shape, count, ceilings, missing)
+                found = {"tokens": count, "times": times[str(count)]}
+                report(model=model, layer=layer, shape=list(shape), **found)
+            figures["models"][model][layer] = {"shape": list(shape), "tokens": times}
+            del methods
+            gc.collect()
+            torch.cuda.empty_cache()
     return figures
 
 
@@ -129,35 +153,30 @@ def plots(figures: dict[str, Any]) -> dict[str, Figure]:
     return {"speed": figure}
 
 
-def _measure_layer(
-    shape: tuple[int, int], tokens: list[int], ceilings: Ceilings, missing: dict[str, str]
-) -> dict[str, Any]:
-    methods = _prepare(shape, missing)
-    found: dict[str, Any] = {"shape": list(shape), "tokens": {}}
-    for count in tokens:
-        x = _tokens(count, shape[1])
-        calls = {name: (partial(call, x), copies) for name, (call, copies) in methods.items()}
-        times = time_graphs(calls, failed=missing, may_fail=PEERS)
-        found["tokens"][str(count)] = {
-            name: microseconds(timing)
-            | {"of_floor": round(_floor_s(name, shape, count, ceilings) / timing.median_s, 4)}
-            for name, timing in times.items()
-        }
-    del methods
-    gc.collect()
-    torch.cuda.empty_cache()
-    return found
+def _measure_tokens(
+    methods: Methods,
+    shape: tuple[int, int],
+    tokens: int,
+    ceilings: Ceilings,
+    missing: dict[str, str],
+) -> dict[str, dict[str, float]]:
+    x = _tokens(tokens, shape[1])
+    calls = {name: (partial(call, x), copies) for name, (call, copies) in methods.items()}
+    times = time_graphs(calls, failed=missing, may_fail=PEERS)
+    return {
+        name: microseconds(timing)
+        | {"of_floor": round(_floor_s(name, shape, tokens, ceilings) / timing.median_s, 4)}
+        for name, timing in times.items()
+    }
 
 
-def _prepare(
-    shape: tuple[int, int], missing: dict[str, str]
-) -> dict[str, tuple[Callable[[torch.Tensor, int], object], int]]:
+def _prepare(shape: tuple[int, int], peers: Mapping[str, Peer], missing: dict[str, str]) -> Methods:
     """Every method with enough copies of its weight."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     weight = _weight(shape)
     packed = quantize(weight)
     all_fp4 = dataclasses.replace(packed, meta=(packed.meta & 0xF0) | 7)
-    methods: dict[str, tuple[Callable[[torch.Tensor, int], object], int]] = {}
+    methods: Methods = {}
 
     copies = copies_for(weight.nbytes, cache)
     dense = [weight.clone() for _ in range(copies)]
@@ -172,10 +191,11 @@ def _prepare(
     ):
         ours = [copy_packed(p) for _ in range(copies)]
         methods[name] = (lambda x, i, o=ours, a=activation_format: _call(x, o[i], a), copies)
-    for name, peer in PEERS.items():
+    for name, peer in peers.items():
         try:
-            calls = [peer(weight) for _ in range(copies)]
-            calls[0](_tokens(1, shape[1]))
+            first = peer(weight)
+            first(_tokens(1, shape[1]))  # what tunes or compiles itself does so once
+            calls = [first, *(copy.deepcopy(first) for _ in range(copies - 1))]
         except Exception as error:  # other projects raise anything
             missing[name] = reason(error)
         else:
@@ -219,8 +239,8 @@ def copy_packed(p: PackedTensor) -> PackedTensor:
     )
 
 
-def _is_close(x: torch.Tensor, p: PackedTensor, activation_format: str) -> bool:
-    """Within the bound of ``default`` and the rounding of bfloat16."""
+def is_close(y: torch.Tensor, x: torch.Tensor, p: PackedTensor, activation_format: str) -> bool:
+    """Whether y is ``x @ p.T`` within the bound of ``default`` and the rounding of bfloat16."""
     a = x.double()
     if activation_format == "dialect":
         a = reference.round_activation(x, DIALECT_FP4, p.block_size).double()
@@ -230,7 +250,6 @@ def _is_close(x: torch.Tensor, p: PackedTensor, activation_format: str) -> bool:
     w = p.dequantize().double()
     want = a @ w.T
     allowed = 2.0**-7 * (a.abs() @ w.abs().T) + 2.0**-8 * want.abs()
-    y = dialect_linear(x, p, None, activation_format)
     return bool(((y.double() - want).abs() <= allowed).all())
 
 

@@ -20,7 +20,7 @@ from dialect_kernels import DIALECT_FP4, SEMANTIC_32, quantize, reference
 
 from ..lib.gate import golden_faults
 from ..lib.gpu_timing import copies_for, measure_ceilings, microseconds, need_gpu, time_graphs
-from ..lib.harness import Table, main, time_calls
+from ..lib.harness import Report, Table, main, time_calls
 from ..lib.shapes import LLAMA_8B
 from .random_data import random_tokens
 
@@ -57,20 +57,29 @@ def gate() -> list[str]:
     return faults
 
 
-def measure(tokens: list[int]) -> dict[str, Any]:
-    """Microseconds of quantizing tokens, a layer's shares, and seconds for the weights of 8B."""
-    device = torch.device("cuda")
-    ceilings = measure_ceilings(device)
-    found = {
-        f"{count} x {columns}": _measure_tokens(count, columns, ceilings.bytes_per_s)
-        for columns in COLUMNS
-        for count in tokens
-    }
-    return {
-        "tokens": found,
-        "share": {str(count): _measure_share(count) for count in SHARE_TOKENS},
-        "weights": {book.name: _measure_weights(book) for book in (DIALECT_FP4, SEMANTIC_32)},
-    }
+def measure(tokens: list[int], report: Report = lambda **_: None) -> dict[str, Any]:
+    """Microseconds of quantizing tokens, a layer's shares, and seconds for the weights of 8B.
+
+    Args:
+        tokens: T, each.
+        report: receives ``kind``, ``of`` and ``found`` of each measurement.
+    """
+    ceilings = measure_ceilings(torch.device("cuda"))
+    figures: dict[str, dict[str, Any]] = {"tokens": {}, "share": {}, "weights": {}}
+
+    def add(kind: str, of: str, found: Any) -> None:
+        figures[kind][of] = found
+        report(kind=kind, of=of, found=found)
+
+    for columns in COLUMNS:
+        for count in tokens:
+            found = _measure_tokens(count, columns, ceilings.bytes_per_s)
+            add("tokens", f"{count} x {columns}", found)
+    for count in SHARE_TOKENS:
+        add("share", str(count), _measure_share(count))
+    for book in (DIALECT_FP4, SEMANTIC_32):
+        add("weights", book.name, _measure_weights(book))
+    return figures
 
 
 def options(parser: argparse.ArgumentParser) -> None:

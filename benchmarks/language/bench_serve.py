@@ -54,7 +54,7 @@ _GATE_ARGUMENTS = (
 )
 """Eager: compiling takes longer than one answer; a small cache: these servers run together."""
 _MINUTES = {"cpu": 25.0, "cuda": 7.0}
-"""A step of benchmarks/gpu_session.sh must end after eight."""
+"""On a GPU the step `serve` of a session, which ends after eight."""
 _SHOWN_ENVIRONMENT = ("VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS")
 _LARGEST_BURST_SHARE = 0.05
 _NOTHING = "–"

@@ -29,7 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -38,6 +38,7 @@ __all__ = [
     "RESULTS",
     "ROOT",
     "Machine",
+    "Report",
     "Result",
     "Table",
     "Timing",
@@ -54,6 +55,13 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 Table: TypeAlias = Sequence[Sequence[str]]
 """Rows of cells, the first row is the head."""
+
+
+class Report(Protocol):
+    """Receives a measurement as soon as there is one, for sessions that may be cut short."""
+
+    def __call__(self, **found: Any) -> object: ...
+
 
 _MEASURED_CODE = (
     "benchmarks/**/*.py",

@@ -46,13 +46,14 @@ def _survives(device: torch.device | str, across: bool) -> int:
         small = _LARGEST * 2.0**-bits
         w, x = torch.zeros(64, 32), torch.zeros(16, 32)
         half = bits // 2
-        w[:, 1], x[:, 1] = 2.0 ** (7 - half), 2.0 ** (7 - (bits - half))
+        left, right = 2.0 ** (7 - half), 2.0 ** (7 - (bits - half))
+        assert left * right == small
+        w[:, 1], x[:, 1] = left, right
         y = torch.zeros(64, 16, device=device)
         if across:
             y.fill_(_LARGEST)
         else:
             w[:, 0], x[:, 0] = 2.0**7, 2.0**7
-        assert float(w[0, 1]) * float(x[0, 1]) == small
         fp8 = torch.float8_e4m3fn
         one_step_kernel[(1,)](w.to(device, fp8), x.to(device, fp8), y, FIRST=across)
         if (y.double().cpu() == _LARGEST + small).all():

@@ -1,7 +1,6 @@
-"""The benchmarks of a GPU, as far as they can be seen without one: tables, plans, the session."""
+"""The benchmarks of a GPU, as far as they can be seen without one: tables and plans."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -141,52 +140,6 @@ def test_one_sentence_without_a_gpu(module, tmp_path):
 def test_the_reason_of_a_peer_is_short():
     assert gpu_timing.reason(ValueError("no\nsuch thing")) == "ValueError: no"
     assert gpu_timing.reason(RuntimeError()) == "RuntimeError: "
-
-
-@pytest.fixture
-def session(tmp_path):
-    """Runs the session script with a Python that fails where its arguments hold a word."""
-    python = tmp_path / "python"
-    python.write_text(
-        '#!/bin/bash\necho "$*" >>"$CALLS"\nif [ -n "$FAIL" ]; then\n'
-        '  case "$*" in *"$FAIL"*) exit 3 ;; esac\nfi\n'
-    )
-    python.chmod(0o755)
-
-    def run(steps, fail=""):
-        calls = tmp_path / "calls"
-        calls.write_text("")
-        environment = {"PYTHON": str(python), "STEPS": steps, "FAIL": fail, "CALLS": str(calls)}
-        done = subprocess.run(
-            ["benchmarks/gpu_session.sh", str(tmp_path / "out")],
-            cwd=ROOT,
-            env=os.environ | environment,
-            capture_output=True,
-            text=True,
-        )
-        return done.returncode, done.stdout, calls.read_text()
-
-    return run
-
-
-def test_the_session_goes_on_where_it_stopped(session, tmp_path):
-    status, output, calls = session("gate probes gemm quantize", fail="bench_gemm")
-    assert status == 1
-    assert "gemm: FAILED" in output
-    assert "quantize: done" in output, "one failed step does not keep others from running"
-    status, output, calls = session("gate probes gemm quantize")
-    assert status == 0
-    assert "quantize: done before" in output
-    assert "bench_gemm" in calls
-    assert "bench_quantize" not in calls
-    assert (tmp_path / "out" / "session.tar.gz").exists()
-
-
-def test_nothing_is_measured_while_results_are_wrong(session):
-    status, output, calls = session("gate gemm", fail="verify")
-    assert status == 1
-    assert "nothing is measured while results are wrong" in output
-    assert "bench_gemm" not in calls
 
 
 def test_machine_code_is_shown_side_by_side():
