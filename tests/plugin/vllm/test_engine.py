@@ -32,7 +32,8 @@ assert_logprobs = partial(torch.testing.assert_close, rtol=1e-4, atol=TOLERANCE)
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return build(ARCHITECTURE, tmp_path_factory.mktemp("model") / "source")
+    # the seed: no activation may lie on the edge between two codes, or sums in another order show
+    return build(ARCHITECTURE, tmp_path_factory.mktemp("model") / "source", seed=2)
 
 
 @pytest.fixture(scope="module")
