@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["Grid", "grid_with_history", "no_grid", "patched_grid", "remembered"]
+__all__ = [
+    "Grid",
+    "grid_with_history",
+    "no_grid",
+    "patched_grid",
+    "remembered",
+    "with_padded_text",
+]
 
 _Read = TypeVar("_Read")
+_Grid: TypeAlias = Callable[[nn.Module, Mapping[str, Any]], "Grid"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,7 @@ class Grid:
         before: tokens of another video, e.g. of an earlier part, that stand before these wherever
             the whole sequence is seen; they are never salient and in no group.
         after: the same, standing after them.
+        text: the most text tokens that a sample has; those behind them are padding. None: all.
     """
 
     batch: int
@@ -34,6 +43,7 @@ class Grid:
     columns: int
     before: int = 0
     after: int = 0
+    text: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -92,6 +102,36 @@ def grid_with_history(
     return grid
 
 
+def with_padded_text(
+    of_video: _Grid,
+    masks: Sequence[str] = ("encoder_attention_mask",),
+    images: str | None = None,
+    *,
+    zeros_are_none: bool = False,
+) -> _Grid:
+    """A grid that tells how many text tokens are not padding.
+
+    Args:
+        of_video: the grid of the video.
+        masks: arguments with masks [batch, text tokens] of texts; the padding is at their ends.
+        images: the argument with features of images [batch, tokens, ...], which stand before the
+            text and are no padding.
+        zeros_are_none: whether the model takes features that are all zero for padding.
+    """
+
+    def grid(model: nn.Module, arguments: Mapping[str, Any]) -> Grid:
+        counts = [_counts(mask) for name in masks if (mask := arguments.get(name)) is not None]
+        if not counts or None in counts:
+            return of_video(model, arguments)
+        text = max(sum(of_sample) for of_sample in zip(*counts, strict=True))
+        features = None if images is None else arguments.get(images)
+        if features is not None and not (zeros_are_none and _all_zero(features)):
+            text += features.shape[1]
+        return replace(of_video(model, arguments), text=text)
+
+    return grid
+
+
 def no_grid(model: nn.Module, arguments: Mapping[str, Any]) -> None:
     """None: the tokens lie on no grid that we know."""
 
@@ -110,6 +150,20 @@ def remembered(read: Callable[[torch.Tensor], _Read]) -> Callable[[torch.Tensor]
         return found
 
     return read_once
+
+
+def _count(mask: torch.Tensor) -> tuple[int, ...] | None:
+    if mask.ndim != 2:
+        return None
+    counts = mask.bool().sum(1)
+    in_front = torch.arange(mask.shape[1], device=mask.device) < counts[:, None]
+    return tuple(counts.tolist()) if torch.equal(in_front, mask.bool()) else None
+
+
+_counts = remembered(_count)
+"""Tokens of each sample, or None where the padding is not at the end of all of them."""
+
+_all_zero = remembered(lambda features: not features.any())
 
 
 def _patch(model: nn.Module) -> tuple[int, int, int]:

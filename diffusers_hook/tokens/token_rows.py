@@ -57,12 +57,13 @@ class TokenRows:
             salient: int64 [batch, S], the salient video tokens; None before the first score.
             group: int32 [batch, video tokens], the group of each video token, or None.
             device: where the layer computes.
-            decomposes: whether salient tokens are decomposed; all text tokens are salient then.
+            decomposes: whether salient tokens are decomposed; all text tokens that are not padding
+                are salient then.
         """
         batch, tokens = self.grid.batch, count // self.grid.batch
         if stream == Stream.TEXT:
-            everything = torch.arange(tokens, device=device).expand(batch, -1)
-            return Rows(batch, tokens, everything if decomposes else None)
+            text = torch.arange(self._without_padding(tokens), device=device).expand(batch, -1)
+            return Rows(batch, tokens, text if decomposes and text.shape[1] else None)
         video = self.video(tokens)
         rows_group = None
         if group is not None:
@@ -103,12 +104,16 @@ class TokenRows:
         return token.view(self.grid.frames, -1).T.flatten()
 
     def _text(self, tokens: int, device: torch.device) -> torch.Tensor:
-        """Positions of the text tokens in a sequence of `tokens`, int64."""
+        """Positions of the text tokens in a sequence of `tokens`, without padding, int64."""
         count = max(0, tokens - self.grid.sequence)
         if self.kind.text is None:
             count = 0
         first = self.grid.sequence if self.kind.text == "last" else 0
-        return torch.arange(first, first + count, device=device)
+        return torch.arange(first, first + self._without_padding(count), device=device)
+
+    def _without_padding(self, text: int) -> int:
+        """How many of a sample's text tokens are not padding, at least in one sample."""
+        return text if self.grid.text is None else min(text, self.grid.text)
 
 
 def _salient_rows(

@@ -5,7 +5,7 @@ Dual-stream blocks have linear layers of their own for the text, single-stream b
 
 from __future__ import annotations
 
-from ..grids import grid_with_history, patched_grid
+from ..grids import grid_with_history, patched_grid, with_padded_text
 from ..layout import Blocks, Layout, Stream
 
 __all__ = ["DUAL", "DUAL_MODULATION", "LAYOUTS", "SINGLE", "SINGLE_MODULATION"]
@@ -37,19 +37,22 @@ LAYOUTS = (
         name="hunyuan_video",
         models=("HunyuanVideoTransformer3DModel",),
         kinds=(_DUAL_BLOCKS, _SINGLE_BLOCKS),
-        grid=patched_grid(),
+        grid=with_padded_text(patched_grid()),
         modulation=(*DUAL_MODULATION, *SINGLE_MODULATION),
     ),
     Layout(
         name="hunyuan_video_framepack",
         models=("HunyuanVideoFramepackTransformer3DModel",),
         kinds=(_DUAL_BLOCKS, _SINGLE_BLOCKS),
-        grid=grid_with_history(
-            {
-                "latents_clean": ("indices_latents_clean", 1),
-                "latents_history_2x": ("indices_latents_history_2x", 2),
-                "latents_history_4x": ("indices_latents_history_4x", 4),
-            }
+        grid=with_padded_text(
+            grid_with_history(
+                {
+                    "latents_clean": ("indices_latents_clean", 1),
+                    "latents_history_2x": ("indices_latents_history_2x", 2),
+                    "latents_history_4x": ("indices_latents_history_4x", 4),
+                }
+            ),
+            images="image_embeds",
         ),
         modulation=(*DUAL_MODULATION, *SINGLE_MODULATION),
     ),
@@ -57,7 +60,12 @@ LAYOUTS = (
         name="hunyuan_video_15",
         models=("HunyuanVideo15Transformer3DModel",),
         kinds=(_DUAL_BLOCKS,),
-        grid=patched_grid(),
+        grid=with_padded_text(
+            patched_grid(),
+            masks=("encoder_attention_mask", "encoder_attention_mask_2"),
+            images="image_embeds",
+            zeros_are_none=True,
+        ),
         modulation=DUAL_MODULATION,
     ),
 )

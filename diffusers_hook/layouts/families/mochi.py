@@ -6,7 +6,7 @@ is 0 for pure noise, so that it rises during a generation.
 
 from __future__ import annotations
 
-from ..grids import patched_grid
+from ..grids import patched_grid, with_padded_text
 from ..layout import Blocks, Layout, Stream
 
 __all__ = ["LAYOUTS"]
@@ -29,7 +29,7 @@ LAYOUTS = (
                 one_by_one=True,
             ),
         ),
-        grid=patched_grid(),
+        grid=with_padded_text(patched_grid()),
         timestep_rises=True,
         modulation=(
             r"transformer_blocks\.\d+\.norm1\.linear",

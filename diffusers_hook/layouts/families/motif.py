@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..grids import patched_grid
+from ..grids import patched_grid, with_padded_text
 from ..layout import Blocks, Layout, Stream
 from .hunyuan import DUAL, DUAL_MODULATION, SINGLE, SINGLE_MODULATION
 
@@ -50,7 +50,7 @@ LAYOUTS = (
                 text="last",
             ),
         ),
-        grid=patched_grid(),
+        grid=with_padded_text(patched_grid(), images="image_embeds"),
         modulation=(*DUAL_MODULATION, *SINGLE_MODULATION),
     ),
 )
