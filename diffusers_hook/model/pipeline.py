@@ -86,13 +86,23 @@ class _CheckedWithLora(_Checked):
         return super().unfuse_lora(*args, **kwargs)  # type: ignore[misc]
 
 
+class _View(type):
+    """A class that is patched where its original is: cache-dit writes to a pipeline's class."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        setattr(cls.__bases__[1], name, value)
+
+    def __delattr__(cls, name: str) -> None:
+        delattr(cls.__bases__[1], name)
+
+
 _checked_classes: dict[type, type] = {}
 
 
 def _checked_class(original: type) -> type:
     methods = _CheckedWithLora if hasattr(original, "fuse_lora") else _Checked
     about = {"__module__": original.__module__, "__doc__": original.__doc__}
-    return type(original.__name__, (methods, original), about)
+    return _View(original.__name__, (methods, original), about)
 
 
 def _enabled(pipeline: Any) -> Iterator[tuple[str, nn.Module, Attached]]:

@@ -14,7 +14,12 @@ from tests.documents.markdown import ROOT, code_blocks
 from tests.video.support.tiny_video import wan_pipeline
 
 VIDEO = (ROOT / "docs" / "guides" / "video.md").read_text(encoding="utf-8")
-TINY = {"height=480": "height=16", "width=832": "width=16", "num_frames=81": "num_frames=5"}
+TINY = {
+    "height=480": "height=16",
+    "width=832": "width=16",
+    "num_frames=81": "num_frames=5",
+    '"cuda"': '"cpu"',
+}
 
 
 def run(path, code, **space):

@@ -222,3 +222,28 @@ def test_a_cache_of_diffusers_comes_and_goes_around_the_hook(first):
     diffusers_hook.disable(model)
     model.disable_cache()
     assert torch.equal(run(model, context="cond"), before)
+
+
+@pytest.mark.parametrize("last", ["cache", "hook"])
+@pytest.mark.parametrize("first", ["cache", "hook"])
+def test_cache_dit_around_the_hook(first, last):
+    cache_dit = pytest.importorskip("cache_dit")
+    config = cache_dit.DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=2)
+    pipe = wan_pipeline()
+    before = generate(pipe, num_inference_steps=6)
+    on = {
+        "cache": lambda: cache_dit.enable_cache(pipe, cache_config=config),
+        "hook": lambda: pipe.enable_semantic_dialect(progress=False),
+    }
+    off = {
+        "cache": lambda: cache_dit.disable_cache(pipe),
+        "hook": lambda: pipe.disable_semantic_dialect(),
+    }
+    for step in sorted(on, key=lambda name: name != first):
+        on[step]()
+    found = generate(pipe, num_inference_steps=6)
+    assert found.isfinite().all()
+    assert not torch.equal(found, before)
+    for step in sorted(off, key=lambda name: name == last):
+        off[step]()
+    assert torch.equal(generate(pipe, num_inference_steps=6), before)

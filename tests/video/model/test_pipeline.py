@@ -162,6 +162,32 @@ def test_a_lora_is_fused_into_no_component_if_one_is_enabled(method):
     assert merged == [p.merged for p in pipe.transformer.modules() if hasattr(p, "base_layer")]
 
 
+@pytest.mark.parametrize("last", ["patch", "hook"])
+@pytest.mark.parametrize("first", ["patch", "hook"])
+def test_the_class_of_a_pipeline_is_patched_as_without_the_hook(first, last):
+    """cache-dit replaces `__call__` in the class of the pipeline that it is given."""
+    pipe, original = wan_pipeline(), WanPipeline.__call__
+
+    def patch():
+        pipe.__class__.__call__ = lambda self: "patched"
+        pipe.__class__.mine = original
+
+    def unpatch():
+        pipe.__class__.__call__ = pipe.__class__.mine
+        del pipe.__class__.mine
+
+    on = [patch, lambda: pipe.enable_semantic_dialect(progress=False)]
+    off = [unpatch, pipe.disable_semantic_dialect]
+    for step in on if first == "patch" else reversed(on):
+        step()
+    assert pipe() == "patched"
+    for step in off if last == "hook" else reversed(off):
+        step()
+    assert type(pipe) is WanPipeline
+    assert WanPipeline.__call__ is original
+    assert not hasattr(WanPipeline, "mine")
+
+
 def half_loaded(tmp_path):
     """A pipeline of two transformers of which the second was loaded quantized."""
     model = wan()
