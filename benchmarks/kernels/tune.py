@@ -76,19 +76,26 @@ def few_candidates(
     The derived tile with every number of stages and three of splits, other tiles with the most
     stages and its splits.
     """
-    splits = sorted(_SPLITS, key=lambda splits: (abs(splits - derived.splits), splits))[:3]
-    found = [
-        plan
-        for plan in candidates(tokens, features, columns, processors)
-        if plan.kind == "scratch"
-        or (plan.num_stages == max(_STAGES) and plan.splits == splits[0])
-        or (
-            _tile(plan) == _tile(derived)
-            and (plan.num_stages == derived.num_stages or plan.splits == derived.splits)
-            and plan.splits in splits
+    tiles: dict[tuple[int, int, int], list[GemmPlan]] = {}
+    found = [derived]
+    for plan in candidates(tokens, features, columns, processors):
+        if plan.kind == "scratch":
+            found.append(plan)
+        else:
+            tiles.setdefault(_tile(plan), []).append(plan)
+    for tile, plans in tiles.items():
+        splits = sorted(
+            {plan.splits for plan in plans}, key=lambda each: (abs(each - derived.splits), each)
         )
-    ]
-    return list(dict.fromkeys([derived, *found]))
+        stages = derived.num_stages if tile == _tile(derived) else max(_STAGES)
+        most = 3 if tile == _tile(derived) else 1
+        found += [
+            plan
+            for plan in plans
+            if (plan.num_stages == stages and plan.splits in splits[:most])
+            or (tile == _tile(derived) and plan.splits == splits[0])
+        ]
+    return list(dict.fromkeys(found))
 
 
 def _tile(plan: GemmPlan) -> tuple[int, int, int]:
