@@ -38,8 +38,10 @@ def check_components(pipeline: Any) -> None:
     """Let a pipeline of diffusers look at all its components first; again is harmless."""
     from diffusers import DiffusionPipeline
 
-    if isinstance(pipeline, DiffusionPipeline) and not isinstance(pipeline, _Checked):
-        original = type(pipeline)
+    original = type(pipeline)
+    if isinstance(pipeline, _Checked) or type(original) is not type:
+        return
+    if issubclass(original, DiffusionPipeline):
         if original not in _checked_classes:
             _checked_classes[original] = _checked_class(original)
         pipeline.__class__ = _checked_classes[original]

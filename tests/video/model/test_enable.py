@@ -369,7 +369,7 @@ def test_the_files_that_disable_reads_are_not_saved_over(tmp_path):
 def test_weights_come_back_to_the_device_and_in_the_dtype_of_now():
     model = wan()
     diffusers_hook.enable(model, progress=False)
-    nn.Module.to(model, "meta", torch.bfloat16)  # diffusers' own .to refuses the dtype
+    nn.Module.to(model, "meta", torch.bfloat16)  # all of it: model.to keeps parts in float32
     diffusers_hook.disable(model)
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
 
