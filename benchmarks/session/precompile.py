@@ -44,6 +44,7 @@ def main() -> int:
     parser.add_argument("--target", type=Path, help="unpacked wheel of the other Triton")
     parser.add_argument("--steps", nargs="+", choices=[step.name for step in STEPS])
     given = parser.parse_args()
+    before = sources()
     settle_names()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -54,8 +55,10 @@ def main() -> int:
         kernels = _together(scratch / "rehearsed")
         print(f"{len(kernels)} kernels to compile", flush=True)
         _compile(scratch, kernels, given.target)
+        if sources() != before:
+            raise SystemExit("the kernels' sources have changed meanwhile; precompile them again")
         key = key_of(given.target) if given.target else key_here()
-        facts = Facts(key, triton.__version__, sources(), len(kernels))
+        facts = Facts(key, triton.__version__, before, len(kernels))
         size = pack(scratch / "cache", kernels, facts, given.file, _MOST_MIB << 20)
     print(f"{given.file.name}: {len(kernels)} kernels, {size / 2**20:.1f} MiB")
     return bool(unfinished)

@@ -294,13 +294,13 @@ def test_one_sentence_without_a_gpu(tmp_path):
 def test_a_rehearsal_runs_steps_and_lists_their_kernels(tmp_path):
     """The list's kernels are compiled once, found again, and by a process that sorts otherwise."""
     scratch = tmp_path / "scratch"
-    chosen = ("--steps", "device", "probes", "library", "--", str(tmp_path / "out"))
+    chosen = ("--steps", "device", "probes", "--", str(tmp_path / "out"))
     done = started("benchmarks/gpu_session.sh", "--rehearse", "--scratch", str(scratch), *chosen)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "estimates on the card, in seconds; not measured" in done.stdout
     assert "unfinished: nothing" in done.stdout
     parcel = tmp_path / "out" / "rehearsal-session.tar.gz"
-    assert all(line["rehearsal"] for line in lines_of(parcel, "library"))
+    assert all(line["rehearsal"] for line in lines_of(parcel, "probes"))
     assert not (tmp_path / "out" / records.PARCEL).exists()
     list_ = scratch / "rehearsed" / "probes.kernels"
     kernels = kernel_cache.read_list(list_)
