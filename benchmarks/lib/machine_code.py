@@ -23,11 +23,27 @@ from triton.compiler import ASTSource
 from dialect_kernels.gpu import gemm
 from dialect_kernels.gpu.tuning import GemmPlan
 
-__all__ = ["MMA", "MachineCode", "compile_gemm", "compile_kernel", "faults", "per_weight"]
+from .memory_access import accesses, sectors, wavefronts
+
+__all__ = [
+    "MMA",
+    "MachineCode",
+    "compile_gemm",
+    "compile_kernel",
+    "faults",
+    "loop_faults",
+    "per_weight",
+    "programs_at_once",
+    "steps_ahead",
+]
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Bytes of shared memory that one program may use, by compute capability."""
+_REGISTERS = 65536
+_RESERVED_SHARED = 1024
+STEPS_AHEAD = 2
+"""Steps whose copies are on their way while the loop waits for one, at least."""
 
 POINTERS = {
     "p_x_scale": "*fp32", "p_scale": "*fp32", "p_codes": "*u8", "p_meta": "*u8", "p_q": "*u8",
@@ -62,12 +78,14 @@ class MachineCode:
         registers, stack: per thread; stack is in bytes.
         shared: bytes per program.
         text: the disassembly.
+        ttgir: Triton's intermediate code for GPUs, with the layouts of all tensors.
     """
 
     registers: int
     stack: int
     shared: int
     text: str
+    ttgir: str
 
     @property
     def instructions(self) -> list[str]:
@@ -142,7 +160,7 @@ def compile_kernel(
         text = _run("nvdisasm", "-c", path)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
-    return MachineCode(int(found[1]), int(found[2]), made.metadata.shared, text)
+    return MachineCode(int(found[1]), int(found[2]), made.metadata.shared, text, made.asm["ttgir"])
 
 
 def _run(tool: str, option: str, path: Path) -> str:
@@ -171,7 +189,6 @@ def compile_gemm(
         "BM": plan.tokens,
         "BN": plan.features,
         "BK": 32 if exact else plan.columns,
-        "BIAS": True,
         "SPLIT": plan.splits > 1,
         "EVEN": True,
         "ASM": True,
@@ -185,7 +202,7 @@ def compile_gemm(
         kernel, pointers["p_x"] = gemm.eight_bit_kernel, "*fp8e4nv"
     else:
         kernel = gemm.sixteen_bit_kernel
-        constants |= {"SCALED": exact, "ALIGNED": True, "EXACT": exact, "FLOAT16": False}
+        constants |= {"ALIGNED": True, "EXACT": exact, "FLOAT16": False}
         if not exact:
             constants["p_x_scale"] = None
     return compile_kernel(kernel, capability, constants, pointers, plan.num_warps, plan.num_stages)
@@ -221,3 +238,42 @@ def faults(code: MachineCode, capability: int, mma: str | None = None) -> list[s
             if not any(re.search(wanted, text) for text in loop)
         ]
     return found
+
+
+def steps_ahead(code: MachineCode) -> int:
+    """Steps of the main loop whose copies are on their way while it waits for those of one."""
+    loop = code.main_loop()
+    waits = [int(n, 0) for n in re.findall(r"DEPBAR\.LE SB0, (0x[0-9a-f]+)", "\n".join(loop))]
+    groups = sum("LDGDEPBAR" in text for text in loop)
+    return min(waits) // groups if waits and groups else 0
+
+
+def loop_faults(code: MachineCode) -> list[str]:
+    """Faults of the main loop of a GEMM: what it waits for, and what memory does twice.
+
+    Loads that are not asynchronous; copies that begin too late; more wavefronts of shared memory
+    or more sectors of global memory than its bytes need, see :mod:`.memory_access`.
+    """
+    found = []
+    if steps_ahead(code) < STEPS_AHEAD:
+        found.append(f"copies are {steps_ahead(code)} steps ahead")
+    loads = [text for text in code.main_loop() if re.search(r"\bLDG\.", text)]
+    found += [f"waits for {text}" for text in loads]
+    for access in accesses(code.ttgir):
+        what = f"{access.bits}-bit {'x'.join(str(size) for size in access.shape)}"
+        if access.memory is not None:
+            needed, least = wavefronts(access)
+            if needed > least:
+                found.append(f"{what}: {needed} wavefronts instead of {least}")
+        if access.reads_global and not access.indirect:
+            needed, least = sectors(access)
+            if needed > least:
+                found.append(f"{what}: {needed} sectors instead of {least}")
+    return found
+
+
+def programs_at_once(code: MachineCode, capability: int, num_warps: int) -> int:
+    """Programs that one processor runs at the same time, by registers and shared memory."""
+    by_registers = _REGISTERS // (-(-code.registers // 8) * 8 * 32 * num_warps)
+    per_processor = SHARED_LIMIT[capability] + _RESERVED_SHARED
+    return min(by_registers, per_processor // (code.shared + _RESERVED_SHARED))

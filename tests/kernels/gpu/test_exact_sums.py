@@ -23,9 +23,9 @@ TYPES = {
 }
 TILE = {"B": 32, "BM": 16, "BN": 64, "EVEN": True, "ASM": True}
 NOT_SPLIT = {"SPLIT": False, "p_partial": None, "p_arrived": None}
-NO_BIAS = {"p_bias": None, "BIAS": False}
+NO_BIAS = {"p_bias": None}
 ONE_WEIGHT = {"p_tiles": None, "p_rows": None}
-SIXTEEN = {"SCALED": True, "ALIGNED": True, "FLOAT16": False}
+SIXTEEN = {"ALIGNED": True, "FLOAT16": False}
 
 
 def gpu_code(kernel, capability, constants, types):

@@ -12,6 +12,7 @@ from dialect_kernels.gpu.tuning import (
     _default_plan,
     _measured_plan,
     _tuned_plans,
+    can_split,
     choose,
     parse_plans,
 )
@@ -47,6 +48,19 @@ def test_columns_are_split_only_where_tiles_are_few():
             tiles = -(-tokens // plan.tokens) * -(-features // plan.features)
             assert 1 <= plan.splits <= 8
             assert plan.splits == 1 or tiles * plan.splits <= 3 * 132
+
+
+def test_wide_tiles_where_they_fill_the_device():
+    assert [plan_of(tokens, 28672).features for tokens in (16, 32, 64)] == [128, 256, 256]
+    for tokens in (16, 32, 64):
+        assert plan_of(tokens, 1024).features < 256, "four programs cannot read a weight at speed"
+
+
+def test_tiles_without_registers_for_it_are_not_split():
+    for features in range(256, 16384, 256):
+        for tokens in (1, 20, 50, 200):
+            plan = plan_of(tokens, features, 14336)
+            assert plan.splits == 1 or can_split(plan)
 
 
 @pytest.fixture

@@ -127,9 +127,51 @@ def _load(p, mask, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _load_pair(p_table, entry):
-    """Two neighbouring words of the table by one load, each [BN, blocks, 1]."""
-    pair = tl.load(p_table + entry)[:, :, None]
+def _load_meta(p_meta, o_row, first, padded, B: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr):
+    """Meta bytes of the blocks of columns first..first+BK-1 of rows, int32 [BN * blocks].
+
+    A row of four is read as a word: copies of fewer bytes to a thread are not asynchronous.
+    """
+    BN: tl.constexpr = o_row.shape[0]
+    BLOCKS: tl.constexpr = BK // B
+    if EVEN and BLOCKS == 4:
+        word = tl.load(p_meta.to(tl.pointer_type(tl.int32)) + o_row * (padded // BK) + first // BK)
+        b_meta = (word[:, None] >> (tl.arange(0, 4) * 8)[None, :]) & 0xFF
+        return tl.reshape(b_meta, (BN * BLOCKS,))
+    else:
+        o_block = first // B + tl.arange(0, BLOCKS)
+        p_block = p_meta + o_row[:, None] * (padded // B) + o_block[None, :]
+        b_meta = _load(p_block, (o_block < padded // B)[None, :], EVEN)
+        return tl.reshape(b_meta, (BN * BLOCKS,)).to(tl.int32)
+
+
+@triton.jit
+def _load_codes(
+    p_codes, o_row, first, padded, B: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr
+):
+    """Codes of columns first..first+BK-1 of rows, integers like `p_codes` [BN, blocks, ..].
+
+    Loaded in two dimensions: only then do compilers make neighbouring lanes read neighbouring
+    bytes, and order them in shared memory so that no bank is needed twice at a time.
+    """
+    BN: tl.constexpr = o_row.shape[0]
+    EACH: tl.constexpr = p_codes.dtype.element_ty.primitive_bitwidth // 4  # codes of an integer
+    o_code = first // EACH + tl.arange(0, BK // EACH)
+    p_code = p_codes + o_row[:, None] * (padded // EACH) + o_code[None, :]
+    b_code = _load(p_code, (o_code < padded // EACH)[None, :], EVEN)
+    return tl.reshape(b_code, (BN, BK // B, B // EACH))
+
+
+@triton.jit
+def _load_pair(p_table, entry, BN: tl.constexpr):
+    """Two neighbouring words of the table by one load for each of [BN * blocks] entries.
+
+    Returns:
+        Both int32 [BN, blocks, 1]. In one dimension, because neighbouring lanes must then write
+        neighbouring places of shared memory, wherever in the table they read.
+    """
+    pair = tl.load(p_table + entry)
+    pair = tl.reshape(pair, (BN, entry.shape[0] // BN, 1))
     return pair.to(tl.int32), (pair >> 32).to(tl.int32)
 
 
@@ -143,11 +185,16 @@ def _block_bytes(word, low, high, shift):
 
 
 @triton.jit
-def _load_words(p_row, first, o_block, i_column, m_block, B: tl.constexpr, EACH: tl.constexpr):
-    """For the interpreter: the word of 8 codes that each of `EACH` neighbouring columns needs."""
-    p_word = p_row.to(tl.pointer_type(tl.int32)) + first // 8
-    o_word = o_block[None, :, None] * (B // 8) + (i_column // EACH)[None, None, :]
-    return tl.load(p_word + o_word, mask=m_block[None, :, None], other=0)
+def _words(b_code):
+    """For the interpreter: every integer of codes replaced by the word of 8 codes it lies in."""
+    BN: tl.constexpr = b_code.shape[0]
+    BLOCKS: tl.constexpr = b_code.shape[1]
+    WIDTH: tl.constexpr = b_code.shape[2]
+    EACH: tl.constexpr = 32 // b_code.dtype.primitive_bitwidth
+    b_code = tl.reshape(b_code, (BN, BLOCKS, WIDTH // EACH, EACH)).to(tl.int32)
+    shift = tl.arange(0, EACH) * (32 // EACH)
+    word = tl.sum(b_code << shift[None, None, None, :], axis=3, keep_dims=True)
+    return tl.reshape(tl.broadcast_to(word, b_code.shape), (BN, BLOCKS, WIDTH))
 
 
 @triton.jit
@@ -173,17 +220,9 @@ def e4m3_parts(
         first, padded: multiples of B; padded is Kp.
         EVEN: whether all columns lie inside the row.
     """
-    o_block = tl.arange(0, BK // B)
-    m_block = first // B + o_block < padded // B
-    p_block = p_meta + o_row[:, None] * (padded // B) + (first // B + o_block)[None, :]
-    b_meta = _load(p_block, m_block[None, :], EVEN).to(tl.int32)
-    low, high = _load_pair(p_table, b_meta)
-
-    i_byte = tl.arange(0, B // 2)
-    p_row = p_codes + o_row[:, None, None] * (padded // 2)
+    low, high = _load_pair(p_table, _load_meta(p_meta, o_row, first, padded, B, BK, EVEN), BN)
+    b_code = _load_codes(p_codes, o_row, first, padded, B, BK, EVEN)
     if ASM:
-        p_code = p_row + first // 2 + o_block[None, :, None] * (B // 2) + i_byte[None, None, :]
-        b_code = _load(p_code, m_block[None, :, None], EVEN)
         part0, part1 = tl.inline_asm_elementwise(
             _E4M3_ASM,
             _E4M3_CONSTRAINTS,
@@ -193,8 +232,8 @@ def e4m3_parts(
             pack=4,
         )
     else:
-        word = _load_words(p_row, first, o_block, i_byte, m_block, B, 4)
-        shift = (i_byte % 4 * 4)[None, None, :]
+        word = _words(b_code)
+        shift = (tl.arange(0, B // 2) % 4 * 4)[None, None, :]
         byte, sign = _block_bytes(word, low, high, shift)
         part0 = (byte | sign).to(tl.uint8)
         byte, sign = _block_bytes(word, low, high, shift + 16)
@@ -227,19 +266,12 @@ def sixteen_parts(
 
     Column i of part j is element ``8 (i // 2) + 2 j + i % 2``.
     """
-    o_block = tl.arange(0, BK // B)
-    m_block = first // B + o_block < padded // B
-    p_block = p_meta + o_row[:, None] * (padded // B) + (first // B + o_block)[None, :]
-    b_meta = _load(p_block, m_block[None, :], EVEN).to(tl.int32)
-    low0, low1 = _load_pair(p_table, b_meta * 2)
-    high0, high1 = _load_pair(p_table, b_meta * 2 + 1)
-
-    i_pair = tl.arange(0, B // 4)
-    p_row = p_codes + o_row[:, None, None] * (padded // 2)
+    b_meta = _load_meta(p_meta, o_row, first, padded, B, BK, EVEN)
+    low0, low1 = _load_pair(p_table, b_meta * 2, BN)
+    high0, high1 = _load_pair(p_table, b_meta * 2 + 1, BN)
+    p_pair = p_codes.to(tl.pointer_type(tl.uint16))
+    b_code = _load_codes(p_pair, o_row, first, padded, B, BK, EVEN)
     if ASM:
-        p_pair = p_row.to(tl.pointer_type(tl.uint16)) + first // 4
-        p_pair += o_block[None, :, None] * (B // 4) + i_pair[None, None, :]
-        b_code = _load(p_pair, m_block[None, :, None], EVEN)
         part0, part1, part2, part3 = tl.inline_asm_elementwise(
             _SIXTEEN_ASM,
             _SIXTEEN_CONSTRAINTS,
@@ -255,8 +287,8 @@ def sixteen_parts(
             pack=2,
         )
     else:
-        word = _load_words(p_row, first, o_block, i_pair, m_block, B, 2)
-        shift = (i_pair % 2 * 4)[None, None, :]
+        word = _words(b_code)
+        shift = (tl.arange(0, B // 4) % 2 * 4)[None, None, :]
         part0 = _sixteen_bits(word, low0, low1, high0, high1, shift)
         part1 = _sixteen_bits(word, low0, low1, high0, high1, shift + 8)
         part2 = _sixteen_bits(word, low0, low1, high0, high1, shift + 16)

@@ -18,10 +18,11 @@ import triton.language as tl
 
 from ..formatbook import LOWEST_EXPONENT, NAN_ROW
 
-__all__ = ["rounded", "store_tile"]
+__all__ = ["MOST_EARLY", "load_scales", "rounded", "store_tile"]
 
 _LOWEST_EXPONENT = tl.constexpr(LOWEST_EXPONENT)
 _NAN_ROW = tl.constexpr(NAN_ROW)
+MOST_EARLY = tl.constexpr(32)
 
 
 @triton.jit
@@ -37,52 +38,62 @@ def rounded(y, p_y, ASM: tl.constexpr):
 
 
 @triton.jit
+def load_scales(pointers, o_token, tokens, o_row):
+    """Token scales [BM], row exponents [BN] and bias [BN]; no meaning without a pointer to them.
+
+    Args:
+        pointers: to all of them; None where there are none.
+        o_token: rows of the result [BM], all below `tokens` exist.
+        o_row: rows of the weight [BN], all of which exist.
+    """
+    p_x_scale, p_row_exponent, p_bias = pointers
+    exponent = tl.load(p_row_exponent + o_row)
+    scale = exponent
+    if p_x_scale is not None:
+        scale = tl.load(p_x_scale + o_token, mask=o_token < tokens, other=1.0)
+    bias = exponent
+    if p_bias is not None:
+        bias = tl.load(p_bias + o_row)
+    return scale, exponent, bias
+
+
+@triton.jit
 def _write(
-    total,
-    p_x_scale,
-    p_row_exponent,
-    p_bias,
-    p_y,
-    o_token,
-    o_feature,
-    tokens,
-    features,
-    SCALED: tl.constexpr,
-    BIAS: tl.constexpr,
-    ASM: tl.constexpr,
+    total, pointers, scales, p_y, o_token, o_feature, o_row, tokens, features, ASM: tl.constexpr
 ):
     """Sums [BN, BM] with their scales and the bias, to y [T, N]."""
-    m_token = (o_token < tokens)[None, :]
-    m_feature = o_feature < features
-    exponent = tl.load(p_row_exponent + o_feature, mask=m_feature, other=0).to(tl.int64)
+    p_x_scale, _, p_bias = pointers
+    if total.shape[1] > MOST_EARLY:
+        scales = load_scales(pointers, o_token, tokens, o_row)
+    scale, exponent, bias = scales
+    exponent = exponent.to(tl.int64)
     power_bits = (tl.maximum(exponent, _LOWEST_EXPONENT) + (1023 - 5)) << 52
     power = power_bits.to(tl.float64, bitcast=True)
     power = tl.where(exponent == _NAN_ROW, float("nan"), power)
     y = total.to(tl.float64) * power[:, None]
-    if SCALED:
-        y = y * tl.load(p_x_scale + o_token[None, :], mask=m_token, other=1.0).to(tl.float64)
+    if p_x_scale is not None:
+        y = y * scale.to(tl.float64)[None, :]
     y = y.to(tl.float32)
-    if BIAS:
-        y += tl.load(p_bias + o_feature, mask=m_feature, other=0.0).to(tl.float32)[:, None]
+    if p_bias is not None:
+        y += bias.to(tl.float32)[:, None]
     p_tile = p_y + o_token.to(tl.int64)[None, :] * features + o_feature[:, None]
-    tl.store(p_tile, rounded(y, p_y, ASM), mask=m_token & m_feature[:, None])
+    mask = (o_token < tokens)[None, :] & (o_feature < features)[:, None]
+    tl.store(p_tile, rounded(y, p_y, ASM), mask=mask)
 
 
 @triton.jit
 def store_tile(
     total,
-    p_x_scale,
-    p_row_exponent,
-    p_bias,
+    pointers,
+    scales,
     p_y,
     p_partial,
     p_arrived,
     o_token,
     o_feature,
+    o_row,
     tokens,
     features,
-    SCALED: tl.constexpr,
-    BIAS: tl.constexpr,
     SPLIT: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -90,6 +101,11 @@ def store_tile(
 
     Args:
         total: float32 [BN, BM].
+        pointers: to token scales, row exponents and bias, None where there are none.
+        scales: from :func:`load_scales`, loaded before the loop so that nothing waits for them
+            after it. Tiles of more than `MOST_EARLY` tokens have no registers for that: they load
+            them here, whatever is given.
+        o_row: rows of the weight [BN], all of which exist.
         p_partial: float32 [tiles, splits, BN, BM], for the sums of the splits.
         p_arrived: int32 [tiles], zeros: how many of a tile's programs have written theirs.
     """
@@ -108,12 +124,6 @@ def store_tile(
             for _ in range(splits):
                 total += tl.load(p_sum, cache_modifier=".cg")  # written by other processors
                 p_sum += BN * BM
-            _write(
-                total, p_x_scale, p_row_exponent, p_bias, p_y, o_token, o_feature, tokens,
-                features, SCALED, BIAS, ASM,
-            )  # fmt: skip
+            _write(total, pointers, scales, p_y, o_token, o_feature, o_row, tokens, features, ASM)
     else:
-        _write(
-            total, p_x_scale, p_row_exponent, p_bias, p_y, o_token, o_feature, tokens, features,
-            SCALED, BIAS, ASM,
-        )  # fmt: skip
+        _write(total, pointers, scales, p_y, o_token, o_feature, o_row, tokens, features, ASM)

@@ -33,7 +33,7 @@ import triton.language as tl
 
 from ..packed import PackedTensor
 from .decode import e4m3_parts, e4m3_table, joined_sixteen, sixteen_parts, sixteen_table
-from .epilogue import store_tile
+from .epilogue import MOST_EARLY, load_scales, store_tile
 from .layout import aligned, interpreted
 from .tuning import GemmPlan
 
@@ -63,10 +63,10 @@ def _rows_of_tile(p_tiles, p_rows, tokens, BM: tl.constexpr):
     Without a schedule `p_tiles` rows are tokens, and there is one weight.
     """
     if p_tiles is None:
-        o_row = tl.program_id(1) * BM + tl.arange(0, BM)
+        o_row = tl.program_id(0) * BM + tl.arange(0, BM)
         return o_row, o_row, tokens, 0, 1
     else:
-        p_tile = p_tiles + 3 * tl.program_id(1)
+        p_tile = p_tiles + 3 * tl.program_id(0)
         first = tl.load(p_tile + 1)
         last = tl.load(p_tile + 2)
         o_row = first + tl.arange(0, BM)
@@ -126,21 +126,21 @@ def eight_bit_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    BIAS: tl.constexpr,
     SPLIT: tl.constexpr,
     EVEN: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """E4M3 tokens [T, Kp] in the order of operands times weights. Grid (N/BN, tiles, splits)."""
+    """E4M3 tokens [T, Kp] in the order of operands times weights. Grid (tiles, N/BN, splits)."""
     padded = padded // (BK if EVEN else 16) * (BK if EVEN else 16)
-    o_feature = tl.program_id(0) * BN + tl.arange(0, BN)
+    o_feature = tl.program_id(1) * BN + tl.arange(0, BN)
     o_token, o_x, tokens, expert, works = _rows_of_tile(p_tiles, p_rows, tokens, BM)
     o_row = tl.minimum(o_feature, features - 1).to(tl.int64) + expert * features
-    p_row_exponent += expert * features
-    if BIAS:
-        p_bias += expert * features
     p_row = p_x + o_x.to(tl.int64)[:, None] * padded
     m_token = o_token < tokens
+    pointers = p_x_scale, p_row_exponent, p_bias
+    scales = 0
+    if BM <= MOST_EARLY:
+        scales = load_scales(pointers, o_token, tokens, o_row)
 
     first, last = _split(padded * works, BK)
     total = tl.zeros((BN, BM), tl.float32)
@@ -154,8 +154,8 @@ def eight_bit_kernel(
         step = _eight_bit_dot(part0, x0, tl.zeros((BN, BM), tl.float32), ASM)
         total = _added(total, _eight_bit_dot(part1, x1, step, ASM), ASM)
     store_tile(
-        total, p_x_scale, p_row_exponent, p_bias, p_y, p_partial, p_arrived, o_token, o_feature,
-        tokens, features, True, BIAS, SPLIT, ASM,
+        total, pointers, scales, p_y, p_partial, p_arrived, o_token, o_feature, o_row, tokens,
+        features, SPLIT, ASM,
     )  # fmt: skip
 
 
@@ -192,8 +192,6 @@ def sixteen_bit_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    SCALED: tl.constexpr,
-    BIAS: tl.constexpr,
     SPLIT: tl.constexpr,
     EVEN: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -201,21 +199,22 @@ def sixteen_bit_kernel(
     FLOAT16: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Tokens [T, K] times weights, both of 16 bits. Grid (N/BN, tiles, splits)."""
+    """Tokens [T, K] times weights, both of 16 bits. Grid (tiles, N/BN, splits)."""
     padded = padded // (BK if EVEN else 16) * (BK if EVEN else 16)
     if ALIGNED:
         columns = columns // 16 * 16
         stride = stride // 16 * 16
-    o_feature = tl.program_id(0) * BN + tl.arange(0, BN)
+    o_feature = tl.program_id(1) * BN + tl.arange(0, BN)
     o_token, o_x, tokens, expert, works = _rows_of_tile(p_tiles, p_rows, tokens, BM)
     o_row = tl.minimum(o_feature, features - 1).to(tl.int64) + expert * features
-    p_row_exponent += expert * features
-    if BIAS:
-        p_bias += expert * features
     p_row = p_x + o_x.to(tl.int64)[:, None] * stride
     m_token = o_token < tokens
     i_pair = tl.arange(0, BK // 4)
     o_pair = i_pair // 2 * 8 + i_pair % 2
+    pointers = p_x_scale, p_row_exponent, p_bias
+    scales = 0
+    if BM <= MOST_EARLY:
+        scales = load_scales(pointers, o_token, tokens, o_row)
 
     first, last = _split(padded * works, BK)
     total = tl.zeros((BN, BM), tl.float32)
@@ -239,8 +238,8 @@ def sixteen_bit_kernel(
             step = _sixteen_bit_dot(part3, x3, step, FLOAT16, ASM)
         total = _added(total, step, ASM)
     store_tile(
-        total, p_x_scale, p_row_exponent, p_bias, p_y, p_partial, p_arrived, o_token, o_feature,
-        tokens, features, SCALED, BIAS, SPLIT, ASM,
+        total, pointers, scales, p_y, p_partial, p_arrived, o_token, o_feature, o_row, tokens,
+        features, SPLIT, ASM,
     )  # fmt: skip
 
 
@@ -306,7 +305,7 @@ def launch_eight_bits(
         y.shape[1],
         q.shape[1],
         EVEN=q.shape[1] % plan.columns == 0,
-        **_shape(p, bias, plan),
+        **_shape(p, plan),
     )
 
 
@@ -354,19 +353,19 @@ def launch_sixteen_bits(
         x.shape[1],
         padded,
         x.stride(0),
-        SCALED=scale is not None,
         EVEN=padded % columns == 0 and x.shape[1] == padded,
         ALIGNED=aligned(x),
         EXACT=exact,
         FLOAT16=operand == torch.float16,
-        **_shape(p, bias, plan) | {"BK": columns},
+        **_shape(p, plan) | {"BK": columns},
     )
 
 
 def _grid(y: torch.Tensor, plan: GemmPlan, tiles: RowTiles | None = None) -> tuple[int, int, int]:
+    """Tiles of tokens first: those that share weights run at the same time and read them once."""
     tokens, features = y.shape
     of_rows = triton.cdiv(tokens, plan.tokens) if tiles is None else len(tiles.table)
-    return triton.cdiv(features, plan.features), of_rows, plan.splits
+    return of_rows, triton.cdiv(features, plan.features), plan.splits
 
 
 def _schedule(tiles: RowTiles | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -377,19 +376,18 @@ def _partial(y: torch.Tensor, plan: GemmPlan) -> torch.Tensor | None:
     """Memory for the sums of every split, float32, or None if there is one."""
     if plan.splits == 1:
         return None
-    features, tokens, splits = _grid(y, plan)
+    tokens, features, splits = _grid(y, plan)
     tile = plan.features * plan.tokens
     return torch.empty(features * tokens * splits * tile, dtype=torch.float32, device=y.device)
 
 
-def _shape(p: PackedTensor, bias: torch.Tensor | None, plan: GemmPlan) -> dict[str, int | bool]:
+def _shape(p: PackedTensor, plan: GemmPlan) -> dict[str, int | bool]:
     """What both kernels are compiled for."""
     return {
         "B": p.block_size,
         "BM": plan.tokens,
         "BN": plan.features,
         "BK": plan.columns,
-        "BIAS": bias is not None,
         "SPLIT": plan.splits > 1,
         "ASM": not interpreted(),
         "num_warps": plan.num_warps,

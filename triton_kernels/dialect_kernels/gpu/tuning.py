@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -26,6 +26,7 @@ __all__ = [
     "TABLES",
     "GemmPlan",
     "accumulator_bits",
+    "can_split",
     "choose",
     "config_name",
     "parse_plans",
@@ -79,40 +80,67 @@ class GemmPlan:
 
 TABLES = {
     "fp8": (
-        (16, GemmPlan("fused", 16, 64, 256, num_warps=4, num_stages=6)),
-        (32, GemmPlan("fused", 32, 64, 256, num_warps=4, num_stages=4)),
-        (64, GemmPlan("fused", 64, 64, 256, num_warps=4, num_stages=4)),
-        (512, GemmPlan("fused", 128, 128, 256, num_warps=8, num_stages=3)),
+        (16, GemmPlan("fused", 16, 128, 256, num_warps=8, num_stages=8)),
+        (16, GemmPlan("fused", 16, 64, 256, num_warps=4, num_stages=8)),
+        (32, GemmPlan("fused", 32, 256, 256, num_warps=8, num_stages=7)),
+        (32, GemmPlan("fused", 32, 128, 256, num_warps=8, num_stages=8)),
+        (32, GemmPlan("fused", 32, 64, 256, num_warps=4, num_stages=8)),
+        (64, GemmPlan("fused", 64, 256, 256, num_warps=8, num_stages=7)),
+        (64, GemmPlan("fused", 64, 128, 256, num_warps=8, num_stages=8)),
+        (64, GemmPlan("fused", 64, 64, 256, num_warps=4, num_stages=8)),
+        (512, GemmPlan("fused", 128, 128, 256, num_warps=8, num_stages=7)),
+    ),
+    "fp8_in_tensor_memory": (
+        (16, GemmPlan("fused", 16, 64, 256, num_warps=4, num_stages=8)),
+        (32, GemmPlan("fused", 32, 64, 256, num_warps=4, num_stages=8)),
+        (64, GemmPlan("fused", 64, 128, 256, num_warps=8, num_stages=8)),
+        (512, GemmPlan("fused", 128, 128, 256, num_warps=8, num_stages=7)),
     ),
     "fp8_in_warps": (
-        (16, GemmPlan("fused", 16, 64, 256, num_warps=4, num_stages=4)),
-        (32, GemmPlan("fused", 32, 64, 256, num_warps=4, num_stages=4)),
-        (256, GemmPlan("fused", 64, 64, 256, num_warps=4, num_stages=3)),
+        (16, GemmPlan("fused", 16, 64, 256, num_warps=4, num_stages=7)),
+        (32, GemmPlan("fused", 32, 64, 256, num_warps=4, num_stages=7)),
+        (256, GemmPlan("fused", 64, 64, 256, num_warps=4, num_stages=7)),
     ),
     "sixteen_bits": (
-        (16, GemmPlan("fused", 16, 64, 256, num_warps=4, num_stages=3)),
-        (32, GemmPlan("fused", 32, 128, 256, num_warps=8, num_stages=3)),
-        (128, GemmPlan("fused", 64, 128, 128, num_warps=8, num_stages=3)),
+        (16, GemmPlan("fused", 16, 64, 256, num_warps=4, num_stages=7)),
+        (32, GemmPlan("fused", 32, 128, 256, num_warps=8, num_stages=7)),
+        (128, GemmPlan("fused", 64, 128, 128, num_warps=8, num_stages=7)),
     ),
     "sixteen_bits_in_warps": (
-        (16, GemmPlan("fused", 16, 64, 256, num_warps=4, num_stages=3)),
-        (32, GemmPlan("fused", 32, 64, 64, num_warps=4, num_stages=4)),
-        (128, GemmPlan("fused", 64, 64, 128, num_warps=4, num_stages=3)),
+        (16, GemmPlan("fused", 16, 64, 256, num_warps=4, num_stages=7)),
+        (32, GemmPlan("fused", 32, 64, 128, num_warps=4, num_stages=7)),
+        (128, GemmPlan("fused", 64, 64, 128, num_warps=4, num_stages=7)),
     ),
 }
-"""(largest T, plan) by operands and MMA: the large one of Hopper and data-centre Blackwell, or that
-of a single warp; beyond the last T scratch. Derived from compiled code: no spilled registers, only
-asynchronous loads in the loop where that can be had, and scratch begins where decoding several
-times costs about as much as writing the weight once."""
+"""(largest T, plan) by operands and MMA: Hopper's large one, that of data-centre Blackwell with its
+sums in tensor memory, or that of a single warp; beyond the last T scratch. Of several plans for the
+same T the one with the fewest expected cycles counts: wide tiles read the tokens less often, but
+may be too few for the device.
+
+Derived from compiled code: no spilled registers, only asynchronous copies in the loop, and while it
+waits for one step the copies of two more are on their way. That takes 7 stages, because the table
+is read at the places that the meta bytes name. Scratch begins where decoding several times costs
+about as much as writing the weight once."""
 _SCRATCH = GemmPlan("scratch")
-FUSED_FOR_MANY = GemmPlan("fused", 64, 64, 128, num_stages=3)
+FUSED_FOR_MANY = GemmPlan("fused", 64, 64, 128, num_stages=7)
 """For many tokens where scratch memory is not possible."""
+_MOST_SPLITS = 8
 _LEAST_STEPS = 4
 """Steps over K that are worth a program of their own."""
 _FARTHEST = 2.0
 """How many times more tokens a plan may have been measured at."""
 _FARTHEST_BEYOND = 1.5
 """How many times fewer tokens a plan of the fused kernel may have been measured at."""
+_BYTES_PER_WEIGHT = 17 / 32
+_INSTRUCTIONS_PER_WEIGHT = 2.5
+_CYCLES_PER_INSTRUCTION = 2.5
+_MEMORY_BYTES = 18.5
+_CACHE_BYTES = 24
+_PRODUCTS = 4096
+_SPLIT_CYCLES = 3500
+"""What one processor of an H200 is expected to do in a cycle, from the data sheet and from compiled
+code: bytes from memory and from the L2 cache, products of the FP8 MMA; and the cycles from the sums
+of several programs to the result."""
 
 
 def choose(
@@ -174,23 +202,48 @@ def _reaches(plan: GemmPlan, measured: int, tokens: int) -> bool:
 def _default_plan(
     tokens: int, features: int, columns: int, processors: int, table: str
 ) -> GemmPlan:
-    """The derived plan; splits K where the tiles are too few for the device."""
-    plan = next((plan for most, plan in TABLES[table] if tokens <= most), None)
-    if plan is None:
+    """The derived plan with the fewest expected cycles; K is split where tiles are too few."""
+    most = next((most for most, _ in TABLES[table] if tokens <= most), None)
+    if most is None:
         return _SCRATCH
-    tiles = math.ceil(tokens / plan.tokens) * math.ceil(features / plan.features)
-    wanted = round(2 * processors / max(1, tiles))
-    possible = columns // (plan.columns * _LEAST_STEPS)
-    splits = max(1, min(8, wanted, possible))
-    return GemmPlan(
-        plan.kind,
-        plan.tokens,
-        plan.features,
-        plan.columns,
-        splits,
-        plan.num_warps,
-        plan.num_stages,
+    plans = [plan for limit, plan in TABLES[table] if limit == most]
+    several = [
+        replace(plan, splits=splits)
+        for plan in plans
+        for splits in range(1, _MOST_SPLITS + 1)
+        if splits == 1 or (can_split(plan) and columns >= splits * plan.columns * _LEAST_STEPS)
+    ]
+    return min(several, key=lambda plan: _cycles(plan, tokens, features, columns, processors))
+
+
+def can_split(plan: GemmPlan) -> bool:
+    """Whether a plan of the tables has registers for adding the sums of several programs."""
+    return plan.features < 256
+
+
+def _cycles(plan: GemmPlan, tokens: int, features: int, columns: int, processors: int) -> float:
+    """Expected cycles of a fused plan, to compare plans with each other; never measured.
+
+    Programs of a processor share it: a step takes the longest of reading weights from memory,
+    reading weights and tokens from the L2 cache, issuing instructions and multiplying, for all of
+    them, but not less than a warp needs for its own instructions one after the other.
+    """
+    weights = plan.features * plan.columns
+    read = weights * _BYTES_PER_WEIGHT
+    step = max(
+        read / _MEMORY_BYTES,
+        (read + min(tokens, plan.tokens) * plan.columns) / _CACHE_BYTES,
+        weights * _INSTRUCTIONS_PER_WEIGHT / (4 * 32),
+        weights * plan.tokens / _PRODUCTS,
     )
+    alone = _CYCLES_PER_INSTRUCTION * _INSTRUCTIONS_PER_WEIGHT * weights / (32 * plan.num_warps)
+    tiles = math.ceil(tokens / plan.tokens) * math.ceil(features / plan.features)
+    programs = math.ceil(tiles * plan.splits / processors)
+    steps = math.ceil(columns / (plan.columns * plan.splits))
+    cycles = steps * max(programs * step, alone)
+    if plan.splits > 1:  # sums are written and read again
+        cycles += _SPLIT_CYCLES + programs * plan.features * plan.tokens * 8 / _CACHE_BYTES
+    return cycles
 
 
 @lru_cache(maxsize=256)

@@ -243,6 +243,16 @@ def test_every_tile_of_the_tables():
             assert_within(y, x, p, "dialect")
 
 
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+def test_meta_bytes_that_are_read_in_words(block_size):
+    """A step of four blocks: every meta byte must reach its own block, in rows of several steps."""
+    x, p = tensor(3, 768), weight(70, 768, block_size=block_size)
+    for eight_bits in (True, False):
+        how = Route(GemmPlan("fused", 16, 64, 4 * block_size), eight_bits)
+        given = linear.quantize_tokens(x, p, "dialect", how)
+        assert_within(linear.multiply(*given, p, None, torch.float32, how), x, p, "dialect")
+
+
 def test_what_is_left_to_torch():
     x, p = tensor(2, 64), weight(40, 64)
     assert not linear.covers(x, p, "none", "default"), "float32 has more bits than the MMA"
