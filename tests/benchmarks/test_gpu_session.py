@@ -290,6 +290,23 @@ def test_one_sentence_without_a_gpu(tmp_path):
     assert "device:" not in done.stdout
 
 
+WITHOUT_CUDA = """
+import torch
+for name in ("is_available", "device_count", "current_device", "get_device_name", "_lazy_init"):
+    setattr(torch.cuda, name, None)
+torch._C._cuda_getDeviceCount = None
+import benchmarks.session.__main__
+from benchmarks.lib.kernel_cache import settle_names
+settle_names()
+"""
+
+
+@pytest.mark.slow
+def test_the_process_that_forks_steps_does_not_use_cuda():
+    done = started(sys.executable, "-c", WITHOUT_CUDA, PYTHONPATH="triton_kernels")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_a_rehearsal_runs_steps_and_lists_their_kernels(tmp_path):
     """The list's kernels are compiled once, found again, and by a process that sorts otherwise."""
