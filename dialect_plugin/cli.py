@@ -272,8 +272,7 @@ def quantize(
             experts,
             block_size=block_size,
             activation_format=activation_format,
-            book=book,
-            rotation=_rotation(rotation, calibration),
+            **_book_and_rotation(book, rotation, calibration),
             ignore=ignore or [],
             overrides=_read_overrides(override or [], overrides),
             lm_head=lm_head,
@@ -337,7 +336,7 @@ def report(
             damping=damping,
             device=device,
         )
-        chosen: dict[str, Any] = {"book": book, "rotation": _rotation(rotation, calibration)}
+        chosen = _book_and_rotation(book, rotation, calibration)
         vocabulary = {"lm_head": lm_head, "embeddings": embeddings}
         options = _options(targets, ignore=ignore or [], **chosen, **vocabulary)
     from .analysis.commands import report_on
@@ -393,7 +392,7 @@ def plan(
         _check_rows(max_rows, all_rows)
         if output is not None:
             _check_file("--output", output)
-        chosen: dict[str, Any] = {"book": book, "rotation": _rotation(rotation, calibration)}
+        chosen = _book_and_rotation(book, rotation, calibration)
         vocabulary = {"lm_head": lm_head, "embeddings": embeddings}
         options = _options(targets, ignore=ignore or [], **chosen, **vocabulary)
     from .analysis.commands import plan_by_outputs, plan_by_weights
@@ -413,7 +412,7 @@ def plan(
     print(found.table)
     if output is not None:
         text = "" if calibrate is None else f" --calibrate {shlex.quote(calibrate)}"
-        usual = {"book": "semantic_32", "rotation": _rotation(None, calibration)}
+        usual = _book_and_rotation("semantic_32", None, calibration)
         other = "".join(f" --{key} {value}" for key, value in chosen.items() if value != usual[key])
         other += "".join(
             f" --{key.replace('_', '-')}" for key, wanted in vocabulary.items() if wanted
@@ -553,9 +552,11 @@ def _windows(text: str | None, samples: int | None) -> int | None:
     return 32 if text is not None and samples is None else samples
 
 
-def _rotation(rotation: Rotation | None, calibration: CalibrationOptions | None) -> Rotation:
-    """That of a conversion, by default only with calibration."""
-    return rotation or ("hadamard_32" if calibration else "none")
+def _book_and_rotation(
+    book: BookName, rotation: Rotation | None, calibration: CalibrationOptions | None
+) -> dict[str, Any]:
+    """Those of a conversion, which by default rotates only with calibration."""
+    return {"book": book, "rotation": rotation or ("hadamard_32" if calibration else "none")}
 
 
 def _calibrator(options: CalibrationOptions) -> Calibrator:
