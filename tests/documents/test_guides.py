@@ -49,7 +49,7 @@ def test_the_named_layout_is_known():
 @pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md"])
 def test_the_lines_of_python_at_the_door_run(tmp_path, name):
     code = python_of((ROOT / name).read_text(encoding="utf-8"))
-    start = code.index("import torch")
+    start = code.index("import torch\nfrom dialect_kernels")
     assert run(tmp_path / "lines.py", code[start:])["y"].shape == (8, 512)
 
 

@@ -26,7 +26,6 @@ __all__ = [
     "TABLES",
     "GemmPlan",
     "accumulator_bits",
-    "can_split",
     "choose",
     "config_name",
     "parse_plans",
