@@ -32,7 +32,7 @@ GPUS = {80: "sm_80", 89: "sm_89", 90: "sm_90 (H100, H200)", 100: "sm_100", 120: 
 def gate() -> list[str]:
     """Spilled registers and missing matrix instructions by the installed Triton."""
     return [
-        f"{row['gpu']}, {row['operands']}, {row['tokens']} tokens: {fault}"
+        f"{row['gpu']}, {row['operands']}, {row['tokens']} x {row['features']}: {fault}"
         for row in rows()
         for fault in row["faults"]
     ]
@@ -71,6 +71,7 @@ def _row(plan: Any, capability: int, eight_bits: bool, exact: bool) -> dict[str,
         "gpu": GPUS[capability],
         "operands": "FP8" if eight_bits else "bfloat16, exact" if exact else "bfloat16",
         "tokens": plan.tokens,
+        "features": plan.features,
         "instruction": used.split()[0] if not used.startswith("@") else used.split()[1],
         "per_weight": round(per_weight(code, plan, exact), 2),
         "registers": code.registers,
@@ -83,17 +84,17 @@ def tables(figures: dict[str, Any]) -> dict[str, Table]:
     """``gemm``: every plan; ``hopper``: instructions per weight of FP8 operands on sm_90."""
     versions = figures["triton"]
     columns = [f"{version}: {what}" for version in versions for what in ("per weight", "registers")]
-    shown = [["GPU", "operands", "tokens of a tile", "instruction", *columns]]
-    hopper = [["tokens of a tile", *(f"Triton {version}" for version in versions)]]
+    shown = [["GPU", "operands", "tokens x features", "instruction", *columns]]
+    hopper = [["tokens x features of a tile", *(f"Triton {version}" for version in versions)]]
     for by_version in zip(*versions.values(), strict=True):
         first = by_version[0]
         cells = [
             c for row in by_version for c in (f"{row['per_weight']:.2f}", str(row["registers"]))
         ]
-        tokens = str(first["tokens"])
-        shown.append([first["gpu"], first["operands"], tokens, f"`{first['instruction']}`", *cells])
+        tile = f"{first['tokens']} x {first['features']}"
+        shown.append([first["gpu"], first["operands"], tile, f"`{first['instruction']}`", *cells])
         if first["gpu"] == GPUS[90] and first["operands"] == "FP8":
-            hopper.append([tokens, *(f"{row['per_weight']:.2f}" for row in by_version)])
+            hopper.append([tile, *(f"{row['per_weight']:.2f}" for row in by_version)])
     return {"gemm": shown, "hopper": hopper}
 
 

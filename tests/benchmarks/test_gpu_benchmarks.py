@@ -145,7 +145,7 @@ def test_the_reason_of_a_peer_is_short():
 def test_machine_code_is_shown_side_by_side():
     def row(gpu, operands, per_weight):
         return {
-            "gpu": gpu, "operands": operands, "tokens": 16, "instruction": "QGMMA",
+            "gpu": gpu, "operands": operands, "tokens": 16, "features": 64, "instruction": "QGMMA",
             "per_weight": per_weight, "registers": 100, "shared_kib": 1.0, "faults": [],
         }  # fmt: skip
 
@@ -157,5 +157,14 @@ def test_machine_code_is_shown_side_by_side():
         }
     }
     made = bench_machine_code.tables(figures)
-    assert made["hopper"][1:] == [["16", "2.25", "2.50"]]
-    assert made["gemm"][2] == [hopper, "bfloat16", "16", "`QGMMA`", "4.00", "100", "5.00", "100"]
+    assert made["hopper"][1:] == [["16 x 64", "2.25", "2.50"]]
+    assert made["gemm"][2] == [
+        hopper,
+        "bfloat16",
+        "16 x 64",
+        "`QGMMA`",
+        "4.00",
+        "100",
+        "5.00",
+        "100",
+    ]
