@@ -94,9 +94,9 @@ def measured(model: Path, text: Path, windows: int, length: int) -> dict[str, li
     found: dict[str, list[Any]] = {"linear": [], "all": []}
     with tempfile.TemporaryDirectory() as directory, Bar() as progress:
         mixed = Path(directory, MIXED)
-        convert(model, mixed, Scheme.parse(
-            {"block_size": 64, "overrides": {"re:.*down_proj": {"block_size": 16}}}
-        ))  # fmt: skip
+        smaller = {"re:.*down_proj": {"block_size": 16}}
+        scheme = {"book": "dialect_fp4", "block_size": 64, "overrides": smaller}
+        convert(model, mixed, Scheme.parse(scheme))
 
         def add(scope: str, packed: list[Path], **others: Any) -> None:
             chosen = EvaluationOptions.model_validate(options | {"scope": scope} | others)

@@ -9,10 +9,10 @@ import pytest
 from dialect_kernels.gpu import tuning
 from dialect_kernels.gpu.tuning import (
     GemmPlan,
+    _can_split,
     _default_plan,
     _measured_plan,
     _tuned_plans,
-    can_split,
     choose,
     parse_plans,
 )
@@ -60,7 +60,7 @@ def test_tiles_without_registers_for_it_are_not_split():
     for features in range(256, 16384, 256):
         for tokens in (1, 20, 50, 200):
             plan = plan_of(tokens, features, 14336)
-            assert plan.splits == 1 or can_split(plan)
+            assert plan.splits == 1 or _can_split(plan)
 
 
 @pytest.fixture

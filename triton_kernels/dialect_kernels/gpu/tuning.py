@@ -210,12 +210,12 @@ def _default_plan(
         replace(plan, splits=splits)
         for plan in plans
         for splits in range(1, _MOST_SPLITS + 1)
-        if splits == 1 or (can_split(plan) and columns >= splits * plan.columns * _LEAST_STEPS)
+        if splits == 1 or (_can_split(plan) and columns >= splits * plan.columns * _LEAST_STEPS)
     ]
     return min(several, key=lambda plan: _cycles(plan, tokens, features, columns, processors))
 
 
-def can_split(plan: GemmPlan) -> bool:
+def _can_split(plan: GemmPlan) -> bool:
     """Whether a plan of the tables has registers for adding the sums of several programs."""
     return plan.features < 256
 

@@ -17,7 +17,7 @@ from benchmarks.lib.machine_code import (
     programs_at_once,
 )
 from dialect_kernels.gpu.linear import EXACT_PLANS, table_of
-from dialect_kernels.gpu.tuning import FUSED_FOR_MANY, TABLES, can_split
+from dialect_kernels.gpu.tuning import FUSED_FOR_MANY, TABLES, _can_split
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +35,7 @@ def cases(eight_bits):
         )
         for capability in MMA[eight_bits]
         for _, plan in TABLES[table_of(divmod(capability, 10), eight_bits)]
-        for splits in ((1, 4) if capability == 90 and can_split(plan) else (1,))
+        for splits in ((1, 4) if capability == 90 and _can_split(plan) else (1,))
     ]
 
 
