@@ -17,8 +17,8 @@ from .served_models import Format, Shape
 
 __all__ = ["VLLM", "MeasuredServer", "read_log", "refusal", "server_arguments"]
 
-VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
-"""`vllm`, also where its command is not beside Python."""
+VLLM = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main"]
+"""`vllm`, also where its command is not beside Python; from any directory, as the command is."""
 
 _VOCABULARY = json.dumps({"embeddings": True, "lm_head": True})
 _BATCHED_TOKENS = 512

@@ -421,7 +421,7 @@ def test_a_server_gets_its_own_variables(tmp_path, monkeypatch):
     server = measured_server.MeasuredServer(
         Path("model"), log, ["--dtype", "bfloat16"], FORMATS["w4a4-torch"].environment
     )
-    assert server._command[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", "model"]
+    assert server._command[1:6] == ["-P", "-m", "vllm.entrypoints.cli.main", "serve", "model"]
     program = "import json, os; print(json.dumps(dict(os.environ)))"
     server._command = [sys.executable, "-c", program]
     with server:
