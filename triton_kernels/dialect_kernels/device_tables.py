@@ -27,7 +27,8 @@ def kept_tables(make: Callable[_P, torch.Tensor]) -> Callable[_P, torch.Tensor]:
 
     @lru_cache(maxsize=_MOST)
     def kept(*args: _P.args, **kwargs: _P.kwargs) -> torch.Tensor:
-        table = make(*args, **kwargs)
+        with torch.inference_mode(False):  # whoever asks first, anyone may write it again
+            table = make(*args, **kwargs)
         _kept[id(table)] = table
         return table
 

@@ -31,6 +31,17 @@ def test_a_table_is_made_once_and_known():
     assert len(tables_on(CPU)) == count - 2, "they live as long as somebody holds them"
 
 
+def test_a_table_that_is_first_needed_for_inference_can_be_written_later():
+    @kept_tables
+    def table(device: torch.device) -> torch.Tensor:
+        return torch.zeros(3, device=device)
+
+    with torch.inference_mode():
+        made = table(CPU)
+    made.fill_(1)
+    assert made.tolist() == [1, 1, 1]
+
+
 def test_values_come_back_with_the_tables():
     p = quantize(torch.randn(8, 64))
     want = p.dequantize()
