@@ -11,6 +11,7 @@ from diffusers import (
     WanTransformer3DModel,
     WanVideoToVideoPipeline,
 )
+from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
 
 import diffusers_hook
@@ -227,7 +228,7 @@ def test_a_second_transformer_that_cannot_be_disabled_keeps_the_first_quantized(
     assert torch.equal(generate(pipe), before)
 
 
-def test_a_wrong_key_of_a_mapping_is_told_once(tmp_path):
+def test_a_wrong_key_of_a_mapping_is_told_once(tmp_path, monkeypatch):
     """By diffusers itself, which knows the pipeline's components."""
     wan_pipeline().save_pretrained(tmp_path)
     mapping = {"transfomer": SemanticDialectConfig()}
@@ -235,11 +236,16 @@ def test_a_wrong_key_of_a_mapping_is_told_once(tmp_path):
     told = []
     handler = logging.Handler()
     handler.emit = lambda record: told.append(record.getMessage())
-    logging.getLogger("diffusers").addHandler(handler)
+    logger = logging.getLogger("diffusers.pipelines.pipeline_loading_utils")
+    monkeypatch.setattr(logger, "disabled", False)
+    logger.addHandler(handler)
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_warning()  # whatever other tests have set
     try:
         pipe = WanPipeline.from_pretrained(tmp_path, quantization_config=config)
     finally:
-        logging.getLogger("diffusers").removeHandler(handler)
+        diffusers_logging.set_verbosity(level)
+        logger.removeHandler(handler)
     [message] = [message for message in told if "transfomer" in message]
     assert "will be ignored as they do not belong to the underlying pipeline" in message
     assert attached(pipe.transformer) is None

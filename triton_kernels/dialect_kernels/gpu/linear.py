@@ -347,9 +347,9 @@ def first_of_each_route(
 def table_of(capability: tuple[int, int], eight_bits: bool) -> str:
     """The dispatch table of a device, see :data:`~.tuning.TABLES`."""
     operands = "fp8" if eight_bits else "sixteen_bits"
-    if capability[0] == 10 and eight_bits:
+    if capability[0] == 10:
         return f"{operands}_in_tensor_memory"
-    return operands if capability[0] in (9, 10) else f"{operands}_in_warps"
+    return operands if capability[0] == 9 else f"{operands}_in_warps"
 
 
 @cache

@@ -105,6 +105,12 @@ TABLES = {
         (32, GemmPlan("fused", 32, 128, 256, num_warps=8, num_stages=7)),
         (128, GemmPlan("fused", 64, 128, 128, num_warps=8, num_stages=7)),
     ),
+    "sixteen_bits_in_tensor_memory": (
+        (16, GemmPlan("fused", 16, 64, 256, num_warps=4, num_stages=7)),
+        (32, GemmPlan("fused", 32, 128, 256, num_warps=8, num_stages=7)),
+        # with more stages Triton 3.6.0 spills
+        (128, GemmPlan("fused", 64, 128, 128, num_warps=8, num_stages=4)),
+    ),
     "sixteen_bits_in_warps": (
         (16, GemmPlan("fused", 16, 64, 256, num_warps=4, num_stages=7)),
         (32, GemmPlan("fused", 32, 64, 128, num_warps=4, num_stages=7)),

@@ -7,6 +7,8 @@ import pytest
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels made for the interpreter cannot be compiled", allow_module_level=True)
 
+import triton
+
 from benchmarks.lib.machine_code import compile_kernel, faults
 from dialect_kernels.gpu import quantize_activations, quantize_fp8, quantize_packed
 
@@ -52,8 +54,9 @@ def test_activations(capability, kind):
     each = len(code.instructions) / 16
     print(f"{each:.1f} instructions an element, {code.registers} registers")
     if capability == 90 and not video:
-        assert each <= {16: 31, 32: 37}[dialects]
-        assert code.registers <= 48, "eight programs share a processor"
+        old = triton.__version__ < "3.7"
+        assert each <= {16: 25, 32: 43 if old else 30}[dialects]
+        assert code.registers <= {16: 40, 32: 80 if old else 64}[dialects]
     assert len(loads) == (2 if video else 1) * row
 
 
