@@ -109,6 +109,7 @@ _Packed = Annotated[Path, typer.Argument(help="Directory of a packed checkpoint.
 _BlockSizeOption = Annotated[
     BlockSize, _one_of("--block-size", BlockSize, "Elements that share a dialect and a scale.")
 ]
+_DEFAULT_BOOK = Scheme().book
 _Book = Annotated[BookName, _one_of("--book", BookName, "Formatbook of weights and activations.")]
 _Activations = Annotated[
     ActivationFormat,
@@ -236,7 +237,7 @@ def quantize(
     src: _Source,
     dst: _Destination,
     block_size: _BlockSizeOption = 32,
-    book: _Book = "semantic_32",
+    book: _Book = _DEFAULT_BOOK,
     activation_format: _Activations = "dialect",
     rotation: _RotationOrDefault = None,
     ignore: _Ignore = None,
@@ -310,7 +311,7 @@ def report(
     src: _Source,
     html: _Html = None,
     as_json: _Json = False,
-    book: _Book = "semantic_32",
+    book: _Book = _DEFAULT_BOOK,
     rotation: _RotationOrDefault = None,
     ignore: _Ignore = None,
     targets: _Targets = None,
@@ -365,7 +366,7 @@ def plan(
     output: _Output = None,
     objective: _Objective = None,
     fp8_share: _Fp8Share = None,
-    book: _Book = "semantic_32",
+    book: _Book = _DEFAULT_BOOK,
     rotation: _RotationOrDefault = None,
     ignore: _Ignore = None,
     targets: _Targets = None,
@@ -412,7 +413,7 @@ def plan(
     print(found.table)
     if output is not None:
         text = "" if calibrate is None else f" --calibrate {shlex.quote(calibrate)}"
-        usual = _book_and_rotation("semantic_32", None, calibration)
+        usual = _book_and_rotation(_DEFAULT_BOOK, None, calibration)
         other = "".join(f" --{key} {value}" for key, value in chosen.items() if value != usual[key])
         other += "".join(
             f" --{key.replace('_', '-')}" for key, wanted in vocabulary.items() if wanted

@@ -114,7 +114,7 @@ def check_complete(
             elif shards and _is_halved(module, parameter, shards):
                 halved.append(f"{prefix}.{name}")
     if missing or halved:
-        raise _left_out(missing, offered) or _incomplete(missing, halved)
+        raise _left_out(missing, set(offered) - named.keys()) or _incomplete(missing, halved)
 
 
 def _is_ours(module: torch.nn.Module, name: str) -> bool:
@@ -149,7 +149,12 @@ def _lacks_experts(
 
 
 def _left_out(missing: list[str], offered: Collection[str]) -> LoadError | None:
-    """The error for a tensor that the checkpoint holds under a name which vLLM's loader skipped."""
+    """The error for a tensor that vLLM's loader skipped; None if none was offered for `missing`.
+
+    Args:
+        missing: names of the model's parameters.
+        offered: names of the checkpoint's tensors that no parameter of the model has.
+    """
     for name in missing:
         leaf = name.rpartition(".")[2]
         if leaf in _COMMON:

@@ -77,6 +77,12 @@ class GemmPlan:
                 )
 
 
+_SIXTEEN_BITS = (
+    (16, GemmPlan("fused", 16, 64, 256, num_warps=4, num_stages=7)),
+    (32, GemmPlan("fused", 32, 128, 256, num_warps=8, num_stages=7)),
+)
+"""For 16-bit operands and few tokens, on Hopper and data-centre Blackwell."""
+
 TABLES = {
     "fp8": (
         (16, GemmPlan("fused", 16, 128, 256, num_warps=8, num_stages=8)),
@@ -101,13 +107,11 @@ TABLES = {
         (256, GemmPlan("fused", 64, 64, 256, num_warps=4, num_stages=7)),
     ),
     "sixteen_bits": (
-        (16, GemmPlan("fused", 16, 64, 256, num_warps=4, num_stages=7)),
-        (32, GemmPlan("fused", 32, 128, 256, num_warps=8, num_stages=7)),
+        *_SIXTEEN_BITS,
         (128, GemmPlan("fused", 64, 128, 128, num_warps=8, num_stages=7)),
     ),
     "sixteen_bits_in_tensor_memory": (
-        (16, GemmPlan("fused", 16, 64, 256, num_warps=4, num_stages=7)),
-        (32, GemmPlan("fused", 32, 128, 256, num_warps=8, num_stages=7)),
+        *_SIXTEEN_BITS,
         # with more stages Triton 3.6.0 spills
         (128, GemmPlan("fused", 64, 128, 128, num_warps=8, num_stages=4)),
     ),
