@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..lib.gate import golden_gate
-from ..lib.harness import ROOT, Table, main
+from ..lib.harness import ROOT, Table, main_in_parts
 
 if TYPE_CHECKING:
     from dialect_plugin.evaluation.result import Row
 
 PACKAGES = ("torch", "transformers")
 SHIPPED = "shipped"
-MODELS = ("smollm2", "gemma3-270m", SHIPPED)
+MODELS = {"smollm2": "smollm2", "gemma3-270m": "gemma3", SHIPPED: SHIPPED}
+"""Models -> how their results' files end."""
 WINDOWS = 16
 WINDOW = 512
 ACTIVATIONS = ("W4A4", "W4A8", "W4A16")
@@ -92,13 +93,24 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--windows", type=int, default=WINDOWS, help="windows of 512 tokens")
 
 
-def measure(models: str, windows: int) -> dict[str, Any]:
-    """Per model: every window's figures in every format.
+def parts(models: str) -> dict[str, str]:
+    """Models, separated by commas -> how their results' files end.
 
     Raises:
-        SystemExit: if a model is not known or cannot be fetched.
+        SystemExit: if a model is not known.
     """
-    return on_the_text(MODELS, models, windows, _evaluated)
+    return {name: MODELS[name] for name in _chosen(MODELS, models)}
+
+
+def measure(model: str, windows: int) -> dict[str, Any]:
+    """Every window's figures of a model in every format.
+
+    Raises:
+        SystemExit: if the model cannot be fetched.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        found = _evaluated(model, write_text(Path(directory)), windows)
+    return {**found, "windows": windows, "window": WINDOW}
 
 
 def on_the_text(
@@ -112,9 +124,7 @@ def on_the_text(
     Raises:
         SystemExit: if a model is not known.
     """
-    chosen = models.split(",")
-    if not set(chosen) <= set(known):
-        raise SystemExit(f"--models: {models!r}; it must be some of {', '.join(known)}")
+    chosen = _chosen(known, models)
     with tempfile.TemporaryDirectory() as directory:
         text = write_text(Path(directory))
         return {
@@ -122,6 +132,13 @@ def on_the_text(
             "windows": windows,
             "window": WINDOW,
         }
+
+
+def _chosen(known: Collection[str], models: str) -> list[str]:
+    chosen = models.split(",")
+    if not set(chosen) <= set(known):
+        raise SystemExit(f"--models: {models!r}; it must be some of {', '.join(known)}")
+    return chosen
 
 
 def write_text(directory: Path) -> Path:
@@ -223,24 +240,23 @@ def rows_of(model: Mapping[str, Any]) -> dict[tuple[str, str], Row]:
 
 
 def tables(figures: dict[str, Any]) -> dict[str, Table]:
-    """A table for each model and kind of activations, a short one, ``goals``, and ``models``."""
-    shown: dict[str, Table] = {"models": _models(figures), "goals": _goals(figures)}
-    for name, model in figures["models"].items():
-        key = name.partition("-")[0]
-        shown[f"{key}_short"] = _short(model)
-        for activations in ACTIVATIONS:
-            shown[f"{key}_{activations.lower()}"] = _table(model, activations)
-    return shown
+    """``model``, ``goals``, ``short``, and a table for each kind of activations."""
+    return {
+        "model": _model(figures),
+        "goals": _goals(figures),
+        "short": _short(figures),
+        **{kind.lower(): _table(figures, kind) for kind in ACTIVATIONS},
+    }
 
 
-def _models(figures: dict[str, Any]) -> Table:
-    rows = [["model", "weights before", "tokens", "perplexity of the 16-bit model"]]
+def _model(figures: Mapping[str, Any]) -> Table:
+    before = "bfloat16" if figures["gguf"] is None else f"{figures['gguf']} in a GGUF file"
     tokens = figures["windows"] * (figures["window"] - 1)
-    for model in figures["models"].values():
-        before = "bfloat16" if model["gguf"] is None else f"{model['gguf']} in a GGUF file"
-        perplexity = f"{model['found']['perplexity']:.3f}"
-        rows.append([model["title"], before, f"{tokens:,}", perplexity])
-    return rows
+    perplexity = f"{figures['found']['perplexity']:.3f}"
+    return [
+        ["model", "weights before", "tokens", "perplexity of the 16-bit model"],
+        [figures["title"], before, f"{tokens:,}", perplexity],
+    ]
 
 
 def _short(model: Mapping[str, Any]) -> Table:
@@ -283,25 +299,23 @@ def _table(model: Mapping[str, Any], activations: str) -> Table:
     return rows
 
 
-def _goals(figures: dict[str, Any]) -> Table:
-    rows = [["model", "KL of", "to that of", "wanted", "measured"]]
-    for model in figures["models"].values():
-        found = rows_of(model)
-        goals = [
-            ((ours, kind), (other, kind), wanted)
-            for ours in (CALIBRATED, BALANCED)
-            for kind, other, wanted in GOALS
-            if (ours, kind) in found
-        ]
-        plans = [key for key in found if key[0] in PLANS]
-        goals += [(plan, (CALIBRATED, "W4A4"), PLANNED) for plan in plans]
-        for ours, other, wanted in goals:
-            ratio, error = found[ours].ratio(found[other])
-            pair = (f"{name} {kind}" for name, kind in (ours, other))
-            measured = f"{ratio:.3f} ± {error or 0:.3f}"
-            rows.append([model["title"], *pair, f"≤ {wanted}", measured])
+def _goals(figures: Mapping[str, Any]) -> Table:
+    rows = [["KL of", "to that of", "wanted", "measured"]]
+    found = rows_of(figures)
+    goals = [
+        ((ours, kind), (other, kind), wanted)
+        for ours in (CALIBRATED, BALANCED)
+        for kind, other, wanted in GOALS
+        if (ours, kind) in found
+    ]
+    plans = [key for key in found if key[0] in PLANS]
+    goals += [(plan, (CALIBRATED, "W4A4"), PLANNED) for plan in plans]
+    for ours, other, wanted in goals:
+        ratio, error = found[ours].ratio(found[other])
+        pair = (f"{name} {kind}" for name, kind in (ours, other))
+        rows.append([*pair, f"≤ {wanted}", f"{ratio:.3f} ± {error or 0:.3f}"])
     return rows
 
 
 if __name__ == "__main__":
-    main(golden_gate, measure, options)
+    main_in_parts(golden_gate, measure, options, parts)

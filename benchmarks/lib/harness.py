@@ -13,6 +13,8 @@ A benchmark is a module ``benchmarks/ROOM/bench_NAME.py`` with
 The module ends with ``main(gate, measure)`` and is started as
 ``python -m benchmarks.ROOM.bench_NAME``. Every benchmark has the option ``--out DIR``. A benchmark
 with further options passes `main` a function that adds them; `measure` receives their values.
+A benchmark of independent parts that take long ends with `main_in_parts`: each part has a file of
+its own, ``NAME-PART.json``, that is written as soon as the part is measured.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -44,6 +47,7 @@ __all__ = [
     "Timing",
     "in_new_process",
     "main",
+    "main_in_parts",
     "module_of",
     "ratio",
     "read_result",
@@ -122,7 +126,7 @@ class Result(BaseModel):
     """One run of one benchmark, as it is committed in ``benchmarks/results/NAME.json``.
 
     Attributes:
-        name: NAME of ``bench_NAME.py``.
+        name: NAME of ``bench_NAME.py``, or NAME-PART for a part that is measured by itself.
         command: the command that repeats the run.
         commit: of the measured code; ends in ``-dirty`` if that code was changed since.
         date: UTC, ISO 8601.
@@ -133,7 +137,7 @@ class Result(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    name: str = Field(pattern=r"^[a-z0-9_]+(-[a-z0-9_]+)?$")
     command: str
     commit: str
     date: str
@@ -249,16 +253,47 @@ def main(
         measure: returns the figures; it receives the values of `options` as keyword arguments.
         options: adds options to the command.
     """
-    name = Path(sys.argv[0]).stem.removeprefix("bench_")
+    name, given, out = _arguments(options)
+    _write(measure_result(name, gate, lambda: measure(**given)), out)
+
+
+def main_in_parts(
+    gate: Callable[[], list[str]],
+    measure: Callable[..., dict[str, Any]],
+    options: Callable[[argparse.ArgumentParser], None],
+    parts: Callable[[str], Mapping[str, str]],
+) -> None:
+    """Measure one part after the other and write ``NAME-PART.json`` for each.
+
+    Args:
+        gate: as in :func:`main`; it runs before each part.
+        measure: returns the figures of a part; it receives the part, then the values of `options`
+            as keyword arguments.
+        options: adds options to the command, among them ``--models``, the names of the parts.
+        parts: value of ``--models`` -> name of each part -> PART in its file's name.
+    """
+    name, given, out = _arguments(options)
+    for part, suffix in parts(given.pop("models")).items():
+        result = measure_result(f"{name}-{suffix}", gate, partial(measure, part, **given))
+        _write(result, out)
+
+
+def _arguments(
+    options: Callable[[argparse.ArgumentParser], None] | None,
+) -> tuple[str, dict[str, Any], Path]:
+    """The name of the started benchmark, the values of its options, and the results' folder."""
     parser = argparse.ArgumentParser(prog=f"python -m {_started()}")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the result")
     if options is not None:
         options(parser)
     given = vars(parser.parse_args())
     out: Path = given.pop("out")
-    result = measure_result(name, gate, lambda: measure(**given))
+    return Path(sys.argv[0]).stem.removeprefix("bench_"), given, out
+
+
+def _write(result: Result, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    target = out / f"{name}.json"
+    target = out / f"{result.name}.json"
     temporary = target.with_suffix(".tmp")
     temporary.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
     temporary.replace(target)
@@ -293,11 +328,12 @@ def in_new_process(function: Callable[[], Any], variables: Mapping[str, str]) ->
 
 
 def module_of(name: str) -> str:
-    """The module of the benchmark `name`, for example ``"benchmarks.kernels.bench_cpu"``.
+    """The module of a result's benchmark, for example ``"benchmarks.kernels.bench_cpu"``.
 
     Raises:
         ValueError: if there is no benchmark of this name.
     """
+    name = name.partition("-")[0]
     found = sorted((ROOT / "benchmarks").glob(f"*/bench_{name}.py"))
     if len(found) != 1:
         raise ValueError(f"{name}: there is no benchmarks/*/bench_{name}.py")

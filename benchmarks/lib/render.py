@@ -24,7 +24,7 @@ from .harness import RESULTS, ROOT, Result, Table, module_of, read_result
 
 PLOTS = ROOT / "docs" / "plots"
 _MARKED = re.compile(
-    r"(?P<open><!-- benchmark: (?P<name>\w+)\.(?P<table>\w+) -->\n)"
+    r"(?P<open><!-- benchmark: (?P<name>[\w-]+)\.(?P<table>\w+) -->\n)"
     r".*?"
     r"(?P<close><!-- /benchmark -->)",
     re.DOTALL,

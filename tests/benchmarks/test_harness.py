@@ -82,6 +82,30 @@ def test_options_reach_the_measurement_and_the_place_is_not_shown(monkeypatch, t
     assert result.command == "python -m benchmarks.kernels.bench_speed --rows 5"
 
 
+def test_each_part_is_written_before_the_next_is_measured(monkeypatch, tmp_path):
+    def options(parser):
+        parser.add_argument("--models", default="one,two")
+        parser.add_argument("--rows", type=int, default=3)
+
+    def measure(part, rows):
+        return {"part": part, "rows": rows, "before": sorted(x.name for x in tmp_path.iterdir())}
+
+    argv = ["/anywhere/kernels/bench_speed.py", "--out", str(tmp_path), "--rows", "5"]
+    monkeypatch.setattr(sys, "argv", argv)
+
+    def parts(models):
+        return {name: name[0] for name in models.split(",")}
+
+    harness.main_in_parts(list, measure, options, parts)
+    first, second = (harness.read_result(tmp_path / f"speed-{part}.json") for part in "ot")
+    assert first.figures == {"part": "one", "rows": 5, "before": []}
+    assert second.figures == {"part": "two", "rows": 5, "before": ["speed-o.json"]}
+
+
+def test_a_part_belongs_to_its_benchmark():
+    assert harness.module_of("accuracy-smollm2") == "benchmarks.language.bench_accuracy"
+
+
 def test_a_tree_without_history_is_told_its_commit(monkeypatch):
     monkeypatch.setenv("BENCHMARK_COMMIT", "0123456789ab")
     assert harness.commit() == "0123456789ab"

@@ -24,7 +24,7 @@ def told(pattern):
 
 
 def test_the_language_claim():
-    rows = rows_of(figures("accuracy")["models"]["smollm2"])
+    rows = rows_of(figures("accuracy-smollm2"))
     names = (
         "semantic_32-32+rotation+gptq",
         "semantic_32-32+balance+rotation+gptq",
