@@ -2,7 +2,8 @@
 
 Triton reads `TRITON_INTERPRET` once, when it is imported, so tests in its interpreter have
 processes of their own; so do those that compile with an older Triton, the one beside the oldest
-torch that is supported. Each stage runs even if an earlier one failed.
+torch that is supported: they come first, because meanwhile the CPU kernel is built, which they do
+not need. Each stage runs even if an earlier one failed.
 
 A stage has two processes, as most tests compute on one core. Each takes half of the list, and what
 the other has not begun when its own is done: neighbours, which share their fixtures, stay together.
@@ -24,19 +25,20 @@ ROOT = Path(__file__).resolve().parent.parent
 OLD_TRITON = "3.6.0"
 OLD_TRITON_FOLDER = ROOT / ".cache" / f"triton-{OLD_TRITON}"
 STAGES = (
+    (
+        f"kernels compiled by Triton {OLD_TRITON}",
+        {"PYTHONPATH": str(OLD_TRITON_FOLDER)},
+        ("tests/kernels/gpu/compiled",),
+    ),
     ("everything quick", {}, ("-m", "not slow")),
     (
         "kernels in Triton's interpreter",
         {"TRITON_INTERPRET": "1"},
         ("tests/kernels/gpu/interpreted",),
     ),
-    (
-        f"kernels compiled by Triton {OLD_TRITON}",
-        {"PYTHONPATH": str(OLD_TRITON_FOLDER)},
-        ("tests/kernels/gpu/compiled",),
-    ),
     ("vLLM's engine and server, crashes, wheels, compiled kernels", {}, ("-m", "slow")),
 )
+BUILD_KERNEL = "from dialect_kernels import cpu; cpu.available()"
 INTERPRETED = "--ignore=tests/kernels/gpu/interpreted"
 PROCESSES = ("--numprocesses=2", "--dist=worksteal")
 
@@ -44,6 +46,7 @@ PROCESSES = ("--numprocesses=2", "--dist=worksteal")
 def main() -> int:
     """Run the stages; the exit status is 0 if each of them passed at least one test."""
     began = time.monotonic()
+    kernel = subprocess.Popen([sys.executable, "-c", BUILD_KERNEL], cwd=ROOT)
     if not (OLD_TRITON_FOLDER / "triton").exists():
         wanted = ("--no-deps", "--target", str(OLD_TRITON_FOLDER), f"triton=={OLD_TRITON}")
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *wanted], check=True)
@@ -55,6 +58,7 @@ def main() -> int:
         total += counts
         if status != 0 or counts["passed"] == 0:
             failed.append(str(number))
+        kernel.wait()  # or each process of the next stage would build its own
     if failed:
         print(f"\nfailed: stage {', '.join(failed)} of {len(STAGES)}")
     print(f"\n{last_line(total, time.monotonic() - began)}")
