@@ -337,7 +337,7 @@ def _answers(packed: Path, folder: Path) -> dict[str, tuple[list[str], list[floa
         }
         for name, server in servers.items():
             server.wait_until_ready()
-            found = server.complete(_PROMPT, max_tokens=_ANSWER_TOKENS, logprobs=1)["logprobs"]
+            found = server.completion(_PROMPT, max_tokens=_ANSWER_TOKENS, logprobs=1)["logprobs"]
             answers[name] = (found["tokens"], found["token_logprobs"])
     return answers
 

@@ -112,7 +112,7 @@ def server_logprobs(
     """
     found: list[float] = []
     for part in parts:
-        choice = server.complete(part, max_tokens=1, prompt_logprobs=0)
+        choice = server.completion(part, max_tokens=1, prompt_logprobs=0)
         scored = zip(part[1:], choice["prompt_logprobs"][1:], strict=True)
         found += [by_token[str(token)]["logprob"] for token, by_token in scored]
         done()

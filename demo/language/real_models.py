@@ -229,6 +229,9 @@ def _expand(gguf: Path, directory: Path) -> None:
             gguf.parent, dtype=torch.bfloat16, **where, **_expanding()
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
+        begins = _begins_texts(gguf)
+        if begins is not None:
+            tokenizer.add_bos_token = begins  # transformers does not look it up
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
     # transformers and gguf raise whatever they like on a file that they cannot read
@@ -239,6 +242,14 @@ def _expand(gguf: Path, directory: Path) -> None:
             f"({type(error).__name__}: {text}); use the versions of transformers, gguf and "
             "accelerate that make setup installs, and see that the disk is not full"
         ) from None
+
+
+def _begins_texts(gguf: Path) -> bool | None:
+    """Whether the tokenizer puts its begin token in front of a text; None if the file is silent."""
+    from gguf import GGUFReader, Keys
+
+    field = GGUFReader(gguf).get_field(Keys.Tokenizer.ADD_BOS)
+    return None if field is None else bool(field.contents())
 
 
 def _expanding() -> dict[str, Any]:

@@ -52,6 +52,7 @@ from .perplexity import (
     server_logprobs,
     windows,
 )
+from .prompts import Prompts
 from .real_models import ORIGIN, REAL_MODELS, RealModelError, prepare
 from .results import Demonstration, Figures, completions_table, figures_table
 from .server import Server, ServerError
@@ -61,7 +62,6 @@ __all__ = ["FORMATS", "DemoError", "demonstrate"]
 DEMO = Path(__file__).resolve().parents[1]
 SHIPPED = DEMO / "model"
 CACHE = DEMO.parent / ".cache" / "demo"
-PROMPTS = ["def read_", "import os\n\nclass ", "    for name in sorted("]
 FORMATS: dict[str, tuple[str, str | None]] = {"bf16": ("bf16", None)} | {
     method.bits.lower(): (f"BlockDialect {method.bits}", method.quantization)
     for method in METHODS.values()
@@ -79,7 +79,6 @@ STANDARD_ERRORS = 4  # of a difference between windows, of which there may be as
 SMALL_MODEL_BYTES = 100_000_000
 FEW_TOKENS = 4_096  # for larger models, which would take hours on a CPU
 MAX_WINDOW = 512
-COMPLETION_TOKENS = 40
 
 
 class DemoError(RuntimeError):
@@ -98,6 +97,7 @@ class _Task:
         packed: directory of the packed one.
         context: for ``--max-model-len``.
         parts: windows of held-out tokens.
+        prompts: for the servers.
         console: for progress messages.
         calibrated: directory of the one that was calibrated, if it is wanted.
         check: of the layers of the emulations.
@@ -108,6 +108,7 @@ class _Task:
     packed: Path
     context: int
     parts: list[list[int]]
+    prompts: Prompts
     console: Console
     calibrated: Path | None = None
     check: emulation.LayerCheck = field(default_factory=emulation.LayerCheck)
@@ -116,7 +117,7 @@ class _Task:
     @property
     def shipped(self) -> bool:
         """Whether this is the model that ships, whose noise is known."""
-        return self.model.resolve() == SHIPPED
+        return _ships(self.model)
 
     @cached_property
     def bf16(self) -> Any:
@@ -163,13 +164,18 @@ def demonstrate(
     size = sum(info.nbytes for info in checkpoint.tensors.values())
     limit = token_limit or (TOLERANCE_TOKENS if size <= SMALL_MODEL_BYTES else FEW_TOKENS)
     context = min(MAX_WINDOW, _context(checkpoint))
-    tokens, begin = _tokenize(model, text.read_text(encoding="utf-8"))
-    parts = windows(tokens, context - 1, limit, begin)  # a server adds at least one token
+    tokenizer = _tokenizer(model)
+    tokens = tokenizer(
+        text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False
+    ).input_ids
+    # a server adds at least one token
+    parts = windows(tokens, context - 1, limit, tokenizer.bos_token_id)
     if not parts:
         raise DemoError(f"{text}: holds too little text to predict anything; give a longer one")
     steps = 2 + len(formats)
     console.print(f"1/{steps} quantizing the model")
-    task = _Task(model, _quantize(model, console), context, parts, console)
+    prompts = Prompts.of(tokenizer, _ships(model))
+    task = _Task(model, _quantize(model, console), context, parts, prompts, console)
     if CALIBRATED in formats:
         formats = _calibrate(task, formats)
     rows = []
@@ -189,7 +195,7 @@ def demonstrate(
         text.name,
         predicted(parts),
         context - 1,
-        PROMPTS,
+        list(prompts.texts),
         rows,
         _origin(model),
         task.doubts,
@@ -255,18 +261,19 @@ def _context(checkpoint: Checkpoint) -> int:
     return int(config.get("max_position_embeddings", MAX_WINDOW))
 
 
-def _tokenize(model: Path, text: str) -> tuple[list[int], int | None]:
-    """The text's token ids, and the begin token's if there is one."""
+def _ships(model: Path) -> bool:
+    return model.resolve() == SHIPPED
+
+
+def _tokenizer(model: Path) -> Any:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        return AutoTokenizer.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise DemoError(
             f"{model}: the tokenizer cannot be loaded ({reason}); put the model's tokenizer files "
             "into the directory"
         ) from None
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids, tokenizer.bos_token_id
 
 
 def _calibrate(task: _Task, formats: list[str]) -> list[str]:
@@ -327,9 +334,7 @@ def _serve(key: str, task: _Task) -> Figures:
         with task.console.status(f"  waiting for the server; its log is {shown(server.log)}"):
             server.wait_until_ready()
         task.console.print(f"  ready after {time.monotonic() - began:.0f} s")
-        completions = [
-            str(server.complete(prompt, max_tokens=COMPLETION_TOKENS)["text"]) for prompt in PROMPTS
-        ]
+        completions = task.prompts.answers(server)
         served = task.measure("perplexity from the server", server_logprobs, server)
     nbytes = sum(info.nbytes for info in open_checkpoint(directory).tensors.values())
     row = Figures(name, nbytes, perplexity(served), "server", completions)

@@ -111,15 +111,35 @@ class Server:
                     "find and end that process"
                 )
 
-    def complete(self, prompt: str | list[int], **options: Any) -> dict[str, Any]:
+    def complete(self, prompt: str, **options: Any) -> str:
+        """The greedy continuation of a text, by POST /v1/completions.
+
+        Raises:
+            ServerError: if the server refuses or does not answer.
+        """
+        return str(self.completion(prompt, **options)["text"])
+
+    def completion(self, prompt: str | list[int], **options: Any) -> dict[str, Any]:
         """POST /v1/completions; the first choice of the answer.
 
         Raises:
             ServerError: if the server refuses or does not answer.
         """
-        body = {"prompt": prompt, "temperature": 0, **options}
+        return self._choice("/v1/completions", {"prompt": prompt, **options})
+
+    def chat(self, question: str, **options: Any) -> str:
+        """The greedy answer to a user's message, by POST /v1/chat/completions.
+
+        Raises:
+            ServerError: if the server refuses or does not answer.
+        """
+        messages = [{"role": "user", "content": question}]
+        choice = self._choice("/v1/chat/completions", {"messages": messages, **options})
+        return str(choice["message"]["content"])
+
+    def _choice(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         try:
-            answer = self._client.post("/v1/completions", json=body)
+            answer = self._client.post(path, json={"temperature": 0, **body})
         except httpx.HTTPError as error:
             raise ServerError(f"the server did not answer ({error}){self._log_end()}") from None
         if answer.status_code != httpx.codes.OK:

@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -32,6 +33,7 @@ from demo.language.perplexity import (
     predicted,
     windows,
 )
+from demo.language.prompts import Prompts
 from demo.language.results import Demonstration, Figures, completions_table, figures_table
 from demo.language.run import DemoError, check_agreement, report
 from demo.language.serve import arguments_for
@@ -227,6 +229,16 @@ def test_an_emulation_is_compared_with_bf16_at_every_position(tiny_model, tmp_pa
     assert model_differences(reference, reference, parts)[1:] == (0.0, 0.0, 1.0)
 
 
+def test_a_model_is_asked_what_it_can_answer():
+    with_template = SimpleNamespace(chat_template="{{ messages }}")
+    without = SimpleNamespace()
+    assert Prompts.of(with_template, shipped=True).texts[0] == "def read_"
+    assert Prompts.of(with_template, shipped=False).chat
+    assert not Prompts.of(without, shipped=False).chat
+    texts = {Prompts.of(without, shipped=shipped).texts for shipped in (True, False)}
+    assert len(texts) == 2
+
+
 def test_tables_show_what_was_found():
     rows = [
         Figures("bf16", 2_000_000, 10.0, "server", ["[red]x\n", "b"], 10.01),
@@ -287,7 +299,7 @@ def task(tiny_model, tmp_path):
         convert(tiny_model(**of_the_packed), packed)
         parts = windows(list(range(3, 300)), 60, 300)
         console = Console(width=120, file=io.StringIO())
-        return demo.language.run._Task(source, packed, 128, parts, console)
+        return demo.language.run._Task(source, packed, 128, parts, Prompts(()), console)
 
     return make
 
@@ -510,6 +522,7 @@ def test_demonstration_on_the_shipped_model():
         assert row["emulated_perplexity"] == pytest.approx(row["perplexity"], rel=0.005)
         assert len(row["completions"]) == 3
         assert all(row["completions"])
+    assert result["prompts"][0] == "def read_"
     left = subprocess.run(["pgrep", "-f", "vllm serve demo/model"], capture_output=True, text=True)
     assert left.stdout == ""
 
@@ -521,6 +534,7 @@ def test_demonstration_on_another_model(tiny_model, tmp_path):
     model = tmp_path / "mine"
     shutil.copytree(tiny_model(), model)
     (model / "ORIGIN.txt").write_text("Mine: made of noise\n")
+    (model / "chat_template.jinja").write_text("{{ messages[0].content }} is answered: ")
     done = subprocess.run(
         [
             *(sys.executable, "-m", "demo.language.run", "--model", str(model)),
@@ -538,6 +552,8 @@ def test_demonstration_on_another_model(tiny_model, tmp_path):
     assert [row["name"] for row in result["rows"]] == ["MXFP4-32 W4A4", "BlockDialect W4A4"]
     assert result["origin"] == "Mine: made of noise"
     assert result["layers_differ"] is False
+    assert result["prompts"][1] == "What is 7 + 5?"  # a model with a chat template is asked
+    assert len(result["rows"][1]["completions"]) == 3
 
 
 @pytest.mark.slow

@@ -68,6 +68,7 @@ def write_gguf(path, directory):
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     writer.add_token_merges([" ".join(merge) for merge in merges])
     writer.add_bos_token_id(0)
+    writer.add_add_bos_token(True)
     writer.add_eos_token_id(1)
     writer.add_pad_token_id(2)
     kind, expected = gguf.GGMLQuantizationType.Q4_1, {}
@@ -154,7 +155,7 @@ def test_a_model_is_joined_from_its_wheels_and_expanded(packages, tmp_path):
         assert torch.equal(found[name], values), name
     text = "def hello(name):\n    return 12"
     ids = [AutoTokenizer.from_pretrained(path)(text)["input_ids"] for path in (directory, source)]
-    assert ids[0] == ids[1]
+    assert ids[0] == [0, *ids[1]]  # the GGUF file wants the begin token
     assert "quantization_config" not in (directory / "config.json").read_text()
     origin = (directory / ORIGIN).read_text()
     assert origin.startswith("Tiny (no licence) from the package tiny-part1 to tiny-part2 1.0:")
