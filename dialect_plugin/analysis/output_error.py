@@ -54,8 +54,6 @@ __all__ = [
 _Stored = PackedTensor | torch.Tensor
 FINEST_FIRST: Final[tuple[ActivationFormat, ...]] = ("none", "fp8", "dialect")
 """Formats of activations, from W4A16 to W4A4."""
-_FEWEST = 4
-"""A layer needs a token for so many columns to be calibrated, as in a conversion."""
 _SHARE = 4
 """One of so many windows is measured; the others calibrate."""
 
@@ -409,7 +407,7 @@ class _Run:
     def _moments(self, shared: SharedInput) -> _Moments | None:
         """The moments of an input; None without enough tokens."""
         shared.check_finite()
-        if shared.tokens * _FEWEST < len(shared.moments):
+        if not shared.enough:
             return None
         needed = any(entry.needs_mean for entry in self._formats)
         mean = shared.mean() if needed else None

@@ -7,7 +7,7 @@ files to its modules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from ..checkpoint.reader import Checkpoint, CheckpointError
+from ..experts import expert_of
+from .experts import run_one_by_one
 
 __all__ = ["DecoderBlocks"]
 
@@ -44,11 +46,13 @@ class DecoderBlocks:
 
     Args:
         checkpoint: a 16-bit checkpoint.
-        layers: names of linear layers, most of which lie in the blocks.
+        layers: names of linear layers, most of which lie in the blocks; experts among them.
         device: where the blocks run.
 
     Attributes:
-        linear: those of `layers` that lie in a block -> its number.
+        linear: those of `layers` that lie in a block and are modules -> its number.
+        experts: those of `layers` that are matrices of routed experts, lie in a block and have
+            inputs that can be seen -> its number.
 
     Raises:
         CheckpointError: if transformers does not have the model, or no blocks are found in it.
@@ -62,14 +66,12 @@ class DecoderBlocks:
         self._model = _empty_model(checkpoint)
         names = parameter_names(self._model, checkpoint.tensors)
         self._conversions, self._parameters = names.conversions, names.parameters
-        modules = {name: self._module_of(name) for name in layers}
-        self._path = self._container(modules)
+        modules = {name: self._module_of(name) for name in layers if expert_of(name) is None}
+        experts = self._modules_of_experts(layers)
+        self._path = self._container(modules | experts, layers)
         self._blocks = list(self._model.get_submodule(self._path))
-        self._modules = {n: m for n, m in modules.items() if m.startswith(f"{self._path}.")}
-        self.linear = {
-            name: int(module.removeprefix(f"{self._path}.").partition(".")[0])
-            for name, module in self._modules.items()
-        }
+        self._modules, self.linear = self._in_blocks(modules)
+        self._experts, self.experts = self._in_blocks(experts)
         self._calls: list[_Call] = []
         self._wrapped = False  # whether the blocks return tuples
         output, embedding = self._model.get_output_embeddings(), self._model.get_input_embeddings()
@@ -154,6 +156,19 @@ class DecoderBlocks:
         finally:
             for module in block.modules():
                 _drop(module)
+
+    def experts_in(self, number: int) -> dict[str, torch.nn.Module]:
+        """Name of the experts in the checkpoint -> their module, of a block."""
+        return {
+            expert.prefix: self._model.get_submodule(self._experts[name])
+            for name, holder in self.experts.items()
+            if holder == number and (expert := expert_of(name)) is not None
+        }
+
+    def drop_experts(self, number: int) -> None:
+        """Free the experts' weights of a loaded block."""
+        for module in self.experts_in(number).values():
+            _drop(module)
 
     def block(self, number: int) -> torch.nn.Module:
         """The module of a block."""
@@ -302,7 +317,31 @@ class DecoderBlocks:
             f"{self._checkpoint.architecture}; --ignore it, or {_INSTEAD}"
         )
 
-    def _container(self, modules: dict[str, str]) -> str:
+    def _modules_of_experts(self, layers: Collection[str]) -> dict[str, str]:
+        """Matrix of an expert -> path of the module that runs the experts one by one."""
+        stored = self._checkpoint.tensors
+        holders = {
+            layer: tensor for tensor in stored for layer in self._checkpoint.layers_in(tensor)
+        }
+        paths = {
+            name: self._parameters[holders[name]].rpartition(".")[0]
+            for name in layers
+            if expert_of(name) is not None
+        }
+        modules = dict(self._model.named_modules())
+        seen = {
+            path for path in set(paths.values()) & set(modules) if run_one_by_one(modules[path])
+        }
+        return {name: path for name, path in paths.items() if path in seen}
+
+    def _in_blocks(self, modules: Mapping[str, str]) -> tuple[dict[str, str], dict[str, int]]:
+        """Layers in the blocks -> path of the module, and -> number of the block."""
+        front = f"{self._path}."
+        inside = {name: path for name, path in modules.items() if path.startswith(front)}
+        numbers = {n: int(p.removeprefix(front).partition(".")[0]) for n, p in inside.items()}
+        return inside, numbers
+
+    def _container(self, modules: Mapping[str, str], layers: Collection[str]) -> str:
         """Path of the list of blocks that holds most of the modules."""
         found: dict[str, int] = {}
         for path in modules.values():
@@ -315,7 +354,7 @@ class DecoderBlocks:
         if not found:
             raise CheckpointError(
                 f"{self._checkpoint.architecture}: no repeated blocks are found around "
-                f"{next(iter(modules))} in transformers' model; {_INSTEAD}"
+                f"{next(iter(layers))} in transformers' model; {_INSTEAD}"
             )
         return max(found, key=lambda path: found[path])
 

@@ -7,7 +7,8 @@ next one is read.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,22 +17,22 @@ import torch
 from dialect_kernels import PackedTensor, quantize
 from dialect_kernels.calibrated import quantize_factored
 
-from ..checkpoint.calibrated import CalibratedLayers, Rescaled
+from ..checkpoint.calibrated import EXPERTS, CalibratedLayers, Rescaled
 from ..checkpoint.layer_choice import LayerChoice
 from ..checkpoint.progress import Progress
 from ..checkpoint.reader import Checkpoint, CheckpointError
-from ..experts import expert_of
 from ..scheme import LayerFormat
 from .blocks import DecoderBlocks
 from .channels import balance, norms_in_front
+from .experts import ExpertInput, collected, expert_inputs, in_groups
 from .moments import SharedInput, Watch
 from .options import CalibrationOptions
 from .text import CalibrationText, read_text
 
 __all__ = ["Calibrator", "check_device", "open_calibration"]
 
-_FEWEST = 4
-"""A layer needs a token for so many columns."""
+_FILE_BYTES = 1 << 27
+"""Packed weights of a decoder layer that wait in memory before they are written."""
 
 
 class Calibrator:
@@ -47,13 +48,12 @@ class Calibrator:
     def prepare(self, checkpoint: Checkpoint, choice: LayerChoice) -> Mapping[str, Any]:
         """Build the empty model and read the text; see the protocol."""
         options = self._options
-        # routed experts are no modules of transformers: they are rounded to nearest
-        forms = {name: form for name, form in choice.formats.items() if expert_of(name) is None}
-        self._checkpoint, self._forms = checkpoint, forms
-        self._blocks, self._text = open_calibration(checkpoint, forms, options)
+        self._checkpoint, self._forms = checkpoint, choice.formats
+        self._blocks, self._text = open_calibration(checkpoint, choice.formats, options)
         import transformers
 
         balanced = {"balance": True} if options.balance else {}
+        experts = {EXPERTS: True} if self._blocks.experts else {}
         return {
             "rule": "gptq",
             "text": self._text.name,
@@ -62,6 +62,7 @@ class Calibrator:
             "sequence_length": options.sequence_length,
             "damping": options.damping,
             **balanced,
+            **experts,
             "device": torch.device(options.device).type,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -69,45 +70,74 @@ class Calibrator:
 
     def run(self, layers: Collection[str], done: CalibratedLayers, progress: Progress) -> None:
         """Quantize and store the layers that are not stored yet; see the protocol."""
-        todo = [n for n in layers if n in self._blocks.linear and n not in done]
+        blocks = self._blocks
+        holders = blocks.linear | blocks.experts
+        todo = {n: holders[n] for n in layers if n in holders and n not in done}
         if not todo:
             return
-        sizes = {n: self._checkpoint.tensors[f"{n}.weight"].nbytes for n in self._blocks.linear}
+        sizes = {n: self._checkpoint.weights[n].nbytes for n in holders}
         progress.begin("calibrating", len(sizes), sum(sizes.values()))
-        hidden = self._blocks.embed(self._text.windows)
-        last = max(self._blocks.linear[name] for name in todo)
-        for number in range(last + 1):
-            own = {name for name in self._blocks.linear if self._blocks.linear[name] == number}
-            wanted = own & set(todo)
-            if wanted and self._options.balance:
-                wanted = own  # the channels of all depend on each other
-            with self._blocks.loaded(number) as modules:
-                inputs, rescaled = self._forward(
-                    number, {n: m for n, m in modules.items() if n in wanted}, hidden
-                )
-                if wanted:
-                    packed, dampings = self._quantized(inputs, modules)
-                    done.add(number, packed, dampings, rescaled)
-            for name in self._blocks.linear:
-                if name in own:
+        hidden = blocks.embed(self._text.windows)
+        for number in range(max(todo.values()) + 1):
+            wanted = {n for n, holder in todo.items() if holder == number}
+            if self._options.balance and not wanted.isdisjoint(blocks.linear):
+                # the channels of all linear layers depend on each other
+                wanted |= {n for n, holder in blocks.linear.items() if holder == number}
+            with blocks.loaded(number) as modules:
+                self._calibrate(number, modules, wanted, hidden, done)
+            for name, holder in holders.items():
+                if holder == number:
                     progress.advance(sizes[name])
+
+    def _calibrate(
+        self,
+        number: int,
+        modules: Mapping[str, torch.nn.Linear],
+        wanted: Collection[str],
+        hidden: list[torch.Tensor],
+        done: CalibratedLayers,
+    ) -> None:
+        """Quantize and store the wanted layers of a loaded block, and run it on `hidden`."""
+        linear = {name: module for name, module in modules.items() if name in wanted}
+        *groups, last = self._groups(number, wanted)
+        for group in groups:
+            with collected(self._blocks.experts_in(number), group) as inputs:
+                for state in hidden:
+                    self._blocks.run(number, state)
+            self._store(number, inputs, {}, Rescaled({}, {}), done)
+        inputs, rescaled = self._forward(number, linear, last, hidden)
+        self._blocks.drop_experts(number)  # which are read from the checkpoint one by one
+        self._store(number, inputs, linear, rescaled, done)
+
+    def _groups(self, number: int, wanted: Collection[str]) -> list[list[ExpertInput]]:
+        """The experts' inputs of a loaded block, in groups whose moments are in memory together.
+
+        They and one factor take no more than the block's weights do.
+        """
+        forms = {name: self._forms[name] for name in self._blocks.experts if name in wanted}
+        inputs = expert_inputs(forms, lambda name: self._checkpoint.weights[name].shape[1])
+        widest = max((entry.columns for entry in inputs), default=0)
+        weights = sum(4 * p.numel() for p in self._blocks.block(number).parameters())
+        return in_groups(inputs, weights - 4 * widest**2) or [[]]
 
     def _forward(
         self,
         number: int,
         modules: Mapping[str, torch.nn.Linear],
+        experts: Sequence[ExpertInput],
         hidden: list[torch.Tensor],
     ) -> tuple[list[SharedInput], Rescaled]:
         """Run a block, put its outputs in the place of its inputs, and return the moments."""
         block, probe = self._blocks.block(number), hidden[0]
         watch = Watch(modules, self._forms, plain=self._options.balance)
-        with norms_in_front(block, modules) as norms, watch.first_pass():
-            hidden[0] = self._blocks.run(number, hidden[0])
-        with watch.later_passes():
-            for sample in range(1, len(hidden)):
-                hidden[sample] = self._blocks.run(number, hidden[sample])
+        with collected(self._blocks.experts_in(number), experts) as inputs:
+            with norms_in_front(block, modules) as norms, watch.first_pass():
+                hidden[0] = self._blocks.run(number, hidden[0])
+            with watch.later_passes():
+                for sample in range(1, len(hidden)):
+                    hidden[sample] = self._blocks.run(number, hidden[sample])
         if not self._options.balance:
-            return watch.inputs, Rescaled({}, {})
+            return watch.inputs + inputs, Rescaled({}, {})
         rescaled = balance(
             block,
             modules,
@@ -116,29 +146,49 @@ class Calibrator:
             changes=lambda: not torch.equal(self._blocks.run(number, probe), hidden[0]),
             stored=lambda parameter: self._blocks.stored(number, parameter),
         )
-        return watch.inputs, rescaled
+        return watch.inputs + inputs, rescaled
 
-    def _quantized(
-        self, inputs: list[SharedInput], modules: Mapping[str, torch.nn.Linear]
-    ) -> tuple[dict[str, PackedTensor], dict[str, float | None]]:
-        """The weights of a block, and the damping of each."""
+    def _store(
+        self,
+        number: int,
+        inputs: list[SharedInput],
+        modules: Mapping[str, torch.nn.Linear],
+        rescaled: Rescaled,
+        done: CalibratedLayers,
+    ) -> None:
+        """Quantize the layers behind `inputs`, which are used up, and store them."""
         packed: dict[str, PackedTensor] = {}
         dampings: dict[str, float | None] = {}
         while inputs:
             shared = inputs.pop()  # what it holds is freed before the next is factored
-            shared.check_finite()
-            enough = shared.tokens * _FEWEST >= len(shared.moments)
-            found = shared.factor(self._options.damping) if enough else None
-            for name in shared.layers:
-                weight = modules[name].weight.detach()
-                rounded, dampings[name] = None, None
-                if found is not None:
-                    rounded = quantize_factored(weight, found[0], **_settings(shared.form, name))
-                    dampings[name] = None if rounded is None else found[1]
-                if rounded is None:
-                    rounded = quantize(weight, **_settings(shared.form, name))
-                packed[name] = rounded
-        return packed, dampings
+            for name, weight, damping in self._quantized(shared, modules):
+                packed[name], dampings[name] = weight, damping
+            if not inputs or sum(weight.nbytes for weight in packed.values()) >= _FILE_BYTES:
+                done.add(number, packed, dampings, rescaled)
+                packed, dampings = {}, {}
+
+    def _quantized(
+        self, shared: SharedInput, modules: Mapping[str, torch.nn.Linear]
+    ) -> Iterator[tuple[str, PackedTensor, float | None]]:
+        """The layers behind an input: name, weight, and the damping that was used."""
+        shared.check_finite()
+        found = shared.factor(self._options.damping) if shared.enough else None
+        for name in shared.layers:
+            module = modules.get(name)
+            weight = self._matrix(name) if module is None else module.weight.detach()
+            settings = _settings(shared.form, name)
+            if found is not None:
+                rounded = quantize_factored(weight, found[0], **settings)
+                if rounded is not None:
+                    yield name, rounded, found[1]
+                    continue
+            yield name, quantize(weight, **settings), None
+
+    def _matrix(self, name: str) -> torch.Tensor:
+        """A matrix of an expert, float32 [N, K]."""
+        elements = math.prod(self._checkpoint.weights[name].shape)
+        (whole,) = self._checkpoint.read_rows(name, max(1, elements))
+        return whole.to(self._options.device, torch.float32)
 
 
 def open_calibration(
@@ -148,7 +198,7 @@ def open_calibration(
 
     Args:
         checkpoint: a 16-bit checkpoint.
-        layers: names of its linear layers to calibrate.
+        layers: names of its linear layers to calibrate, experts' matrices among them.
         options: text, windows and device.
 
     Raises:

@@ -17,6 +17,9 @@ from ..scheme import LayerFormat
 
 __all__ = ["SharedInput", "Watch"]
 
+_FEWEST = 4
+"""A layer needs a token for so many columns to be calibrated."""
+
 
 @dataclass
 class SharedInput:
@@ -38,6 +41,11 @@ class SharedInput:
     def tokens(self) -> int:
         """How many tokens the layers have seen."""
         return self.moments.tokens
+
+    @property
+    def enough(self) -> bool:
+        """Whether they are enough to calibrate the layers: one for every four columns."""
+        return self.tokens * _FEWEST >= len(self.moments)
 
     def add(self, x: torch.Tensor) -> None:
         """Add the tokens of an input [..., K]."""

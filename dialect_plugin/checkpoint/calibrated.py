@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +21,7 @@ from safetensors.torch import save
 from dialect_kernels import PackedTensor
 from dialect_kernels.packed import STORED_FIELDS
 
+from ..experts import expert_of
 from ..scheme import LayerFormat
 from .json_files import read_json
 from .layer_choice import LayerChoice
@@ -29,6 +31,7 @@ from .tables import folded
 from .writer import write_file, write_text
 
 __all__ = [
+    "EXPERTS",
     "CalibratedLayers",
     "Calibration",
     "CalibrationRecord",
@@ -37,6 +40,9 @@ __all__ = [
     "recorded_fingerprint",
     "rescaled_tensors",
 ]
+
+EXPERTS = "experts"
+"""Key of a calibration's identity: whether routed experts were calibrated, too."""
 
 _PREFIX = ".blockdialect-block-"
 _RESCALED = "rescaled_tensors"
@@ -130,7 +136,7 @@ class CalibratedLayers:
         dampings: Mapping[str, float | None],
         rescaled: Rescaled,
     ) -> None:
-        """Write the layers of a finished block, so that they are there whole or not at all."""
+        """Write finished layers of a block, so that they are there whole or not at all."""
         tensors = {
             f"{layer}.{name}": tensor
             for layer, weight in packed.items()
@@ -141,7 +147,7 @@ class CalibratedLayers:
         tensors |= {f"{name}{_REPLACED}": tensor for name, tensor in rescaled.tensors.items()}
         tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
         metadata = {"fingerprint": self._fingerprint, "dampings": json.dumps(dict(dampings))}
-        path = self._directory / f"{_PREFIX}{block:05}"
+        path = self._free_file(block)
         contents = save(tensors, metadata)  # save_file has an error of its own for a full disk
         write_file(path, lambda temporary: temporary.write_bytes(contents))
         self._open(path)
@@ -181,7 +187,8 @@ class CalibratedLayers:
         raised = {name: d for name, d in dampings.items() if d and d > identity["damping"]}
         ending = len(_REPLACED)
         replaced = sorted(name[:-ending] for name in self._others if name.endswith(_REPLACED))
-        return CalibrationRecord(identity, nearest, raised, tuple(replaced))
+        experts = sum(expert_of(name) is not None for name in dampings)
+        return CalibrationRecord(identity, nearest, raised, tuple(replaced), experts)
 
     def remove(self) -> None:
         """Delete the files."""
@@ -189,6 +196,12 @@ class CalibratedLayers:
             path.unlink()
         self._files.clear()
         self._others.clear()
+
+    def _free_file(self, block: int) -> Path:
+        """A file that holds no layers of this conversion."""
+        held = set(self._files.values())
+        paths = (self._directory / f"{_PREFIX}{block:05}-{part:03}" for part in count())
+        return next(path for path in paths if path not in held)
 
     def _open(self, path: Path) -> None:
         try:
@@ -237,12 +250,14 @@ class CalibrationRecord:
             or gave too few tokens.
         damped: layers that needed more damping than the others -> their damping.
         replaced: tensors that are not the source's: balancing has scaled them.
+        experts: how many matrices of routed experts were quantized.
     """
 
     identity: Mapping[str, Any]
     nearest: tuple[str, ...]
     damped: Mapping[str, float]
     replaced: tuple[str, ...] = ()
+    experts: int = 0
 
     def lines(self) -> Iterator[str]:
         """The record in words; one fact a line."""
@@ -251,8 +266,20 @@ class CalibrationRecord:
             f"calibrated on {of['samples']} windows of {of['sequence_length']} tokens of "
             f"{of['text']} (rule {of['rule']}{', balanced channels' if 'balance' in of else ''})"
         )
-        if self.nearest:
-            yield f"rounded without calibration: {folded(self.nearest)}"
+        experts = [name for name in self.nearest if expert_of(name) is not None]
+        others = [name for name in self.nearest if expert_of(name) is None]
+        if others:
+            yield f"rounded without calibration: {folded(others)}"
+        if experts and EXPERTS in of:
+            yield (
+                f"{len(experts)} of {self.experts} matrices of experts saw too few tokens and were "
+                f"rounded without calibration: {folded(experts)}"
+            )
+        elif experts:
+            yield (
+                "transformers does not show what each expert of this model sees; rounded without "
+                f"calibration: {folded(experts)}"
+            )
         if self.damped:
             yield f"needed more damping than {of['damping']}: {folded(self.damped)}"
 

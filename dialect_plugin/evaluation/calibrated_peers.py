@@ -28,9 +28,6 @@ from .progress import Progress
 
 __all__ = ["CalibratedPeers"]
 
-_FEWEST = 4
-"""A layer needs a token for so many columns, as in a conversion."""
-
 
 class CalibratedPeers:
     """The calibrated weights of some formats, in files of their own; a context manager.
@@ -112,7 +109,7 @@ class CalibratedPeers:
         while inputs:
             shared = inputs.pop()  # its moments are freed before the next are factored
             moments = shared.mean()
-            if shared.tokens * _FEWEST < len(moments):
+            if not shared.enough:
                 continue
             for name, layer in product(self._formats, shared.layers):
                 columns = len(moments)

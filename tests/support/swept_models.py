@@ -401,10 +401,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
 """Architecture -> options of vLLM's engine."""
 
 
-def build(architecture: str, path: Path) -> Path:
-    """Write a random bfloat16 model without a tokenizer and return its directory."""
+def build(architecture: str, path: Path, **overrides: Any) -> Path:
+    """Write a random bfloat16 model without a tokenizer and return its directory.
+
+    Args:
+        architecture: one of :data:`CONFIGS`.
+        path: the directory.
+        overrides: entries of the config that differ from those of the sweep.
+    """
     config_class, differing = CONFIGS[architecture]
-    config = getattr(transformers, config_class)(**(_COMMON | differing))
+    config = getattr(transformers, config_class)(**(_COMMON | differing | overrides))
     torch.manual_seed(0)
     model = getattr(transformers, architecture)(config)
     with torch.no_grad():  # biases begin as zeros, which would hide a lost one

@@ -59,7 +59,7 @@ class SecondMoments:
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
         self._size, self._device = columns, torch.device(device)
-        self._spans = list(pairwise([*range(0, columns, _PANEL), columns]))
+        self._spans = _spans(columns)
         self._panels = [torch.zeros(b, b - a, device=device) for a, b in self._spans]
         self.tokens = 0
 
@@ -74,6 +74,11 @@ class SecondMoments:
         found._panels = [A[:b, a:b].clone() for a, b in found._spans]
         found.tokens = 1
         return found
+
+    @staticmethod
+    def nbytes_of(columns: int) -> int:
+        """The memory that the moments of an input of so many columns take."""
+        return 4 * sum(stop * (stop - first) for first, stop in _spans(columns))
 
     def add(self, x: torch.Tensor) -> None:
         """Add tokens, float32 [T, K]."""
@@ -146,6 +151,11 @@ class SecondMoments:
                 return
             panel = _product(done, *self._spans[len(self._panels)])
             done.pop()
+
+
+def _spans(columns: int) -> list[tuple[int, int]]:
+    """The columns of each panel."""
+    return list(pairwise([*range(0, columns, _PANEL), columns]))
 
 
 def _product(panels: list[torch.Tensor], first: int, stop: int) -> torch.Tensor:

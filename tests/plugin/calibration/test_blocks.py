@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from dialect_plugin.calibration.blocks import DecoderBlocks
 from dialect_plugin.checkpoint.layer_choice import choose_layers
 from dialect_plugin.checkpoint.reader import CheckpointError, open_checkpoint
+from dialect_plugin.experts import expert_of
 from tests.support import swept_models
 from tests.support.conversions import edit_config, options_of
 from tests.support.tiny_models import CONFIGS
@@ -23,10 +24,12 @@ DENSE = sorted(
 WINDOWS = torch.arange(3, 3 + 2 * 24).view(2, 24) * 7 % 300
 
 
+MIXTURES = ("DeepseekV3ForCausalLM", "GptOssForCausalLM", "GraniteMoeForCausalLM")
+
+
 def blocks_of(path, **options):
-    """As a calibration has them: routed experts are no modules of transformers."""
     checkpoint = open_checkpoint(path)
-    choice = choose_layers(checkpoint, options_of(experts=False, **options))
+    choice = choose_layers(checkpoint, options_of(**options))
     return DecoderBlocks(checkpoint, choice.formats, "cpu")
 
 
@@ -77,6 +80,16 @@ def test_a_block_of_any_dense_architecture_alone(architecture, tmp_path):
         with pytest.raises(CheckpointError, match="depends on the text"):
             blocks_of(path).embed(WINDOWS)
         return
+    assert_alike(path)
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_a_block_whose_experts_run_one_by_one(architecture, tmp_path):
+    path = swept_models.build(architecture, tmp_path / "model")
+    blocks = blocks_of(path)
+    assert set(blocks.experts) == {n for n in open_checkpoint(path).weights if expert_of(n)}
+    (name,) = {m.config._experts_implementation for m in blocks.experts_in(1).values()}
+    assert name not in ("eager", "grouped_mm", "batched_mm")
     assert_alike(path)
 
 
