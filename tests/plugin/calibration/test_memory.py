@@ -1,11 +1,17 @@
 """The memory of a calibration: the largest block, its moments and the text, however many blocks."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 
 import pytest
+
+from dialect_kernels.second_moments import SecondMoments
+from dialect_plugin.checkpoint.reader import open_checkpoint
+from tests.support import swept_models
+from tests.support.tiny_models import make_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +52,7 @@ def text(tmp_path):
     return file
 
 
-def peak_bytes(source, destination, text, samples):
+def peak_bytes(source, destination, text, samples, few_tokens=False):
     """The most memory that a process held of its own which calibrated a model.
 
     Pages of files do not count: how much of a library or a shard is mapped is the system's choice.
@@ -57,7 +63,7 @@ def peak_bytes(source, destination, text, samples):
         command, capture_output=True, text=True, check=True, env=os.environ | kept
     )
     record = json.loads((destination / "blockdialect_calibration.json").read_text())
-    assert record["rounded_to_nearest"] == []
+    assert bool(record["rounded_to_nearest"]) == few_tokens
     return int(done.stdout.split()[-1])
 
 
@@ -80,3 +86,25 @@ def test_twelve_more_blocks_take_no_more_memory_than_two(tiny_model, text, tmp_p
         for n in (2, 14)
     ]
     assert peaks[1] - peaks[0] < 4 * block
+
+
+def test_moments_of_many_experts_take_no_more_than_their_weights(text, tmp_path):
+    """Moments of all at once would take six times as much; so the block runs several times."""
+    width, experts, samples = 2048, 128, 2
+    source = swept_models.build(
+        "Qwen3MoeForCausalLM",
+        tmp_path / "source",
+        hidden_size=width,
+        num_experts=experts,
+        num_experts_per_tok=8,
+        num_hidden_layers=1,
+        max_position_embeddings=256,
+    )
+    make_tokenizer(swept_models.VOCABULARY).save_pretrained(source)
+    tensors = open_checkpoint(source).tensors
+    block = 4 * sum(math.prod(t.shape) for name, t in tensors.items() if ".layers." in name)
+    assert experts * SecondMoments.nbytes_of(width) > 6 * block
+    moments = 4 * width * width  # of q, k and v
+    activations = 4 * samples * 256 * width
+    peak = peak_bytes(source, tmp_path / "packed", text, samples, few_tokens=True)
+    assert peak <= 2 * block + moments + activations + 2**30
