@@ -1,6 +1,6 @@
 """Comparing packed checkpoints and other formats with a 16-bit model, window by window.
 
-Every format is emulated in the same linear layers of transformers' model. For each window the
+Every format is emulated in the same layers and experts of transformers' model. For each window the
 16-bit model runs again beside the format, so that no predictions have to be kept: at 262,144
 entries of a vocabulary and 8,000 tokens they would take 8 GB.
 """
@@ -183,7 +183,10 @@ class _Pass:
             if isinstance(original, torch.nn.Embedding)
             else weights.layer(layer, original, activations)
             for layer, original in self._model.layers.items()
+            if expert_of(layer) is None
         }
+        for name, place in self._model.experts.items():
+            modules[name] = weights.experts(name, place, activations)
         for layer, projection in self._model.projections.items():
             given = entry.activations_of_tied(activations)
             modules[projection_of(layer)] = weights.layer(layer, projection, given)
@@ -242,8 +245,7 @@ def _layers(checkpoint: Checkpoint, opened: Mapping[str, PackedCheckpoint]) -> l
         CheckpointError: if they have packed different ones, or the 16-bit model has others.
     """
     if not opened:
-        options = ConvertOptions(experts=False)  # which are no linear layers in transformers
-        return sorted(choose_layers(checkpoint, options).formats, key=natural_order)
+        return sorted(choose_layers(checkpoint, ConvertOptions()).formats, key=natural_order)
     first, *others = opened.values()
     for other in others:
         differing = sorted(set(first.layers) ^ set(other.layers), key=natural_order)
@@ -253,13 +255,7 @@ def _layers(checkpoint: Checkpoint, opened: Mapping[str, PackedCheckpoint]) -> l
                 "alone; evaluate them one after the other"
             )
     for layer in first.layers:
-        if expert_of(layer) is not None:
-            raise CheckpointError(
-                f"{first.checkpoint.path}: {layer} is one of an expert, and transformers runs all "
-                "experts as one tensor, so that they cannot be evaluated; serve the model and "
-                "measure it there, or convert it with --no-experts to evaluate its other layers"
-            )
-        info = checkpoint.tensors.get(f"{layer}.weight")
+        info = checkpoint.weights.get(layer)
         codes = first.checkpoint.tensors.get(layer + PACKED_SUFFIXES[0])
         if codes is None or len(codes.shape) != 2:
             shape = first.read(layer).shape  # says what is wrong
@@ -306,7 +302,9 @@ def _peers(
     calibrated = [name for name in options.formats if name.gptq]
     if not calibrated:
         return None
-    return CalibratedPeers(checkpoint, layers, calibrated, options.calibration)
+    # routed experts are rounded to nearest, as in a conversion
+    single = [layer for layer in layers if expert_of(layer) is None]
+    return CalibratedPeers(checkpoint, single, calibrated, options.calibration)
 
 
 def _tokenizer(checkpoint: Checkpoint) -> Any:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from itertools import pairwise
 from types import MappingProxyType
-from typing import TypeAlias, cast
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,13 @@ from dialect_kernels.packed import bits_per_weight
 from dialect_kernels.rotation import rotate_activation
 
 from ..checkpoint.reader import CheckpointError
+from ..experts import DOWN
 from ..scheme import LayerFormat
 from .attention import Rounding
 from .options import FormatName
+
+if TYPE_CHECKING:  # importing transformers takes seconds
+    from ..transformers.experts import ExpertsPlace
 
 __all__ = ["BaselineWeights", "Layer", "PackedWeights", "Weights", "rounding_of"]
 
@@ -53,6 +58,18 @@ class Weights(ABC):
         """
 
     @abstractmethod
+    def experts(
+        self, name: str, place: ExpertsPlace, activations: ActivationFormat | None
+    ) -> torch.nn.Module:
+        """The routed experts of a decoder layer on these weights.
+
+        Args:
+            name: what the checkpoint calls them.
+            place: the module that has them in 16 bit.
+            activations: as for :meth:`layer`.
+        """
+
+    @abstractmethod
     def embeddings(self, name: str, original: torch.nn.Embedding) -> torch.nn.Module:
         """Embeddings with these weights in the place of `original`."""
 
@@ -82,15 +99,34 @@ class PackedWeights(Weights):
         """The layer of a packed model in transformers."""
         from ..transformers.linear import DialectLinear  # takes seconds
 
+        weight, form = self._packed[name], self._form(name, activations)
+        # the same bits on every device, so that figures can be measured again
+        return DialectLinear(weight, original.bias, form, "exact", original.weight.dtype)
+
+    def experts(
+        self, name: str, place: ExpertsPlace, activations: ActivationFormat | None
+    ) -> torch.nn.Module:
+        """The experts of a packed model in transformers."""
+        from ..transformers.experts import DialectExperts, stacked  # takes seconds
+
+        held = {}
+        for stack, parts in place.layout.stacks.items():
+            layers = [[f"{name}.{e}.{part}" for e in range(place.count)] for part in parts]
+            form = self._form(layers[0][0], activations)
+            packed = [[self._packed[layer] for layer in part] for part in layers]
+            held[stack] = (stacked(place.layout, packed), form)
+        dtype = place.module.get_parameter(DOWN).dtype
+        return DialectExperts(place, held, "exact", dtype)
+
+    def _form(self, name: str, activations: ActivationFormat | None) -> LayerFormat:
+        """How a layer is quantized, with those activations."""
         weight = self._packed[name]
-        form = LayerFormat(
+        return LayerFormat(
             cast(BookName, weight.book.name),
             weight.block_size,
             activations or self._own[name],
             weight.rotation,
         )
-        # the same bits on every device, so that figures can be measured again
-        return DialectLinear(weight, original.bias, form, "exact", original.weight.dtype)
 
     def embeddings(self, name: str, original: torch.nn.Embedding) -> torch.nn.Module:
         """The embeddings of a packed model in transformers."""
@@ -131,9 +167,33 @@ class BaselineWeights(Weights):
         return _RoundedLinear(
             self._values[name],
             original.bias,
-            _rounding_of_activations(self._name, activations or "dialect"),
-            self._rotations[name],
+            _Operand(
+                _rounding_of_activations(self._name, activations or "dialect"),
+                self._rotations[name],
+            ),
         )
+
+    def experts(
+        self, name: str, place: ExpertsPlace, activations: ActivationFormat | None
+    ) -> torch.nn.Module:
+        """Products of rounded operands in float32, each rounded once."""
+        held = {
+            stack: [[f"{name}.{e}.{part}" for e in range(place.count)] for part in parts]
+            for stack, parts in place.layout.stacks.items()
+        }
+        products = {
+            stack: _RoundedStack(
+                [[self._values[layer] for layer in part] for part in layers],
+                place,
+                getattr(place.module, f"{stack}_bias", None),
+                _Operand(
+                    _rounding_of_activations(self._name, activations or "dialect"),
+                    self._rotations[layers[0][0]],
+                ),
+            )
+            for stack, layers in held.items()
+        }
+        return _RoundedExperts(place, *products.values())
 
     def embeddings(self, name: str, original: torch.nn.Embedding) -> torch.nn.Module:
         """The rounded rows in the model's dtype, scaled as `original` scales its own."""
@@ -180,31 +240,91 @@ def _round_to_fp8(x: torch.Tensor) -> torch.Tensor:
     return values.float().mul_(scale[:, None])
 
 
+class _Operand(NamedTuple):
+    """What is done to the tokens of a product."""
+
+    rounding: Rounding | None
+    """None leaves them in their dtype."""
+    rotation: Rotation
+    """Before they are rounded."""
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """The values of tokens [T, K] that are multiplied, float32."""
+        tokens = rotate_activation(x, self.rotation)
+        return tokens.to(x.dtype).float() if self.rounding is None else self.rounding(tokens)
+
+
 class _RoundedLinear(torch.nn.Module):
     """A linear layer on rounded operands: products and bias in float32, one rounding at the end.
 
     Args:
         weight: the weight's rounded values, float32 [N, K].
         bias: [N] or None.
-        rounding: of the tokens; None leaves them in x's dtype.
-        rotation: of the tokens, before they are rounded.
+        operand: what is done to the tokens.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, operand: _Operand) -> None:
+        super().__init__()
+        self._weight = weight
+        self._bias = None if bias is None else bias.detach().float()
+        self._operand = operand
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., K] -> [..., N] in x's dtype."""
+        y = F.linear(self._operand.of(x.reshape(-1, x.shape[-1])), self._weight, self._bias)
+        return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
+
+
+class _RoundedStack:
+    """As :class:`_RoundedLinear`, for tokens and the experts that they chose.
+
+    Args:
+        parts: for each part of an expert, the rounded values [I, K] of all experts.
+        place: the module that has the experts in 16 bit.
+        bias: [E, N] or None.
+        operand: what is done to the tokens; those of all experts are rounded together.
     """
 
     def __init__(
         self,
-        weight: torch.Tensor,
+        parts: list[list[torch.Tensor]],
+        place: ExpertsPlace,
         bias: torch.Tensor | None,
-        rounding: Rounding | None,
-        rotation: Rotation,
+        operand: _Operand,
     ) -> None:
-        super().__init__()
-        self._weight = weight
+        self._experts = list(zip(*parts, strict=True))
+        self._rows = sum(part[0].shape[0] for part in parts)
+        self._place, self._operand = place, operand
         self._bias = None if bias is None else bias.detach().float()
-        self._rounding, self._rotation = rounding, rotation
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., K] -> [..., N] in x's dtype."""
-        tokens = rotate_activation(x.reshape(-1, x.shape[-1]), self._rotation)
-        rounded = tokens.to(x.dtype).float() if self._rounding is None else self._rounding(tokens)
-        y = F.linear(rounded, self._weight, self._bias)
-        return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
+    def __call__(
+        self, x: torch.Tensor, rows: torch.Tensor | None, offsets: torch.Tensor
+    ) -> torch.Tensor:
+        """The products, with the arguments and the result of ``grouped_linear``."""
+        tokens = self._operand.of(x)
+        y = tokens.new_zeros(len(tokens if rows is None else rows), self._rows)
+        for expert, (first, end) in enumerate(pairwise(offsets.tolist())):
+            if first == end:
+                continue
+            own = tokens[first:end] if rows is None else tokens[rows[first:end]]
+            y[first:end] = self._place.layout.join([own @ w.T for w in self._experts[expert]])
+            if self._bias is not None:
+                y[first:end] += self._bias[expert]
+        return y.to(x.dtype)
+
+
+class _RoundedExperts(torch.nn.Module):
+    """The experts of a decoder layer on rounded operands."""
+
+    def __init__(self, place: ExpertsPlace, before: _RoundedStack, after: _RoundedStack) -> None:
+        super().__init__()
+        self._place, self._before, self._after = place, before, after
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor | None = None,
+        top_k_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As :meth:`..transformers.experts.DialectExperts.forward`."""
+        return self._place.run(hidden_states, top_k_index, top_k_weights, self._before, self._after)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.reader import Checkpoint, CheckpointError
+from ..experts import expert_of
 from .attention import AttentionRounding, rounded_attention
 
 __all__ = ["EvaluatedModel", "projection_of"]
@@ -19,11 +20,13 @@ class EvaluatedModel:
 
     Args:
         checkpoint: the 16-bit checkpoint.
-        layers: names of linear layers and embeddings as the checkpoint stores them.
+        layers: names of linear layers, of matrices of experts, and of embeddings as the checkpoint
+            stores them.
         device: where it runs.
 
     Attributes:
-        layers: layer -> its module.
+        layers: layer -> its module; of a matrix of an expert, a linear layer that shares it.
+        experts: what the checkpoint calls the experts of a decoder layer -> their module.
         projections: embeddings -> the output projection that is tied to them.
 
     Raises:
@@ -31,14 +34,16 @@ class EvaluatedModel:
     """
 
     def __init__(self, checkpoint: Checkpoint, layers: Collection[str], device: str) -> None:
-        from ..transformers.names import parameter_names  # takes seconds
+        from ..transformers.expert_stacks import places_of  # takes seconds
+        from ..transformers.names import parameter_names
 
         self._checkpoint = checkpoint
         self._model = _loaded(checkpoint).to(device)
         self._device = torch.device(device)
         parameters = parameter_names(self._model, checkpoint.tensors).parameters
         self._parameters = parameters
-        paths = {layer: self._path_of(layer, parameters) for layer in layers}
+        single = [layer for layer in layers if expert_of(layer) is None]
+        paths = {layer: self._path_of(layer, parameters) for layer in single}
         self.layers: dict[str, torch.nn.Linear | torch.nn.Embedding] = {
             layer: self._model.get_submodule(path) for layer, path in paths.items()
         }
@@ -48,7 +53,13 @@ class EvaluatedModel:
                 if module is not embeddings and _is_tied(module, embeddings):
                     self.projections[layer] = module
                     paths[projection_of(layer)] = path
+        self.experts = places_of(self._model, layers)
+        paths |= {name: place.path for name, place in self.experts.items()}
         self._paths = paths
+        self._originals = {name: self._model.get_submodule(path) for name, path in paths.items()}
+        for name, place in self.experts.items():
+            for number, part, weight in place.layout.matrices(place.module):
+                self.layers[f"{name}.{number}.{part}"] = _sharing(weight)
 
     @property
     def dtype(self) -> str:
@@ -79,8 +90,8 @@ class EvaluatedModel:
         """Run other layers inside the ``with`` block.
 
         Args:
-            modules: layer -> what runs in its place; :func:`projection_of` names a projection that
-                is tied to embeddings.
+            modules: layer, or experts of a decoder layer -> what runs in their place;
+                :func:`projection_of` names a projection that is tied to embeddings.
             attention: how the operands of attention's products are rounded; None leaves them.
             tensors: other numbers for parameters outside of these layers, by their stored names.
 
@@ -103,8 +114,7 @@ class EvaluatedModel:
         finally:
             for (parameter, _), data in zip(held, before, strict=True):
                 parameter.data = data
-            self._put(self.layers)
-            self._put({projection_of(layer): old for layer, old in self.projections.items()})
+            self._put(self._originals)
 
     def _put(self, modules: Mapping[str, torch.nn.Module]) -> None:
         for layer, module in modules.items():
@@ -132,6 +142,14 @@ class EvaluatedModel:
 def projection_of(layer: str) -> str:
     """What the output projection that is tied to the embeddings `layer` is called here."""
     return f"{layer}, as output projection"
+
+
+def _sharing(weight: torch.Tensor) -> torch.nn.Linear:
+    """A linear layer with this weight [N, K], of which it makes no copy."""
+    with torch.device("meta"):
+        layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return layer
 
 
 def _is_tied(module: torch.nn.Module, embeddings: torch.nn.Module) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 try:
     from .config import BlockDialectConfig
     from .embedding import DialectEmbedding
+    from .experts import DialectExperts
     from .linear import DialectLinear
     from .quantizer import register
 except ImportError as error:
@@ -19,6 +20,6 @@ except ImportError as error:
         "pip install 'transformers>=5.19'"
     ) from error
 
-__all__ = ["BlockDialectConfig", "DialectEmbedding", "DialectLinear"]
+__all__ = ["BlockDialectConfig", "DialectEmbedding", "DialectExperts", "DialectLinear"]
 
 register()

@@ -35,7 +35,7 @@ class DialectEmbedding(PackedModule, nn.Embedding):  # type: ignore[override] # 
         kept._parameters, kept._buffers = {}, {}
         vars(self)["_plain"] = kept  # not a child: it has nothing that is saved or moved
         self.scale: float | None = getattr(plain, "scalar_embed_scale", None)
-        self.hold(packed, form, dtype)
+        self.hold(packed.stored, form, dtype)
 
     @classmethod
     def empty(cls, layer: nn.Embedding, form: LayerFormat) -> DialectEmbedding:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,18 +18,19 @@ from dialect_kernels.straight_through import straight_through
 
 from ..scheme import LayerFormat
 
-__all__ = ["DialectLinear", "PackedModule"]
+__all__ = ["DialectLinear", "PackedModule", "decoded"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TO_WRITE = "keep an adapter apart, or call the model's dequantize() before merging it"
 
 
 class PackedModule(nn.Module):
-    """A module with a packed matrix.
+    """A module with a packed matrix, or with a stack of E of them.
 
     Attributes:
         weight_packed: uint8 [N, K/2], the codes; weight_meta: uint8 [N, K/B]; weight_row_exponent:
-            int8 [N]; all three are parameters, because accelerate offloads no buffers.
+            int8 [N]; in a stack all are [E, ...]. All three are parameters, because accelerate
+            offloads no buffers.
         format: how it is quantized.
     """
 
@@ -40,39 +41,52 @@ class PackedModule(nn.Module):
 
     _is_hf_initialized = True  # or transformers would write random numbers
 
-    def hold(self, packed: PackedTensor, form: LayerFormat, dtype: torch.dtype) -> None:
-        """Take the matrix; ``weight`` is decoded to `dtype`."""
+    def hold(
+        self, stored: Mapping[str, torch.Tensor], form: LayerFormat, dtype: torch.dtype
+    ) -> None:
+        """Take the tensors of the matrix; ``weight`` is decoded to `dtype`."""
         self.format = form
         self._decoded_dtype = dtype
-        for name, tensor in packed.stored.items():
+        for name, tensor in stored.items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     @property
     def packed(self) -> PackedTensor:
-        """The weight as a packed tensor.
+        """The weight as a packed tensor, [N, K] or, the rows of a stack together, [E * N, K].
 
         Raises:
             ValueError: if its parts do not fit together.
         """
         form = self.format
+        last = self.weight_packed.dim() - 2
         return PackedTensor.from_stored(
-            {part.stored: getattr(self, part.stored).data for part in STORED_FIELDS},
-            self.weight_packed.shape[1] * 2,
+            {
+                part.stored: getattr(self, part.stored).data.flatten(0, last)
+                for part in STORED_FIELDS
+            },
+            self.weight_packed.shape[-1] * 2,
             form.formatbook,
             form.block_size,
             form.rotation,
         )
 
+    def check(self, name: str) -> None:
+        """Raise ValueError at the first reserved value, or if the parts do not fit together."""
+        self.packed.validate(name, prefix="weight_")
+
     def decode(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The decoded weight [N, K], rotated back, a new tensor in `dtype` or the model's."""
-        values = dequantize(self.packed, torch.float32)
-        return rotate_activation(values, self.format.rotation).to(dtype or self._decoded_dtype)
+        """The decoded weight [N, K], rotated back, a new tensor in `dtype` or the model's.
+
+        Of a stack, [E, N, K].
+        """
+        values = decoded(self.packed, dtype or self._decoded_dtype)
+        return values.view(*self.weight_packed.shape[:-1], values.shape[1])
 
     @property
     def weight(self) -> torch.Tensor:
         """The matrix [N, K], read-only; see :class:`~dialect_kernels.packed_weight.PackedWeight`"""
         codes = self.weight_packed
-        shape = (codes.shape[0], codes.shape[1] * 2)
+        shape = (*codes.shape[:-1], codes.shape[-1] * 2)
         weight = PackedWeight(self.decode, shape, self._decoded_dtype, codes.device, _TO_WRITE)
         weight._is_hf_initialized = True  # type: ignore[attr-defined]
         return weight
@@ -83,6 +97,11 @@ class PackedModule(nn.Module):
         device = self.weight_packed.device
         self._decoded_dtype = fn(torch.empty(0, dtype=self._decoded_dtype, device=device)).dtype
         return self
+
+
+def decoded(packed: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
+    """A packed weight [N, K] as a new tensor in `dtype`, rotated back."""
+    return rotate_activation(dequantize(packed, torch.float32), packed.rotation).to(dtype)
 
 
 class DialectLinear(PackedModule, nn.Linear):  # type: ignore[override] # weight is a property
@@ -110,7 +129,7 @@ class DialectLinear(PackedModule, nn.Linear):  # type: ignore[override] # weight
         nn.Module.__init__(self)
         self.out_features, self.in_features = packed.shape
         self.accumulation = accumulation
-        self.hold(packed, form, dtype)
+        self.hold(packed.stored, form, dtype)
         self.register_parameter("bias", bias)
 
     @classmethod

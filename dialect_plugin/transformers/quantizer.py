@@ -1,11 +1,11 @@
 """The quantizer that transformers finds by the ``quant_method`` of a config.json.
 
 ===============  =================================================================================
-packed           before loading, the linear layers and embeddings that the checkpoint stores packed
-                 become empty :class:`DialectLinear` and :class:`DialectEmbedding`; transformers
-                 loads into them as into any other module
+packed           before loading, the linear layers, embeddings and experts that the checkpoint
+                 stores packed become empty :class:`DialectLinear`, :class:`DialectEmbedding` and
+                 :class:`DialectExperts`; transformers loads into them as into any other module
 16 bit           the layers that the converter would choose are quantized one by one, each as soon
-                 as its weight is read
+                 as its weight is read, and the experts of a decoder layer together
 ===============  =================================================================================
 
 After loading, every tensor is checked: transformers fills what a checkpoint lacks at random, and
@@ -17,14 +17,14 @@ from __future__ import annotations
 import logging
 import re
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
@@ -41,10 +41,13 @@ from ..checkpoint.reader import (
     open_checkpoint,
     open_packed,
 )
-from ..experts import expert_of
+from ..experts import DOWN, expert_of
 from ..scheme import QUANT_METHOD, LayerFormat, SchemeError
 from .config import BlockDialectConfig
 from .embedding import DialectEmbedding
+from .errors import AGAIN, ELSEWHERE, missing, wrong_shape
+from .expert_stacks import ExpertsModule, conversions, find_experts
+from .experts import DialectExperts
 from .linear import DialectLinear, PackedModule
 from .names import parameter_names
 
@@ -55,8 +58,6 @@ logger = logging.getLogger(__name__)
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _SAME_PRODUCT = ("Linear", "FalconLinear")
 """Classes of linear layers whose output is ``input @ weight.T + bias``, and nothing else."""
-_AGAIN = "convert the model again"
-_ELSEWHERE = "serve the checkpoint with vLLM, or convert the model with this layer in 16 bit"
 
 
 class _Target(NamedTuple):
@@ -90,6 +91,9 @@ class BlockDialectQuantizer(HfQuantizer):
         self.pre_quantized = quantization_config.scheme.serialized
         self.fault: Exception | None = None
         self._targets: dict[str, _Target] = {}
+        self._experts: dict[str, ExpertsModule] = {}
+        self._conversions: list[Any] = []  # of packed experts
+        self._plain_conversions: list[Any] = []  # of the model
         self._expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
         self._stored_by: str | None = None
         self._model: weakref.ref[nn.Module] | None = None
@@ -125,7 +129,9 @@ class BlockDialectQuantizer(HfQuantizer):
         self._stored_by = checkpoint.architecture
         self._model = weakref.ref(model)
         accumulation = self.quantization_config.accumulation
-        for stored, (name, layer) in _layers_of(model, checkpoint, formats).items():
+        self._put_experts(model, checkpoint, formats)
+        single = {stored: form for stored, form in formats.items() if expert_of(stored) is None}
+        for stored, (name, layer) in _layers_of(model, checkpoint, single).items():
             form = formats[stored]
             if isinstance(layer, nn.Embedding):
                 _pack_tied_projections(model, name, form, accumulation)
@@ -139,15 +145,34 @@ class BlockDialectQuantizer(HfQuantizer):
         self._expected = {name: (p.shape, p.dtype) for name, p in model.named_parameters()}
         return model
 
+    def _put_experts(
+        self, model: Any, checkpoint: Checkpoint, formats: Mapping[str, LayerFormat]
+    ) -> None:
+        """Put empty packed experts into the model, or have the 16-bit ones quantized."""
+        for module in find_experts(model, checkpoint, formats):
+            self._experts[module.place.path] = module
+            if self.pre_quantized:
+                dtype = module.place.module.get_parameter(DOWN).dtype
+                empty = module.empty(self.quantization_config.accumulation, dtype)
+                model.set_submodule(module.place.path, empty)
+            else:
+                info = checkpoint.weights[f"{module.stored}.0.{DOWN}"]
+                module.read_in(_DTYPES[info.dtype])
+
+    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+        """transformers' rules for this model, after those of packed experts."""
+        self._conversions = conversions(self._experts.values())
+        self._plain_conversions = weight_conversions
+        return [*self._conversions, *weight_conversions]
+
     def _layers(self, directory: Path) -> tuple[Checkpoint, dict[str, LayerFormat]]:
         """The checkpoint, and how its layers are packed or have to be."""
         config = self.quantization_config
         if self.pre_quantized:
             packed = open_packed(directory)
-            _refuse_experts(packed.layers)
             return packed.checkpoint, {name: config.scheme.layer(name) for name in packed.layers}
         checkpoint = _without_method(open_checkpoint(directory))
-        options = ConvertOptions(scheme=config.scheme, experts=False)  # they are no nn.Linear
+        options = ConvertOptions(scheme=config.scheme)
         choice = choose_layers(checkpoint, options)
         if choice.by_name:
             logger.info(
@@ -162,6 +187,8 @@ class BlockDialectQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter is a weight to quantize while loading."""
         layer, _, leaf = param_name.rpartition(".")
+        if layer in self._experts:
+            return leaf in self._experts[layer].place.layout.stacks
         return leaf == "weight" and layer in self._targets
 
     def get_quantize_ops(self) -> ConversionOps:
@@ -169,29 +196,39 @@ class BlockDialectQuantizer(HfQuantizer):
         return _Quantization(self)
 
     def pack(self, model: nn.Module, name: str, weight: torch.Tensor) -> None:
-        """Quantize `weight` [N, K] and put a packed layer in the place of the module `name`.
+        """Quantize the weight that a parameter `name` would be, and put it into the model.
 
         A fault is kept for later: transformers would make a table of it.
         """
-        stored, form = self._targets[name]
-        old: Any = model.get_submodule(name)
         if self.fault is not None:
             return
-        if weight.shape != old.weight.shape:
-            self.fault = _wrong_shape(f"{stored}.weight", weight.shape, old.weight.shape)
-            return
+        layer, _, leaf = name.rpartition(".")
+        dtype = getattr(model, "dtype", weight.dtype)
         try:
-            packed = quantize(
-                weight,
-                form.formatbook,
-                form.block_size,
-                name=f"{stored}.weight",
-                rotation=form.rotation,
-            )
+            if layer in self._experts:
+                self._pack_experts(model, layer, leaf, weight, dtype)
+            else:
+                self._pack_layer(model, layer, weight, dtype)
+        except CheckpointError as error:
+            self.fault = error
         except ValueError as error:
             self.fault = CheckpointError(str(error))
-            return
-        dtype = getattr(model, "dtype", weight.dtype)
+
+    def _pack_layer(
+        self, model: nn.Module, name: str, weight: torch.Tensor, dtype: torch.dtype
+    ) -> None:
+        """Quantize `weight` [N, K] and put a packed layer in the place of the module `name`."""
+        stored, form = self._targets[name]
+        old: Any = model.get_submodule(name)
+        if weight.shape != old.weight.shape:
+            raise wrong_shape(f"{stored}.weight", weight.shape, old.weight.shape)
+        packed = quantize(
+            weight,
+            form.formatbook,
+            form.block_size,
+            name=f"{stored}.weight",
+            rotation=form.rotation,
+        )
         accumulation = self.quantization_config.accumulation
         new: PackedModule = (
             DialectEmbedding(packed, old, form, dtype)
@@ -199,6 +236,20 @@ class BlockDialectQuantizer(HfQuantizer):
             else DialectLinear(packed, old.bias, form, accumulation, dtype)
         )
         model.set_submodule(name, new.train(old.training))
+
+    def _pack_experts(
+        self, model: nn.Module, path: str, stack: str, weight: torch.Tensor, dtype: torch.dtype
+    ) -> None:
+        """Quantize a tensor of all experts; the first of a layer puts packed ones in their place.
+
+        transformers reads the other tensors of the layer after it, before it, or in between.
+        """
+        module, experts = self._experts[path], model.get_submodule(path)
+        if not isinstance(experts, DialectExperts):
+            new = module.empty(self.quantization_config.accumulation, dtype)
+            model.set_submodule(path, new.train(experts.training))
+            experts = new
+        module.pack(stack, weight, experts)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.fault is not None:
@@ -213,9 +264,23 @@ class BlockDialectQuantizer(HfQuantizer):
                 _check_packed(name, layer)
         for name, (stored, _) in self._targets.items():
             if not isinstance(model.get_submodule(name), PackedModule):
-                raise _missing(f"{stored}.weight")
-        self._targets, self._expected = {}, {}
+                raise missing(f"{stored}.weight")
+        if not self.pre_quantized:
+            self._check_experts(model)
+        if self._conversions:
+            # saving tries them from the last to the first
+            others = [rule for rule in model._weight_conversions if rule not in self._conversions]
+            model._weight_conversions = [*others, *self._conversions]
+        self._targets, self._experts, self._expected = {}, {}, {}
         return model
+
+    def _check_experts(self, model: Any) -> None:
+        """Raise CheckpointError if experts to quantize were not in the checkpoint."""
+        for path, module in self._experts.items():
+            experts = model.get_submodule(path)
+            for stack in module.place.layout.stacks:
+                if not isinstance(experts, DialectExperts) or experts.is_empty(stack):
+                    raise missing(f"{module.stored}.{stack}")
 
     def _check(self, model: Any, name: str, parameter: nn.Parameter) -> None:
         """Raise CheckpointError if a parameter was not in the checkpoint, or has another shape."""
@@ -223,7 +288,7 @@ class BlockDialectQuantizer(HfQuantizer):
             return
         shape, _ = self._expected[name]
         if parameter.shape != shape:
-            raise _wrong_shape(name, parameter.shape, shape)
+            raise wrong_shape(name, parameter.shape, shape)
         if getattr(parameter, "_is_hf_initialized", False):
             return
         ignored = model._keys_to_ignore_on_load_missing or ()
@@ -231,7 +296,7 @@ class BlockDialectQuantizer(HfQuantizer):
         if name.endswith(PACKED_SUFFIXES) or (
             whole and not any(re.search(pattern, name) for pattern in ignored)
         ):
-            raise _missing(name)
+            raise missing(name)
 
     def _settle(self, name: str, parameter: nn.Parameter, planned: re.Pattern[str] | None) -> None:
         """Give a parameter its dtype, and aligned memory.
@@ -247,10 +312,16 @@ class BlockDialectQuantizer(HfQuantizer):
         if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
             parameter.data = parameter.data.clone()
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> nn.Module:
         for name, layer in list(model.named_modules()):
-            if isinstance(layer, DialectLinear | DialectEmbedding):
+            if isinstance(layer, DialectLinear | DialectEmbedding | DialectExperts):
                 model.set_submodule(name, layer.decoded().to(dtype))
+        if self._conversions:  # a checkpoint of packed experts had no use for the model's own
+            model._weight_conversions = [
+                rule
+                for rule in self._plain_conversions
+                if rule.was_used() or isinstance(rule, WeightConverter)
+            ]
         if isinstance(model, PreTrainedModel):
             model.all_tied_weights_keys = model.get_expanded_tied_weights_keys()
             model.tie_weights()
@@ -311,7 +382,7 @@ class _Quantization(ConversionOps):
         """Put the packed layer into the model; nothing is left to load."""
         value = next(iter(input_dict.values()))
         weight = value[0] if isinstance(value, list) else value
-        self._quantizer.pack(model, full_layer_name.removesuffix(".weight"), weight)
+        self._quantizer.pack(model, full_layer_name, weight)
         if missing_keys is not None:
             missing_keys.discard(full_layer_name)
         return {}
@@ -352,11 +423,11 @@ def _layers_of(
         if other is not None:
             raise CheckpointError(
                 f"{stored}: is packed, but {type(model).__name__} of transformers has {other} in "
-                f"its place; {_ELSEWHERE}"
+                f"its place; {ELSEWHERE}"
             )
         shape = _shape(checkpoint, stored)
         if shape != tuple(layer.weight.shape):
-            raise _wrong_shape(weight, shape, layer.weight.shape)
+            raise wrong_shape(weight, shape, layer.weight.shape)
         found[stored] = (name, layer)
     return found
 
@@ -408,15 +479,6 @@ def _empty(layer: nn.Linear | nn.Embedding, form: LayerFormat, accumulation: str
     return DialectLinear.empty(layer, form, accumulation)
 
 
-def _refuse_experts(layers: Iterable[str]) -> None:
-    for layer in layers:
-        if expert_of(layer) is not None:
-            raise CheckpointError(
-                f"{layer}: is packed, but transformers runs all experts of a layer as one tensor; "
-                "serve the checkpoint with vLLM, or convert the model with --no-experts"
-            )
-
-
 def _shape(checkpoint: Checkpoint, stored: str) -> tuple[int, ...]:
     """Rows and columns of a stored layer, packed or not."""
     tensor = checkpoint.tensors.get(f"{stored}.weight")
@@ -424,7 +486,7 @@ def _shape(checkpoint: Checkpoint, stored: str) -> tuple[int, ...]:
         return tensor.shape
     codes = f"{stored}.{STORED_FIELDS[0].stored}"
     if codes not in checkpoint.tensors:
-        raise _missing(codes)
+        raise missing(codes)
     *rows, columns = checkpoint.tensors[codes].shape
     return (*rows, columns * 2)
 
@@ -445,20 +507,9 @@ def _planned(model: Any) -> re.Pattern[str] | None:
 
 def _check_packed(name: str, layer: PackedModule) -> None:
     try:
-        layer.packed.validate(name, prefix="weight_")
+        layer.check(name)
     except ValueError as error:
         sentence = str(error)
         raise CheckpointError(
-            sentence if sentence.startswith(name) else f"{name}: {sentence}; {_AGAIN}"
+            sentence if sentence.startswith(name) else f"{name}: {sentence}; {AGAIN}"
         ) from None
-
-
-def _missing(name: str) -> CheckpointError:
-    return CheckpointError(f"{name}: the checkpoint does not hold it; {_AGAIN}")
-
-
-def _wrong_shape(name: str, found: Any, needed: Any) -> CheckpointError:
-    return CheckpointError(
-        f"{name}: the checkpoint's tensor is {list(found)} where transformers' model needs "
-        f"{list(needed)}; config.json belongs to another model: copy it and the weights again"
-    )

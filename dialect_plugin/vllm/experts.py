@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from dialect_kernels.ops import grouped_linear, warm_up_experts
 from dialect_kernels.packed import STORED_FIELDS
 
 from ..experts import BIAS, DOWN, GATE, PARTS, UP, WEIGHT, Expert, layout_of
+from ..routing import chosen_experts
 from ..scheme import LayerFormat, SchemeError
 from . import compat, heap
 from .activations import Activation
@@ -205,8 +207,6 @@ class BlockDialectExpertsMethod(MarksLoaded, FusedMoEMethodBase):
     ) -> torch.Tensor:
         """The sum of the chosen experts' outputs; vLLM runs shared experts by itself.
 
-        All shapes depend on shapes alone, so that it can be traced.
-
         Args:
             layer: the layer.
             x: [T, H].
@@ -214,26 +214,19 @@ class BlockDialectExpertsMethod(MarksLoaded, FusedMoEMethodBase):
             topk_ids: [T, k], numbers of experts in the whole model.
 
         Returns:
-            [T, H] in x's dtype: products of the chosen experts are added in float32 and rounded
-            once.
+            [T, H] in x's dtype, see :func:`~dialect_plugin.routing.chosen_experts`.
         """
-        tokens, chosen = topk_ids.shape
         if layer.apply_router_weight_on_input:
             x = x * topk_weights.to(x.dtype)
             topk_weights = torch.ones_like(topk_weights)
-        ids = topk_ids.reshape(-1).long()
+        ids = topk_ids.long()
         count = layer.w2_weight_packed.shape[0]
         if layer.expert_map is not None:
             local = layer.expert_map.to(torch.int64)[ids]
             ids = torch.where(local < 0, count, local)  # behind all of this rank's
-        ordered, order = torch.sort(ids, stable=True)
-        offsets = torch.searchsorted(ordered, torch.arange(count + 1, device=ids.device))
-        rows = torch.div(order, chosen, rounding_mode="floor")
-        inner = self._act(self._product(layer, _GATE_UP, x, rows, offsets))
-        outer = self._product(layer, _DOWN, inner, None, offsets)
-        own = torch.argsort(order).view(tokens, chosen)
-        weighted = outer[own].float() * topk_weights.float().unsqueeze(-1)
-        return weighted.sum(dim=1).to(x.dtype)
+        before = partial(self._product, layer, _GATE_UP)
+        after = partial(self._product, layer, _DOWN)
+        return chosen_experts(x, topk_weights, ids, count, before, self._act, after)
 
     def _warm_up(self, layer: Any) -> None:
         """Compile a GPU's kernels now: nothing is compiled while serving, or in a CUDA graph."""

@@ -27,7 +27,7 @@ class PackedWeight(torch.Tensor):
     def __new__(
         cls,
         decode: Callable[[], torch.Tensor],
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
         remedy: str,

@@ -1,6 +1,7 @@
 """Evaluations of tiny models, against layers that are exchanged by hand."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from dialect_kernels.calibrated import quantize_calibrated_baseline
 from dialect_kernels.formatbook import SEMANTIC_32
 from dialect_kernels.rotation import rotate_activation, rotate_weight
 from dialect_plugin.checkpoint.convert import convert
+from dialect_plugin.checkpoint.options import ConvertOptions
 from dialect_plugin.checkpoint.reader import CheckpointError, open_checkpoint, open_packed
 from dialect_plugin.evaluation.calibrated_peers import CalibratedPeers
 from dialect_plugin.evaluation.evaluator import evaluate
@@ -35,7 +37,7 @@ class ByHand:
     def __enter__(self):
         for name in self.layers:
             layer = self.model.get_submodule(name)
-            layer.forward = lambda x, name=name, layer=layer: self.product(name, layer, x)
+            layer.forward = partial(self.product, name, layer)
         return self.model
 
     def __exit__(self, *_):
@@ -207,13 +209,53 @@ def test_without_a_checkpoint_the_usual_layers_are_emulated(tiny_model, text):
     assert [row.name for row in found.rows] == ["mxfp4-32"]
 
 
-def test_packed_experts_are_refused_and_those_of_a_16_bit_model_left_alone(
-    tiny_model, packed, text
-):
+def mixture_of(multiply):
+    """What linear layers and experts compute if `multiply` computes all products."""
+
+    def product(name, layer, x, ids=None, weights=None):
+        if ids is None:
+            return multiply(layer.weight, x[0])[None]
+        outputs = x.new_zeros(*ids.shape, x.shape[1])
+        for expert in range(4):
+            tokens, places = torch.where(ids == expert)
+            if len(tokens):
+                gate, up = layer.gate_up_proj[expert].chunk(2)
+                own = x[tokens]
+                gate, up = (multiply(weight, own).float() for weight in (gate, up))
+                inner = (torch.nn.functional.silu(gate) * up).to(x.dtype)
+                outputs[tokens, places] = multiply(layer.down_proj[expert], inner)
+        return (outputs.float() * weights.float()[..., None]).sum(1).to(x.dtype)
+
+    return product
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_experts_are_evaluated_in_every_format(tiny_model, packed, text, given):
     mixture = tiny_model("MixtralForCausalLM")
-    with pytest.raises(CheckpointError, match=r"is one of an expert, .* --no-experts to evaluate"):
-        evaluate([packed("MixtralForCausalLM")], mixture, options(text))
-    assert evaluate([], mixture, options(text, formats="mxfp4-32")).layers == 2 * 4
+    directories = [packed("MixtralForCausalLM")] if given else []
+    found = evaluate(directories, mixture, options(text, formats="mxfp4-32"))
+    assert found.layers == 2 * (4 + 4 * 3)
+    paths = [f"model.layers.{n}.self_attn.{p}_proj" for n in range(2) for p in "qkvo"]
+    paths += [f"model.layers.{n}.mlp.experts" for n in range(2)]
+
+    def ours(weight, x):
+        return reference.dialect_linear(x, reference.quantize(weight, SEMANTIC_32, 32))
+
+    def mxfp4(weight, x):
+        weight, x = (baselines.quantize_mxfp4(t.float(), 32) for t in (weight, x))
+        return (x @ weight.T).to(torch.bfloat16)
+
+    products = [ours, mxfp4] if given else [mxfp4]
+    for row, multiply in zip(found.rows, products, strict=True):
+        agrees(row, mixture, text, paths, mixture_of(multiply))
+    assert found.rows[-1].bits == 4.25
+
+
+def test_experts_stay_in_16_bit_where_they_are_not_packed(tiny_model, text, tmp_path):
+    mixture = tiny_model("MixtralForCausalLM")
+    convert(mixture, tmp_path / "packed", ConvertOptions(experts=False))
+    found = evaluate([tmp_path / "packed"], mixture, options(text, formats="nvfp4-16"))
+    assert found.layers == 2 * 4
 
 
 def test_attention_is_rounded_too(tiny_model, packed, text):

@@ -9,10 +9,9 @@ from safetensors.torch import load_file
 
 from dialect_plugin import open_packed
 from dialect_plugin.checkpoint.convert import convert
-from dialect_plugin.checkpoint.options import ConvertOptions
 from dialect_plugin.checkpoint.reader import CheckpointError
 from dialect_plugin.scheme import Scheme
-from dialect_plugin.transformers import DialectLinear
+from dialect_plugin.transformers import DialectExperts, DialectLinear
 from tests.support.swept_models import CONFIGS, build, decoded_copy
 
 pytestmark = pytest.mark.slow
@@ -44,7 +43,7 @@ def test_the_packed_model_is_the_decoded_one_and_is_saved_as_it_was(architecture
     source, packed = build(architecture, tmp_path / "source"), tmp_path / "packed"
     # in W4A16 nothing but the order of additions differs from a product with decoded weights
     scheme = Scheme(activation_format="none")
-    convert(source, packed, ConvertOptions(scheme=scheme, experts=False))
+    convert(source, packed, scheme)
     model_class = getattr(transformers, architecture)
     if architecture in REFUSED:
         with pytest.raises(CheckpointError, match=REFUSED[architecture]):
@@ -52,7 +51,9 @@ def test_the_packed_model_is_the_decoded_one_and_is_saved_as_it_was(architecture
         return
     loaded = model_class.from_pretrained(packed, dtype=torch.float32)
     layers = [m for m in loaded.modules() if isinstance(m, DialectLinear)]
-    assert len(layers) == len(open_packed(packed)) > 0
+    mixtures = [m for m in loaded.modules() if isinstance(m, DialectExperts)]
+    matrices = [m.num_experts * (3 if hasattr(m, "gate_up_proj") else 2) for m in mixtures]
+    assert len(layers) + sum(matrices) == len(open_packed(packed)) > 0
     assert {p.dtype for p in loaded.parameters() if p.is_floating_point()} == {torch.float32}
     decoded = decoded_copy(source, packed, tmp_path / "decoded")
     expected = answer(model_class.from_pretrained(decoded, dtype=torch.float32))
@@ -64,4 +65,4 @@ def test_the_packed_model_is_the_decoded_one_and_is_saved_as_it_was(architecture
     for name, tensor in wanted.items():  # transformers keeps some in float32
         assert torch.equal(found[name].float(), tensor.float()), name
     assert scheme_of(saved) == scheme_of(packed)
-    assert len(open_packed(saved)) == len(layers)
+    assert len(open_packed(saved)) == len(open_packed(packed))

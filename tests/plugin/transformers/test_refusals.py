@@ -144,10 +144,65 @@ def test_options_for_a_16_bit_checkpoint(tiny_model, options, match, error):
     refused(match, tiny_model(), error=error, quantization_config=config)
 
 
-def test_packed_experts(packed):
+EXPERTS = "model.layers.1.block_sparse_moe.experts"
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "match"),
+    [
+        (
+            drop(f"{EXPERTS}.2.up_proj.weight_meta"),
+            {},
+            rf"{EXPERTS}\.2\.up_proj\.weight_meta: the checkpoint does not hold it; convert",
+        ),
+        (
+            put(f"{EXPERTS}.2.up_proj.weight_packed", lambda t: t[:-1]),
+            {},
+            rf"{EXPERTS}\.2\.up_proj\.weight_packed: .*\[255, 64\] where .*\[256, 64\]",
+        ),
+        (
+            put(f"{EXPERTS}.2.down_proj.weight_row_exponent", lambda t: t.fill_(-128)),
+            {},
+            r"mlp\.experts\.down_proj of expert 2\.weight_row_exponent: -128 at \[0\]",
+        ),
+        (None, {"num_local_experts": 3}, r"experts\.3\.\w+: transformers' model has 3 experts"),
+        (None, {"num_local_experts": 5}, r"experts\.4\.\w+\.weight_packed: the checkpoint does"),
+        (
+            None,
+            {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+            r"LlamaForCausalLM of transformers has nothing in the place of these experts, .*"
+            "--no-experts or ignore",
+        ),
+    ],
+)
+def test_packed_experts(packed, tmp_path, change, config, match):
+    copy = Path(shutil.copytree(packed("MixtralForCausalLM"), tmp_path / "copy"))
+    if change is not None:
+        edit(copy, change)
+    edit_config(copy, **config)
+    refused(match, copy)
+
+
+def test_experts_that_disagree(packed, tmp_path):
+    copy = Path(shutil.copytree(packed("MixtralForCausalLM"), tmp_path / "copy"))
+    scheme = json.loads((copy / "config.json").read_text())["quantization_config"]
+    overrides = {f"{EXPERTS}.1.up_proj": {"activation_format": "fp8"}}
+    edit_config(copy, quantization_config=scheme | {"overrides": overrides, "format_version": 2})
+    refused(rf"the experts of {EXPERTS} disagree \(", copy, error=SchemeError)
+
+
+def test_nan_in_an_expert(tiny_model, tmp_path):
+    source = Path(shutil.copytree(tiny_model("MixtralForCausalLM"), tmp_path / "source"))
+
+    def spoil(weight):
+        weight[3, 4] = torch.nan
+        return weight
+
+    edit(source, put(f"{EXPERTS}.1.w2.weight", spoil))
     refused(
-        r"experts\.0\.[a-z]*_proj: is packed, but transformers runs all experts .* --no-experts",
-        packed("MixtralForCausalLM"),
+        rf"{EXPERTS}\.1\.down_proj\.weight: nan at \[3, 4\]",
+        source,
+        quantization_config=BlockDialectConfig(),
     )
 
 

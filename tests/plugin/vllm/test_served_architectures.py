@@ -3,14 +3,17 @@
 One with bias, one with fused projections, one with experts; the sweep has the other architectures.
 
 The packed bytes must be those of quantizing the checkpoint's weights; the log-probabilities those
-of transformers' model with decoded weights and rounded inputs. The tolerance is for the order of
+of transformers' model with decoded weights and rounded inputs, and those of the packed checkpoint
+in transformers. The tolerance is for the order of
 float32 additions in what is not quantized (norms, attention, output projection), 1e-6
 here; the formats differ from each other by more than 0.05 (test_engine).
 """
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+import dialect_plugin.transformers  # noqa: F401 (it registers itself)
 from dialect_plugin.checkpoint.convert import convert
 from tests.support.engines import (
     STORED,
@@ -23,6 +26,8 @@ from tests.support.engines import (
     parameters,
 )
 from tests.support.served_models import (
+    PROMPT,
+    VOCABULARY,
     build,
     checkpoint_tensors,
     expected_logprobs,
@@ -66,3 +71,10 @@ def test_packed_and_online(architecture, tmp_path):
 
     oracle = expected_logprobs(source, architecture)[:-1]
     torch.testing.assert_close(packed_logprobs, oracle, rtol=1e-4, atol=1e-3)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "packed", dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        logits = loaded(torch.tensor([PROMPT])).logits[0, :-1, :VOCABULARY]
+    in_transformers = logits.log_softmax(-1)
+    torch.testing.assert_close(packed_logprobs, in_transformers, rtol=1e-4, atol=1e-3)
