@@ -41,6 +41,7 @@ __all__ = [
     "expert_of",
     "is_bias",
     "layout_of",
+    "leaves_of",
     "names_of",
     "prefixes",
 ]
@@ -79,6 +80,29 @@ _TRANSPOSED = frozenset(
     }
 )
 """Architectures whose tensors of all experts are [E, K, N]."""
+_ONE_BY_ONE = frozenset(
+    {
+        "AXK1ForCausalLM",
+        "AfmoeForCausalLM",
+        "Cohere2MoeForCausalLM",
+        "DeepseekV2ForCausalLM",
+        "DeepseekV3ForCausalLM",
+        "Ernie4_5_MoeForCausalLM",
+        "ExaoneMoeForCausalLM",
+        "FlexOlmoForCausalLM",
+        "Glm4MoeForCausalLM",
+        "Glm4MoeLiteForCausalLM",
+        "HYV3ForCausalLM",
+        "HunYuanMoEV1ForCausalLM",
+        "MellumForCausalLM",
+        "MiMoV2FlashForCausalLM",
+        "OlmoeForCausalLM",
+        "Qwen2MoeForCausalLM",
+        "Qwen3MoeForCausalLM",
+    }
+)
+_AS_W = frozenset({"Lfm2MoeForCausalLM", "MiniMaxM2ForCausalLM", "MixtralForCausalLM"})
+"""Architectures whose tensors are of one expert each, called as ours or ``w1``, ``w3``, ``w2``."""
 _INTERLEAVED = frozenset({"GptOssForCausalLM"})
 """Architectures whose gates and ups alternate in a tensor of all experts."""
 
@@ -108,6 +132,17 @@ def layout_of(architectures: Collection[str]) -> Layout:
     """
     names = set(architectures)
     return Layout(not names.isdisjoint(_TRANSPOSED), not names.isdisjoint(_INTERLEAVED))
+
+
+def leaves_of(architecture: str) -> Mapping[str, str] | None:
+    """Part of an expert -> what a 16-bit checkpoint calls it; None if not known to be one by one.
+
+    Args:
+        architecture: of a config.json.
+    """
+    if architecture in _AS_W:
+        return dict(zip(PARTS, ("w1", "w3", "w2"), strict=True))
+    return dict(zip(PARTS, PARTS, strict=True)) if architecture in _ONE_BY_ONE else None
 
 
 def expert_of(layer: str) -> Expert | None:

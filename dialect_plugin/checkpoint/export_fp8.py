@@ -9,6 +9,7 @@ the model's dtype, in which engines hold them.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 from dialect_kernels import __version__
 
 from ..architectures import collapse_experts, is_embedding
-from ..experts import expert_of
+from ..experts import expert_of, leaves_of, prefixes
 from .companions import find_companions
 from .finish import finish_checkpoint
 from .progress import Progress
@@ -64,9 +65,9 @@ def export_fp8(packed: PackedCheckpoint, destination: Path, progress: Progress) 
         progress: receives every tensor.
 
     Raises:
-        CheckpointError, ValueError: one sentence, if a layer is rotated or of an expert, the
-            destination cannot be used, or a tensor is missing, does not fit or holds reserved
-            values.
+        CheckpointError, ValueError: one sentence, if a layer is rotated, or of an expert that
+            engines do not read, the destination cannot be used, or a tensor is missing, does not
+            fit or holds reserved values.
         OSError: if writing fails.
     """
     source = packed.checkpoint
@@ -126,13 +127,23 @@ def _fp8_layers(packed: PackedCheckpoint) -> list[str]:
 
 
 def _refuse_experts(packed: PackedCheckpoint) -> None:
+    architecture = packed.checkpoint.architecture
     for name in packed.layers:
-        if expert_of(name) is not None:
+        if expert_of(name) is not None and leaves_of(architecture) is None:
             raise CheckpointError(
-                f"{packed.checkpoint.path}: the layer {name} is one of an expert, and engines do "
-                "not agree on how FP8 experts are stored; convert the 16-bit model again with "
-                "--no-experts, and export that"
+                f"{packed.checkpoint.path}: the layer {name} is one of an expert, and engines are "
+                f"not known to read FP8 experts of {architecture} one by one; convert the 16-bit "
+                "model again with --no-experts, and export that"
             )
+
+
+def _exported_name(packed: PackedCheckpoint, layer: str) -> str:
+    """What a layer is called in the model's 16-bit checkpoints, which engines know."""
+    expert = expert_of(layer)
+    if expert is None:
+        return layer
+    leaves = leaves_of(packed.checkpoint.architecture) or {}
+    return f"{expert.prefix}.{expert.number}.{leaves[expert.part]}"
 
 
 def _compressed_tensors_config(packed: PackedCheckpoint) -> dict[str, Any]:
@@ -155,8 +166,10 @@ def _compressed_tensors_config(packed: PackedCheckpoint) -> dict[str, Any]:
 
 
 def _sixteen_bit_layers(packed: PackedCheckpoint) -> list[str]:
-    """Names and patterns of all linear layers that stay in 16 bit, experts as one pattern."""
-    listed = collapse_experts(packed.checkpoint.linear_layers())
+    """Names and patterns of all linear layers that stay in 16 bit; experts as patterns."""
+    listed = collapse_experts(packed.checkpoint.linear_layers(), packed.layers)
+    modules = prefixes(packed.checkpoint.linear_layers())
+    listed = [f"re:{re.escape(name)}\\..*" if name in modules else name for name in listed]
     listed += filter(is_embedding, packed.layers)
     if "lm_head" not in (*listed, *packed.layers):
         listed.append("lm_head")  # tied to the embeddings: no tensor, but a linear layer
@@ -179,8 +192,9 @@ def _exported_tensors(
                     progress.advance(info.nbytes)
                     continue
                 weight, scale = packed.read(layer).to_e4m3()
-                yield f"{layer}.weight", weight
-                yield f"{layer}.weight_scale", scale[:, None].contiguous()
+                exported = _exported_name(packed, layer)
+                yield f"{exported}.weight", weight
+                yield f"{exported}.weight_scale", scale[:, None].contiguous()
             elif not name.endswith(PACKED_SUFFIXES):
                 yield name, file.get_tensor(name)
             progress.advance(info.nbytes)

@@ -51,8 +51,32 @@ def engine(model: Path, **options: Any) -> Iterator[Any]:
 def load_model(path: Path, **options: Any) -> torch.nn.Module:
     """The model as vLLM loads it, without an engine; needs the fixture `one_rank`."""
     from vllm.config import set_current_vllm_config
-    from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model_loader
+
+    config = _config(path, **options)
+    with set_current_vllm_config(config):
+        loader = get_model_loader(config.load_config)
+        model: torch.nn.Module = loader.load_model(
+            vllm_config=config, model_config=config.model_config
+        )
+    return model
+
+
+def empty_model(path: Path, **options: Any) -> torch.nn.Module:
+    """As :func:`load_model`, before anything is loaded."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    config = _config(path, **options)
+    with set_current_vllm_config(config):
+        model: torch.nn.Module = initialize_model(
+            vllm_config=config, model_config=config.model_config
+        )
+    return model
+
+
+def _config(path: Path, **options: Any) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
 
     defaults: dict[str, Any] = {
         "skip_tokenizer_init": True,
@@ -60,13 +84,7 @@ def load_model(path: Path, **options: Any) -> torch.nn.Module:
         "max_model_len": 64,
     }
     arguments = EngineArgs(str(path), enforce_eager=True, **(defaults | options))
-    config = arguments.create_engine_config()
-    with set_current_vllm_config(config):
-        loader = get_model_loader(config.load_config)
-        model: torch.nn.Module = loader.load_model(
-            vllm_config=config, model_config=config.model_config
-        )
-    return model
+    return arguments.create_engine_config()
 
 
 def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -7,6 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+)
 
 from dialect_kernels import reference
 from dialect_plugin.checkpoint.convert import convert
@@ -16,6 +19,7 @@ from dialect_plugin.checkpoint.progress import Silent
 from dialect_plugin.checkpoint.reader import CheckpointError, open_packed
 from dialect_plugin.cli import app
 from dialect_plugin.scheme import Scheme
+from tests.support.conversions import edit_config
 
 OPTIONS = {
     "ignore": ["re:.*layers\\.1\\.self_attn"],
@@ -88,10 +92,6 @@ def test_compressed_tensors_dequantizes_it_to_the_same_values(packed, exported):
 
 
 def test_vllm_takes_it_as_fp8_and_leaves_the_ignored_layers_alone(packed, exported):
-    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
-        CompressedTensorsConfig,
-    )
-
     data = json.loads((exported / "config.json").read_text())["quantization_config"]
     config = CompressedTensorsConfig.from_config(data)
     config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
@@ -121,10 +121,38 @@ def test_tied_output_projection_and_experts_are_left_alone(tiny_model, tmp_path)
     assert not [name for name in ignored if ".experts." in name and not name.startswith("re:")]
 
 
-def test_packed_experts_are_refused(tiny_model, tmp_path):
-    mixture = packed_checkpoint(tiny_model("MixtralForCausalLM"), tmp_path / "mixture")
-    with pytest.raises(CheckpointError, match=r"is one of an expert, .* with --no-experts"):
-        export_fp8(mixture, tmp_path / "fp8", Silent())
+def test_experts_have_the_names_and_the_bytes_that_engines_read(tiny_model, tmp_path):
+    """Half of them: those of the other decoder layer stay in 16 bit."""
+    mixture = packed_checkpoint(
+        tiny_model("MixtralForCausalLM"), tmp_path / "mixture", ignore=["re:.*layers.1.*experts"]
+    )
+    export_fp8(mixture, tmp_path / "fp8", Silent())
+    tensors = tensors_of(tmp_path / "fp8")
+    experts = "model.layers.{}.block_sparse_moe.experts.{}.{}"
+    for number in range(4):
+        for part, leaf in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
+            name = experts.format(0, number, leaf)
+            weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"]
+            expected = mixture.read(experts.format(0, number, part)).dequantize(torch.float32)
+            assert weight.dtype == torch.float8_e4m3fn
+            assert torch.equal(weight.float() * scale, expected)
+            assert tensors[experts.format(1, number, leaf) + ".weight"].dtype == torch.bfloat16
+    assert not [name for name in tensors if name.endswith("gate_proj.weight")]
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    config = CompressedTensorsConfig.from_config(config["quantization_config"])
+    linear = torch.nn.Linear(1, 1)
+    assert config.get_scheme_dict(linear, experts.format(0, 2, "w1")) is not None
+    assert config.get_scheme_dict(linear, experts.format(1, 2, "w1")) is None
+
+
+def test_experts_that_engines_do_not_read_one_by_one_are_refused(tiny_model, tmp_path):
+    packed_checkpoint(tiny_model("MixtralForCausalLM"), tmp_path / "mixture")
+    edit_config(tmp_path / "mixture", architectures=["GraniteMoeForCausalLM"])
+    with pytest.raises(
+        CheckpointError,
+        match=r"is one of an expert, .* FP8 experts of GraniteMoeFor.* with --no-experts",
+    ):
+        export_fp8(open_packed(tmp_path / "mixture"), tmp_path / "fp8", Silent())
     assert not (tmp_path / "fp8").exists()
 
 

@@ -3,16 +3,19 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from dialect_kernels import reference
 from dialect_kernels.formatbook import book_by_name
 from dialect_plugin.checkpoint.convert import convert
 from dialect_plugin.checkpoint.options import ConvertOptions
-from dialect_plugin.scheme import Scheme
+from dialect_plugin.scheme import LayerFormat, Scheme
 from dialect_plugin.transformers import BlockDialectConfig, DialectExperts, DialectLinear
+from dialect_plugin.transformers.experts import ExpertsPlace, stacked
 from tests.support.by_hand import TOKENS, logits_of
 from tests.support.swept_models import build
 
@@ -148,6 +151,35 @@ def test_the_logits_are_those_of_experts_computed_one_by_one(
     torch.testing.assert_close(
         logits_of(default), logits_of(expected), rtol=0, atol=0.05
     )  # one rounding of bfloat16 more or less
+
+
+def test_experts_without_gates():
+    """Nemotron-H's, whose activation is the square of what is positive."""
+    torch.manual_seed(0)
+    config = transformers.NemotronHConfig(
+        hidden_size=64, moe_intermediate_size=96, n_routed_experts=3, moe_latent_size=None
+    )
+    plain = NemotronHExperts(config)
+    for weight in plain.parameters():
+        weight.data.normal_(std=0.2)
+    place = ExpertsPlace.of("experts", plain)
+    form = LayerFormat("semantic_32", 32, "dialect", "none")
+    packed = {
+        stack: [packer()(weight) for weight in plain.get_parameter(stack).detach()]
+        for stack in ("up_proj", "down_proj")
+    }
+    stacks = {stack: (stacked(place.layout, [own]), form) for stack, own in packed.items()}
+    experts = DialectExperts(place, stacks, "exact", torch.float32)
+    x, weights = torch.randn(7, 64), torch.rand(7, 2)
+    ids = torch.stack([torch.randperm(3)[:2] for _ in range(7)])
+    expected = torch.zeros(7, 2, 64)
+    for token, place_of_choice in torch.cartesian_prod(torch.arange(7), torch.arange(2)).tolist():
+        expert = int(ids[token, place_of_choice])
+        inner = reference.dialect_linear(x[token, None], packed["up_proj"][expert]).relu().square()
+        outer = reference.dialect_linear(inner, packed["down_proj"][expert])
+        expected[token, place_of_choice] = outer[0]
+    expected = (expected * weights[..., None]).sum(1)
+    assert torch.equal(experts(x, ids, weights), expected)
 
 
 def test_an_option_chooses_the_format_of_activations(packed):

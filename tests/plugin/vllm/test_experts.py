@@ -13,11 +13,15 @@ from safetensors.torch import save_file
 
 from dialect_kernels import SEMANTIC_32, quantize
 from dialect_plugin.checkpoint.convert import convert
+from dialect_plugin.checkpoint.export_fp8 import export_fp8
 from dialect_plugin.checkpoint.options import ConvertOptions
+from dialect_plugin.checkpoint.progress import Silent
+from dialect_plugin.checkpoint.reader import open_packed
 from dialect_plugin.scheme import Scheme
 from tests.support import swept_models
 from tests.support.engines import (
     STORED,
+    empty_model,
     engine,
     expected_experts,
     load_model,
@@ -138,6 +142,29 @@ class TestWithoutAnEngine:
         convert(source, plain, ConvertOptions(experts=False))
         with pytest.raises(ValueError, match="packed experts that vLLM builds in 16 bit; convert"):
             load_model(write(tmp_path / "mixed", plain, checkpoint_tensors(packed)))
+
+    @pytest.mark.parametrize("architecture", [ARCHITECTURE, "Qwen3MoeForCausalLM"])
+    def test_exported_to_fp8_they_are_what_vllm_s_own_classes_read(self, architecture, tmp_path):
+        """Every architecture of the export was tried; running them needs a GPU."""
+        convert(swept_models.build(architecture, tmp_path / "source"), tmp_path / "packed")
+        packed = open_packed(tmp_path / "packed")
+        export_fp8(packed, tmp_path / "fp8", Silent())
+        model = empty_model(tmp_path / "fp8")
+        model.load_weights(iter(checkpoint_tensors(tmp_path / "fp8").items()))
+        found = tensors_of(model)
+        modules = [name.removesuffix(".w13_weight") for name in found if name.endswith("13_weight")]
+        assert len(modules) == 2
+        for module in modules:
+            assert "Fp8" in type(model.get_submodule(module).quant_method).__name__
+            name = module.partition(".experts")[0] + ".experts"
+            for number in range(4):
+                for stack, parts in (("w13", ("gate_proj", "up_proj")), ("w2", ("down_proj",))):
+                    own = [packed.read(f"{name}.{number}.{part}").to_e4m3() for part in parts]
+                    weight, scale = (torch.cat(tensors) for tensors in zip(*own, strict=True))
+                    there = found[f"{module}.{stack}_weight"][number]
+                    assert torch.equal(there.view(torch.uint8), weight.view(torch.uint8))
+                    there = found[f"{module}.{stack}_weight_scale"][number]
+                    assert torch.equal(there[:, 0], scale)
 
     def test_options_for_all_experts_of_a_layer(self, source, tmp_path):
         overrides = {f"{EXPERTS}.down_proj": {"block_size": 64}}
