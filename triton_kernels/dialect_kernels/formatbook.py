@@ -165,6 +165,10 @@ class Formatbook:
         """Number of dialects."""
         return len(self.half_units)
 
+    def __hash__(self) -> int:
+        """Of the name alone: every product on a GPU looks its tables up by the book."""
+        return hash(self.name)
+
     @property
     def variants(self) -> int:
         """Dialects per largest half-unit M: ids ``variants * (15 - M) + v``, v = 0..variants-1."""

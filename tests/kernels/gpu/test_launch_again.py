@@ -16,8 +16,11 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
+from dialect_kernels import SEMANTIC_32, PackedTensor
+from dialect_kernels.gpu import gemm, linear
 from dialect_kernels.gpu import launch as launches
 from dialect_kernels.gpu.launch import launch
+from dialect_kernels.gpu.quantize_activations import _quantize_activation_kernel as quantizer
 from tests.support.views import shifted
 
 
@@ -87,3 +90,25 @@ def test_what_a_kernel_is_compiled_for_is_a_kernel_of_its_own(seen):
     assert len({id(kernel) for kernel, _ in launches._compiled.values()}) == 8
     launch(copy_kernel, (3,), (x, y, None, 7), {"BLOCK": 16, "ADD": 3}, num_warps=1)
     assert len(launches._compiled) == 8
+
+
+@pytest.mark.parametrize("activation_format", ["dialect", "none"])
+def test_a_layer_never_searches_again(seen, monkeypatch, activation_format):
+    """Whatever the number of tokens, kernels that a layer's first products compiled are found."""
+    facts = linear._Device("no such device", 132, (9, 0), 60 << 20)
+    monkeypatch.setattr(linear, "_device", lambda device: facts)
+    p = PackedTensor.empty((128, 512), SEMANTIC_32, 32)
+    bias = torch.zeros(128)
+
+    def product(tokens):
+        x = torch.zeros(tokens, 512, dtype=torch.bfloat16)
+        return linear.dialect_linear(x, p, bias, activation_format, "default")
+
+    for tokens in (1, 16):
+        product(tokens)
+    known = len(seen)
+    for kernel in (gemm.eight_bit_kernel, gemm.sixteen_bit_kernel, quantizer):
+        monkeypatch.setattr(kernel, "run", lambda *_, **__: pytest.fail("searched again"))
+    for tokens in (2, 7, 15, 16, 1):
+        assert product(tokens).shape == (tokens, 128)
+    assert len(seen) == known + 5 * (known // 2)

@@ -1,10 +1,7 @@
 """The decoder's inline PTX, executed in numpy: equal to the formatbook for all there can be.
 
-The instructions are those of the kernels, read from their text; their meaning is written here from
-the PTX manual.
+The instructions are those of the kernels, read from their text.
 """
-
-import re
 
 import numpy as np
 import pytest
@@ -12,60 +9,9 @@ import torch
 
 from dialect_kernels import DIALECT_FP4, SEMANTIC_32
 from dialect_kernels.gpu import decode
+from tests.support.ptx import execute
 
-WORD = np.uint64(0xFFFFFFFF)
 all_books = pytest.mark.parametrize("book", [DIALECT_FP4, SEMANTIC_32], ids=lambda b: b.name)
-
-
-def prmt(a, b, selector):
-    """Four of the eight bytes of a (low) and b; bit 3 of a selector nibble replicates the sign."""
-    result = np.zeros_like(selector)
-    both = a | (b << np.uint64(32))
-    for i in range(4):
-        nibble = (selector >> np.uint64(4 * i)) & np.uint64(15)
-        byte = (both >> ((nibble & np.uint64(7)) * np.uint64(8))) & np.uint64(0xFF)
-        sign = np.where(byte & np.uint64(0x80), np.uint64(0xFF), np.uint64(0))
-        byte = np.where(nibble & np.uint64(8), sign, byte)
-        result |= byte << np.uint64(8 * i)
-    return result
-
-
-def lop3(a, b, c, table):
-    """Any function of three bits: bit (a, b, c) of `table`."""
-    result = np.zeros_like(a)
-    for number in range(8):
-        if table >> number & 1:
-            terms = [x if number >> place & 1 else ~x for x, place in ((a, 2), (b, 1), (c, 0))]
-            result |= terms[0] & terms[1] & terms[2]
-    return result & WORD
-
-
-def execute(text, operands, results):
-    """Run a block of PTX on uint64 arrays that hold 32-bit words; returns operands 0..results-1."""
-    registers = {f"${number}": value for number, value in operands.items()}
-    lines = [line.strip() for line in text.strip().strip("{}").split(";")]
-    for line in filter(None, lines):
-        if line.startswith(".reg"):
-            continue
-        name, rest = re.fullmatch(r"(\S+)\s+(.*)", line).groups()
-        target, *sources = [item.strip() for item in rest.split(",")]
-        a, *more = [
-            registers[item] if item in registers else np.uint64(int(item, 0)) for item in sources
-        ]
-        if name == "and.b32":
-            value = a & more[0]
-        elif name == "shr.u32":
-            value = a >> more[0]
-        elif name == "shl.b32":
-            value = (a << more[0]) & WORD
-        elif name == "prmt.b32":
-            value = prmt(a, more[0], np.broadcast_to(more[1], np.shape(a)))
-        elif name == "lop3.b32":
-            value = lop3(a, more[0], more[1], int(more[2]))
-        else:
-            raise AssertionError(f"unknown instruction {name}")
-        registers[target] = value
-    return [registers[f"${number}"] for number in range(results)]
 
 
 def words():

@@ -34,6 +34,7 @@ import triton.language as tl
 from ..device_tables import kept_tables
 from ..formatbook import E4M3_WINDOW, LOWEST_EXPONENT, NAN_ROW, Formatbook
 from ..packed import PackedTensor
+from .launch import launch
 from .layout import interpreted
 from .rounding import power_of_two
 
@@ -365,21 +366,18 @@ def _launch(
     """Fill `w` [N rounded up to whole programs, Kp] and `scale`; one launch."""
     if p.shape[0] == 0:
         return
-    grid = (w.shape[0] // _ROWS, max(1, triton.cdiv(w.shape[1], _COLUMNS)))
-    _decode_kernel[grid](
-        p.codes,
-        p.meta,
-        p.row_exponent,
-        table,
-        w,
-        scale,
-        p.shape[0],
-        w.shape[1],
-        B=p.block_size,
-        BN=_ROWS,
-        BK=_COLUMNS,
-        E4M3=scale is not None,
-        ASM=not interpreted(),
+    rows, padded = w.shape
+    launch(
+        _decode_kernel,
+        (rows // _ROWS, max(1, -(-padded // _COLUMNS))),
+        (p.codes, p.meta, p.row_exponent, table, w, scale, p.shape[0], padded),
+        {
+            "B": p.block_size,
+            "BN": _ROWS,
+            "BK": _COLUMNS,
+            "E4M3": scale is not None,
+            "ASM": not interpreted(),
+        },
         num_warps=4,
     )
 

@@ -34,6 +34,7 @@ import triton.language as tl
 from ..packed import PackedTensor
 from .decode import e4m3_parts, e4m3_table, joined_sixteen, sixteen_parts, sixteen_table
 from .epilogue import MOST_EARLY, load_scales, store_tile
+from .launch import launch
 from .layout import aligned, interpreted
 from .tuning import GemmPlan
 
@@ -263,8 +264,8 @@ def arrivals(
     """
     if plan.splits == 1:
         return None
-    tiles = triton.cdiv(tokens, plan.tokens) * triton.cdiv(features, plan.features)
-    return torch.empty(tiles, dtype=torch.int32, device=device)
+    across, along, _ = _grid(tokens, features, plan)
+    return torch.empty(across * along, dtype=torch.int32, device=device)
 
 
 def launch_eight_bits(
@@ -289,23 +290,16 @@ def launch_eight_bits(
         tiles: with experts, p is [E * N, K], bias [E, N], y and scale have rows of the result, and
             the plan has one split.
     """
-    eight_bit_kernel[_grid(y, plan, tiles)](
-        q,
-        scale,
-        p.codes,
-        p.meta,
-        p.row_exponent,
-        e4m3_table(p.book, q.device),
-        bias,
-        y,
-        _partial(y, plan),
-        arrived,
-        *_schedule(tiles),
-        y.shape[0],
-        y.shape[1],
-        q.shape[1],
-        EVEN=q.shape[1] % plan.columns == 0,
-        **_shape(p, plan),
+    (tokens, features), padded = y.shape, q.shape[1]
+    grid = _grid(tokens, features, plan, tiles)
+    tensors = (q, scale, p.codes, p.meta, p.row_exponent, e4m3_table(p.book, q.device), bias, y)
+    launch(
+        eight_bit_kernel,
+        grid,
+        (*tensors, _partial(grid, plan, y), arrived, *_schedule(tiles), tokens, features, padded),
+        _shape(p.block_size, plan, plan.columns) | {"EVEN": padded % plan.columns == 0},
+        num_warps=plan.num_warps,
+        num_stages=plan.num_stages,
     )
 
 
@@ -333,63 +327,56 @@ def launch_sixteen_bits(
             rounded with the weight's book and block size.
         tiles: as for :func:`launch_eight_bits`.
     """
-    columns = p.block_size if exact else plan.columns
+    step = p.block_size if exact else plan.columns
     operand = torch.float16 if x.dtype == torch.float16 else torch.bfloat16
-    padded = p.codes.shape[1] * 2
-    sixteen_bit_kernel[_grid(y, plan, tiles)](
-        x,
-        scale,
-        p.codes,
-        p.meta,
-        p.row_exponent,
-        sixteen_table(p.book, operand, x.device),
-        bias,
-        y,
-        _partial(y, plan),
-        arrived,
-        *_schedule(tiles),
-        y.shape[0],
-        y.shape[1],
-        x.shape[1],
-        padded,
-        x.stride(0),
-        EVEN=padded % columns == 0 and x.shape[1] == padded,
-        ALIGNED=aligned(x),
-        EXACT=exact,
-        FLOAT16=operand == torch.float16,
-        **_shape(p, plan) | {"BK": columns},
+    (tokens, features), columns, padded = y.shape, x.shape[1], p.codes.shape[1] * 2
+    grid = _grid(tokens, features, plan, tiles)
+    table = sixteen_table(p.book, operand, x.device)
+    tensors = (x, scale, p.codes, p.meta, p.row_exponent, table, bias, y)
+    sizes = (tokens, features, columns, padded, x.stride(0))
+    launch(
+        sixteen_bit_kernel,
+        grid,
+        (*tensors, _partial(grid, plan, y), arrived, *_schedule(tiles), *sizes),
+        {
+            **_shape(p.block_size, plan, step),
+            "EVEN": padded % step == 0 and columns == padded,
+            "ALIGNED": aligned(x),
+            "EXACT": exact,
+            "FLOAT16": operand == torch.float16,
+        },
+        num_warps=plan.num_warps,
+        num_stages=plan.num_stages,
     )
 
 
-def _grid(y: torch.Tensor, plan: GemmPlan, tiles: RowTiles | None = None) -> tuple[int, int, int]:
+def _grid(
+    tokens: int, features: int, plan: GemmPlan, tiles: RowTiles | None = None
+) -> tuple[int, int, int]:
     """Tiles of tokens first: those that share weights run at the same time and read them once."""
-    tokens, features = y.shape
-    of_rows = triton.cdiv(tokens, plan.tokens) if tiles is None else len(tiles.table)
-    return of_rows, triton.cdiv(features, plan.features), plan.splits
+    of_rows = -(-tokens // plan.tokens) if tiles is None else len(tiles.table)
+    return of_rows, -(-features // plan.features), plan.splits
 
 
 def _schedule(tiles: RowTiles | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     return (None, None) if tiles is None else tiles
 
 
-def _partial(y: torch.Tensor, plan: GemmPlan) -> torch.Tensor | None:
+def _partial(grid: tuple[int, int, int], plan: GemmPlan, y: torch.Tensor) -> torch.Tensor | None:
     """Memory for the sums of every split, float32, or None if there is one."""
     if plan.splits == 1:
         return None
-    tokens, features, splits = _grid(y, plan)
-    tile = plan.features * plan.tokens
-    return torch.empty(features * tokens * splits * tile, dtype=torch.float32, device=y.device)
+    count = grid[0] * grid[1] * grid[2] * plan.features * plan.tokens
+    return torch.empty(count, dtype=torch.float32, device=y.device)
 
 
-def _shape(p: PackedTensor, plan: GemmPlan) -> dict[str, int | bool]:
+def _shape(block_size: int, plan: GemmPlan, step: int) -> dict[str, int | bool]:
     """What both kernels are compiled for."""
     return {
-        "B": p.block_size,
+        "B": block_size,
         "BM": plan.tokens,
         "BN": plan.features,
-        "BK": plan.columns,
+        "BK": step,
         "SPLIT": plan.splits > 1,
         "ASM": not interpreted(),
-        "num_warps": plan.num_warps,
-        "num_stages": plan.num_stages,
     }

@@ -18,13 +18,16 @@ __all__ = ["launch"]
 _WIDE = 31
 """Bits from which on Triton passes an integer as one of 64 bits."""
 
+_MISALIGNED = 15
+"""Bits of an address that are zero where Triton counts on vectors of 16 bytes."""
+
 _compiled: dict[tuple[object, ...], tuple[Any, tuple[str, ...]]] = {}
 
 
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
-    arguments: tuple[torch.Tensor | int | None, ...],
+    arguments: tuple[Any, ...],
     constants: Mapping[str, int | bool],
     **options: int,
 ) -> None:
@@ -33,19 +36,24 @@ def launch(
     Args:
         kernel: a function that ``triton.jit`` made, with ``do_not_specialize`` for its integers.
         grid: programs, in one to three dimensions.
-        arguments: the first ones, by position.
+        arguments: the first ones, by position: tensors of one device, integers and None, a tensor
+            first.
         constants: the ``tl.constexpr`` arguments, which are the last.
         options: Triton's, such as ``num_warps``.
     """
-    facts = [
-        (given.dtype, given.device, given.data_ptr() & 15 == 0)
-        if isinstance(given, torch.Tensor)
-        else None
-        if given is None
-        else given >> _WIDE
-        for given in arguments
-    ]
-    key = (id(kernel), *facts, *constants.values(), *options.values())
+    facts: list[object] = [kernel.fn, arguments[0].device]
+    addresses = 0
+    for given in arguments:
+        if given is None:
+            facts.append(None)
+        elif type(given) is int:
+            facts.append(given >> _WIDE)
+        else:
+            facts.append(given.dtype)
+            addresses |= given.data_ptr()
+    if addresses & _MISALIGNED:
+        facts += [t.data_ptr() & _MISALIGNED == 0 for t in arguments if isinstance(t, torch.Tensor)]
+    key = (*facts, *constants.values(), *options.values())
     known = _compiled.get(key)
     if known is None:
         compiled = kernel[grid](*arguments, **constants, **options)

@@ -14,7 +14,7 @@ first four in one half of the row and their last four in the other::
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -54,14 +54,23 @@ class RowConfig:
 
 
 @lru_cache(maxsize=256)
-def row_config(columns: int, rotated: bool = False) -> RowConfig:
-    """A safe default: the whole row at once, up to 8192 columns; a thread rotates 32 of them."""
+def row_config(columns: int, groups: bool = True) -> RowConfig:
+    """A safe default: the whole row at once, up to 8192 columns.
+
+    Args:
+        columns: of the row.
+        groups: whether a thread holds whole groups of 32 columns.
+    """
     chunk = min(8192, max(128, 1 << max(0, columns - 1).bit_length()))
-    return RowConfig(chunk, num_warps=max(1, min(8, chunk // (1024 if rotated else 512))))
+    return RowConfig(chunk, num_warps=max(1, min(8, chunk // (1024 if groups else 512))))
 
 
+@cache
 def interpreted() -> bool:
-    """Whether Triton interprets kernels on the CPU; inline PTX does not exist there."""
+    """Whether Triton interprets kernels on the CPU; inline PTX does not exist there.
+
+    Kernels are made for one or the other when they are defined: it does not change.
+    """
     return bool(triton.knobs.runtime.interpret)
 
 
@@ -116,9 +125,10 @@ def clear(p_zeros, count):
 
 
 @triton.jit
-def block_columns(first, B: tl.constexpr, CHUNK: tl.constexpr):
-    """Columns of the blocks of a chunk, int32 [CHUNK / B, B]."""
-    return first + tl.arange(0, CHUNK // B)[:, None] * B + tl.arange(0, B)[None, :]
+def block_columns(first, B: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr = 1):
+    """Columns of the blocks of a chunk, every STEP-th one, int32 [CHUNK / B, B / STEP]."""
+    o_block = tl.arange(0, CHUNK // B)[:, None] * B
+    return first + o_block + tl.arange(0, B // STEP)[None, :] * STEP
 
 
 @triton.jit

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from ..arguments import check_matrix
 from ..arithmetic import padded_columns
-from ..formatbook import DIALECT_FP4, Formatbook, Rotation
+from ..formatbook import DIALECT_FP4, E4M3_WINDOW, Formatbook, Rotation
 from ..packed import check_block_size
 from ..rotation import check_rotation
 from .launch import launch
@@ -40,13 +40,14 @@ from .layout import (
 )
 from .rotation import load_activation
 from .rounding import (
-    DELTAS,
-    WINDOW,
     block_largest,
-    block_range,
+    block_row,
     book_table,
-    e4m3_bytes,
+    bytes_of_words,
     e4m3_values,
+    e4m3_words,
+    four,
+    look_up,
     power_of_two,
     row_exponent,
     row_scale,
@@ -58,18 +59,19 @@ from .rounding import (
 
 __all__ = ["quantize_activation"]
 
+_WINDOW = tl.constexpr(E4M3_WINDOW)
+
 
 @triton.jit
-def _load_totals(e0, e1, e2, e3, p_totals, first, columns, label, B: tl.constexpr):
+def _load_totals(e1, e2, e3, p_totals, first, columns, label, B: tl.constexpr):
     """The group's errors instead of the block's own, unless the token is free."""
-    o_block = first // B + tl.arange(0, e0.shape[0])
+    o_block = first // B + tl.arange(0, e1.shape[0])
     m_block = o_block < tl.where(label >= 0, tl.cdiv(columns, B), 0)
-    p_total = p_totals + (tl.maximum(label, 0).to(tl.int64) * tl.cdiv(columns, B) + o_block) * 4
+    p_total = p_totals + (tl.maximum(label, 0).to(tl.int64) * tl.cdiv(columns, B) + o_block) * 3
     return (
-        tl.where(m_block, tl.load(p_total, mask=m_block, other=0), e0),
-        tl.where(m_block, tl.load(p_total + 1, mask=m_block, other=0), e1),
-        tl.where(m_block, tl.load(p_total + 2, mask=m_block, other=0), e2),
-        tl.where(m_block, tl.load(p_total + 3, mask=m_block, other=0), e3),
+        tl.where(m_block, tl.load(p_total, mask=m_block, other=0), e1),
+        tl.where(m_block, tl.load(p_total + 1, mask=m_block, other=0), e2),
+        tl.where(m_block, tl.load(p_total + 2, mask=m_block, other=0), e3),
     )
 
 
@@ -80,27 +82,41 @@ def _round(
     first,
     columns,
     exponent,
-    finite,
     label,
     p_totals,
     p_book,
     DIALECTS: tl.constexpr,
     B: tl.constexpr,
     GROUPED: tl.constexpr,
-    ROTATED: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """E4M3 bytes of a chunk, uint8 [G, B], by the book's online rule."""
-    cell, delta, largest_cell = scale_blocks(b_x, largest, exponent, WINDOW, ASM)
-    m = block_range(largest_cell)
+    """E4M3 bytes of a chunk of a finite row by the book's online rule, int32 [G, B / 4]."""
+    scale, delta, largest_cell = scale_blocks(largest, exponent, _WINDOW, ASM)
+    row = block_row(largest_cell)
+    x = four(b_x)
+    differences, indices = look_up(x, scale, row, p_book, DIALECTS, ASM)
     if GROUPED:
-        p_selection = p_book + DIALECTS * (1 + 2 * DELTAS)
-        e0, e1, e2, e3 = variant_errors(cell, m, p_selection, ROTATED and ASM)
-        e0, e1, e2, e3 = _load_totals(e0, e1, e2, e3, p_totals, first, columns, label, B)
-        dialect = select_by_variant(e0, e1, e2, e3, m)
+        e1, e2, e3 = variant_errors(differences, B)
+        e1, e2, e3 = _load_totals(e1, e2, e3, p_totals, first, columns, label, B)
+        variant = select_by_variant(e1, e2, e3)
     else:
-        dialect = select_online(cell, m, p_book, DIALECTS, ROTATED and ASM)
-    return e4m3_bytes(b_x, cell, delta, dialect, finite, p_book, DIALECTS, ASM)
+        variant = select_online(differences, B, DIALECTS)
+    return e4m3_words(x, indices, delta, row, variant, p_book, DIALECTS, ASM)
+
+
+@triton.jit
+def _store(p_out, words, first, padded, B: tl.constexpr, CHUNK: tl.constexpr, OPERANDS):
+    """Write the bytes of a chunk, four at a time, or the numbers themselves."""
+    if p_out.dtype.element_ty == tl.bfloat16:
+        o_column = block_columns(first, B, CHUNK)
+        o_place = operand_columns(o_column, padded) if OPERANDS else o_column
+        b_q = e4m3_values(bytes_of_words(words)).to(tl.bfloat16)
+        tl.store(p_out + o_place, b_q, mask=o_column < padded)
+    else:
+        o_column = block_columns(first, B, CHUNK, 4)
+        o_place = operand_columns(o_column, padded) if OPERANDS else o_column
+        p_words = p_out.to(tl.pointer_type(tl.int32), bitcast=True)
+        tl.store(p_words + o_place // 4, words, mask=o_column < padded)
 
 
 @triton.jit
@@ -121,27 +137,18 @@ def _source(
     ROTATED: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """The numbers that a row's program rounds: a chunk of the token or of its residual."""
+    """The numbers that a row's program rounds: a chunk of the token or of its residual.
+
+    A token with NaN or Inf has no residual and is returned as it is.
+    """
     b_x = load_activation(p_row, first, columns, B, CHUNK, ROTATED)
     if SALIENT:  # noqa: SIM102 (decided while compiling)
         if residual:
-            b_q = _round(
-                b_x,
-                block_largest(b_x),
-                first,
-                columns,
-                exponent,
-                -1,
-                label,
-                p_totals,
-                p_book,
-                DIALECTS,
-                B,
-                GROUPED,
-                ROTATED,
-                ASM,
-            )
-            b_x = b_x - e4m3_values(b_q) * power_of_two(exponent - 5)  # exact
+            words = _round(
+                b_x, block_largest(b_x), first, columns, exponent, label, p_totals, p_book,
+                DIALECTS, B, GROUPED, ASM,
+            )  # fmt: skip
+            b_x = b_x - e4m3_values(bytes_of_words(words)) * power_of_two(exponent - 5)  # exact
     return b_x
 
 
@@ -201,7 +208,8 @@ def _quantize_activation_kernel(
             for first in range(0, columns, CHUNK):
                 b_x = load_activation(p_row, first, columns, B, CHUNK, ROTATED)
                 largest = tl.maximum(largest, block_largest(b_x))
-            first_exponent, _ = row_exponent(tl.max(largest, axis=0))
+            first_exponent, finite = row_exponent(tl.max(largest, axis=0))
+            residual = finite != 0
 
     # with constant ends, a loop of one step is none
     end, padded_end = (CHUNK, CHUNK) if ONE_CHUNK else (columns, padded)
@@ -215,25 +223,23 @@ def _quantize_activation_kernel(
         largest = tl.maximum(largest, block_largest(b_x))
     exponent, finite = row_exponent(tl.max(largest, axis=0))
     tl.store(p_scale + i_row, tl.where(used, row_scale(exponent, finite), 1.0))
-    finite = tl.where(used, finite, 0)
-
-    for first in range(0, padded_end, CHUNK):
-        if not ONE_CHUNK:
-            b_x = _source(
-                p_row, first, columns, residual, first_exponent, label, p_totals, p_book,
-                DIALECTS, B, CHUNK, SALIENT, GROUPED, ROTATED, ASM,
+    if used & (finite != 0):
+        for first in range(0, padded_end, CHUNK):
+            if not ONE_CHUNK:
+                b_x = _source(
+                    p_row, first, columns, residual, first_exponent, label, p_totals, p_book,
+                    DIALECTS, B, CHUNK, SALIENT, GROUPED, ROTATED, ASM,
+                )  # fmt: skip
+                largest = block_largest(b_x)
+            words = _round(
+                b_x, largest, first, columns, exponent, own_label, p_totals, p_book,
+                DIALECTS, B, GROUPED, ASM,
             )  # fmt: skip
-        if not ONE_CHUNK:
-            largest = block_largest(b_x)
-        b_q = _round(
-            b_x, largest, first, columns, exponent, finite, own_label, p_totals, p_book,
-            DIALECTS, B, GROUPED, ROTATED, ASM,
-        )  # fmt: skip
-        o_column = block_columns(first, B, CHUNK)
-        o_place = operand_columns(o_column, padded) if OPERANDS else o_column
-        if p_q.dtype.element_ty == tl.bfloat16:
-            b_q = e4m3_values(b_q).to(tl.bfloat16)
-        tl.store(p_out + o_place, b_q, mask=o_column < padded)
+            _store(p_out, words, first, padded, B, CHUNK, OPERANDS)
+    else:
+        for first in range(0, padded_end, CHUNK):
+            words = tl.zeros((CHUNK // B, B // 4), tl.int32)
+            _store(p_out, words, first, padded, B, CHUNK, False)
 
 
 @triton.jit(do_not_specialize=["tokens", "columns", "stride"])
@@ -251,7 +257,9 @@ def _group_errors_kernel(
     ALIGNED: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Add the LUT errors of every grouped token to its group's totals [T, blocks, 4], int32.
+    """Add the LUT errors of every grouped token to its group's totals [T, blocks, 3], int32.
+
+    They are those of :func:`.rounding.variant_errors`. A token with NaN or Inf adds nothing.
 
     Integers: the order of the additions does not matter.
     """
@@ -268,19 +276,20 @@ def _group_errors_kernel(
             largest = tl.maximum(largest, block_largest(b_x))
         exponent, finite = row_exponent(tl.max(largest, axis=0))
         blocks = tl.cdiv(columns, B)
-        for first in range(0, columns, CHUNK):
-            b_x = load_activation(p_row, first, columns, B, CHUNK, ROTATED)
-            cell, _, largest_cell = scale_blocks(b_x, block_largest(b_x), exponent, WINDOW, ASM)
-            p_selection = p_book + 32 * (1 + 2 * DELTAS)
-            m = block_range(largest_cell)
-            e0, e1, e2, e3 = variant_errors(cell, m, p_selection, ROTATED and ASM)
-            o_block = first // B + tl.arange(0, CHUNK // B)
-            p_total = p_totals + (label.to(tl.int64) * blocks + o_block) * 4
-            m_block = o_block < blocks
-            tl.atomic_add(p_total, e0 & finite, mask=m_block, sem="relaxed")
-            tl.atomic_add(p_total + 1, e1 & finite, mask=m_block, sem="relaxed")
-            tl.atomic_add(p_total + 2, e2 & finite, mask=m_block, sem="relaxed")
-            tl.atomic_add(p_total + 3, e3 & finite, mask=m_block, sem="relaxed")
+        if finite != 0:
+            for first in range(0, columns, CHUNK):
+                b_x = load_activation(p_row, first, columns, B, CHUNK, ROTATED)
+                largest = block_largest(b_x)
+                scale, _, largest_cell = scale_blocks(largest, exponent, _WINDOW, ASM)
+                row = block_row(largest_cell)
+                differences, _ = look_up(four(b_x), scale, row, p_book, 32, ASM)
+                e1, e2, e3 = variant_errors(differences, B)
+                o_block = first // B + tl.arange(0, CHUNK // B)
+                p_total = p_totals + (label.to(tl.int64) * blocks + o_block) * 3
+                m_block = o_block < blocks
+                tl.atomic_add(p_total, e1, mask=m_block, sem="relaxed")
+                tl.atomic_add(p_total + 1, e2, mask=m_block, sem="relaxed")
+                tl.atomic_add(p_total + 2, e3, mask=m_block, sem="relaxed")
 
 
 def _launch_quantize_activation(
@@ -313,7 +322,7 @@ def _launch_quantize_activation(
     totals = None
     if group is not None:
         blocks = q.shape[1] // block_size
-        totals = torch.zeros(tokens, blocks, 4, dtype=torch.int32, device=x.device)
+        totals = torch.zeros(tokens, blocks, 3, dtype=torch.int32, device=x.device)
         launch(
             _group_errors_kernel,
             (tokens,),
@@ -395,7 +404,7 @@ def quantize_activation(
         operand_order,
         zeros,
         rotation,
-        config or row_config(padded, rotation != "none"),
+        config or row_config(padded),
     )
     return q.view(dtype), scale
 

@@ -131,7 +131,7 @@ def _quantize_activation_fp8_kernel(
     b_x = tl.zeros((CHUNK // _B, _B), tl.float32)
     largest = tl.zeros((CHUNK // _B,), tl.int32)
     for first in range(0, end, CHUNK):
-        b_x = load_activation(p_row, first, columns, _B, CHUNK, ROTATED)
+        b_x = load_activation(p_row, first, columns, _B, CHUNK, ROTATED, False)
         largest = tl.maximum(largest, block_largest(b_x))
     top = tl.max(largest, axis=0)
     finite = top < INFINITY_BITS
@@ -142,7 +142,7 @@ def _quantize_activation_fp8_kernel(
 
     for first in range(0, padded_end, CHUNK):
         if not ONE_CHUNK:
-            b_x = load_activation(p_row, first, columns, _B, CHUNK, ROTATED)
+            b_x = load_activation(p_row, first, columns, _B, CHUNK, ROTATED, False)
         o_column = block_columns(first, _B, CHUNK)
         b_q = _rounded_bytes(_quotient(b_x, scale, inverse, top > _SMALL_BITS, CORRECTED), NATIVE)
         b_q = tl.where(finite | (o_column >= columns), b_q, 0x7F)

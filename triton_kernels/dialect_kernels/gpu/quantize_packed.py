@@ -33,14 +33,16 @@ from ..arithmetic import padded_columns
 from ..device_tables import kept_tables
 from ..formatbook import DIALECT_FP4, E4M3_WINDOW, NAN_ROW, Formatbook, Rotation
 from ..packed import PackedTensor, check_block_size
+from .launch import launch
 from .layout import RowConfig, aligned, interpreted, readable_rows, row_config
 from .rotation import load_weight
 from .rounding import (
     block_largest,
-    block_range,
+    block_row,
     book_table,
-    index_bytes,
-    power_of_two,
+    four,
+    index_words,
+    look_up,
     row_exponent,
     scale_blocks,
     select_online,
@@ -114,6 +116,7 @@ def _quantize_packed_kernel(
         columns = columns // 16 * 16
         stride = stride // 16 * 16
     G: tl.constexpr = CHUNK // B
+    VARIANTS: tl.constexpr = DIALECTS // 8
     i_row = tl.program_id(0).to(tl.int64)
     p_row = p_x + i_row * stride
     blocks = tl.cdiv(columns, B)
@@ -125,28 +128,37 @@ def _quantize_packed_kernel(
     exponent, finite = row_exponent(tl.max(largest, axis=0))
     tl.store(p_row_exponent + i_row, tl.where(finite != 0, exponent, _NAN_ROW).to(tl.int8))
 
+    finite = finite != 0
     for first in range(0, columns, CHUNK):
         b_x = load_weight(p_row, first, columns, B, CHUNK, ROTATED)
-        cell, delta, largest_cell = scale_blocks(b_x, block_largest(b_x), exponent, window, ASM)
+        b_x = tl.where(finite, b_x, 0.0)
+        scale, delta, largest_cell = scale_blocks(block_largest(b_x), exponent, window, ASM)
+        x = four(b_x)
         if EXACT_ERROR:
-            b_quarters = tl.abs(b_x) * power_of_two(2 - exponent + delta)[:, None]
+            b_quarters = tl.abs(b_x) * scale[:, None]
             if WIDE:
                 b_quarters = b_quarters.to(tl.float64)
             dialect = _select_by_exact_error(b_quarters, p_steps, DIALECTS)
+            row = dialect // VARIANTS
+            variant = dialect % VARIANTS
+            _, indices = look_up(x, scale, row, p_book, DIALECTS, ASM)
         else:
-            m = block_range(largest_cell)
-            dialect = select_online(cell, m, p_book, DIALECTS, ROTATED and ASM)
-        meta = tl.where((largest_cell == 0) | (finite == 0), 0, (delta << ID_BITS) | dialect)
+            row = block_row(largest_cell)
+            differences, indices = look_up(x, scale, row, p_book, DIALECTS, ASM)
+            variant = select_online(differences, B, DIALECTS)
+            dialect = row * VARIANTS + variant
+        meta = tl.where(largest_cell == 0, 0, (delta << ID_BITS) | dialect)
         o_block = first // B + tl.arange(0, G)
         p_block_meta = p_meta + i_row * blocks + o_block
         tl.store(p_block_meta, meta.to(p_meta.dtype.element_ty), mask=o_block < blocks)
 
-        index = index_bytes(b_x, cell, dialect, finite, p_book, ASM)
-        code = (index & 7) | ((index >> 4) & 8)
-        low, high = tl.split(tl.reshape(code, (G, B // 2, 2)))
-        o_byte = o_block[:, None] * (B // 2) + tl.arange(0, B // 2)[None, :]
-        p_pair = p_codes + i_row * (blocks * (B // 2)) + o_byte
-        tl.store(p_pair, low | (high << 4), mask=o_block[:, None] < blocks)
+        index = index_words(x, indices, variant, ASM)
+        code = (index & 0x07070707) | ((index >> 4) & 0x08080808)
+        pairs = code | (code >> 4)  # two codes in the bytes 0 and 2 each
+        codes = (pairs & 0xFF) | ((pairs >> 8) & 0xFF00)
+        p_fours = p_codes.to(tl.pointer_type(tl.int16), bitcast=True) + i_row * (blocks * (B // 4))
+        o_fours = o_block[:, None] * (B // 4) + tl.arange(0, B // 4)[None, :]
+        tl.store(p_fours + o_fours, codes.to(tl.int16), mask=o_block[:, None] < blocks)
 
 
 def _launch_quantize_packed(
@@ -169,23 +181,22 @@ def _launch_quantize_packed(
         torch.empty(rows, dtype=torch.int8, device=x.device),
     )
     if rows:
-        _quantize_packed_kernel[(rows,)](
-            x,
-            *out,
-            book_table(book, x.device),
-            _step_table(book, x.device),
-            columns,
-            x.stride(0),
-            window,
-            DIALECTS=len(book),
-            ID_BITS=book.id_bits,
-            B=block_size,
-            CHUNK=config.chunk,
-            EXACT_ERROR=rule == "mse",
-            WIDE=x.dtype == torch.float32 or rotation != "none",
-            ROTATED=rotation != "none",
-            ALIGNED=aligned(x),
-            ASM=not interpreted(),
+        tables = (book_table(book, x.device), _step_table(book, x.device))
+        launch(
+            _quantize_packed_kernel,
+            (rows,),
+            (x, *out, *tables, columns, x.stride(0), window),
+            {
+                "DIALECTS": len(book),
+                "ID_BITS": book.id_bits,
+                "B": block_size,
+                "CHUNK": config.chunk,
+                "EXACT_ERROR": rule == "mse",
+                "WIDE": x.dtype == torch.float32 or rotation != "none",
+                "ROTATED": rotation != "none",
+                "ALIGNED": aligned(x),
+                "ASM": not interpreted(),
+            },
             num_warps=config.num_warps,
         )
     return out
@@ -211,7 +222,7 @@ def quantize_weight(
         rotation: what the matrix is multiplied by before.
         config: how a program works on a row; any gives the same bytes.
     """
-    config = config or row_config(min(x.shape[1], 2048), rotation != "none")
+    config = config or row_config(min(x.shape[1], 2048))
     stored = _launch_quantize_packed(
         x, book, block_size, rule, window, torch.uint8, rotation, config
     )

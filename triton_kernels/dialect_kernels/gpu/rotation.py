@@ -8,7 +8,8 @@ for all i without the bit s. A thread holds whole groups of 32, in four parts of
                            part 0   part 1    part 2     part 3
 
 so that the steps 1, 2 and 4 stay inside a part, 8 and 16 add whole parts, and nothing is sent from
-thread to thread.
+thread to thread. Rows that are not rotated are loaded in the same way by quantizers that work block
+by block: what they compute for a block is then computed once.
 """
 
 # Kernel arguments are Triton's: pointers and tensors have no Python types.
@@ -42,66 +43,95 @@ def _step(x, STEP: tl.constexpr):
 
 
 @triton.jit
-def _load_part(p_row, o_column, columns):
-    """Columns of each group as float32 [G, 8] after the steps 1, 2 and 4, or [G, 4] after 1 and 2.
+def _load_part(p_row, o_column, columns, ROTATED: tl.constexpr):
+    """Columns of each group as float32, [G, 8] or [G, 4]; if rotated, after the steps inside it.
 
     A thread loads 16 bytes at a time.
     """
     x = tl.load(p_row + o_column, mask=o_column < columns, other=0.0).to(tl.float32)
-    x = _step(_step(x, 1), 2)
-    return _step(x, 4) if o_column.shape[1] == 8 else x
+    if ROTATED:
+        x = _step(_step(x, 1), 2)
+        if o_column.shape[1] == 8:
+            x = _step(x, 4)
+    return x
 
 
 @triton.jit
-def _added_parts(x0, x1, x2, x3):
-    """The steps 8 and 16 of the four parts of a group, [G, W] each -> [G, part 2, part 1, W]."""
-    x0, x1 = x0 + x1, x0 - x1
-    x2, x3 = x2 + x3, x2 - x3
-    x0, x2 = x0 + x2, x0 - x2
-    x1, x3 = x1 + x3, x1 - x3
+def _sums(a, b, ROTATED: tl.constexpr):
+    """A step of the butterfly on whole parts, if there is one."""
+    if ROTATED:
+        return a + b, a - b
+    else:
+        return a, b
+
+
+@triton.jit
+def _joined_parts(x0, x1, x2, x3, ROTATED: tl.constexpr):
+    """Four parts of groups, [G, W] each, after the steps 8 and 16 -> [G, part 2, part 1, W]."""
+    x0, x1 = _sums(x0, x1, ROTATED)
+    x2, x3 = _sums(x2, x3, ROTATED)
+    x0, x2 = _sums(x0, x2, ROTATED)
+    x1, x3 = _sums(x1, x3, ROTATED)
     return tl.permute(tl.join(tl.join(x0, x2), tl.join(x1, x3)), (0, 2, 3, 1))
 
 
 @triton.jit
-def _load_rotated(p_row, first, columns, scale, B: tl.constexpr, CHUNK: tl.constexpr):
-    """A chunk of a rotated row times `scale`, float32 [CHUNK / B, B]; zero beyond the row's end.
+def _load_groups(
+    p_row, first, columns, scale, B: tl.constexpr, CHUNK: tl.constexpr, ROTATED: tl.constexpr
+):
+    """A chunk of a row as float32 [CHUNK / B, B], zero beyond the row's end.
 
     Args:
-        columns: of the row, a multiple of 32.
-        scale: 1.0 for weights, 1/32 for activations.
+        columns: of the row, a multiple of 32 if it is rotated.
+        scale: what a rotated row is multiplied by: 1.0 for weights, 1/32 for activations.
     """
-    columns = columns // _GROUP * _GROUP
+    if ROTATED:
+        columns = columns // _GROUP * _GROUP
     o_group = first + tl.arange(0, CHUNK // _GROUP)[:, None] * _GROUP
     if p_row.dtype.element_ty == tl.float32:  # every part in two halves, which the step 4 adds
         o_column = o_group + tl.arange(0, 4)[None, :]
-        a0 = _load_part(p_row, o_column, columns)
-        b0 = _load_part(p_row, o_column + 4, columns)
-        a1 = _load_part(p_row, o_column + 8, columns)
-        b1 = _load_part(p_row, o_column + 12, columns)
-        a2 = _load_part(p_row, o_column + 16, columns)
-        b2 = _load_part(p_row, o_column + 20, columns)
-        a3 = _load_part(p_row, o_column + 24, columns)
-        b3 = _load_part(p_row, o_column + 28, columns)
-        a = _added_parts(a0 + b0, a1 + b1, a2 + b2, a3 + b3)
-        b = _added_parts(a0 - b0, a1 - b1, a2 - b2, a3 - b3)
+        a0 = _load_part(p_row, o_column, columns, ROTATED)
+        b0 = _load_part(p_row, o_column + 4, columns, ROTATED)
+        a1 = _load_part(p_row, o_column + 8, columns, ROTATED)
+        b1 = _load_part(p_row, o_column + 12, columns, ROTATED)
+        a2 = _load_part(p_row, o_column + 16, columns, ROTATED)
+        b2 = _load_part(p_row, o_column + 20, columns, ROTATED)
+        a3 = _load_part(p_row, o_column + 24, columns, ROTATED)
+        b3 = _load_part(p_row, o_column + 28, columns, ROTATED)
+        a0, b0 = _sums(a0, b0, ROTATED)
+        a1, b1 = _sums(a1, b1, ROTATED)
+        a2, b2 = _sums(a2, b2, ROTATED)
+        a3, b3 = _sums(a3, b3, ROTATED)
+        a = _joined_parts(a0, a1, a2, a3, ROTATED)
+        b = _joined_parts(b0, b1, b2, b3, ROTATED)
         group = tl.permute(tl.join(a, b), (0, 1, 2, 4, 3))
     else:
         o_column = o_group + tl.arange(0, 8)[None, :]
-        x0 = _load_part(p_row, o_column, columns)
-        x1 = _load_part(p_row, o_column + 8, columns)
-        x2 = _load_part(p_row, o_column + 16, columns)
-        x3 = _load_part(p_row, o_column + 24, columns)
-        group = _added_parts(x0, x1, x2, x3)
-    return tl.reshape(group * scale, (CHUNK // B, B))
+        x0 = _load_part(p_row, o_column, columns, ROTATED)
+        x1 = _load_part(p_row, o_column + 8, columns, ROTATED)
+        x2 = _load_part(p_row, o_column + 16, columns, ROTATED)
+        x3 = _load_part(p_row, o_column + 24, columns, ROTATED)
+        group = _joined_parts(x0, x1, x2, x3, ROTATED)
+    return tl.reshape(group * scale if ROTATED else group, (CHUNK // B, B))
 
 
 @triton.jit
 def load_activation(
-    p_row, first, columns, B: tl.constexpr, CHUNK: tl.constexpr, ROTATED: tl.constexpr
+    p_row,
+    first,
+    columns,
+    B: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROTATED: tl.constexpr,
+    GROUPS: tl.constexpr = True,
 ):
-    """A chunk of a token, rotated if its layer is, float32 [CHUNK / B, B]."""
-    if ROTATED:
-        return _load_rotated(p_row, first, columns, 1 / _GROUP, B, CHUNK)
+    """A chunk of a token, rotated if its layer is, float32 [CHUNK / B, B].
+
+    Args:
+        GROUPS: whether a thread holds whole groups of 32 columns; if rotated, it always does.
+    """
+    if GROUPS or ROTATED:
+        return _load_groups(p_row, first, columns, 1 / _GROUP, B, CHUNK, ROTATED)
     else:
         return load_blocks(p_row, first, columns, B, CHUNK)
 
@@ -109,10 +139,7 @@ def load_activation(
 @triton.jit
 def load_weight(p_row, first, columns, B: tl.constexpr, CHUNK: tl.constexpr, ROTATED: tl.constexpr):
     """A chunk of a row of a weight, rotated if its layer is, float32 [CHUNK / B, B]."""
-    if ROTATED:
-        return _load_rotated(p_row, first, columns, 1.0, B, CHUNK)
-    else:
-        return load_blocks(p_row, first, columns, B, CHUNK)
+    return _load_groups(p_row, first, columns, 1.0, B, CHUNK, ROTATED)
 
 
 @triton.jit(do_not_specialize=["columns", "stride"])
@@ -145,7 +172,7 @@ def rotate_tokens(x: torch.Tensor) -> torch.Tensor:
     x = readable_rows(x)
     rows, columns = x.shape
     y = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
-    config = row_config(columns, rotated=True)
+    config = row_config(columns)
     if rows and columns:
         launch(
             _rotate_kernel,

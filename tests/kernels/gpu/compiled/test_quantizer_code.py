@@ -1,13 +1,12 @@
 """The quantizers' and the decoder's machine code for GPUs that are not there."""
 
 import os
+import re
 
 import pytest
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels made for the interpreter cannot be compiled", allow_module_level=True)
-
-import triton
 
 from benchmarks.lib.machine_code import compile_kernel, faults
 from dialect_kernels.gpu import quantize_activations, quantize_fp8, quantize_packed
@@ -34,13 +33,17 @@ ACTIVATIONS = {"16 dialects": (16, False), "32 dialects": (32, False),
                "32 dialects, salient and grouped": (32, True)}  # fmt: skip
 
 
+ELEMENTS = 32
+"""Of a thread: a whole block."""
+
+
 @everywhere
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_activations(capability, kind):
     """One launch reads a row once, decomposed tokens twice, in vectors of 16 bytes."""
     dialects, video = ACTIVATIONS[kind]
     constants = {
-        "DIALECTS": dialects, "B": 32, "CHUNK": 4096, "ONE_CHUNK": True, "OPERANDS": False,
+        "DIALECTS": dialects, "B": 32, "CHUNK": 4096, "ONE_CHUNK": True, "OPERANDS": True,
         "SALIENT": video, "GROUPED": video, "ROTATED": False, "ALIGNED": True, "ASM": True,
     }  # fmt: skip
     if video:
@@ -48,15 +51,16 @@ def test_activations(capability, kind):
     else:
         constants |= {"p_salient": None, "p_group": None, "p_totals": None}
     kernel = quantize_activations._quantize_activation_kernel
-    code = checked(kernel, capability, constants, {}, num_warps=8)
+    code = checked(kernel, capability, constants, {}, num_warps=4)
     loads = [text for text in code.instructions if text.startswith("LDG.E.128")]
-    row = 2 * 4096 // 16 // (32 * 8)  # loads of a thread
-    each = len(code.instructions) / 16
+    row = 2 * 4096 // 16 // (32 * 4)  # loads of a thread
+    each = len(code.instructions) / ELEMENTS
     print(f"{each:.1f} instructions an element, {code.registers} registers")
-    if capability == 90 and not video:
-        old = triton.__version__ < "3.7"
-        assert each <= {16: 25, 32: 43 if old else 30}[dialects]
-        assert code.registers <= {16: 40, 32: 80 if old else 64}[dialects]
+    if not video:
+        assert each <= 22 if capability == 90 else 26
+        assert code.registers <= 128
+        words = [text for text in code.instructions if re.match(r"LDG\.E\.64\.CONSTANT", text)]
+        assert len(words) == ELEMENTS, "the two words of a cell are loaded once"
     assert len(loads) == (2 if video else 1) * row
 
 
