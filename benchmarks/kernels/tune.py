@@ -41,8 +41,8 @@ CONFIGS = ROOT / "triton_kernels" / "dialect_kernels" / "gpu" / "configs"
 _TILES = {
     # tokens of a tile -> (features, columns, warps) that compile without spilled registers
     16: ((64, 256, 4), (64, 512, 4), (128, 256, 8)),
-    32: ((64, 256, 4), (128, 256, 8)),
-    64: ((64, 128, 4), (64, 256, 4), (128, 256, 8)),
+    32: ((64, 256, 4), (128, 256, 8), (256, 256, 8)),
+    64: ((64, 128, 4), (64, 256, 4), (128, 256, 8), (256, 256, 8)),
     128: ((128, 128, 8), (128, 256, 8)),
 }
 _SPLITS = (1, 2, 3, 4, 6, 8)

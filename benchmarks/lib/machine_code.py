@@ -98,6 +98,25 @@ class MachineCode:
         """Instructions by their first part, e.g. ``"PRMT"``."""
         return Counter(text.split()[0].split(".")[0] for text in self.instructions)
 
+    def without_divisions(self) -> list[str]:
+        """The instructions that run where no division is needed.
+
+        They are those of the straight pieces up to the one that ends the kernel, without the pieces
+        that divide or call the division that stands behind it.
+        """
+        pieces: list[list[str]] = [[]]
+        for text in self.instructions:
+            pieces[-1].append(text)
+            if text.split()[0].split(".")[0] in ("BRA", "EXIT", "RET", "CALL"):
+                pieces.append([])
+        ends = (i for i, piece in enumerate(pieces) if any("EXIT" in text for text in piece))
+        return [
+            text
+            for piece in pieces[: next(ends) + 1]
+            if not any(text.startswith(("FCHK", "CALL")) for text in piece)
+            for text in piece
+        ]
+
     def main_loop(self) -> list[str]:
         """The instructions of the smallest loop that multiplies matrices.
 

@@ -75,24 +75,9 @@ def test_fp8_activations(capability, dtype):
         conversions = [text for text in code.instructions if text.startswith("F2FP")]
         assert len(conversions) >= 16 // 2, "two elements at a time"
     if capability == 90 and dtype == "*bf16":
-        executed = sum(map(len, without_divisions(code)))
+        executed = len(code.without_divisions())
         print(f"{executed / 16:.1f} instructions an element")
         assert executed / 16 <= 22
-
-
-def without_divisions(code):
-    """Pieces of straight code, without those of divisions and what they call."""
-    pieces = [[]]
-    for text in code.instructions:
-        pieces[-1].append(text)
-        if text.split()[0].split(".")[0] in ("BRA", "EXIT", "RET", "CALL"):
-            pieces.append([])
-    called = next(i for i, piece in enumerate(pieces) if any("EXIT" in text for text in piece))
-    return [
-        piece
-        for piece in pieces[: called + 1]
-        if not any(text.startswith(("FCHK", "CALL")) for text in piece)
-    ]
 
 
 @everywhere
