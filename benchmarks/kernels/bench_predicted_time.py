@@ -1,9 +1,9 @@
 """Times of an H200 that compiled code lets one expect. **Predicted: nothing here was measured.**
 
 The four products of a LLaMA-3-8B layer, quantization of the tokens included, beside PyTorch's
-bfloat16 by the same model and beside the bytes that have to be read and written. What compilers made
-of the kernels (instructions, registers, shared memory) is that of :mod:`.bench_machine_code`; the
-rest is :class:`Card`.
+bfloat16 by the same model and beside the bytes that have to be read and written. What compilers
+made of the products' kernels (instructions, registers, shared memory) is that of
+:mod:`.bench_machine_code`; quantizers are compiled here; the rest is :class:`Card`.
 
 A launch waits for the one before it. Programs of the fused kernel that share a processor share it:
 their steps take the longest of issuing instructions, reading from the L2 cache and multiplying, but
@@ -50,7 +50,7 @@ class Card:
 
     Attributes:
         processors, clock: multiprocessors and Hz.
-        memory, cache: bytes a second from memory (as a copy reached), and from L2 to all processors.
+        memory, cache: bytes a second from memory (what a copy reached), and from the L2 cache.
         bfloat16, fp8, fp8_slow: operations a second of the library's GEMMs; FP8 with sums in the
             accumulator, and with every step added in float32 (a published figure).
         launch, split: seconds of a launch that waits for another one in a graph; and from the sums
