@@ -229,8 +229,8 @@ def tables(figures: dict[str, Any]) -> dict[str, Table]:
     def total(tokens: int, key: str) -> float:
         return sum(float(row[key]) for row in rows if row["tokens"] == tokens)
 
-    head = ["tokens", "floor", "bfloat16", *FORMATS.values()]
-    summed = [[*head, "W4A4 against bfloat16", "goal", "W4A8", "W4A16"]]
+    head = ["tokens", "floor", "bfloat16", *(f"{name}, µs" for name in FORMATS.values())]
+    summed = [[*head, "W4A4, times as fast as bfloat16", "goal", "W4A8", "W4A16"]]
     for tokens in TOKENS:
         keys = ("floor", "bfloat16", *FORMATS)
         cells = [_microseconds(total(tokens, key)) for key in keys]
