@@ -51,6 +51,8 @@ from .rounding import (
 __all__ = ["PackedTokens", "quantize_activation_packed", "quantize_weight"]
 
 _NAN_ROW = tl.constexpr(NAN_ROW)
+_GROUPS = False
+"""With a whole group of columns on each thread, Triton 3.7.1 spills a register."""
 
 
 class PackedTokens(NamedTuple):
@@ -91,6 +93,17 @@ def _select_by_exact_error(b_quarters, p_steps, DIALECTS: tl.constexpr):
     return dialect
 
 
+@triton.jit
+def _store_codes(p_row, index, o_block, blocks, B: tl.constexpr):
+    """Write the codes of whole blocks, four of them at a time, from the bytes of `index`."""
+    code = (index & 0x07070707) | ((index >> 4) & 0x08080808)
+    pairs = code | (code >> 4)  # two codes in the bytes 0 and 2 each
+    codes = (pairs & 0xFF) | ((pairs >> 8) & 0xFF00)
+    o_codes = o_block[:, None] * (B // 4) + tl.arange(0, B // 4)[None, :]
+    p_codes = p_row.to(tl.pointer_type(tl.int16), bitcast=True) + o_codes
+    tl.store(p_codes, codes.to(tl.int16), mask=o_block[:, None] < blocks)
+
+
 @triton.jit(do_not_specialize=["columns", "stride", "window"])
 def _quantize_packed_kernel(
     p_x,
@@ -128,10 +141,9 @@ def _quantize_packed_kernel(
     exponent, finite = row_exponent(tl.max(largest, axis=0))
     tl.store(p_row_exponent + i_row, tl.where(finite != 0, exponent, _NAN_ROW).to(tl.int8))
 
-    finite = finite != 0
     for first in range(0, columns, CHUNK):
         b_x = load_weight(p_row, first, columns, B, CHUNK, ROTATED)
-        b_x = tl.where(finite, b_x, 0.0)
+        b_x = tl.where(finite != 0, b_x, 0.0)
         scale, delta, largest_cell = scale_blocks(block_largest(b_x), exponent, window, ASM)
         x = four(b_x)
         if EXACT_ERROR:
@@ -149,16 +161,10 @@ def _quantize_packed_kernel(
             dialect = row * VARIANTS + variant
         meta = tl.where(largest_cell == 0, 0, (delta << ID_BITS) | dialect)
         o_block = first // B + tl.arange(0, G)
-        p_block_meta = p_meta + i_row * blocks + o_block
-        tl.store(p_block_meta, meta.to(p_meta.dtype.element_ty), mask=o_block < blocks)
-
+        p_block = p_meta + i_row * blocks + o_block
+        tl.store(p_block, meta.to(p_meta.dtype.element_ty), mask=o_block < blocks)
         index = index_words(x, indices, variant, ASM)
-        code = (index & 0x07070707) | ((index >> 4) & 0x08080808)
-        pairs = code | (code >> 4)  # two codes in the bytes 0 and 2 each
-        codes = (pairs & 0xFF) | ((pairs >> 8) & 0xFF00)
-        p_fours = p_codes.to(tl.pointer_type(tl.int16), bitcast=True) + i_row * (blocks * (B // 4))
-        o_fours = o_block[:, None] * (B // 4) + tl.arange(0, B // 4)[None, :]
-        tl.store(p_fours + o_fours, codes.to(tl.int16), mask=o_block[:, None] < blocks)
+        _store_codes(p_codes + i_row * (blocks * (B // 2)), index, o_block, blocks, B)
 
 
 def _launch_quantize_packed(
@@ -222,7 +228,7 @@ def quantize_weight(
         rotation: what the matrix is multiplied by before.
         config: how a program works on a row; any gives the same bytes.
     """
-    config = config or row_config(min(x.shape[1], 2048))
+    config = config or row_config(min(x.shape[1], 2048), _GROUPS)
     stored = _launch_quantize_packed(
         x, book, block_size, rule, window, torch.uint8, rotation, config
     )
@@ -255,7 +261,7 @@ def quantize_activation_packed(
     check_matrix(x, "x")
     check_block_size(block_size)
     meta_dtype = torch.uint8 if book.id_bits + E4M3_WINDOW.bit_length() <= 8 else torch.int16
-    config = config or row_config(x.shape[1])
+    config = config or row_config(x.shape[1], _GROUPS)
     return _launch_quantize_packed(
         x, book, block_size, book.online_rule, E4M3_WINDOW, meta_dtype, "none", config
     )
