@@ -29,7 +29,7 @@ from .moments import SharedInput, Watch
 from .options import CalibrationOptions
 from .text import CalibrationText, read_text
 
-__all__ = ["Calibrator", "check_device", "open_calibration"]
+__all__ = ["Calibrator", "check_device", "groups_of", "matrix_of", "open_calibration"]
 
 _FILE_BYTES = 1 << 27
 """Packed weights of a decoder layer that wait in memory before they are written."""
@@ -116,9 +116,7 @@ class Calibrator:
         """
         forms = {name: self._forms[name] for name in self._blocks.experts if name in wanted}
         inputs = expert_inputs(forms, lambda name: self._checkpoint.weights[name].shape[1])
-        widest = max((entry.columns for entry in inputs), default=0)
-        weights = sum(4 * p.numel() for p in self._blocks.block(number).parameters())
-        return in_groups(inputs, weights - 4 * widest**2) or [[]]
+        return groups_of(inputs, self._blocks.block(number))
 
     def _forward(
         self,
@@ -175,7 +173,11 @@ class Calibrator:
         found = shared.factor(self._options.damping) if shared.enough else None
         for name in shared.layers:
             module = modules.get(name)
-            weight = self._matrix(name) if module is None else module.weight.detach()
+            weight = (
+                matrix_of(self._checkpoint, name, self._options.device)
+                if module is None
+                else module.weight.detach()
+            )
             settings = _settings(shared.form, name)
             if found is not None:
                 rounded = quantize_factored(weight, found[0], **settings)
@@ -184,11 +186,22 @@ class Calibrator:
                     continue
             yield name, quantize(weight, **settings), None
 
-    def _matrix(self, name: str) -> torch.Tensor:
-        """A matrix of an expert, float32 [N, K]."""
-        elements = math.prod(self._checkpoint.weights[name].shape)
-        (whole,) = self._checkpoint.read_rows(name, max(1, elements))
-        return whole.to(self._options.device, torch.float32)
+
+def groups_of(inputs: Sequence[ExpertInput], block: torch.nn.Module) -> list[list[ExpertInput]]:
+    """The experts' inputs of a loaded block, in groups whose moments are in memory together.
+
+    They and one factor take no more than the block's weights do. There is at least one group.
+    """
+    widest = max((entry.columns for entry in inputs), default=0)
+    weights = sum(4 * p.numel() for p in block.parameters())
+    return in_groups(inputs, weights - 4 * widest**2) or [[]]
+
+
+def matrix_of(checkpoint: Checkpoint, name: str, device: str) -> torch.Tensor:
+    """A matrix of an expert, float32 [N, K]."""
+    elements = math.prod(checkpoint.weights[name].shape)
+    (whole,) = checkpoint.read_rows(name, max(1, elements))
+    return whole.to(device, torch.float32)
 
 
 def open_calibration(

@@ -302,9 +302,7 @@ def _peers(
     calibrated = [name for name in options.formats if name.gptq]
     if not calibrated:
         return None
-    # routed experts are rounded to nearest, as in a conversion
-    single = [layer for layer in layers if expert_of(layer) is None]
-    return CalibratedPeers(checkpoint, single, calibrated, options.calibration)
+    return CalibratedPeers(checkpoint, layers, calibrated, options.calibration)
 
 
 def _tokenizer(checkpoint: Checkpoint) -> Any:

@@ -304,6 +304,40 @@ def test_calibrated_peers_are_those_of_the_moments(tiny_model, text):
                 assert same > 0.99, (name, layer)  # sums in another order move few values
 
 
+def test_experts_of_calibrated_peers_are_those_of_their_own_tokens(tiny_model, text):
+    source, name = tiny_model("MixtralForCausalLM"), FormatName.parse("mxfp4-32+gptq")
+    other = text.with_name("of_experts.txt")
+    other.write_text("some words of another kind\n" * 300)
+    chosen = options(text, formats=[name], calibrate=str(other))
+    calibration = chosen.calibration.model_copy(update={"samples": 4})
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    experts = model.model.layers[1].mlp.experts
+    seen = []
+    experts.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[:2]))
+    for window in windows_of(source, other, 4):
+        with torch.no_grad():
+            model(torch.tensor([window]))
+    x, ids = (torch.cat(tensors) for tensors in zip(*seen, strict=True))
+    checkpoint = open_checkpoint(source)
+    layers = [layer for layer in checkpoint.linear_layers() if ".layers." in layer]
+    layers = [layer for layer in layers if not layer.endswith(".gate")]
+    with CalibratedPeers(checkpoint, layers, [name], calibration) as peers:
+        peers.run(Silent())
+        found = peers.read(name)
+    number = int(ids.flatten().bincount().argmax())
+    own = x[(ids == number).any(dim=1)]
+    gate, up = experts.gate_up_proj[number].detach().chunk(2)
+    inner = torch.nn.functional.silu(own @ gate.T) * (own @ up.T)
+    parts = {"gate_proj": (gate, own), "up_proj": (up, own)}
+    parts["down_proj"] = (experts.down_proj[number].detach(), inner)
+    for part, (weight, tokens) in parts.items():
+        expected = quantize_calibrated_baseline(
+            weight, tokens.T @ tokens / len(tokens), "mxfp4", 32
+        ).values
+        layer = f"model.layers.1.block_sparse_moe.experts.{number}.{part}"
+        assert (found[layer] == expected).double().mean() > 0.99, layer
+
+
 def test_calibration_helps_the_peers(tiny_model, text):
     names = "mxfp4-32,mxfp4-32+gptq"
     text.with_name("more.txt").write_text(text.read_text()[::-1])
