@@ -161,20 +161,10 @@ def demonstrate(
     """
     checkpoint = open_checkpoint(model)
     _refuse_quantized(checkpoint)
-    size = sum(info.nbytes for info in checkpoint.tensors.values())
-    limit = token_limit or (TOLERANCE_TOKENS if size <= SMALL_MODEL_BYTES else FEW_TOKENS)
-    context = min(MAX_WINDOW, _context(checkpoint))
-    tokenizer = _tokenizer(model)
-    tokens = tokenizer(
-        text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False
-    ).input_ids
-    # a server adds at least one token
-    parts = windows(tokens, context - 1, limit, tokenizer.bos_token_id)
-    if not parts:
-        raise DemoError(f"{text}: holds too little text to predict anything; give a longer one")
+    parts, prompts = _questions(checkpoint, text, token_limit)
     steps = 2 + len(formats)
     console.print(f"1/{steps} quantizing the model")
-    prompts = Prompts.of(tokenizer, _ships(model))
+    context = _context(checkpoint)
     task = _Task(model, _quantize(model, console), context, parts, prompts, console)
     if CALIBRATED in formats:
         formats = _calibrate(task, formats)
@@ -256,9 +246,26 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
 
 
 def _context(checkpoint: Checkpoint) -> int:
-    """The model's context in tokens."""
+    """How many tokens a server has to take."""
     config = checkpoint.config.get("text_config", checkpoint.config)
-    return int(config.get("max_position_embeddings", MAX_WINDOW))
+    return min(MAX_WINDOW, int(config.get("max_position_embeddings", MAX_WINDOW)))
+
+
+def _questions(
+    checkpoint: Checkpoint, text: Path, token_limit: int | None
+) -> tuple[list[list[int]], Prompts]:
+    """Windows of the text's tokens, and prompts."""
+    size = sum(info.nbytes for info in checkpoint.tensors.values())
+    limit = token_limit or (TOLERANCE_TOKENS if size <= SMALL_MODEL_BYTES else FEW_TOKENS)
+    tokenizer = _tokenizer(checkpoint.path)
+    tokens = tokenizer(
+        text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False
+    ).input_ids
+    # a server adds at least one token
+    parts = windows(tokens, _context(checkpoint) - 1, limit, tokenizer.bos_token_id)
+    if not parts:
+        raise DemoError(f"{text}: holds too little text to predict anything; give a longer one")
+    return parts, Prompts.of(tokenizer, _ships(checkpoint.path))
 
 
 def _ships(model: Path) -> bool:
