@@ -50,6 +50,8 @@ _STAGES = tuple(
     sorted({3, 4, 6, 8} | {plan.num_stages for table in TABLES.values() for _, plan in table})
 )
 _LEAST_STEPS = 2
+_WIDEST_SPLIT = 128
+"""Features of a tile beyond which no register is left for adding the sums of several programs."""
 
 
 def candidates(tokens: int, features: int, columns: int, processors: int) -> Iterator[GemmPlan]:
@@ -64,6 +66,8 @@ def candidates(tokens: int, features: int, columns: int, processors: int) -> Ite
                 steps = columns // (deep * splits)
                 if splits > 1 and (steps < _LEAST_STEPS or tiles * splits > 6 * processors):
                     continue
+                if splits > 1 and wide > _WIDEST_SPLIT:
+                    continue
                 for stages in _STAGES:
                     yield GemmPlan("fused", tile, wide, deep, splits, warps, stages)
 
@@ -71,7 +75,7 @@ def candidates(tokens: int, features: int, columns: int, processors: int) -> Ite
 def few_candidates(
     derived: GemmPlan, tokens: int, features: int, columns: int, processors: int
 ) -> list[GemmPlan]:
-    """The candidates nearest to the plan that the table derives, ten to fifteen.
+    """The candidates nearest to the plan that the table derives, ten to nineteen.
 
     The derived tile with every number of stages and three of splits, other tiles with the most
     stages and its splits.

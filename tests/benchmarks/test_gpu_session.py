@@ -194,7 +194,7 @@ def test_few_candidates_are_few(tokens):
         few = tune.few_candidates(derived, tokens, features, columns, processors=132)
         assert few[0] == derived
         assert GemmPlan("scratch") in {GemmPlan(plan.kind) for plan in few}
-        assert 5 <= len(few) == len(set(few)) <= 18
+        assert 5 <= len(few) == len(set(few)) <= 19
 
 
 def test_what_was_tuned_is_not_tuned_again(tmp_path, monkeypatch):
