@@ -20,7 +20,7 @@ class Figures:
         bytes: of the tensors on disk; computed for MXFP4, which is not stored.
         perplexity: on the held-out text.
         source: ``"server"`` or ``"emulation"``, which measured `perplexity`.
-        completions: greedy continuations of the prompts, by the server.
+        completions: greedy answers to the prompts, by the server.
         emulated_perplexity: of the emulation, where it was compared with the server's.
         divergence: mean KL(bf16 || format) of the emulation, nats; None for bf16.
         divergence_error: its standard error over the windows.
@@ -66,10 +66,10 @@ class Demonstration:
 
 
 def completions_table(result: Demonstration, prompt: int) -> Table:
-    """The continuations of one prompt, one under the other."""
+    """The answers to one prompt, one under the other."""
     table = Table(title=f"prompt {escape(repr(result.prompts[prompt]))}", title_justify="left")
     table.add_column("served as", no_wrap=True)
-    table.add_column("continuation")
+    table.add_column("answer")
     for row in result.rows:
         if row.completions:
             table.add_row(row.name, Text(row.completions[prompt]), end_section=True)
