@@ -3,6 +3,7 @@
 # make serve MODEL=DIR [ARGS="..."]   serve a model with BlockDialect and leave the server running
 # make test                           all tests, in four stages of two processes
 # make lint                           formatting, lint, types, import directions
+# make kernel                         compile the CPU kernel, which is else done on first use
 # make clean                          remove what the others made
 PYTHON ?= python3
 MODEL ?= demo/model
@@ -10,7 +11,7 @@ ARGS ?=
 RUN := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo video serve test lint clean
+.PHONY: help setup demo video serve test lint types style kernel clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -30,11 +31,18 @@ serve: setup
 test: setup
 	@$(RUN) scripts/run_tests.py
 
-lint: setup
+lint: style types
+
+style: setup
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
-	@$(RUN) -m mypy
 	@.venv/bin/lint-imports
+
+types: setup
+	@$(RUN) -m mypy
+
+kernel: setup
+	@$(RUN) -c "from dialect_kernels import cpu; cpu.available()"
 
 clean:
 	rm -rf .venv .cache outputs build dist *.egg-info scripts/vllm_metadata/build \
