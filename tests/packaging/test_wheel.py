@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.compilers import unoptimized
+
 ROOT = Path(__file__).resolve().parents[2]
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
@@ -61,7 +63,8 @@ def build(source, out, **environment):
 
 @pytest.fixture(scope="module")
 def wheel(source, tmp_path_factory):
-    return build(source, tmp_path_factory.mktemp("wheel"))
+    folder = tmp_path_factory.mktemp("wheel")
+    return build(source, folder, CXX=unoptimized(folder))
 
 
 def test_contents(wheel, source):
