@@ -21,8 +21,9 @@ def strings(node):
 def towers():
     """(file, name) of every `tower_model` and `connector` of a `get_mm_mapping`."""
     for path in sorted(MODELS.glob("*.py")):
-        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("from_string_field"):
+        text = path.read_text(encoding="utf-8")
+        for call in ast.walk(ast.parse(text)) if "from_string_field" in text else ():
+            if getattr(getattr(call, "func", None), "attr", None) == "from_string_field":
                 for keyword in call.keywords:
                     if keyword.arg in ("tower_model", "connector"):
                         yield from ((path.name, name) for name in strings(keyword.value))
