@@ -3,12 +3,27 @@
 The brute force is written from docs/reference/format.md with the half-units as its only table.
 """
 
+from itertools import product
+
 import numpy as np
+import pytest
 import torch
 
-from dialect_kernels import reference
+from dialect_kernels import DIALECT_FP4, SEMANTIC_32, reference
+from dialect_kernels.formatbook import BLOCK_SIZES
 
 NAN, INF = float("nan"), float("inf")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+all_pairs = pytest.mark.parametrize(
+    ("dtype", "block_size", "book"),
+    [
+        (DTYPES[number % 3], *pair)
+        for number, pair in enumerate(product(BLOCK_SIZES, (DIALECT_FP4, SEMANTIC_32)))
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+"""Each block size with each book, each dtype with each book: of a dtype a kernel sees the load."""
 
 
 def tensor(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
