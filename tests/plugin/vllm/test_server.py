@@ -1,4 +1,4 @@
-"""`vllm serve` as a user starts it: three processes, HTTP, and an end."""
+"""A 16-bit model served as a user starts it: three processes, HTTP, lm-eval, and an end."""
 
 import json
 import os
@@ -9,56 +9,43 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+import torch
 
 from dialect_kernels import cpu
 from dialect_plugin.checkpoint.convert import convert
-from tests.support.served_models import build
+from tests.support.lm_eval_choices import ROOT, evaluated, expected
 
 pytestmark = pytest.mark.slow
 
 CPUS = set(os.sched_getaffinity(0))
-START_LIMIT = 240  # seconds; about 40 on an idle machine with two cores
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("served")
-    source = build("LlamaForCausalLM", directory / "source")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(source)
-    convert(source, directory / "packed")
-    return directory / "packed"
+START_LIMIT = 400  # seconds; about 40 on an idle machine with two cores
 
 
 @contextmanager
 def server(model, log, *arguments):
-    """A running ``vllm serve``: (its process, its address)."""
+    """What `make serve` runs: (its process, its address)."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    vllm = Path(sys.executable).parent / "vllm"
-    command = [vllm, "serve", model, "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "demo.language.serve", "--model", model, "--"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--max-model-len", "64", "--enforce-eager", *arguments]
-    environment = dict(os.environ, PATH=f"{vllm.parent}{os.pathsep}{os.environ['PATH']}")
+    environment = dict(os.environ)
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING")
     environment["VLLM_LOGGING_LEVEL"] = "INFO"
     # by itself vLLM keeps one CPU for its scheduler, which may leave the worker a single one
     environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, CPUS))
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=log.parent
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=ROOT,
+            start_new_session=True,
         )
     try:
         address = f"http://127.0.0.1:{port}"
@@ -69,8 +56,8 @@ def server(model, log, *arguments):
             time.sleep(0.5)
         yield process, address
     finally:
-        if process.poll() is None:
-            process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
@@ -90,28 +77,46 @@ def post(address, **body):
         return reply.read().decode()
 
 
-def test_serve_complete_stream_and_stop(packed, tmp_path):
+def complete_and_stream(address):
+    with urllib.request.urlopen(f"{address}/v1/models", timeout=30) as reply:
+        assert json.load(reply)["data"][0]["id"] == "tiny"
+    whole = json.loads(post(address, model="tiny", prompt="def f(x):", logprobs=1))
+    assert whole["usage"]["completion_tokens"] == 6
+    values = whole["choices"][0]["logprobs"]["token_logprobs"]
+    assert len(values) == 6
+    assert all(-20 < value <= 0 for value in values)
+
+    streamed = post(address, model="tiny", prompt="def f(x):", stream=True)
+    events = [line[6:] for line in streamed.splitlines() if line.startswith("data: ")]
+    assert events[-1] == "[DONE]"
+    texts = [json.loads(event)["choices"][0]["text"] for event in events[:-1]]
+    assert len(texts) > 1
+    assert "".join(texts) == whole["choices"][0]["text"]
+
+
+def test_serve_complete_stream_evaluate_and_stop(tiny_model, tmp_path):
     log = tmp_path / "server.log"
-    with server(packed, log, "--served-model-name", "tiny") as (process, address):
-        with urllib.request.urlopen(f"{address}/v1/models", timeout=30) as reply:
-            assert json.load(reply)["data"][0]["id"] == "tiny"
-        whole = json.loads(post(address, model="tiny", prompt="def f(x):", logprobs=1))
-        assert whole["usage"]["completion_tokens"] == 6
-        values = whole["choices"][0]["logprobs"]["token_logprobs"]
-        assert len(values) == 6
-        assert all(-20 < value <= 0 for value in values)
-
-        streamed = post(address, model="tiny", prompt="def f(x):", stream=True)
-        events = [line[6:] for line in streamed.splitlines() if line.startswith("data: ")]
-        assert events[-1] == "[DONE]"
-        texts = [json.loads(event)["choices"][0]["text"] for event in events[:-1]]
-        assert len(texts) > 1
-        assert "".join(texts) == whole["choices"][0]["text"]
-
+    convert(tiny_model(), tmp_path / "packed")  # what the server does while it loads
+    options = ("--served-model-name", "tiny", "--dtype", "float32")
+    with server(tiny_model(), log, *options) as (process, address):
+        complete_and_stream(address)
+        found, _ = evaluated(
+            tmp_path / "out",
+            "lm_eval",
+            "local-completions",
+            model="tiny",
+            tokenizer=tiny_model(),
+            base_url=f"{address}/v1/completions",
+            max_length=64,
+        )
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
+        assert process.wait(timeout=60) == 0, log.read_text()[-3000:]
         assert not answers(f"{address}/health")
+    # the same up to the order of additions, unless that moves an activation to another code
+    torch.testing.assert_close(found, expected(tmp_path / "packed")[0], rtol=0, atol=0.05)
     text = log.read_text()
+    started = text.partition("starting: ")[2].splitlines()[0]
+    assert "--quantization blockdialect" in started
     if cpu.available():  # measured by the worker, on the thread that calls the kernel
         assert f"{len(CPUS)} threads (PyTorch's OpenMP) on {len(CPUS)} CPUs" in text
     assert "quantization=blockdialect" in text
