@@ -115,6 +115,24 @@ _Activations = Annotated[
     ActivationFormat,
     _one_of("--activation-format", ActivationFormat, "Activations that engines use by default."),
 ]
+_PlannedBook = Annotated[
+    BookName | None,
+    _one_of(
+        "--book",
+        BookName,
+        f"Formatbook of weights and activations; default: {_DEFAULT_BOOK}, and with --calibrate "
+        "the other one for layers that clearly lose less with it.",
+    ),
+]
+_PlannedRotation = Annotated[
+    Rotation | None,
+    _one_of(
+        "--rotation",
+        Rotation,
+        "Rotation of weights and activations; default: none, and with --calibrate hadamard_32 but "
+        "for layers that clearly lose less without.",
+    ),
+]
 _RotationOrDefault = Annotated[
     Rotation | None,
     _one_of(
@@ -366,8 +384,8 @@ def plan(
     output: _Output = None,
     objective: _Objective = None,
     fp8_share: _Fp8Share = None,
-    book: _Book = _DEFAULT_BOOK,
-    rotation: _RotationOrDefault = None,
+    book: _PlannedBook = None,
+    rotation: _PlannedRotation = None,
     ignore: _Ignore = None,
     targets: _Targets = None,
     lm_head: _LmHead = False,
@@ -380,7 +398,7 @@ def plan(
     damping: _Damping = None,
     device: _Device = None,
 ) -> None:
-    """Choose each layer's block size and activations under a budget of bits or of FP8."""
+    """Choose each layer's format under a budget of bits, or of layers with FP8 activations."""
     with _one_sentence_errors():
         calibration = _calibration(
             calibrate,
@@ -393,10 +411,10 @@ def plan(
         _check_rows(max_rows, all_rows)
         if output is not None:
             _check_file("--output", output)
-        chosen = _book_and_rotation(book, rotation, calibration)
+        chosen = _book_and_rotation(book or _DEFAULT_BOOK, rotation, calibration)
         vocabulary = {"lm_head": lm_head, "embeddings": embeddings}
         options = _options(targets, ignore=ignore or [], **chosen, **vocabulary)
-    from .analysis.commands import plan_by_outputs, plan_by_weights
+    from .analysis.commands import other_forms, plan_by_outputs, plan_by_weights
     from .checkpoint.progress import ProgressBar
     from .checkpoint.writer import write_text
 
@@ -405,7 +423,8 @@ def plan(
         with ProgressBar() as progress:
             if calibration is not None:
                 budgets = bits, fp8_share
-                found = plan_by_outputs(src, options, calibration, rows, progress, *budgets)
+                others = other_forms(options.scheme, books=book is None, rotations=rotation is None)
+                found = plan_by_outputs(src, options, calibration, rows, progress, *budgets, others)
             elif bits is not None:
                 found = plan_by_weights(src, options, rows, progress, bits, objective or "error")
         if output is not None:

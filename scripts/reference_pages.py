@@ -144,7 +144,7 @@ def _option(name: str, kind: Any, info: OptionInfo, default: Any) -> str:
 
 def _values(kind: Any, info: OptionInfo) -> str:
     """What an option takes, in words."""
-    if isinstance(kind, types.UnionType):
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):  # of literals it is the latter
         [kind] = [part for part in kind.__args__ if part is not type(None)]
     origin = typing.get_origin(kind)
     if origin is typing.Literal:

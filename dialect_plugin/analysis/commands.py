@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
-from dialect_kernels.formatbook import BLOCK_SIZES, book_by_name
+from dialect_kernels.formatbook import BLOCK_SIZES, ROTATIONS, BookName, book_by_name
 
 from ..calibration.options import CalibrationOptions
 from ..checkpoint.layer_choice import choose_layers
@@ -15,12 +15,19 @@ from ..checkpoint.options import ConvertOptions
 from ..checkpoint.progress import Progress
 from ..checkpoint.reader import Checkpoint, find_checkpoint, open_checkpoint
 from ..checkpoint.tables import natural_order
-from ..scheme import LayerFormat
+from ..scheme import LayerFormat, Scheme
 from . import bit_budget, output_report, precision, report
 from .output_error import measure_outputs, output_formats
 from .report_page import output_page, report_page
 
-__all__ = ["FoundPlan", "FoundReport", "plan_by_outputs", "plan_by_weights", "report_on"]
+__all__ = [
+    "FoundPlan",
+    "FoundReport",
+    "other_forms",
+    "plan_by_outputs",
+    "plan_by_weights",
+    "report_on",
+]
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,18 @@ def report_on(
     )
 
 
+def other_forms(scheme: Scheme, *, books: bool, rotations: bool) -> list[precision.Form]:
+    """What a plan may choose beside the scheme's book, or rotation, or both."""
+    found = [
+        precision.Form(
+            None if book == scheme.book else book, None if turn == scheme.rotation else turn
+        )
+        for turn in (ROTATIONS if rotations else (scheme.rotation,))
+        for book in (get_args(BookName) if books else (scheme.book,))
+    ]
+    return [form for form in found if form != precision.SCHEME]
+
+
 def plan_by_weights(
     source: str,
     options: ConvertOptions,
@@ -122,15 +141,17 @@ def plan_by_outputs(
     progress: Progress,
     bits: float | None,
     fp8_share: float | None,
+    others: Sequence[precision.Form] = (),
 ) -> FoundPlan:
-    """Choose block sizes and activations by the outputs on text; budgets as
-    :func:`.precision.plan_precision`, the rest as for :func:`report_on`."""
+    """Choose block sizes, activations and `others` by the outputs on text; they and the budgets as
+    for :func:`.precision.plan_precision`, the rest as for :func:`report_on`."""
     checkpoint, layers = _chosen(source, options)
     if bits is not None:
         _check_budget(checkpoint, layers, bits)
-    formats = output_formats(book_by_name(options.scheme.book))
+    forms = (precision.SCHEME, *others)
+    formats = [entry for form in forms for entry in form.formats(options.scheme.book)]
     measured = measure_outputs(checkpoint, layers, formats, calibration, progress, max_rows)
-    found = precision.plan_precision(measured, bits, fp8_share)
+    found = precision.plan_precision(measured, bits, fp8_share, others)
     return FoundPlan(precision.render(found), found.overrides())
 
 

@@ -17,7 +17,7 @@ row to row of the weight and from column to column of the input, it is the sum o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Literal
@@ -27,7 +27,7 @@ import torch
 from dialect_kernels import PackedTensor, quantize
 from dialect_kernels.baselines import quantize_fp8, quantize_mxfp4, quantize_nvfp4
 from dialect_kernels.calibrated import quantize_calibrated_baseline, quantize_factored
-from dialect_kernels.formatbook import BLOCK_SIZES, Formatbook, Rotation
+from dialect_kernels.formatbook import BLOCK_SIZES, ROTATION_GROUP, Formatbook, Rotation
 from dialect_kernels.ops import dequantize, quantize_counted
 from dialect_kernels.reference import round_activation
 from dialect_kernels.rotation import rotate_activation, rotate_weight
@@ -47,6 +47,7 @@ __all__ = [
     "LayerOutput",
     "OutputFormat",
     "OutputLoss",
+    "dialect_formats",
     "measure_outputs",
     "output_formats",
 ]
@@ -70,6 +71,7 @@ class OutputFormat:
             tokens, rotation) -> the rounded rows of each.
         tokens: (tokens, rotated if the layer is) -> the rounded tokens, float32.
         needs_mean: whether `weights` needs the moments themselves and not only their factor.
+        rotation: of the layers in this format; None for each layer's own.
     """
 
     name: str
@@ -80,6 +82,7 @@ class OutputFormat:
     ]
     tokens: Callable[[torch.Tensor], torch.Tensor]
     needs_mean: bool = False
+    rotation: Rotation | None = None
 
 
 @dataclass(frozen=True)
@@ -124,18 +127,32 @@ class LayerOutput:
         return self.rows * self.columns
 
 
-def output_formats(book: Formatbook, *, peers: bool = False) -> tuple[OutputFormat, ...]:
-    """BlockDialect in every block size and, with `peers`, MXFP4 and NVFP4."""
-    own = tuple(
+def dialect_formats(
+    book: Formatbook, rotation: Rotation | None = None, suffix: str = ""
+) -> tuple[OutputFormat, ...]:
+    """BlockDialect in every block size.
+
+    Args:
+        book: the formatbook.
+        rotation: of the layers; None for each layer's own.
+        suffix: ends the formats' names.
+    """
+    return tuple(
         OutputFormat(
-            dialect_name(block_size),
+            f"{dialect_name(block_size)}{suffix}",
             block_size,
             partial(dialect_bits, block_size=block_size),
             partial(_dialect_rows, book, block_size),
             partial(_round_tokens, book=book, block_size=block_size),
+            rotation=rotation,
         )
         for block_size in BLOCK_SIZES
     )
+
+
+def output_formats(book: Formatbook, *, peers: bool = False) -> tuple[OutputFormat, ...]:
+    """BlockDialect in every block size and, with `peers`, MXFP4 and NVFP4."""
+    own = dialect_formats(book)
     if not peers:
         return own
     mxfp4 = OutputFormat(
@@ -240,7 +257,7 @@ def measure_outputs(
     Args:
         checkpoint: the 16-bit source.
         forms: layer -> its rotation; the rest of a format is not used.
-        formats: the formats.
+        formats: the formats. One with a rotation is left out where it needs other columns.
         options: text, windows, damping and device.
         progress: receives every layer, in two passes.
         max_rows: round at most this many rows of a layer, spread evenly; None for all.
@@ -272,38 +289,43 @@ class _Sums:
     name: str
     shape: tuple[int, int]
     chosen: torch.Tensor
-    rotation: Rotation
-    rounded: dict[str, _Stored]
-    bits: dict[str, float]
+    rounded: dict[Rotation, dict[str, _Stored]] = field(default_factory=dict)
+    bits: dict[str, float] = field(default_factory=dict)
     signal: float = 0.0
     noise: dict[tuple[str, ActivationFormat], float] = field(default_factory=dict)
     nats: dict[tuple[str, ActivationFormat], float] = field(default_factory=dict)
 
+    def put(self, rotation: Rotation, entry: OutputFormat, rows: _Stored) -> None:
+        """Rows that a format has rounded."""
+        self.rounded.setdefault(rotation, {})[entry.name] = rows
+        self.bits[entry.name] = entry.bits(*self.shape)
+
     def add(self, weight: torch.Tensor, tapped: _Tapped, inputs: _Inputs) -> None:
         """Add the tokens of a call of the layer."""
-        x = inputs.exact(tapped.x, self.rotation)
-        rows = rotate_weight(weight[self.chosen], self.rotation)
-        scale = self.shape[0] / max(1, len(rows))
-        y = x @ rows.T
-        self.signal += scale * _energy(y)
+        scale = self.shape[0] / max(1, len(self.chosen))
         slopes = tapped.gradient[:, self.chosen].square_()
-        # (g W') ** 2, in which W' is the weight that is rounded
-        slopes_of_input = rotate_weight(tapped.gradient @ weight, self.rotation).square_()
-        for name, stored in self.rounded.items():
-            values = stored.to(x.device)
-            values = dequantize(values) if isinstance(values, PackedTensor) else values
-            error = (x @ values.T).sub_(y)
-            of_weights = 0.5 * scale * float((slopes * error.square()).sum(dtype=torch.float64))
-            for activations in METHODS:
-                lost, noise = 0.0, _energy(error)
-                if activations != "none":
-                    rounded = inputs.rounded(tapped.x, self.rotation, name, activations)
-                    slopes_times_errors = (rounded - x).square_().mul_(slopes_of_input)
-                    lost = float(slopes_times_errors.sum(dtype=torch.float64))
-                    noise = _energy((rounded @ values.T).sub_(y))
-                key = name, activations
-                self.noise[key] = self.noise.get(key, 0.0) + scale * noise
-                self.nats[key] = self.nats.get(key, 0.0) + of_weights + 0.5 * lost
+        for number, (rotation, formats) in enumerate(self.rounded.items()):
+            x = inputs.exact(tapped.x, rotation)
+            y = x @ rotate_weight(weight[self.chosen], rotation).T
+            if number == 0:  # with every rotation the same but for roundings
+                self.signal += scale * _energy(y)
+            # (g W') ** 2, in which W' is the weight that is rounded
+            slopes_of_input = rotate_weight(tapped.gradient @ weight, rotation).square_()
+            for name, stored in formats.items():
+                values = stored.to(x.device)
+                values = dequantize(values) if isinstance(values, PackedTensor) else values
+                error = (x @ values.T).sub_(y)
+                of_weights = 0.5 * scale * float((slopes * error.square()).sum(dtype=torch.float64))
+                for activations in METHODS:
+                    lost, noise = 0.0, _energy(error)
+                    if activations != "none":
+                        rounded = inputs.rounded(tapped.x, rotation, name, activations)
+                        slopes_times_errors = (rounded - x).square_().mul_(slopes_of_input)
+                        lost = float(slopes_times_errors.sum(dtype=torch.float64))
+                        noise = _energy((rounded @ values.T).sub_(y))
+                    key = name, activations
+                    self.noise[key] = self.noise.get(key, 0.0) + scale * noise
+                    self.nats[key] = self.nats.get(key, 0.0) + of_weights + 0.5 * lost
 
     def result(self, tokens: int) -> LayerOutput:
         """The means over `tokens` tokens."""
@@ -313,7 +335,7 @@ class _Sums:
                 {a: self.noise.get((name, a), 0.0) / tokens for a in METHODS},
                 {a: self.nats.get((name, a), 0.0) / tokens for a in METHODS},
             )
-            for name in self.rounded
+            for name in self.bits
         }
         return LayerOutput(self.name, *self.shape, len(self.chosen), self.signal / tokens, losses)
 
@@ -350,16 +372,21 @@ class _Run:
         for number in range(len(self._blocks)):
             self._before.append([hidden[index] for index in measured])
             with self._blocks.loaded(number) as modules:
-                watch = Watch(modules, self._forms)
-                with watch.first_pass():
+                watches = self._watches(modules)
+                with ExitStack() as stack:
+                    for watch in watches.values():
+                        stack.enter_context(watch.first_pass())
                     hidden[others[0]] = self._blocks.run(number, hidden[others[0]])
-                with watch.later_passes():
+                with ExitStack() as stack:
+                    for watch in watches.values():
+                        stack.enter_context(watch.later_passes())
                     for index in others[1:]:
                         hidden[index] = self._blocks.run(number, hidden[index])
                 for index in measured:
                     if index not in others:
                         hidden[index] = self._blocks.run(number, hidden[index])
-                self._round(modules, watch.inputs)
+                for rotation, watch in watches.items():
+                    self._round(modules, rotation, watch.inputs)
             self._advance(number)
         finals = [hidden[index] for index in measured]
         self._gradients = self._blocks.scores(windows[measured], finals)
@@ -382,27 +409,45 @@ class _Run:
                             self.found[call.layer].add(weight, call, inputs)
             self._advance(number)
 
-    def _round(self, modules: Mapping[str, torch.nn.Linear], inputs: Sequence[SharedInput]) -> None:
-        """Round rows of a block's layers to every format."""
+    def _watches(self, modules: Mapping[str, torch.nn.Linear]) -> dict[Rotation | None, Watch]:
+        """What collects the inputs of a block's layers, for each rotation of the formats."""
+        watches = {}
+        for rotation in dict.fromkeys(entry.rotation for entry in self._formats):
+            forms = {name: self._forms[name] for name in modules}
+            if rotation is not None:
+                forms = {
+                    name: form._replace(rotation=rotation)
+                    for name, form in forms.items()
+                    if rotation == "none" or modules[name].in_features % ROTATION_GROUP == 0
+                }
+            watches[rotation] = Watch({name: modules[name] for name in forms}, forms)
+        return watches
+
+    def _round(
+        self,
+        modules: Mapping[str, torch.nn.Linear],
+        rotation: Rotation | None,
+        inputs: Sequence[SharedInput],
+    ) -> None:
+        """Round rows of a block's layers to every format with a rotation."""
         seen = {name for shared in inputs for name in shared.layers}
         groups = [(shared.layers, self._moments(shared)) for shared in inputs]
-        groups += [([name], None) for name in modules if name not in seen]
+        if rotation is None:
+            groups += [([name], None) for name in modules if name not in seen]
         for names, moments in groups:
             weights = {name: modules[name].weight.detach() for name in names}
             chosen = {name: self._chosen(weight) for name, weight in weights.items()}
             rows = [weights[name][chosen[name]] for name in names]
             columns = rows[0].shape[1]
-            rounded: dict[str, dict[str, _Stored]] = {n: {} for n in names}
-            rotation = self._forms[names[0]].rotation
-            for entry in self._formats:
-                if columns % entry.columns == 0:
-                    parts = entry.weights(rows, moments, rotation)
-                    for name, part in zip(names, parts, strict=True):
-                        rounded[name][entry.name] = part
             for name in names:
                 shape = (weights[name].shape[0], columns)
-                bits = {e.name: e.bits(*shape) for e in self._formats if e.name in rounded[name]}
-                self.found[name] = _Sums(name, shape, chosen[name], rotation, rounded[name], bits)
+                self.found.setdefault(name, _Sums(name, shape, chosen[name]))
+            turned = rotation or self._forms[names[0]].rotation
+            for entry in self._formats:
+                if entry.rotation == rotation and columns % entry.columns == 0:
+                    parts = entry.weights(rows, moments, turned)
+                    for name, part in zip(names, parts, strict=True):
+                        self.found[name].put(turned, entry, part)
 
     def _moments(self, shared: SharedInput) -> _Moments | None:
         """The moments of an input; None without enough tokens."""

@@ -3,44 +3,130 @@
 Every layer has an estimated loss in nats for each block size and for 4-bit and FP8 activations
 (:mod:`.output_error`). Block sizes are chosen under a budget of bits, by the steps that save most
 per bit, and FP8 activations under a budget of weights that may have them: a price per weight is
-sought at which the best plan keeps that budget. Layers that engines fuse take the same.
+sought at which the best plan keeps that budget. Another book or rotation than the scheme's costs
+nothing, so each layer takes those that clearly lose less. Layers that engines fuse take the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from operator import mul
 from typing import Any
 
-from dialect_kernels.formatbook import BLOCK_SIZES
+from dialect_kernels.formatbook import BLOCK_SIZES, BookName, Rotation, book_by_name
 
 from ..checkpoint.tables import layer_table, only_or_blank, shape_cell
 from ..scheme import METHODS, ActivationFormat, fitting_block_size
 from .bit_budget import first_part, refuse_below, spend
-from .output_error import LayerOutput, OutputLoss
+from .output_error import LayerOutput, OutputFormat, OutputLoss, dialect_formats
 from .report import dialect_name
 
-__all__ = ["PrecisionPlan", "plan_precision", "render"]
+__all__ = ["SCHEME", "Form", "PrecisionPlan", "plan_precision", "render"]
 
 _UNIFORM = 32
 _STEPS = 40
 """Halvings of the interval that holds the price of FP8 activations."""
+_CLEARLY = 0.95
+"""Another book or rotation is taken where the estimated loss is at most so many times as large."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A book and a rotation; None for what the scheme has.
+
+    Attributes:
+        book: the formatbook.
+        rotation: of weight and activations.
+    """
+
+    book: BookName | None = None
+    rotation: Rotation | None = None
+
+    def formats(self, book: BookName) -> tuple[OutputFormat, ...]:
+        """What is measured of it, in a scheme with `book`."""
+        return dialect_formats(book_by_name(self.book or book), self.rotation, self._suffix)
+
+    def name(self, block_size: int) -> str:
+        """Of its format with blocks of `block_size`."""
+        return dialect_name(block_size) + self._suffix
+
+    def overrides(self) -> dict[str, str]:
+        """What of it differs from the scheme."""
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+    @property
+    def shown(self) -> str:
+        """What of it differs from the scheme, for tables."""
+        words = {"book": "{}", "rotation": "rotation {}"}
+        return ", ".join(words[key].format(value) for key, value in self.overrides().items())
+
+    @property
+    def _suffix(self) -> str:
+        return "".join(f", {value}" for value in self.overrides().values())
+
+
+SCHEME = Form()
+"""What the scheme has."""
+
+
+class _Forms:
+    """The best form of each group of layers, by block size and activations.
+
+    Args:
+        layers: with the losses of all `others`, too, where their blocks and rotation fit.
+        others: forms beside the scheme's.
+    """
+
+    def __init__(self, layers: Sequence[LayerOutput], others: Sequence[Form]) -> None:
+        self._best: dict[tuple[str, int, ActivationFormat], Form] = {}
+        for parts in _groups(layers):
+            for size in BLOCK_SIZES:
+                fitting = [
+                    form
+                    for form in (SCHEME, *others)
+                    if all(form.name(size) in part.losses for part in parts)
+                ]
+                for activations in METHODS if SCHEME in fitting else ():
+                    nats = {
+                        form: sum(part.losses[form.name(size)].nats[activations] for part in parts)
+                        for form in fitting
+                    }
+                    best = min(fitting, key=nats.__getitem__)
+                    clear = nats[best] < _CLEARLY * nats[SCHEME]
+                    group = first_part(parts[0].name)
+                    self._best[group, size, activations] = best if clear else SCHEME
+
+    def of(self, layer: str, size: int, activations: ActivationFormat) -> Form:
+        """The form that a layer takes."""
+        return self._best.get((first_part(layer), size, activations), SCHEME)
+
+    def applied(self, layer: LayerOutput) -> LayerOutput:
+        """The layer with the losses of its best forms in the place of the scheme's."""
+        losses = dict(layer.losses)
+        for size in BLOCK_SIZES:
+            if SCHEME.name(size) in losses:
+                best = {a: self.of(layer.name, size, a).name(size) for a in METHODS}
+                nats = {a: layer.losses[name].nats[a] for a, name in best.items()}
+                losses[SCHEME.name(size)] = replace(losses[SCHEME.name(size)], nats=nats)
+        return replace(layer, losses=losses)
 
 
 @dataclass(frozen=True)
 class PrecisionPlan:
-    """Block sizes and activation formats under budgets.
+    """Block sizes and activation formats under budgets, and books and rotations.
 
     Attributes:
         layers: the measured layers.
         block_sizes: layer -> block size.
         activations: layer -> format of its activations, ``"dialect"`` or ``"fp8"``.
+        forms: layer -> its book and rotation, where they are not the scheme's.
     """
 
     layers: tuple[LayerOutput, ...]
     block_sizes: Mapping[str, int]
     activations: Mapping[str, ActivationFormat]
+    forms: Mapping[str, Form] = field(default_factory=dict)
 
     @property
     def bits_per_weight(self) -> float:
@@ -69,9 +155,14 @@ class PrecisionPlan:
     def _weights(self) -> int:
         return sum(layer.weights for layer in self.layers)
 
+    def form_of(self, layer: str) -> Form:
+        """Book and rotation of a layer."""
+        return self.forms.get(layer, SCHEME)
+
     def nats_of(self, layer: LayerOutput) -> float:
         """Estimated loss of a layer, in nats per token."""
-        return _loss(layer, self.block_sizes).nats[self.activations[layer.name]]
+        loss = layer.losses[self.form_of(layer.name).name(self.block_sizes[layer.name])]
+        return loss.nats[self.activations[layer.name]]
 
     def overrides(self) -> dict[str, dict[str, Any]]:
         """The layers that differ from uniform, as ``quantize --overrides`` reads it."""
@@ -84,6 +175,7 @@ class PrecisionPlan:
                 keys["block_size"] = self.block_sizes[name]
             if self._is_fp8(layer):
                 keys["activation_format"] = "fp8"
+            keys |= self.form_of(name).overrides()
             if keys:
                 found[name] = keys
         return found
@@ -93,24 +185,43 @@ class PrecisionPlan:
 
 
 def plan_precision(
-    layers: Sequence[LayerOutput], bits_per_weight: float | None, fp8_share: float | None
+    layers: Sequence[LayerOutput],
+    bits_per_weight: float | None,
+    fp8_share: float | None,
+    others: Sequence[Form] = (),
 ) -> PrecisionPlan:
-    """Choose block sizes and activation formats for measured layers.
+    """Choose block sizes, activation formats, books and rotations for measured layers.
 
     Args:
-        layers: with the losses of the dialect formats.
+        layers: with the losses of the scheme's formats, and of those of `others`.
         bits_per_weight: the budget, on average over all weights of `layers`; None for blocks of 32
             everywhere.
         fp8_share: most of the weights, as a share, that take FP8 activations; None for none.
+        others: books and rotations to choose from, beside the scheme's.
 
     Raises:
         SchemeError: if even the largest blocks need more than the budget.
     """
-    plan = PrecisionPlan(tuple(layers), {}, {}).uniform
+    forms = _Forms(layers, others)
+    plan = PrecisionPlan(tuple(map(forms.applied, layers)), {}, {}).uniform
+    found = _planned(plan, bits_per_weight, fp8_share)
+    chosen = {
+        name: forms.of(name, size, found.activations[name])
+        for name, size in found.block_sizes.items()
+    }
+    different = {name: form for name, form in chosen.items() if form != SCHEME}
+    return replace(found, layers=tuple(layers), forms=different)
+
+
+def _planned(
+    plan: PrecisionPlan, bits_per_weight: float | None, fp8_share: float | None
+) -> PrecisionPlan:
+    """The best block sizes and activations under budgets, for a uniform plan."""
     if fp8_share is None:
         return _spent(plan, bits_per_weight)
     budgets = _Budgets(bits_per_weight, fp8_share)
-    low, high = 0.0, 2 * max((_saved(layer) / layer.weights for layer in layers), default=0.0)
+    steepest = max((_saved(layer) / layer.weights for layer in plan.layers), default=0.0)
+    low, high = 0.0, 2 * steepest
     best: PrecisionPlan | None = None
     for _ in range(_STEPS):
         price = (low + high) / 2
@@ -226,17 +337,23 @@ def render(plan: PrecisionPlan) -> str:
             return only_or_blank(map(values, layers))
 
         saved, before = (sum(map(p.nats_of, layers)) for p in (plan, uniform))
+        form = [named(lambda layer: plan.form_of(layer.name).shown)] if plan.forms else []
         return [
             shape_cell(layers),
             named(lambda layer: str(plan.block_sizes[layer.name])),
             named(lambda layer: METHODS[plan.activations[layer.name]].bits),
+            *form,
             f"{1000 * saved:.3f}",
             f"{1000 * before:.3f}",
             f"{100 * before / max(uniform.nats, 1e-30):.1f}",
         ]
 
     table = layer_table(
-        ["shape", "block", "method", "loss\nmnats", f"with {_UNIFORM}\nW4A4", "% of\nall"],
+        [
+            *("shape", "block", "method"),
+            *(["book,\nrotation"] if plan.forms else []),
+            *("loss\nmnats", f"with {_UNIFORM}\nW4A4", "% of\nall"),
+        ],
         plan.layers,
         cells,
         [layer for layer in plan.layers if layer.name in different],

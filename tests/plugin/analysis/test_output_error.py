@@ -10,7 +10,7 @@ from dialect_kernels.calibrated import quantize_calibrated, quantize_calibrated_
 from dialect_kernels.formatbook import DIALECT_FP4, SEMANTIC_32
 from dialect_kernels.reference import round_activation
 from dialect_kernels.rotation import rotate_activation, rotate_weight
-from dialect_plugin.analysis.output_error import measure_outputs, output_formats
+from dialect_plugin.analysis.output_error import dialect_formats, measure_outputs, output_formats
 from dialect_plugin.analysis.precision import plan_precision
 from dialect_plugin.calibration.options import CalibrationOptions
 from dialect_plugin.calibration.text import read_text
@@ -45,6 +45,25 @@ def measured(source, text, rotation, max_rows=None, peers=False, **given):
     formats = output_formats(book, peers=peers)
     found = measure_outputs(checkpoint, forms, formats, options(text, **given), Silent(), max_rows)
     return {layer.name: layer for layer in found}
+
+
+def test_one_pass_measures_other_books_and_rotations(tiny_model, text):
+    """The figures are those of a run whose layers have that book and rotation."""
+    source = tiny_model()
+    checkpoint = open_checkpoint(source)
+    book, other = BOOKS["hadamard_32"], BOOKS["none"]
+    settings = options_of(book=book.name, rotation="hadamard_32")
+    forms = choose_layers(checkpoint, settings).formats
+    formats = (*output_formats(book), *dialect_formats(other, "none", ", other"))
+    found = measure_outputs(checkpoint, forms, formats, options(text), Silent())
+    own, alone = measured(source, text, "hadamard_32"), measured(source, text, "none")
+    for layer in found:
+        for size in (16, 32, 64):
+            name = f"BlockDialect-{size}"
+            losses = layer.losses[name], layer.losses[f"{name}, other"]
+            assert losses == (own[layer.name].losses[name], alone[layer.name].losses[name])
+            assert losses[0] != losses[1]
+        assert layer.signal == own[layer.name].signal
 
 
 class Whole:

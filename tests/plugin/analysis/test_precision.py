@@ -1,5 +1,6 @@
 """Plans on text: budgets, the layer that needs precision, what `quantize` makes of them."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -9,8 +10,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from dialect_kernels import quantize
+from dialect_kernels.formatbook import SEMANTIC_32
+from dialect_kernels.ops import dequantize
 from dialect_plugin.analysis.output_error import LayerOutput, OutputLoss
-from dialect_plugin.analysis.precision import plan_precision, render
+from dialect_plugin.analysis.precision import Form, plan_precision, render
 from dialect_plugin.checkpoint.reader import open_packed
 from dialect_plugin.cli import app
 from dialect_plugin.scheme import SchemeError
@@ -93,6 +97,61 @@ def test_the_table_says_what_is_saved():
     assert "0.mlp.down_proj 64 x 64 32 W4A8 2100.000 92000.000 76.2" in shown
 
 
+UNROTATED, SMALL_BOOK = Form(rotation="none"), Form("dialect_fp4")
+
+
+def also(layer, form, times):
+    """The layer measured in another form, too, which loses so many times as much."""
+    losses = dict(layer.losses)
+    for block in (16, 32, 64):
+        loss = losses[f"BlockDialect-{block}"]
+        nats = {activations: times * value for activations, value in loss.nats.items()}
+        losses[form.name(block)] = dataclasses.replace(loss, nats=nats)
+    return dataclasses.replace(layer, losses=losses)
+
+
+def test_a_layer_takes_the_book_and_rotation_that_lose_clearly_less():
+    q, k, down, o = LAYERS
+    measured = [
+        also(also(q, UNROTATED, 1.5), SMALL_BOOK, 2.0),  # k loses more than that gains
+        also(also(k, UNROTATED, 0.5), SMALL_BOOK, 2.0),
+        also(also(down, UNROTATED, 0.9), SMALL_BOOK, 0.8),
+        also(also(o, UNROTATED, 0.97), SMALL_BOOK, 1.0),  # hardly less
+    ]
+    plan = plan_precision(measured, None, None, [UNROTATED, SMALL_BOOK])
+    assert plan.overrides() == {
+        q.name: {"rotation": "none"},
+        k.name: {"rotation": "none"},
+        down.name: {"book": "dialect_fp4"},
+    }
+    before = plan_precision(LAYERS, None, None)
+    assert plan.uniform.nats == pytest.approx(before.nats)
+    nats = [before.nats_of(layer) for layer in LAYERS]
+    saved = -0.5 * nats[0] + 0.5 * nats[1] + 0.2 * nats[2]
+    assert before.nats - plan.nats == pytest.approx(saved)
+    shown = " ".join(render(plan).split())
+    assert "0.mlp.down_proj 64 x 64 32 W4A4 dialect_fp4" in shown
+    assert "W4A4 rotation none" in shown
+    without = plan_precision(measured, None, None)
+    assert without.overrides() == {}
+
+
+def test_the_form_is_chosen_for_the_blocks_and_activations_that_a_layer_gets():
+    """Unrotated, only blocks of 16 with FP8 activations lose less."""
+    layers = [also(layer, UNROTATED, 2.0) for layer in LAYERS]
+    losses = dict(layers[2].losses)
+    name = UNROTATED.name(16)
+    nats = losses[name].nats | {"fp8": 0.1}
+    losses[name] = dataclasses.replace(losses[name], nats=nats)
+    layers[2] = dataclasses.replace(layers[2], losses=losses)
+    assert plan_precision(layers, 9, None, [UNROTATED]).forms == {}
+    assert plan_precision(layers, None, 0.3, [UNROTATED]).forms == {}
+    plan = plan_precision(layers, 9, 0.3, [UNROTATED])
+    wanted = {"block_size": 16, "activation_format": "fp8", "rotation": "none"}
+    assert plan.overrides()[LAYERS[2].name] == wanted
+    assert plan.nats_of(layers[2]) == pytest.approx(0.1)
+
+
 @pytest.fixture(scope="module")
 def with_outliers(tiny_model, tmp_path_factory):
     """A model in which few of the inputs of one layer are large."""
@@ -121,6 +180,30 @@ def test_the_layer_with_large_inputs_gets_fp8(with_outliers, tmp_path):
     assert (scheme.book, scheme.rotation) == ("semantic_32", "none")
     formats = {name: scheme.layer(name).activation_format for name in open_packed(packed).layers}
     assert {name for name, found in formats.items() if found == "fp8"} == {DOWN}
+
+
+def test_a_layer_that_was_rounded_before_is_planned_unrotated(tiny_model, tmp_path):
+    """Its weights are numbers of the book as they are, and no longer when they are rotated."""
+    source = Path(shutil.copytree(tiny_model(), tmp_path / "source"))
+    tensors = load_file(source / "model.safetensors")
+    weight = tensors[f"{DOWN}.weight"]
+    rounded = dequantize(quantize(weight, SEMANTIC_32)).to(weight.dtype)
+    save_file(tensors | {f"{DOWN}.weight": rounded}, source / "model.safetensors", {"format": "pt"})
+    file, packed = tmp_path / "overrides.json", tmp_path / "packed"
+    text = ["--calibrate", "default", *SMALL]
+    planned = run("plan", source, "--fp8-share", 1, *text, "--output", file)
+    assert planned.exit_code == 0, planned.stderr
+    assert json.loads(file.read_text())[DOWN]["rotation"] == "none"
+    done = run("quantize", source, packed, *text, "--overrides", file)
+    assert done.exit_code == 0, done.stderr
+    scheme = open_packed(packed).scheme
+    assert scheme.rotation == "hadamard_32"
+    assert scheme.layer(DOWN).rotation == "none"
+    fixed = ["--rotation", "hadamard_32", "--book", "semantic_32"]
+    planned = run("plan", source, "--fp8-share", 1, *text, *fixed, "--output", file)
+    assert planned.exit_code == 0, planned.stderr
+    keys = {key for override in json.loads(file.read_text()).values() for key in override}
+    assert keys == {"activation_format"}
 
 
 def test_both_budgets_are_kept_in_the_packed_model(tiny_model, tmp_path):
