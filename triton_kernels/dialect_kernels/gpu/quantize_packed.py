@@ -51,8 +51,6 @@ from .rounding import (
 __all__ = ["PackedTokens", "quantize_activation_packed", "quantize_weight"]
 
 _NAN_ROW = tl.constexpr(NAN_ROW)
-_GROUPS = False
-"""With a whole group of columns on each thread, Triton 3.7.1 spills a register."""
 
 
 class PackedTokens(NamedTuple):
@@ -228,7 +226,8 @@ def quantize_weight(
         rotation: what the matrix is multiplied by before.
         config: how a program works on a row; any gives the same bytes.
     """
-    config = config or row_config(min(x.shape[1], 2048), _GROUPS)
+    # only a rotation is worth whole groups on each thread: rounding alone spills a register then
+    config = config or row_config(min(x.shape[1], 2048), groups=rotation != "none")
     stored = _launch_quantize_packed(
         x, book, block_size, rule, window, torch.uint8, rotation, config
     )
@@ -261,7 +260,7 @@ def quantize_activation_packed(
     check_matrix(x, "x")
     check_block_size(block_size)
     meta_dtype = torch.uint8 if book.id_bits + E4M3_WINDOW.bit_length() <= 8 else torch.int16
-    config = config or row_config(x.shape[1], _GROUPS)
+    config = config or row_config(x.shape[1], groups=False)
     return _launch_quantize_packed(
         x, book, block_size, book.online_rule, E4M3_WINDOW, meta_dtype, "none", config
     )
