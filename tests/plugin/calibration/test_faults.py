@@ -69,7 +69,7 @@ def test_a_run_that_is_killed_goes_on_behind_the_last_block(tiny_model, text, tm
     calibrated(source, tmp_path / "whole", text)
     assert in_child(convert_and_die, source, packed, text) == -signal.SIGKILL
     assert sorted(path.name for path in packed.glob(".blockdialect-block-*")) == [
-        ".blockdialect-block-00000", ".blockdialect-block-00001"
+        ".blockdialect-block-00000-000", ".blockdialect-block-00001-000"
     ]  # fmt: skip
     assert not (packed / "config.json").exists()
     calibrated(source, packed, text)
