@@ -133,7 +133,7 @@ def tables(figures: dict[str, Any]) -> dict[str, Table]:
         largest, deviation = row["largest_before"], row["deviation_after"]
         rows.append(
             [
-                row["format"] + (", calibrated" if row.get("weights") == "calibrated" else ""),
+                row["format"] + (", calibrated" if row["weights"] == "calibrated" else ""),
                 row["dtype"],
                 f"{row['served_perplexity']:.3f}",
                 f"{row['emulated_perplexity']:.3f}",
