@@ -44,7 +44,6 @@ DEFAULT = SemanticDialectConfig()
 _DECOMPOSED = f"+ {DEFAULT.salient_fraction:.0%} top"
 _RANDOM = f"+ {DEFAULT.salient_fraction:.0%} random"
 _SEDA = f"{_DECOMPOSED}, SeDA"
-_ROTATED = f"{_DECOMPOSED}, rotated"
 _LUT = "32 dialects, lut"
 
 CONTROLS = {
@@ -53,7 +52,6 @@ CONTROLS = {
     "decomposition": (_DECOMPOSED, _LUT),
     "attention": (_DECOMPOSED, _RANDOM),
     "seda": (_SEDA, _DECOMPOSED),
-    "rotation": (_ROTATED, _DECOMPOSED),
 }
 """Mechanism -> format with it, its control."""
 
@@ -88,7 +86,6 @@ def formats() -> dict[str, Any]:
         f"{_SEDA}, grouped once": Format({**seda, "seda_refresh": 1000}),
         f"{_DECOMPOSED}, chosen every call": Format({**top, "salient_refresh": 1}),
         f"{_DECOMPOSED}, chosen once": Format({**top, "salient_refresh": 1000}),
-        _ROTATED: Format({**top, "rotation": "hadamard_32"}),
         "MXFP4-32, W4A16": Format({**PLAIN, "activation_format": "none"}, MXFP4),
         "NVFP4-16, W4A16": Format({**PLAIN, "activation_format": "none"}, NVFP4),
         "BlockDialect-32, W4A16": Format({**two_stage, "activation_format": "none"}),

@@ -20,7 +20,6 @@ def test_the_shipped_default_is_what_was_found_to_help(figures):
         "decomposition": config.decomposes,
         "attention": config.selection == "top",
         "seda": config.groups,
-        "rotation": config.rotation != "none",
     }
 
 
