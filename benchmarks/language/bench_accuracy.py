@@ -199,9 +199,9 @@ def _evaluated(name: str, text: Path, windows: int) -> dict[str, Any]:
 
 def _planned(model: Path, directory: Path) -> list[Path]:
     """The model converted by every plan."""
-    from dialect_kernels.formatbook import SEMANTIC_32
-    from dialect_plugin.analysis.output_error import measure_outputs, output_formats
-    from dialect_plugin.analysis.precision import plan_precision
+    from dialect_plugin.analysis.commands import other_forms
+    from dialect_plugin.analysis.output_error import measure_outputs
+    from dialect_plugin.analysis.precision import plan_precision, planned_formats
     from dialect_plugin.calibration.calibrator import Calibrator
     from dialect_plugin.calibration.options import CalibrationOptions
     from dialect_plugin.checkpoint.convert import convert
@@ -211,17 +211,19 @@ def _planned(model: Path, directory: Path) -> list[Path]:
     from dialect_plugin.checkpoint.reader import open_checkpoint
     from dialect_plugin.scheme import Scheme
 
-    form = {"book": SEMANTIC_32.name, "rotation": "hadamard_32"}
+    form = {"book": "semantic_32", "rotation": "hadamard_32"}
+    uniform = Scheme.parse(form)
     checkpoint = open_checkpoint(model)
-    layers = choose_layers(checkpoint, ConvertOptions(scheme=Scheme.parse(form))).formats
+    layers = choose_layers(checkpoint, ConvertOptions(scheme=uniform)).formats
     with ProgressBar() as progress:
-        # the windows and rows that `plan` measures by default
+        # the windows, rows and forms that `plan` measures by default
         text = CalibrationOptions(sequence_length=WINDOW, samples=32)
-        formats = output_formats(SEMANTIC_32)
+        others = other_forms(uniform, books=True, rotations=True)
+        formats = planned_formats(uniform.book, others)
         measured = measure_outputs(checkpoint, layers, formats, text, progress, 256)
     paths = []
     for name, budgets in PLANS.items():
-        overrides = plan_precision(measured, *budgets).overrides()
+        overrides = plan_precision(measured, *budgets, others).overrides()
         calibration = Calibrator(CalibrationOptions(sequence_length=WINDOW))
         paths.append(directory / name)
         scheme = Scheme.parse({**form, "overrides": overrides})

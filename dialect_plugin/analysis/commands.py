@@ -148,8 +148,7 @@ def plan_by_outputs(
     checkpoint, layers = _chosen(source, options)
     if bits is not None:
         _check_budget(checkpoint, layers, bits)
-    forms = (precision.SCHEME, *others)
-    formats = [entry for form in forms for entry in form.formats(options.scheme.book)]
+    formats = precision.planned_formats(options.scheme.book, others)
     measured = measure_outputs(checkpoint, layers, formats, calibration, progress, max_rows)
     found = precision.plan_precision(measured, bits, fp8_share, others)
     return FoundPlan(precision.render(found), found.overrides())

@@ -22,7 +22,7 @@ from .bit_budget import first_part, refuse_below, spend
 from .output_error import LayerOutput, OutputFormat, OutputLoss, dialect_formats
 from .report import dialect_name
 
-__all__ = ["SCHEME", "Form", "PrecisionPlan", "plan_precision", "render"]
+__all__ = ["SCHEME", "Form", "PrecisionPlan", "plan_precision", "planned_formats", "render"]
 
 _UNIFORM = 32
 _STEPS = 40
@@ -68,6 +68,11 @@ class Form:
 
 SCHEME = Form()
 """What the scheme has."""
+
+
+def planned_formats(book: BookName, others: Sequence[Form]) -> list[OutputFormat]:
+    """What is measured for a plan in a scheme with `book`; `others` as for `plan_precision`."""
+    return [entry for form in (SCHEME, *others) for entry in form.formats(book)]
 
 
 class _Forms:

@@ -1,4 +1,4 @@
-"""Weights, inputs and second moments for tests of rule gptq, and a slow reading of its factor."""
+"""Weights, inputs, moments and text for tests of rule gptq, and a slow reading of its factor."""
 
 import numpy as np
 import torch
@@ -30,3 +30,13 @@ def slow_factor(a, damping):
     mean = np.diag(a)[~dead].mean()
     a[dead, dead] = mean
     return np.linalg.cholesky(np.linalg.inv(a + damping * mean * np.eye(len(a)))).T
+
+
+def varied_text(file):
+    """Write some text whose characters differ; its path."""
+    lines = (
+        f"def f{n}(x): return x * {n * n} - {n % 7}  # {chr(97 + n % 26) * (n % 5)}\n"
+        for n in range(400)
+    )
+    file.write_text("".join(lines))
+    return file

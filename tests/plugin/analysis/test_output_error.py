@@ -17,6 +17,7 @@ from dialect_plugin.calibration.text import read_text
 from dialect_plugin.checkpoint.layer_choice import choose_layers
 from dialect_plugin.checkpoint.progress import Silent
 from dialect_plugin.checkpoint.reader import CheckpointError, open_checkpoint
+from tests.support.calibration_cases import varied_text
 from tests.support.conversions import options_of
 
 BOOKS = {"none": DIALECT_FP4, "hadamard_32": SEMANTIC_32}
@@ -25,12 +26,7 @@ DOWN, QUERY = "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """Some text whose characters differ."""
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    lines = (f"def f{n}(x): return x * {n * n} - {n % 7}  # {chr(97 + n % 26) * (n % 5)}\n"
-             for n in range(400))  # fmt: skip
-    file.write_text("".join(lines))
-    return file
+    return varied_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 def options(text, **given):

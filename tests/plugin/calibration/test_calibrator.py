@@ -17,6 +17,7 @@ from dialect_plugin.calibration.text import read_text
 from dialect_plugin.checkpoint.convert import convert, render
 from dialect_plugin.checkpoint.progress import Silent
 from dialect_plugin.checkpoint.reader import CheckpointError, open_checkpoint, open_packed
+from tests.support.calibration_cases import varied_text
 from tests.support.conversions import edit_config, hashes, options_of
 
 RECORD = "blockdialect_calibration.json"
@@ -25,12 +26,7 @@ ROTATED = {"book": "semantic_32", "rotation": "hadamard_32"}
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """Some text whose characters differ."""
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    lines = (f"def f{n}(x): return x * {n * n} - {n % 7}  # {chr(97 + n % 26) * (n % 5)}\n"
-             for n in range(400))  # fmt: skip
-    file.write_text("".join(lines))
-    return file
+    return varied_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 def calibrator(text, **options):

@@ -21,6 +21,7 @@ from dialect_plugin.checkpoint.reader import open_checkpoint, open_packed
 from dialect_plugin.experts import expert_of
 from dialect_plugin.scheme import LayerFormat
 from tests.support import swept_models
+from tests.support.calibration_cases import varied_text
 from tests.support.conversions import hashes, options_of
 from tests.support.tiny_models import make_tokenizer
 
@@ -30,12 +31,7 @@ ROTATED = {"book": "semantic_32", "rotation": "hadamard_32"}
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """Some text whose characters differ."""
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    lines = (f"def f{n}(x): return x * {n * n} - {n % 7}  # {chr(97 + n % 26) * (n % 5)}\n"
-             for n in range(400))  # fmt: skip
-    file.write_text("".join(lines))
-    return file
+    return varied_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.fixture(scope="module")
