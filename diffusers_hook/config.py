@@ -28,7 +28,9 @@ from dialect_kernels.layer_names import check_expressions, matches
 __all__ = ["QUANT_METHOD", "ConfigError", "SemanticDialectConfig"]
 
 _FORMAT_VERSION = 2
-"""The latest version that this release reads; version 2 adds `rotation`."""
+"""The latest version that this release reads; version 2 adds `rotation` and protected steps."""
+_OF_VERSION_2 = {"rotation", "protected_steps", "protected_fraction", "protected_format"}
+"""Options that version 1 lacks; without a rotation and protected steps, they are not saved."""
 _SALIENT_FRACTION = 0.10
 
 _RENAMED = {"activation": "activation_format", "skip": "ignore"}
@@ -53,12 +55,12 @@ class SemanticDialectConfig(BaseModel):
 
     Attributes:
         quant_method: always ``"semantic_dialect"``.
-        format_version: version of the stored format: 2 with a rotation, else 1.
+        format_version: version of the stored format: 2 with a rotation or protected steps, else 1.
         book: formatbook of weights and activations: ``"semantic_32"`` (SemanticDialect) or
             ``"dialect_fp4"`` (BlockDialect).
         block_size: elements per block, along the reduction dimension.
         activation_format: ``"dialect"`` (W4A4), ``"fp8"`` (W4A8; ours) or ``"none"`` (W4A16;
-            ours). Salient tokens and SeDA need ``"dialect"``.
+            ours). Salient tokens, SeDA and protected steps need ``"dialect"``.
         rotation: ``"hadamard_32"`` or ``"none"``, of weights and activations (ours). A layer whose
             columns 32 does not divide is not rotated.
         ignore: patterns of linear layers that stay in 16 bit: exact names from the model's root,
@@ -80,6 +82,13 @@ class SemanticDialectConfig(BaseModel):
             anchor's group, 0..1 (ours).
         seda_refresh: attention calls of a block and guidance branch between two groupings (ours).
         seed: seed of ``selection="random"``.
+        protected_steps: denoising steps in which all tokens are rounded more finely (ours):
+            ``"none"``, numbers from 0 on, or ``"auto"``: those in which the scheduler changes the
+            noise level most.
+        protected_fraction: share of the steps that ``"auto"`` protects, rounded down, but at least
+            one step (ours).
+        protected_format: in protected steps, all tokens are decomposed into two dialect rows
+            (``"decomposed"``) or rounded to FP8 (``"fp8"``; W4A8).
         keep_original: where ``disable`` finds the 16-bit weights: ``"disk"`` (the files they were
             loaded from), ``"host"`` (a copy in host memory), ``"none"`` (nowhere), or None:
             ``"disk"`` where the files are known, else ``"host"``.
@@ -105,6 +114,9 @@ class SemanticDialectConfig(BaseModel):
     seda_threshold: float = Field(default=0.5, ge=0.0, le=1.0)
     seda_refresh: int = Field(default=10, ge=1)
     seed: int = 0
+    protected_steps: Literal["none", "auto"] | tuple[int, ...] = "none"
+    protected_fraction: float = Field(default=0.0625, gt=0.0, le=1.0)
+    protected_format: Literal["decomposed", "fp8"] = "decomposed"
     keep_original: Literal["disk", "host", "none"] | None = None
     strict: bool = False
 
@@ -148,24 +160,40 @@ class SemanticDialectConfig(BaseModel):
             raise ValueError("it must be three whole numbers from 1 on: frames, rows and columns")
         return window
 
+    @field_validator("protected_steps", mode="before")
+    @classmethod
+    def _steps_are_numbers(cls, steps: object) -> object:
+        if steps in ("none", "auto"):
+            return steps
+        numbers = list(steps) if isinstance(steps, list | tuple) else []
+        if not numbers or not all(type(step) is int and step >= 0 for step in numbers):
+            raise ValueError(
+                "it must be 'none', 'auto' or a list of the steps' numbers, which count from 0"
+            )
+        return tuple(sorted(set(numbers)))
+
     @model_validator(mode="before")
     @classmethod
     def _version_by_keys(cls, options: Any) -> Any:
-        rotated = isinstance(options, dict) and options.get("rotation", "none") != "none"
-        return {"format_version": 2} | options if rotated else options
+        if not isinstance(options, dict):
+            return options
+        used = any(options.get(name, "none") != "none" for name in ("rotation", "protected_steps"))
+        return {"format_version": 2} | options if used else options
 
     @model_validator(mode="after")
     def _version_has_the_keys(self) -> SemanticDialectConfig:
-        if self.rotation != "none" and self.format_version < 2:
-            raise ValueError(
-                f"rotation: {self.rotation!r} needs format_version 2, not {self.format_version}; "
-                "save the model again"
-            )
+        for option in ("rotation", "protected_steps"):
+            value = getattr(self, option)
+            if value != "none" and self.format_version < 2:
+                raise ValueError(
+                    f"{option}: {value!r} needs format_version 2, not {self.format_version}; "
+                    "save the model again"
+                )
         return self
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> SemanticDialectConfig:
-        """Refuse `seda` and `salient_fraction` where they would silently do nothing.
+        """Refuse options that would silently do nothing with other activations than dialects.
 
         Their defaults are accepted everywhere, and so are the options of a mechanism that is off:
         a saved or derived configuration may switch it off and on again.
@@ -173,6 +201,7 @@ class SemanticDialectConfig(BaseModel):
         for option, wanted in (
             ("seda", self.seda),
             ("salient_fraction", self.salient_fraction not in (0.0, _SALIENT_FRACTION)),
+            ("protected_steps", self.protects),
         ):
             if wanted and self.activation_format != "dialect":
                 raise ValueError(
@@ -196,6 +225,11 @@ class SemanticDialectConfig(BaseModel):
     def groups(self) -> bool:
         """Whether tokens are grouped (SeDA)."""
         return self.seda
+
+    @property
+    def protects(self) -> bool:
+        """Whether steps are protected."""
+        return self.protected_steps != "none"
 
     def is_ignored(self, name: str) -> bool:
         """Whether the layer `name`, from the model's root, stays in 16 bit."""
@@ -224,15 +258,15 @@ class SemanticDialectConfig(BaseModel):
         return cls(**{**_with_present_names(config_dict), **kwargs})
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration in JSON's types; without a rotation, that of version 1."""
-        if self.rotation != "none":
+        """The configuration in JSON's types, of version 1 where that can say it."""
+        if self.rotation != "none" or self.protects:
             return self.model_dump(mode="json")
-        return self.model_dump(mode="json", exclude={"rotation"}) | {"format_version": 1}
+        return self.model_dump(mode="json", exclude=_OF_VERSION_2) | {"format_version": 1}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Method, version and the options that are not at their defaults."""
         always = ("quant_method", "format_version")
-        default = type(self)().to_dict()
+        default = type(self)().model_dump(mode="json")
         return {k: v for k, v in self.to_dict().items() if k in always or v != default.get(k)}
 
     def to_json_string(self, use_diff: bool = True) -> str:

@@ -19,6 +19,7 @@ from .model.pipeline import check_components, modules_of, uncheck_components
 from .model.reconfigure import change_options, changed_config
 from .model.report import Summary, summarize
 from .model.swap import Job, put_in, take_out
+from .tokens.protection import check_scheduler
 
 __all__ = ["disable", "enable", "summary"]
 
@@ -66,6 +67,9 @@ def enable(
             work.append(_prepare(name, module, config, layout))
         else:
             changes.append((module, changed_config(name, module, config, layout)))
+    for module, wanted in (*((job.module, job.config) for job in work), *changes):
+        if wanted.protected_steps == "auto":
+            check_scheduler(getattr(_pipeline(target, module), "scheduler", None))
     _put_in_force(changes, work, [_quantize(job, progress) for job in work])
     check_components(target)
     for module in (*(job.module for job in work), *(module for module, _ in changes)):
@@ -148,6 +152,14 @@ def _prepare(
     config, choice = choose_layers(module, config, layout, name)
     place, sources = choose_place(module, choice.layers, config.keep_original)
     return Job(name, module, layout, config, choice, place, sources)
+
+
+def _pipeline(target: Any, module: nn.Module) -> Any:
+    """The pipeline that a transformer of the target belongs to, or None."""
+    if target is not module:
+        return target
+    hook = attached(module)
+    return None if hook is None else hook.state.pipeline()
 
 
 def _put_in_force(

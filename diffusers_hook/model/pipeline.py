@@ -6,6 +6,7 @@ Its class becomes a subclass of its own class, of the same name, so that `copy.c
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 
 from ..layers.casting import check_castable
 from ..layers.guards import check_fusing, check_saving
+from ..tokens.running import running
 from .attach import Attached, attached
 
 __all__ = ["check_components", "modules_of", "uncheck_components"]
@@ -54,7 +56,10 @@ def uncheck_components(pipeline: Any) -> None:
 
 
 class _Checked:
-    """Methods of a pipeline in front of those of its own class; they raise what these would."""
+    """Methods of a pipeline in front of those of its own class; they raise what these would.
+
+    Its calls are known to this thread, so that its transformers find its scheduler.
+    """
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         for name, _, hook in _enabled(self):
@@ -89,7 +94,14 @@ class _CheckedWithLora(_Checked):
 
 
 class _View(type):
-    """A class that is patched where its original is: cache-dit writes to a pipeline's class."""
+    """A class that is patched where its original is: cache-dit exchanges a pipeline's call.
+
+    It reads the original's call, too, or ours would call itself.
+    """
+
+    def __getattribute__(cls, name: str) -> Any:
+        found = type.__getattribute__
+        return getattr(found(cls, "__bases__")[1], name) if name == _CALL else found(cls, name)
 
     def __setattr__(cls, name: str, value: Any) -> None:
         setattr(cls.__bases__[1], name, value)
@@ -98,12 +110,19 @@ class _View(type):
         delattr(cls.__bases__[1], name)
 
 
+_CALL = "__call__"
 _checked_classes: dict[type, type] = {}
 
 
 def _checked_class(original: type) -> type:
     methods = _CheckedWithLora if hasattr(original, "fuse_lora") else _Checked
-    about = {"__module__": original.__module__, "__doc__": original.__doc__}
+
+    @functools.wraps(getattr(original, _CALL))
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with running(self):
+            return getattr(original, _CALL)(self, *args, **kwargs)
+
+    about = {"__module__": original.__module__, "__doc__": original.__doc__, _CALL: call}
     return _View(original.__name__, (methods, original), about)
 
 

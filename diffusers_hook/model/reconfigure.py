@@ -18,7 +18,7 @@ __all__ = ["change_options", "changed_config"]
 _IN_THE_WEIGHTS = ("book", "block_size", "rotation", "ignore", "modulation", "keep_original")
 """Options that decide which weights are stored where."""
 
-_OF_THE_DIALECTS = ("salient_fraction", "seda")
+_OF_THE_DIALECTS = ("salient_fraction", "seda", "protected_steps")
 """Options that need activation_format="dialect"."""
 
 

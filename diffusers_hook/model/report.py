@@ -42,7 +42,9 @@ class TransformerSummary:
         host_bytes: bytes of 16-bit weights kept in host memory for ``disable``.
         originals: where the 16-bit weights are: ``"disk"``, ``"host"``, ``"none"``.
         calls: calls of the transformer so far.
-        decomposes: whether salient tokens are decomposed.
+        protects: whether steps are protected.
+        protected_calls: calls in protected steps.
+        decomposes: whether tokens are decomposed, salient ones or those of protected steps.
         makes_groups: whether tokens are grouped (SeDA).
         salient_share: decomposed rows over all rows of the video, and of text in one attention with
             it, that went through 4-bit layers; those of cross-attention's text do not count.
@@ -67,6 +69,8 @@ class TransformerSummary:
     host_bytes: int
     originals: str
     calls: int
+    protects: bool
+    protected_calls: int
     decomposes: bool
     makes_groups: bool
     salient_share: float
@@ -110,6 +114,7 @@ def summarize(name: str, module: nn.Module, attached: Attached) -> TransformerSu
     """The figures of one transformer."""
     layers = [layer for layer in module.modules() if isinstance(layer, DialectLinear)]
     meter = attached.state.meter
+    config = attached.config
     sizes = attached.state.group_sizes()
     originals = attached.originals
     bytes_by_device = _bytes_by_device(module)
@@ -128,8 +133,10 @@ def summarize(name: str, module: nn.Module, attached: Attached) -> TransformerSu
         host_bytes=0 if originals is None else originals.host_bytes,
         originals="none" if originals is None else originals.place,
         calls=meter.counts["calls"],
-        decomposes=attached.config.decomposes,
-        makes_groups=attached.config.groups,
+        protects=config.protects,
+        protected_calls=meter.counts["protected calls"],
+        decomposes=config.decomposes or (config.protects and config.protected_format != "fp8"),
+        makes_groups=config.groups,
         salient_share=meter.counts["decomposed rows"] / max(1, meter.counts["rows"]),
         groups=sum(groups for groups, _ in sizes) / max(1, len(sizes)),
         grouped_share=sum(share for _, share in sizes) / max(1, len(sizes)),
@@ -179,11 +186,12 @@ def _lines(found: TransformerSummary) -> list[tuple[str, str]]:
     ]
     if found.blocks:
         lines.append(("blocks that are read", f"{found.blocks_read} of {found.blocks}"))
+    if found.protects:
+        lines.append(("calls in protected steps", f"{found.protected_calls}"))
     if found.decomposes:
-        lines += [
-            ("decomposed rows", f"{found.salient_share:.1%}"),
-            ("salient-token refreshes", f"{found.salient_refreshes}"),
-        ]
+        lines.append(("decomposed rows", f"{found.salient_share:.1%}"))
+    if found.salient_refreshes:
+        lines.append(("salient-token refreshes", f"{found.salient_refreshes}"))
     if found.makes_groups:
         lines += [
             ("groups per block", f"{found.groups:.1f}"),

@@ -21,7 +21,7 @@ from ..config import SemanticDialectConfig
 from ..layouts import Block, LayoutError, Stream
 from . import refresh
 from .branch_state import BranchState
-from .generation import Generations
+from .generation import Generation, Generations
 from .meter import Meter
 from .token_rows import Rows, TokenRows
 
@@ -113,7 +113,7 @@ class BlockState:
             self._refresh(branch, due, generation.branch)
 
     def rows(self, stream: Stream, count: int, device: torch.device) -> Rows:
-        """Salient rows and groups of a linear layer's input.
+        """Salient rows and groups of a linear layer's input; in a protected step its precision.
 
         Args:
             stream: the tokens that its rows are.
@@ -124,6 +124,22 @@ class BlockState:
             LayoutError: if the rows do not fit the grid of the call in progress.
         """
         generation = self._generations.current
+        if not generation.protected:
+            found = self._rows(generation, stream, count, device)
+        elif self._config.protected_format == "fp8":
+            found = Rows(1, count, in_fp8=True)
+        else:
+            found = self._rows(generation, stream, count, device).decomposed(device)
+        if stream != Stream.CONTEXT:
+            self.meter.add("rows", count)
+            if found.salient is not None:
+                self.meter.add("decomposed rows", found.salient.numel())
+        return found
+
+    def _rows(
+        self, generation: Generation, stream: Stream, count: int, device: torch.device
+    ) -> Rows:
+        """What the tokens' own records say of a linear layer's input."""
         grid = generation.grid
         if stream == Stream.CONTEXT or grid is None:
             return Rows(1, count)
@@ -147,9 +163,6 @@ class BlockState:
                 decomposes=self._config.decomposes,
             )
             branch.rows[stream, count] = known
-        self.meter.add("rows", count)
-        if known.salient is not None:
-            self.meter.add("decomposed rows", known.salient.numel())
         return known
 
     def _refresh(self, branch: BranchState, due: refresh.Due, name: str) -> None:

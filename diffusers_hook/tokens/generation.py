@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import defaultdict
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from ..layouts import Grid
 from .branch import Context
 from .branch_state import BranchState
+from .protection import NO_PROTECTION, Protection
 
 __all__ = ["Generation", "Generations"]
 
@@ -28,6 +30,8 @@ class Generation:
     Attributes:
         grid: the grid of the call in progress; None outside a call, and where there is none.
         branch: the guidance branch of the call in progress.
+        protection: the protected steps.
+        protected: whether the call in progress is of one of them.
         records: what is known of the tokens of each block, by its index and by branch.
     """
 
@@ -39,11 +43,16 @@ class Generation:
         """
         self.grid: Grid | None = None
         self.branch = ""
+        self.protected = False
         self.records: defaultdict[int, dict[str, BranchState]] = defaultdict(dict)
         self._timestep_rises = timestep_rises
         self._schedule: torch.Tensor | None = None
         self._first: _Place | None = None
         self._last: dict[str, tuple[_Place, Grid | None]] = {}
+        self._in_call = False
+        self.protection = NO_PROTECTION
+        self._here: _Place | None = None
+        self._levels = 0
 
     def record(self, block: int) -> BranchState:
         """The record of a block, by its index, in the branch of the call in progress."""
@@ -55,6 +64,8 @@ class Generation:
         timestep: object,
         context: Context,
         schedule: torch.Tensor | None = None,
+        index: int | None = None,
+        protection: Callable[[], Protection] = lambda: NO_PROTECTION,
     ) -> None:
         """A call of the transformer begins.
 
@@ -73,26 +84,50 @@ class Generation:
             context: branch and step as the pipeline names them; where it names no branch, the
                 calls of one timestep are numbered.
             schedule: the timesteps of the pipeline that is followed, if one is.
+            index: which of them the pipeline's scheduler is at, if it says so; it counts only where
+                neither the timestep itself nor the context tells.
+            protection: the protected steps of a generation; called where one begins.
 
         Where a generation begins, all records are forgotten.
 
         Waits for a GPU only where neither the context nor the followed pipeline tells the step.
         """
-        aborted, scheduled = self.grid is not None, schedule is not self._schedule
-        self._schedule = schedule
+        aborted, scheduled = self._in_call, schedule is not self._schedule
+        self._in_call, self._schedule = True, schedule
         place = self._place(timestep, context.step)
         anew = aborted or scheduled or self._begins_anew(place, grid, self._branch(place, context))
         if anew:
             self.records.clear()
             self._last.clear()
             self._first = place
+            self._levels = 0
+            self.protection = protection()
+        elif _level(place) != self._here:
+            self._levels += 1
+        self._here = _level(place)
         self.grid = grid
         self.branch = self._branch(place, context)
         self._last[self.branch] = place, grid
+        if self.protection is not NO_PROTECTION:
+            step = self._step(_index_in(schedule, timestep), context.step, index)
+            self.protected = step in self.protection.steps
 
     def end(self) -> None:
         """The call came to its end."""
         self.grid = None
+        self.protected = self._in_call = False
+
+    def _step(self, *indices: int | None) -> int:
+        """The step of the call in progress.
+
+        Args:
+            *indices: what is known of the timestep's index, the surest first; where none of it is,
+                the noise levels of the generation are counted.
+        """
+        for index in indices:
+            if index is not None:
+                return self.protection.step(index)
+        return self._levels
 
     def _place(self, timestep: object, step: int | None) -> _Place:
         if step is None:
@@ -145,6 +180,11 @@ class Generations:
             for branches in list(generation.records.values())
             for record in list(branches.values())
         ]
+
+
+def _level(place: _Place) -> _Place:
+    """A place, in the same numbers for every batch where all its tokens have one noise level."""
+    return place[:1] if len(set(place)) == 1 else place
 
 
 def _index_in(schedule: torch.Tensor | None, timestep: object) -> int | None:

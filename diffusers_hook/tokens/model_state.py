@@ -13,6 +13,8 @@ from .block_state import BlockState
 from .branch import Context
 from .generation import Generation, Generations
 from .meter import Meter
+from .protection import Protection
+from .running import running_pipeline
 
 __all__ = ["ModelState"]
 
@@ -61,21 +63,34 @@ class ModelState:
         return self.config.decomposes or self.config.groups
 
     def follow(self, pipeline: object) -> None:
-        """Follow a pipeline: a generation begins wherever its scheduler gets new timesteps."""
+        """Follow a pipeline wherever no enabled one runs: its scheduler tells generations apart."""
         with suppress(TypeError):  # what cannot be referred to weakly is not followed
             self.pipeline = weakref.ref(pipeline)
 
     def begin(self, grid: Grid | None, timestep: object, context: Context) -> None:
         """A call of the transformer begins; arguments as :meth:`Generation.begin`.
 
-        A generation begins wherever the scheduler of the followed pipeline gets new timesteps.
+        A generation begins wherever the scheduler of the pipeline gets new timesteps: of the one
+        that runs in this thread, or else of the one that is followed.
         """
         self.meter.add("calls")
-        if self.reads_attention:
-            scheduler = getattr(self.pipeline(), "scheduler", None)
-            # an attribute and no property: a property could make a new tensor in every call
-            schedule = getattr(scheduler, "__dict__", {}).get("timesteps")
-            self.generation.begin(grid, timestep, context, schedule)
+        if not (self.reads_attention or self.config.protects):
+            return
+        running = running_pipeline()
+        scheduler = getattr(running or self.pipeline(), "scheduler", None)
+        # an attribute and no property: a property could make a new tensor in every call
+        schedule = getattr(scheduler, "__dict__", {}).get("timesteps")
+        generation = self.generation
+        generation.begin(
+            grid if self.reads_attention else None,
+            timestep,
+            context,
+            schedule,
+            None if running is None else _index_of(scheduler),
+            lambda: Protection.of(self.config, scheduler),
+        )
+        if generation.protected:
+            self.meter.add("protected calls")
 
     def end(self) -> None:
         """The call came to its end."""
@@ -85,3 +100,9 @@ class ModelState:
         """:meth:`BranchState.group_sizes` of every block and branch, in all threads."""
         found = (record.group_sizes() for record in self._generations.records())
         return [sizes for sizes in found if sizes is not None]
+
+
+def _index_of(scheduler: Any) -> int | None:
+    """Which of its timesteps a scheduler is at, where it says so."""
+    index: int | None = getattr(scheduler, "step_index", None)
+    return getattr(scheduler, "begin_index", None) if index is None else index

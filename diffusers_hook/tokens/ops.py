@@ -44,7 +44,8 @@ def _linear(
     rows = state.rows(Stream(stream), count, x.device)
     with state.meter.clock("linear layers"):
         if rows.salient is None and rows.group is None:
-            return dialect_op(x, *weight, activation_format, "default", rotation)
+            form = "fp8" if rows.in_fp8 else activation_format
+            return dialect_op(x, *weight, form, "default", rotation)
         samples = x.reshape(rows.batch, rows.tokens, in_features)
         y = semantic_op(samples, *weight, rows.salient, rows.group, rotation)
         return y.view(*x.shape[:-1], codes.shape[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,6 +21,13 @@ class Rows:
     """int64 [batch, S]: rows that are decomposed."""
     group: torch.Tensor | None = None
     """int32 [batch, tokens]: the group of each row, -1 for a free one."""
+    in_fp8: bool = False
+    """Whether all rows are rounded to FP8, and to no dialects."""
+
+    def decomposed(self, device: torch.device) -> Rows:
+        """The same rows, all of them decomposed; `device` is where the layer computes."""
+        every = torch.arange(self.tokens, device=device).expand(self.batch, -1)
+        return replace(self, salient=every)
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,21 @@ from diffusers_hook import ConfigError, SemanticDialectConfig
         ({"skip": ["blocks"]}, "skip: is not an option of SemanticDialectConfig; did you mean "
          "'ignore'?"),
         ({"seda": "yes"}, "seda: 'yes' cannot be used: "),
+        ({"protected_steps": "last"}, "protected_steps: 'last' cannot be used: it must be 'none', "
+         "'auto' or a list of the steps' numbers, which count from 0"),
+        ({"protected_steps": [3, -1]}, "protected_steps: [3, -1] cannot be used: it must be "),
+        ({"protected_steps": []}, "protected_steps: [] cannot be used: it must be "),
+        ({"protected_steps": [True]}, "protected_steps: [True] cannot be used: it must be "),
+        ({"protected_steps": 3}, "protected_steps: 3 cannot be used: it must be "),
+        ({"protected_steps": "auto", "activation_format": "fp8"}, "protected_steps: 'auto' has no "
+         "effect with activation_format='fp8'; use activation_format='dialect' or leave "
+         "protected_steps out"),
+        ({"protected_steps": [1], "format_version": 1}, "protected_steps: (1,) needs "
+         "format_version 2, not 1; save the model again"),
+        ({"protected_fraction": 0}, "protected_fraction: 0 cannot be used: "),
+        ({"protected_fraction": 1.5}, "protected_fraction: 1.5 cannot be used: "),
+        ({"protected_format": "fp4"}, "protected_format: 'fp4' cannot be used: input should be "
+         "'decomposed' or 'fp8'"),
         ({"keep_original": "tape"}, "keep_original: 'tape' cannot be used: "),
         ({"format_version": 3}, "format_version: 3 cannot be used: this release reads versions up "
          "to 2; upgrade blockdialect to read it"),
@@ -98,6 +113,21 @@ def test_a_rotation_makes_it_version_2():
     assert plain.replaced(rotation="hadamard_32").to_dict() == rotated.to_dict()
     read = SemanticDialectConfig.from_dict(plain.to_dict() | {"format_version": 2})
     assert read.to_dict() == plain.to_dict()
+
+
+def test_protected_steps_make_it_version_2():
+    config = SemanticDialectConfig(protected_steps=[7, 2, 7], protected_format="fp8")
+    assert config.protected_steps == (2, 7)
+    assert SemanticDialectConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.to_diff_dict() == {
+        "quant_method": "semantic_dialect",
+        "format_version": 2,
+        "protected_steps": [2, 7],
+        "protected_format": "fp8",
+    }
+    plain = config.replaced(protected_steps="none")
+    assert plain.to_dict() == SemanticDialectConfig().to_dict()
+    assert not any(name.startswith("protected") for name in plain.to_dict())
 
 
 OLD_NAMES = {"activation": "fp8", "skip": [r"blocks\.0\..*", "proj"], "salient_fraction": 0.0}

@@ -18,6 +18,7 @@ OPTIONS = {
     "salient_refresh": 2,
     "seda_refresh": 3,
     "selection": "random",
+    "protected_steps": [2, 5],
 }
 
 
