@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -32,6 +32,9 @@ _FORMAT_VERSION = 2
 _OF_VERSION_2 = {"rotation", "protected_steps", "protected_fraction", "protected_format"}
 """Options that version 1 lacks; without a rotation and protected steps, they are not saved."""
 _SALIENT_FRACTION = 0.10
+
+_POSITION = re.compile(r"(first|last):([1-9][0-9]*)")
+"""How `ignore` names blocks by their place."""
 
 _RENAMED = {"activation": "activation_format", "skip": "ignore"}
 """Names of options in older files, and what they are called now."""
@@ -65,7 +68,8 @@ class SemanticDialectConfig(BaseModel):
             columns 32 does not divide is not rotated.
         ignore: patterns of linear layers that stay in 16 bit: exact names from the model's root,
             or ``re:`` and a regular expression that matches from the name's beginning, e.g.
-            ``re:blocks\\.0\\.``; see :mod:`dialect_kernels.layer_names`.
+            ``re:blocks\\.0\\.``; see :mod:`dialect_kernels.layer_names`. ``first:N`` and ``last:N``
+            are all layers of the first and last N blocks of every list of blocks.
         modulation: how the adaLN modulation's linear layers are stored: ``"16bit"``, ``"fp8"``
             (row-wise E4M3 weights; ours) or None: ``"fp8"`` where they hold more than 5 % of the
             model's parameters, but for those that the model's class keeps in float32.
@@ -149,7 +153,13 @@ class SemanticDialectConfig(BaseModel):
         if isinstance(patterns, str):
             raise ValueError("it must be a list of patterns, not one string")
         if isinstance(patterns, list | tuple):
-            check_expressions(pattern for pattern in patterns if isinstance(pattern, str))
+            texts = [pattern for pattern in patterns if isinstance(pattern, str)]
+            check_expressions(texts)
+            for text in texts:
+                if text.startswith(("first:", "last:")) and not _POSITION.fullmatch(text):
+                    raise ValueError(
+                        f"{text!r} must end in a number of blocks from 1 on, such as 'first:1'"
+                    )
         return patterns
 
     @field_validator("seda_window", mode="before")
@@ -234,6 +244,26 @@ class SemanticDialectConfig(BaseModel):
     def is_ignored(self, name: str) -> bool:
         """Whether the layer `name`, from the model's root, stays in 16 bit."""
         return any(matches(pattern, name) for pattern in self.ignore)
+
+    def with_named_blocks(self, lists: Iterable[Sequence[str]]) -> SemanticDialectConfig:
+        """The same configuration, with names where `ignore` gives the places of blocks.
+
+        Args:
+            lists: of each list of blocks the names of its blocks from the model's root, in order.
+        """
+        patterns: list[str] = []
+        lists = list(lists)
+        for pattern in self.ignore:
+            place = _POSITION.fullmatch(pattern)
+            if place is None:
+                patterns.append(pattern)
+                continue
+            count = int(place[2])
+            for names in lists:
+                chosen = names[:count] if place[1] == "first" else names[-count:]
+                patterns += [f"re:{re.escape(name)}\\." for name in chosen]
+        named = tuple(dict.fromkeys(patterns))
+        return self if named == self.ignore else self.replaced(ignore=named)
 
     def replaced(self, **options: Any) -> SemanticDialectConfig:
         """The same configuration with other options.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from ..layers.fp8 import Fp8Linear
 from ..layouts import Layout, LayoutError, Stream, without_adapters
 from ..tokens.observe import Observed, observed_class
 
-__all__ = ["LayerChoice", "check_mechanisms", "choose_layers", "put"]
+__all__ = ["LayerChoice", "check_mechanisms", "choose_layers", "put", "with_named_blocks"]
 
 _log = logging.getLogger(__name__)
 _MODULATION_SHARE = 0.05
@@ -88,8 +89,8 @@ def choose_layers(
         empty: whether the weights are yet to be loaded.
 
     Returns:
-        (the configuration with `modulation` resolved, so that the same layers are chosen again by
-        whoever loads the quantized model; the choice).
+        (the configuration with `modulation` and the places of blocks in `ignore` resolved, so that
+        the same layers are chosen again by whoever loads the quantized model; the choice).
 
     Raises:
         LayoutError, ConfigError, ValueError: if the model does not fit; one sentence.
@@ -99,6 +100,7 @@ def choose_layers(
         raise ValueError(
             f"{name}: is quantized already; load the 16-bit checkpoint to quantize it another way"
         )
+    config = with_named_blocks(module, config, layout)
     blocks = tuple(layout.blocks(module))
     linears = {
         f"{block.name}.{path}": (layer, stream)
@@ -122,6 +124,19 @@ def choose_layers(
     _check_ignore(name, config, [*linears, *_modulation_layers(module, layout)])
     config, modulation = _modulation(module, layout, config)
     return config, LayerChoice(quantized, modulation)
+
+
+def with_named_blocks(
+    module: nn.Module, config: SemanticDialectConfig, layout: Layout
+) -> SemanticDialectConfig:
+    """The configuration with names where `ignore` gives the places of a model's blocks."""
+    lists: defaultdict[str, dict[int, str]] = defaultdict(dict)
+    for block in layout.blocks(module):
+        path, _, index = block.name.rpartition(".")
+        lists[path][int(index)] = block.name
+    return config.with_named_blocks(
+        [found[index] for index in sorted(found)] for found in lists.values()
+    )
 
 
 def check_mechanisms(

@@ -10,7 +10,7 @@ from ..config import ConfigError, SemanticDialectConfig
 from ..layers.dialect import DialectLinear
 from ..layouts import Layout, LayoutError
 from .attach import Attached, attach, attached, detach
-from .layer_choice import check_mechanisms
+from .layer_choice import check_mechanisms, with_named_blocks
 from .saved_mark import mark
 
 __all__ = ["change_options", "changed_config"]
@@ -42,6 +42,7 @@ def changed_config(
     """
     hook = attached(module)
     assert hook is not None
+    config = with_named_blocks(module, config, layout or hook.layout)
     given = {n: getattr(config, n) for n in config.model_fields_set - {"format_version"}}
     if hook.originals is not None:
         raise RuntimeError(

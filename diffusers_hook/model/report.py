@@ -14,6 +14,7 @@ from dialect_kernels.packed import bits_per_weight
 
 from ..layers.dialect import DialectLinear
 from ..layers.fp8 import Fp8Linear
+from ..layouts import Layout
 from .attach import Attached, blocks_read
 from .share import share_in_4_bit
 
@@ -33,6 +34,7 @@ class TransformerSummary:
         fp8_layers: modulation layers in FP8.
         bits: bits per weight of the 4-bit layers.
         share: share of the parameters before that are in 4 bit now.
+        blocks_in_16_bit: blocks that have no layer in 4 bit.
         blocks: blocks whose attention tells salient tokens and groups, by the configuration.
         blocks_read: those whose attention still has the processor that tells them.
         bytes_before: bytes of all parameters before quantization.
@@ -61,6 +63,7 @@ class TransformerSummary:
     fp8_layers: int
     bits: float
     share: float
+    blocks_in_16_bit: int
     blocks: int
     blocks_read: int
     bytes_before: int
@@ -125,6 +128,7 @@ def summarize(name: str, module: nn.Module, attached: Attached) -> TransformerSu
         fp8_layers=sum(isinstance(layer, Fp8Linear) for layer in module.modules()),
         bits=_bits(layers),
         share=share_in_4_bit(module),
+        blocks_in_16_bit=_blocks_in_16_bit(module, attached.layout),
         blocks=attached.blocks_to_read,
         blocks_read=blocks_read(module),
         bytes_before=attached.bytes_before,
@@ -143,6 +147,13 @@ def summarize(name: str, module: nn.Module, attached: Attached) -> TransformerSu
         salient_refreshes=meter.counts["salient refreshes"],
         group_refreshes=meter.counts["group refreshes"],
         seconds=dict(meter.seconds),
+    )
+
+
+def _blocks_in_16_bit(module: nn.Module, layout: Layout) -> int:
+    return sum(
+        not any(isinstance(part, DialectLinear) for part in block.module.modules())
+        for block in layout.blocks(module)
     )
 
 
@@ -172,6 +183,7 @@ def _lines(found: TransformerSummary) -> list[tuple[str, str]]:
         ("model", found.model),
         ("layers in 4 bit", f"{found.layers}"),
         ("parameters in 4 bit", f"{found.share:.1%}"),
+        *([("blocks in 16 bit", f"{found.blocks_in_16_bit}")] if found.blocks_in_16_bit else []),
         *([("modulation layers in FP8", f"{found.fp8_layers}")] if found.fp8_layers else []),
         ("bits per weight", f"{found.bits:.3f}"),
         ("MiB before", f"{found.bytes_before / 2**20:.1f}"),

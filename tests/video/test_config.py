@@ -42,6 +42,9 @@ from diffusers_hook import ConfigError, SemanticDialectConfig
          "expression ("),
         ({"ignore": "blocks"}, "ignore: 'blocks' cannot be used: it must be a list of patterns, "
          "not one string"),
+        ({"ignore": ["first:0"]}, "ignore: ['first:0'] cannot be used: 'first:0' must end in a "
+         "number of blocks from 1 on, such as 'first:1'"),
+        ({"ignore": ["last:one"]}, "ignore: ['last:one'] cannot be used: 'last:one' must end in "),
         ({"ignore": [3]}, "ignore.0: 3 cannot be used: input should be a valid string"),
         ({"activation": "fp8"}, "activation: is not an option of SemanticDialectConfig; did you "
          "mean 'activation_format'?"),
