@@ -53,7 +53,7 @@ def register() -> None:
         from .vllm import config
 
         config.register_configs()
-        compat.register_cpu_attention()
+        compat.register_attention()
     except Exception as error:
         logging.getLogger("vllm.blockdialect").warning(
             "blockdialect is not available: this vLLM is outside the supported range 0.26 to 0.33 "

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 __all__ = [
+    "attention_backend",
     "built_for_reload",
     "current_architectures",
     "has_adapters_for_experts",
@@ -30,7 +31,7 @@ __all__ = [
     "number_of_experts",
     "packs_caches",
     "permit_amx",
-    "register_cpu_attention",
+    "register_attention",
     "restore_weights",
     "stacked_names",
     "tied_embeddings",
@@ -246,28 +247,48 @@ def _layer_info(layer: torch.nn.Module) -> Any:
 
 
 def packs_caches() -> bool:
-    """Whether the plugin's back end for 4-bit KV caches has a place here: on CPUs, from 0.28 on.
+    """Whether there is a back end for 4-bit KV caches here: on CPUs from 0.28, on GPUs from 0.29.
 
-    Symptom: no `customize_spec` in 0.26 and 0.27. Cause: a cache's size followed from dtype and
-    head size alone. Ends with the support of 0.27.
+    Symptom: no `customize_spec` in 0.26 and 0.27, caches of other shapes on GPUs in 0.28. Cause: a
+    cache's size followed from dtype and head size alone, and each back end gave its own shape. Ends
+    with the support of 0.28.
     """
     from vllm.platforms import current_platform
     from vllm.v1.attention.backend import AttentionBackend
 
-    return current_platform.is_cpu() and hasattr(AttentionBackend, "customize_spec")
+    needed = "customize_spec" if current_platform.is_cpu() else "supported_kv_cache_layouts"
+    has_kernels = current_platform.is_cpu() or current_platform.is_cuda()
+    return has_kernels and hasattr(AttentionBackend, needed)
 
 
-def register_cpu_attention() -> None:
-    """Put the back end that knows 4-bit KV caches in the place of vLLM's own one for CPUs.
+def register_attention() -> None:
+    """Register the back end that knows 4-bit KV caches.
 
-    It has no other place: vLLM's CPU platform takes this back end, whatever it is told. Another
-    plugin's back end stays.
+    On CPUs in the place of vLLM's own, because vLLM's platform takes that one, whatever it is told;
+    on GPUs as ``CUSTOM``. Another plugin's back end stays.
     """
+    from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    place = AttentionBackendEnum.CPU_ATTN
+    place, name = AttentionBackendEnum.CUSTOM, "gpu_attention.DialectGPUBackend"
+    if current_platform.is_cpu():
+        place, name = AttentionBackendEnum.CPU_ATTN, "cpu_attention.DialectCPUBackend"
     if packs_caches() and not place.is_overridden():
-        register_backend(place, f"{__package__}.attention.DialectCPUBackend")
+        register_backend(place, f"{__package__}.{name}")
+
+
+def attention_backend(layer: object) -> str | None:
+    """The name of the back end of a layer that keeps keys and values on a GPU; else None.
+
+    It is chosen by the engine's options there; on CPUs there is one.
+    """
+    from vllm.platforms import current_platform
+
+    backend: Any = getattr(layer, "attn_backend", None)
+    keeps_both = backend is not None and getattr(layer, "attn_type", None) == "decoder"
+    if not keeps_both or current_platform.is_cpu() or backend.is_mla():
+        return None
+    return str(backend.get_name())
 
 
 @cache

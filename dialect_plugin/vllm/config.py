@@ -72,8 +72,13 @@ _TIED = (
 )
 
 _NO_CACHE = (
-    "quantization_config: kv_cache is 'dialect', but only the CPU back end of vLLM 0.28 and later "
-    "can have such a cache; set it to 'none'"
+    "quantization_config: kv_cache is 'dialect', but such a cache needs vLLM 0.28 or later on a "
+    "CPU, or 0.29 or later on an NVIDIA GPU; set it to 'none'"
+)
+
+_OTHER_BACKEND = (
+    "quantization_config: kv_cache is 'dialect', but the attention back end is {}, which has no "
+    "such cache; add --attention-backend CUSTOM, or set kv_cache to 'none'"
 )
 
 _POOLING = (
@@ -239,9 +244,13 @@ class BlockDialectConfig(QuantizationConfig):
 
         Raises:
             ValueError: if the parts of a fused layer disagree.
+            SchemeError: if the model cannot have what its scheme says.
         """
         if self.scheme.lm_head and not self.scheme.serialized and compat.is_pooling():
             raise SchemeError(_POOLING)
+        backend = compat.attention_backend(layer)
+        if self.scheme.kv_cache != "none" and backend not in (None, "CUSTOM"):
+            raise SchemeError(_OTHER_BACKEND.format(backend))
         if isinstance(layer, LinearBase):
             self._see_engine()
             begin = partial(settle, self) if compat.loads_sharded_state() else None

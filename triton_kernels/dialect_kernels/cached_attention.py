@@ -1,14 +1,14 @@
-"""A dialect KV cache and attention over it: the CPU kernel where it serves, else plain torch."""
+"""A dialect KV cache and attention over it: kernels where they serve, else plain torch."""
 
 from __future__ import annotations
 
 import torch
 
-from . import cpu, reference_attention
+from . import cpu, gpu, reference_attention
 from .cpu import kv_cache as compiled
 from .kv_cache import Context, KvCache, Scoring, check_attend, check_store
 
-__all__ = ["attend", "store"]
+__all__ = ["attend", "store", "warm_up"]
 
 
 def store(cache: KvCache, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
@@ -26,6 +26,8 @@ def store(cache: KvCache, key: torch.Tensor, value: torch.Tensor, slots: torch.T
     check_store(cache, key, value, slots)
     if cpu.runs_on(cache.slots.device):
         compiled.store(cache, key, value, slots)
+    elif gpu.runs_on(cache.slots.device):
+        gpu.store(cache, key, value, slots)
     else:
         reference_attention.store(cache, key, value, slots)
 
@@ -59,5 +61,20 @@ def attend(
     check_attend(cache, query, context, scoring)
     if cpu.runs_on(cache.slots.device):
         return compiled.attend(cache, query, context, scoring, out)
+    if gpu.runs_on(cache.slots.device):
+        return gpu.attend(cache, query, context, scoring, out)
     found = reference_attention.attend(cache, query, context, scoring)
     return found if out is None else out.copy_(found)
+
+
+def warm_up(cache: KvCache, heads: int, dtype: torch.dtype, scoring: Scoring) -> None:
+    """Compile the kernels of a GPU for such a cache, so that none is compiled while serving.
+
+    Args:
+        cache: with at least one block, whose first slot is written over.
+        heads: query heads.
+        dtype: of queries, keys and values.
+        scoring: of the layer.
+    """
+    if not cpu.runs_on(cache.slots.device) and gpu.runs_on(cache.slots.device):
+        gpu.warm_up_cache(cache, heads, dtype, scoring)

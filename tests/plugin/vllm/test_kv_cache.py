@@ -31,14 +31,14 @@ def config(additional=None, scheme="none", cache_dtype="auto", transfer=None):
 
 
 def test_the_engines_option_goes_before_the_models():
-    from dialect_plugin.vllm.attention import _cache_format
+    from dialect_plugin.vllm.caches import cache_format
 
-    assert _cache_format(config()) == "none"
-    assert _cache_format(config(SWITCH)) == "dialect"
-    assert _cache_format(config(scheme="dialect")) == "dialect"
+    assert cache_format(config()) == "none"
+    assert cache_format(config(SWITCH)) == "dialect"
+    assert cache_format(config(scheme="dialect")) == "dialect"
     off = {"blockdialect": {"kv_cache": "none"}, "another_plugin": 1}
-    assert _cache_format(config(off, "dialect")) == "none"
-    assert _cache_format(SimpleNamespace(additional_config=SWITCH, quant_config=None)) == "dialect"
+    assert cache_format(config(off, "dialect")) == "none"
+    assert cache_format(SimpleNamespace(additional_config=SWITCH, quant_config=None)) == "dialect"
 
 
 @pytest.mark.parametrize(
@@ -51,15 +51,15 @@ def test_the_engines_option_goes_before_the_models():
     ],
 )
 def test_an_option_that_is_misspelt_is_one_sentence(additional, sentence):
-    from dialect_plugin.vllm.attention import _cache_format
+    from dialect_plugin.vllm.caches import cache_format
 
     with pytest.raises(SchemeError, match=r"^additional_config: ") as raised:
-        _cache_format(config(additional))
+        cache_format(config(additional))
     assert sentence in str(raised.value)
 
 
 def test_what_does_not_go_together_is_one_sentence():
-    from dialect_plugin.vllm.attention import _check_engine
+    from dialect_plugin.vllm.caches import _check_engine
 
     _check_engine(config(SWITCH), "auto")
     with pytest.raises(SchemeError, match="kv_cache_dtype: 'fp8'; with kv_cache 'dialect' allowed"):
@@ -76,23 +76,27 @@ def test_a_scheme_with_a_cache_is_refused_where_vllm_cannot_pack_one(monkeypatch
     wanted.maybe_update_config("model")
     monkeypatch.setattr(compat, "packs_caches", lambda: False)
     BlockDialectConfig(Scheme(serialized=False)).maybe_update_config("model")
-    with pytest.raises(SchemeError, match="kv_cache is 'dialect', but only the CPU back end"):
+    with pytest.raises(SchemeError, match="but such a cache needs vLLM"):
         wanted.maybe_update_config("model")
 
 
 def test_layers_that_a_dialect_cache_cannot_serve_keep_16_bit():
     from vllm.v1.kv_cache_interface import CrossAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
-    from dialect_plugin.vllm import attention
+    from dialect_plugin.vllm import caches
+    from dialect_plugin.vllm.cpu_attention import DialectCPUBackend
+    from dialect_plugin.vllm.gpu_attention import DialectGPUBackend
 
     def customized(kind, head_size, **options):
         sizes = {"block_size": 16, "num_kv_heads": 2, "head_size": head_size}
         spec = kind(**sizes, dtype=torch.bfloat16, **options)
-        return spec, attention.DialectCPUBackend.customize_spec(spec)
+        on_cpu, on_gpu = (b.customize_spec(spec) for b in (DialectCPUBackend, DialectGPUBackend))
+        assert on_cpu == on_gpu
+        return spec, on_cpu
 
     switched_on = config(SWITCH)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "_latest", lambda: switched_on)
+        patch.setattr(caches, "_latest", lambda: switched_on)
         for kind, options in ((FullAttentionSpec, {}), (SlidingWindowSpec, {"sliding_window": 8})):
             _, packed = customized(kind, 128, **options)
             assert (packed.dtype, packed.state_content_bytes) == (torch.uint8, 138)
@@ -104,7 +108,7 @@ def test_layers_that_a_dialect_cache_cannot_serve_keep_16_bit():
         ):
             plain, kept = customized(kind, head_size, **options)
             assert kept == plain
-        patch.setattr(attention, "_latest", lambda: config())
+        patch.setattr(caches, "_latest", lambda: config())
         plain, kept = customized(FullAttentionSpec, 64)
         assert kept == plain
 

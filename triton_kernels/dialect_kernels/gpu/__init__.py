@@ -16,11 +16,13 @@ import torch
 from .. import reference
 from ..backend import BlockGrid, Quantized
 from ..formatbook import Formatbook, Rotation
+from ..kv_cache import Context, KvCache, Scoring
 from ..packed import PackedTensor
 from ..packed_experts import PackedExperts
 from ..rotation import rotate_weight
 
 __all__ = [
+    "attend",
     "covers",
     "dequantize",
     "dialect_linear",
@@ -32,7 +34,9 @@ __all__ = [
     "rounding_loss",
     "runs_on",
     "semantic_linear",
+    "store",
     "warm_up",
+    "warm_up_cache",
     "warm_up_experts",
 ]
 
@@ -159,6 +163,39 @@ def semantic_linear(
 
     with _current(tokens.device):
         return linear.semantic_linear(tokens, p, bias, salient, group)
+
+
+def store(cache: KvCache, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+    """See :func:`dialect_kernels.cached_attention.store`."""
+    from . import cache_store
+
+    with _current(cache.slots.device):
+        cache_store.store(cache, key, value, slots)
+
+
+def attend(
+    cache: KvCache,
+    query: torch.Tensor,
+    context: Context,
+    scoring: Scoring,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """See :func:`dialect_kernels.cached_attention.attend`; never waits for the GPU."""
+    from . import cache_attention
+
+    with _current(query.device):
+        return cache_attention.attend(cache, query, context, scoring, out)
+
+
+def warm_up_cache(cache: KvCache, heads: int, dtype: torch.dtype, scoring: Scoring) -> None:
+    """See :func:`dialect_kernels.cached_attention.warm_up`."""
+    from . import cache_attention, cache_store
+
+    with _current(cache.slots.device):
+        rows = torch.zeros(1, cache.heads, cache.head_size, dtype=dtype, device=cache.slots.device)
+        slot = torch.zeros(1, dtype=torch.int64, device=cache.slots.device)
+        cache_store.store(cache, rows, rows, slot)
+        cache_attention.warm_up(cache, heads, dtype, scoring)
 
 
 def warm_up(

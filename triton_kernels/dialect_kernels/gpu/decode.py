@@ -44,6 +44,7 @@ __all__ = [
     "e4m3_parts",
     "e4m3_table",
     "joined_sixteen",
+    "sixteen_of",
     "sixteen_parts",
     "sixteen_table",
 ]
@@ -268,10 +269,25 @@ def sixteen_parts(
     Column i of part j is element ``8 (i // 2) + 2 j + i % 2``.
     """
     b_meta = _load_meta(p_meta, o_row, first, padded, B, BK, EVEN)
-    low0, low1 = _load_pair(p_table, b_meta * 2, BN)
-    high0, high1 = _load_pair(p_table, b_meta * 2 + 1, BN)
     p_pair = p_codes.to(tl.pointer_type(tl.uint16))
     b_code = _load_codes(p_pair, o_row, first, padded, B, BK, EVEN)
+    return sixteen_of(b_code, b_meta, p_table, ASM)
+
+
+@triton.jit
+def sixteen_of(b_code, b_meta, p_table, ASM: tl.constexpr):
+    """The parts of :func:`sixteen_parts` from codes and meta bytes that have been loaded.
+
+    Args:
+        b_code: four codes each, uint16 [BN, blocks, B/4].
+        b_meta: int32 [BN * blocks].
+        p_table: of :func:`sixteen_table`.
+    """
+    BN: tl.constexpr = b_code.shape[0]
+    WIDTH: tl.constexpr = b_code.shape[2]
+    COLUMNS: tl.constexpr = b_code.shape[1] * WIDTH
+    low0, low1 = _load_pair(p_table, b_meta * 2, BN)
+    high0, high1 = _load_pair(p_table, b_meta * 2 + 1, BN)
     if ASM:
         part0, part1, part2, part3 = tl.inline_asm_elementwise(
             _SIXTEEN_ASM,
@@ -289,16 +305,16 @@ def sixteen_parts(
         )
     else:
         word = _words(b_code)
-        shift = (tl.arange(0, B // 4) % 2 * 4)[None, None, :]
+        shift = (tl.arange(0, WIDTH) % 2 * 4)[None, None, :]
         part0 = _sixteen_bits(word, low0, low1, high0, high1, shift)
         part1 = _sixteen_bits(word, low0, low1, high0, high1, shift + 8)
         part2 = _sixteen_bits(word, low0, low1, high0, high1, shift + 16)
         part3 = _sixteen_bits(word, low0, low1, high0, high1, shift + 24)
     return (
-        tl.reshape(part0, (BN, BK // 4)),
-        tl.reshape(part1, (BN, BK // 4)),
-        tl.reshape(part2, (BN, BK // 4)),
-        tl.reshape(part3, (BN, BK // 4)),
+        tl.reshape(part0, (BN, COLUMNS)),
+        tl.reshape(part1, (BN, COLUMNS)),
+        tl.reshape(part2, (BN, COLUMNS)),
+        tl.reshape(part3, (BN, COLUMNS)),
     )
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from ..formatbook import LOWEST_EXPONENT, NAN_ROW
 
-__all__ = ["MOST_EARLY", "load_scales", "rounded", "store_tile"]
+__all__ = ["MOST_EARLY", "load_scales", "rounded", "rounded_to", "store_tile"]
 
 _LOWEST_EXPONENT = tl.constexpr(LOWEST_EXPONENT)
 _NAN_ROW = tl.constexpr(NAN_ROW)
@@ -27,14 +27,20 @@ MOST_EARLY = tl.constexpr(32)
 
 @triton.jit
 def rounded(y, p_y, ASM: tl.constexpr):
-    """y in the output's type; the interpreter's own conversion to bfloat16 truncates."""
-    if (p_y.dtype.element_ty == tl.bfloat16) and not ASM:
+    """y in the output's type."""
+    return rounded_to(y, p_y.dtype.element_ty, ASM)
+
+
+@triton.jit
+def rounded_to(y, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """y in another type of floats; the interpreter's own conversion to bfloat16 truncates."""
+    if (tl.bfloat16 == DTYPE) and not ASM:
         bits = y.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         bits = tl.where(y != y, 0x7FC0, bits)
         return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
-        return y.to(p_y.dtype.element_ty)
+        return y.to(DTYPE)
 
 
 @triton.jit

@@ -28,7 +28,7 @@ def launch(
     kernel: Any,
     grid: tuple[int, ...],
     arguments: tuple[Any, ...],
-    constants: Mapping[str, int | bool],
+    constants: Mapping[str, float],
     **options: int,
 ) -> None:
     """Launch a kernel on the current GPU and stream.

@@ -1,4 +1,4 @@
-"""Quantizing to codes, meta and row exponents on a GPU: weights while loading, and caches.
+"""Quantizing to codes, meta and row exponents on a GPU: weights while loading.
 
     x [N, K] -> codes uint8 [N, Kp/2], meta [N, Kp/B], row_exponent int8 [N]
 
@@ -22,17 +22,15 @@ cost: the format, section 1; this form of it: ours.)
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ..arguments import check_matrix
 from ..arithmetic import padded_columns
 from ..device_tables import kept_tables
-from ..formatbook import DIALECT_FP4, E4M3_WINDOW, NAN_ROW, Formatbook, Rotation
-from ..packed import PackedTensor, check_block_size
+from ..formatbook import NAN_ROW, Formatbook, Rotation
+from ..packed import PackedTensor
 from .launch import launch
 from .layout import RowConfig, aligned, interpreted, readable_rows, row_config
 from .rotation import load_weight
@@ -48,21 +46,9 @@ from .rounding import (
     select_online,
 )
 
-__all__ = ["PackedTokens", "quantize_activation_packed", "quantize_weight"]
+__all__ = ["quantize_weight", "round_online", "store_blocks"]
 
 _NAN_ROW = tl.constexpr(NAN_ROW)
-
-
-class PackedTokens(NamedTuple):
-    """Tokens [T, K] in a dialect format with window 13; Kp is K rounded up to blocks of B."""
-
-    codes: torch.Tensor
-    """uint8 [T, Kp/2]."""
-    meta: torch.Tensor
-    """``delta << id_bits | id``, [T, Kp/B]; uint8 for DialectFP4, int16 for the 32-dialect book,
-    whose five bits of id leave a byte no room for deltas up to 13 (ours)."""
-    row_exponent: torch.Tensor
-    """int8 [T]; -128 marks a token with NaN or Inf."""
 
 
 @kept_tables
@@ -92,13 +78,66 @@ def _select_by_exact_error(b_quarters, p_steps, DIALECTS: tl.constexpr):
 
 
 @triton.jit
-def _store_codes(p_row, index, o_block, blocks, B: tl.constexpr):
-    """Write the codes of whole blocks, four of them at a time, from the bytes of `index`."""
+def round_online(
+    b_x, exponent, window, p_book, ID_BITS: tl.constexpr, DIALECTS: tl.constexpr, ASM: tl.constexpr
+):
+    """Blocks [G, B] of a row, rounded by the book's online rule: meta and :func:`index_words`.
+
+    Args:
+        b_x: finite float32.
+        exponent: the row's R.
+        window: the largest delta.
+    """
+    B: tl.constexpr = b_x.shape[1]
+    scale, delta, largest_cell = scale_blocks(block_largest(b_x), exponent, window, ASM)
+    x = four(b_x)
+    row = block_row(largest_cell)
+    differences, indices = look_up(x, scale, row, p_book, DIALECTS, ASM)
+    variant = select_online(differences, B, DIALECTS)
+    dialect = row * (DIALECTS // 8) + variant
+    meta = tl.where(largest_cell == 0, 0, (delta << ID_BITS) | dialect)
+    return meta, index_words(x, indices, variant, ASM)
+
+
+@triton.jit
+def _round_by_error(
+    b_x,
+    exponent,
+    window,
+    p_book,
+    p_steps,
+    ID_BITS: tl.constexpr,
+    DIALECTS: tl.constexpr,
+    WIDE: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """As :func:`round_online`, by the rule ``mse``; gains are added in float64 if `WIDE`."""
+    scale, delta, largest_cell = scale_blocks(block_largest(b_x), exponent, window, ASM)
+    b_quarters = tl.abs(b_x) * scale[:, None]
+    if WIDE:
+        b_quarters = b_quarters.to(tl.float64)
+    dialect = _select_by_exact_error(b_quarters, p_steps, DIALECTS)
+    x = four(b_x)
+    _, indices = look_up(x, scale, dialect // (DIALECTS // 8), p_book, DIALECTS, ASM)
+    meta = tl.where(largest_cell == 0, 0, (delta << ID_BITS) | dialect)
+    return meta, index_words(x, indices, dialect % (DIALECTS // 8), ASM)
+
+
+@triton.jit
+def store_blocks(p_codes, p_meta, meta, index, o_block, blocks, B: tl.constexpr):
+    """Write the rounded blocks `o_block` [G] of a row that has so many.
+
+    Args:
+        p_codes: the row's codes, at an even address; four of a block are written at a time.
+        p_meta: the row's meta.
+        meta, index: of :func:`round_online`.
+    """
+    tl.store(p_meta + o_block, meta.to(p_meta.dtype.element_ty), mask=o_block < blocks)
     code = (index & 0x07070707) | ((index >> 4) & 0x08080808)
     pairs = code | (code >> 4)  # two codes in the bytes 0 and 2 each
     codes = (pairs & 0xFF) | ((pairs >> 8) & 0xFF00)
     o_codes = o_block[:, None] * (B // 4) + tl.arange(0, B // 4)[None, :]
-    p_codes = p_row.to(tl.pointer_type(tl.int16), bitcast=True) + o_codes
+    p_codes = p_codes.to(tl.pointer_type(tl.int16), bitcast=True) + o_codes
     tl.store(p_codes, codes.to(tl.int16), mask=o_block[:, None] < blocks)
 
 
@@ -127,7 +166,6 @@ def _quantize_packed_kernel(
         columns = columns // 16 * 16
         stride = stride // 16 * 16
     G: tl.constexpr = CHUNK // B
-    VARIANTS: tl.constexpr = DIALECTS // 8
     i_row = tl.program_id(0).to(tl.int64)
     p_row = p_x + i_row * stride
     blocks = tl.cdiv(columns, B)
@@ -142,68 +180,15 @@ def _quantize_packed_kernel(
     for first in range(0, columns, CHUNK):
         b_x = load_weight(p_row, first, columns, B, CHUNK, ROTATED)
         b_x = tl.where(finite != 0, b_x, 0.0)
-        scale, delta, largest_cell = scale_blocks(block_largest(b_x), exponent, window, ASM)
-        x = four(b_x)
         if EXACT_ERROR:
-            b_quarters = tl.abs(b_x) * scale[:, None]
-            if WIDE:
-                b_quarters = b_quarters.to(tl.float64)
-            dialect = _select_by_exact_error(b_quarters, p_steps, DIALECTS)
-            row = dialect // VARIANTS
-            variant = dialect % VARIANTS
-            _, indices = look_up(x, scale, row, p_book, DIALECTS, ASM)
+            meta, index = _round_by_error(
+                b_x, exponent, window, p_book, p_steps, ID_BITS, DIALECTS, WIDE, ASM
+            )
         else:
-            row = block_row(largest_cell)
-            differences, indices = look_up(x, scale, row, p_book, DIALECTS, ASM)
-            variant = select_online(differences, B, DIALECTS)
-            dialect = row * VARIANTS + variant
-        meta = tl.where(largest_cell == 0, 0, (delta << ID_BITS) | dialect)
+            meta, index = round_online(b_x, exponent, window, p_book, ID_BITS, DIALECTS, ASM)
+        p_code = p_codes + i_row * (blocks * (B // 2))
         o_block = first // B + tl.arange(0, G)
-        p_block = p_meta + i_row * blocks + o_block
-        tl.store(p_block, meta.to(p_meta.dtype.element_ty), mask=o_block < blocks)
-        index = index_words(x, indices, variant, ASM)
-        _store_codes(p_codes + i_row * (blocks * (B // 2)), index, o_block, blocks, B)
-
-
-def _launch_quantize_packed(
-    x: torch.Tensor,
-    book: Formatbook,
-    block_size: int,
-    rule: str,
-    window: int,
-    meta_dtype: torch.dtype,
-    rotation: Rotation,
-    config: RowConfig,
-) -> PackedTokens:
-    """One launch."""
-    x = readable_rows(x)
-    rows, columns = x.shape
-    padded = padded_columns(columns, block_size)
-    out = PackedTokens(
-        torch.empty(rows, padded // 2, dtype=torch.uint8, device=x.device),
-        torch.empty(rows, padded // block_size, dtype=meta_dtype, device=x.device),
-        torch.empty(rows, dtype=torch.int8, device=x.device),
-    )
-    if rows:
-        tables = (book_table(book, x.device), _step_table(book, x.device))
-        launch(
-            _quantize_packed_kernel,
-            (rows,),
-            (x, *out, *tables, columns, x.stride(0), window),
-            {
-                "DIALECTS": len(book),
-                "ID_BITS": book.id_bits,
-                "B": block_size,
-                "CHUNK": config.chunk,
-                "EXACT_ERROR": rule == "mse",
-                "WIDE": x.dtype == torch.float32 or rotation != "none",
-                "ROTATED": rotation != "none",
-                "ALIGNED": aligned(x),
-                "ASM": not interpreted(),
-            },
-            num_warps=config.num_warps,
-        )
-    return out
+        store_blocks(p_code, p_meta + i_row * blocks, meta, index, o_block, blocks, B)
 
 
 def quantize_weight(
@@ -228,39 +213,29 @@ def quantize_weight(
     """
     # only a rotation is worth whole groups on each thread: rounding alone spills a register then
     config = config or row_config(min(x.shape[1], 2048), groups=rotation != "none")
-    stored = _launch_quantize_packed(
-        x, book, block_size, rule, window, torch.uint8, rotation, config
-    )
-    return PackedTensor(*stored, (x.shape[0], x.shape[1]), book, block_size, rotation)
-
-
-def quantize_activation_packed(
-    x: torch.Tensor,
-    book: Formatbook = DIALECT_FP4,
-    block_size: int = 32,
-    config: RowConfig | None = None,
-) -> PackedTokens:
-    """Quantize tokens with the book's online rule and window 13, for a cache of keys and values.
-
-    Unlike the tokens of a product they are kept, so they leave packed, in 4 bits; nothing in this
-    package reads them yet.
-
-    Args:
-        x: float32, bfloat16 or float16 [T, K].
-        book: the formatbook (``two_stage``: BlockDialect; ``lut``: SemanticDialect).
-        block_size: 16, 32 or 64.
-        config: how a program works on a row; any gives the same bytes.
-
-    Returns:
-        Codes, meta and row exponents. A token with NaN or Inf has the exponent -128 and zeros.
-
-    Raises:
-        ValueError: if dtype, shape or block size are not allowed.
-    """
-    check_matrix(x, "x")
-    check_block_size(block_size)
-    meta_dtype = torch.uint8 if book.id_bits + E4M3_WINDOW.bit_length() <= 8 else torch.int16
-    config = config or row_config(x.shape[1], groups=False)
-    return _launch_quantize_packed(
-        x, book, block_size, book.online_rule, E4M3_WINDOW, meta_dtype, "none", config
-    )
+    x = readable_rows(x)
+    rows, columns = x.shape
+    padded = padded_columns(columns, block_size)
+    codes = torch.empty(rows, padded // 2, dtype=torch.uint8, device=x.device)
+    meta = torch.empty(rows, padded // block_size, dtype=torch.uint8, device=x.device)
+    row_exponent = torch.empty(rows, dtype=torch.int8, device=x.device)
+    if rows:
+        tables = (book_table(book, x.device), _step_table(book, x.device))
+        launch(
+            _quantize_packed_kernel,
+            (rows,),
+            (x, codes, meta, row_exponent, *tables, columns, x.stride(0), window),
+            {
+                "DIALECTS": len(book),
+                "ID_BITS": book.id_bits,
+                "B": block_size,
+                "CHUNK": config.chunk,
+                "EXACT_ERROR": rule == "mse",
+                "WIDE": x.dtype == torch.float32 or rotation != "none",
+                "ROTATED": rotation != "none",
+                "ALIGNED": aligned(x),
+                "ASM": not interpreted(),
+            },
+            num_warps=config.num_warps,
+        )
+    return PackedTensor(codes, meta, row_exponent, (rows, columns), book, block_size, rotation)

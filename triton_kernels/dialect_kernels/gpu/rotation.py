@@ -26,7 +26,7 @@ from .epilogue import rounded
 from .launch import launch
 from .layout import aligned, block_columns, interpreted, load_blocks, readable_rows, row_config
 
-__all__ = ["load_activation", "load_weight", "rotate_tokens"]
+__all__ = ["butterfly", "load_activation", "load_weight", "rotate_tokens"]
 
 _GROUP = tl.constexpr(ROTATION_GROUP)
 
@@ -43,12 +43,22 @@ def _step(x, STEP: tl.constexpr):
 
 
 @triton.jit
-def _load_part(p_row, o_column, columns, ROTATED: tl.constexpr):
+def butterfly(x):
+    """Rows [R, K] of groups of 32 columns, unscaled, wherever their elements are: [R, K]."""
+    groups = tl.reshape(x, (x.shape[0] * x.shape[1] // _GROUP, _GROUP))
+    groups = _step(_step(_step(_step(_step(groups, 1), 2), 4), 8), 16)
+    return tl.reshape(groups, (x.shape[0], x.shape[1]))
+
+
+@triton.jit
+def _load_part(p_row, o_column, columns, ROTATED: tl.constexpr, p_mean=None):
     """Columns of each group as float32, [G, 8] or [G, 4]; if rotated, after the steps inside it.
 
-    A thread loads 16 bytes at a time.
+    A thread loads 16 bytes at a time. `p_mean` (float32) is subtracted before, if there is one.
     """
     x = tl.load(p_row + o_column, mask=o_column < columns, other=0.0).to(tl.float32)
+    if p_mean is not None:
+        x -= tl.load(p_mean + o_column, mask=o_column < columns, other=0.0)
     if ROTATED:
         x = _step(_step(x, 1), 2)
         if o_column.shape[1] == 8:
@@ -77,27 +87,35 @@ def _joined_parts(x0, x1, x2, x3, ROTATED: tl.constexpr):
 
 @triton.jit
 def _load_groups(
-    p_row, first, columns, scale, B: tl.constexpr, CHUNK: tl.constexpr, ROTATED: tl.constexpr
+    p_row,
+    first,
+    columns,
+    scale,
+    B: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROTATED: tl.constexpr,
+    p_mean=None,
 ):
     """A chunk of a row as float32 [CHUNK / B, B], zero beyond the row's end.
 
     Args:
         columns: of the row, a multiple of 32 if it is rotated.
         scale: what a rotated row is multiplied by: 1.0 for weights, 1/32 for activations.
+        p_mean: as for :func:`load_weight`.
     """
     if ROTATED:
         columns = columns // _GROUP * _GROUP
     o_group = first + tl.arange(0, CHUNK // _GROUP)[:, None] * _GROUP
     if p_row.dtype.element_ty == tl.float32:  # every part in two halves, which the step 4 adds
         o_column = o_group + tl.arange(0, 4)[None, :]
-        a0 = _load_part(p_row, o_column, columns, ROTATED)
-        b0 = _load_part(p_row, o_column + 4, columns, ROTATED)
-        a1 = _load_part(p_row, o_column + 8, columns, ROTATED)
-        b1 = _load_part(p_row, o_column + 12, columns, ROTATED)
-        a2 = _load_part(p_row, o_column + 16, columns, ROTATED)
-        b2 = _load_part(p_row, o_column + 20, columns, ROTATED)
-        a3 = _load_part(p_row, o_column + 24, columns, ROTATED)
-        b3 = _load_part(p_row, o_column + 28, columns, ROTATED)
+        a0 = _load_part(p_row, o_column, columns, ROTATED, p_mean)
+        b0 = _load_part(p_row, o_column + 4, columns, ROTATED, p_mean)
+        a1 = _load_part(p_row, o_column + 8, columns, ROTATED, p_mean)
+        b1 = _load_part(p_row, o_column + 12, columns, ROTATED, p_mean)
+        a2 = _load_part(p_row, o_column + 16, columns, ROTATED, p_mean)
+        b2 = _load_part(p_row, o_column + 20, columns, ROTATED, p_mean)
+        a3 = _load_part(p_row, o_column + 24, columns, ROTATED, p_mean)
+        b3 = _load_part(p_row, o_column + 28, columns, ROTATED, p_mean)
         a0, b0 = _sums(a0, b0, ROTATED)
         a1, b1 = _sums(a1, b1, ROTATED)
         a2, b2 = _sums(a2, b2, ROTATED)
@@ -107,10 +125,10 @@ def _load_groups(
         group = tl.permute(tl.join(a, b), (0, 1, 2, 4, 3))
     else:
         o_column = o_group + tl.arange(0, 8)[None, :]
-        x0 = _load_part(p_row, o_column, columns, ROTATED)
-        x1 = _load_part(p_row, o_column + 8, columns, ROTATED)
-        x2 = _load_part(p_row, o_column + 16, columns, ROTATED)
-        x3 = _load_part(p_row, o_column + 24, columns, ROTATED)
+        x0 = _load_part(p_row, o_column, columns, ROTATED, p_mean)
+        x1 = _load_part(p_row, o_column + 8, columns, ROTATED, p_mean)
+        x2 = _load_part(p_row, o_column + 16, columns, ROTATED, p_mean)
+        x3 = _load_part(p_row, o_column + 24, columns, ROTATED, p_mean)
         group = _joined_parts(x0, x1, x2, x3, ROTATED)
     return tl.reshape(group * scale if ROTATED else group, (CHUNK // B, B))
 
@@ -137,9 +155,21 @@ def load_activation(
 
 
 @triton.jit
-def load_weight(p_row, first, columns, B: tl.constexpr, CHUNK: tl.constexpr, ROTATED: tl.constexpr):
-    """A chunk of a row of a weight, rotated if its layer is, float32 [CHUNK / B, B]."""
-    return _load_groups(p_row, first, columns, 1.0, B, CHUNK, ROTATED)
+def load_weight(
+    p_row,
+    first,
+    columns,
+    B: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROTATED: tl.constexpr,
+    p_mean=None,
+):
+    """A chunk of a row of a weight, rotated if its layer is, float32 [CHUNK / B, B].
+
+    Args:
+        p_mean: float32 [columns], subtracted before the rotation, as from the rows of a cache.
+    """
+    return _load_groups(p_row, first, columns, 1.0, B, CHUNK, ROTATED, p_mean)
 
 
 @triton.jit(do_not_specialize=["columns", "stride"])

@@ -40,7 +40,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from dialect_kernels.gpu.layout import RowConfig
 from dialect_kernels.gpu.quantize_activations import quantize_activation
 from dialect_kernels.gpu.quantize_fp8 import quantize_activation_fp8
-from dialect_kernels.gpu.quantize_packed import quantize_activation_packed, quantize_weight
+from dialect_kernels.gpu.quantize_packed import quantize_weight
 
 BOOKS = (DIALECT_FP4, SEMANTIC_32)
 TOKENS = (0, 1, 2, 3, 17, 65)  # a program each
@@ -287,35 +287,6 @@ def test_empty_weights():
     for shape in ((0, 64), (3, 0)):
         got = quantize_weight(torch.zeros(shape), DIALECT_FP4, 32, "mse", 13)
         assert_packed(got, reference.quantize(torch.zeros(shape)))
-
-
-@all_books
-@all_blocks
-def test_packed_tokens(block_size, book):
-    x = torch.cat([tensor(2, 4 * block_size), adversarial(block_size)]).to(torch.bfloat16)
-    codes, meta, exponent = quantize_activation_packed(x, book, block_size)
-    finite = x.isfinite().all(dim=1)
-    assert torch.equal(exponent == -128, ~finite)
-    assert not codes[~finite].any()
-    assert not meta[~finite].any()
-    if book is DIALECT_FP4:
-        clean = torch.where(finite[:, None], x, 0)
-        want = reference.quantize(clean, book, block_size, "two_stage")
-        assert torch.equal(meta, want.meta)
-        assert torch.equal(codes, want.codes)
-        assert torch.equal(exponent[finite], want.row_exponent[finite])
-    else:
-        assert meta.dtype == torch.int16
-        ids, delta = (meta & 31).long(), (meta >> 5).long()
-        assert int(delta.max()) == 13
-        code = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)
-        code = code.view(*meta.shape, block_size).long()
-        half_units = torch.tensor(book.signed_half_units).flatten()[ids[:, :, None] * 16 + code]
-        unit = torch.exp2((exponent.long()[:, None] - delta - 1).double())
-        values = (half_units * unit[:, :, None]).flatten(1)
-        want = reference.round_activation(x, book, block_size).double()
-        assert torch.equal(values[finite], want[finite])
-        assert not meta[(code == 0).all(dim=2)].any(), "a block of zeros has the meta 0"
 
 
 def test_arguments_that_are_refused():

@@ -1,0 +1,140 @@
+"""KV caches of 4 bits in vLLM: where they are switched on, for which layers, and what a slot takes.
+
+vLLM asks a back end's class for the size of a cache without saying for which engine; so a layer
+that is built notes its engine's config here, and sizes are given for that one. What a layer does
+with its cache afterwards follows from the cache that it gets, and from nothing else.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import replace
+from difflib import get_close_matches
+from typing import Any, get_args
+
+import torch
+from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
+from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    SlidingWindowSpec,
+)
+
+from dialect_kernels.kv_cache import CACHE_BLOCK, slot_bytes
+
+from ..scheme import KvCacheFormat, SchemeError
+
+__all__ = ["cache_format", "customized", "is_packed", "note_engine"]
+
+logger = init_logger("vllm.blockdialect")
+
+_OPTIONS = "blockdialect"
+"""The key of ``--additional-config`` that holds this plugin's options."""
+_SPECS = (FullAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec)
+"""Kinds of caches that hold one key and one value for each token and head."""
+
+_latest: weakref.ref[Any] | None = None
+
+
+def cache_format(config: Any) -> KvCacheFormat:
+    """The format of the KV cache of an engine.
+
+    Args:
+        config: vLLM's config; ``--additional-config`` goes before the model's scheme.
+
+    Raises:
+        SchemeError: if an option of this plugin is not known or has a value that is not allowed.
+    """
+    additional = getattr(config, "additional_config", None)
+    options = additional if isinstance(additional, Mapping) else {}
+    for name in options:
+        if name != _OPTIONS and get_close_matches(name, [_OPTIONS], cutoff=0.8):
+            raise SchemeError(
+                f"additional_config: the key {name!r} is not known; did you mean {_OPTIONS!r}?"
+            )
+    given = options.get(_OPTIONS, {})
+    if not isinstance(given, Mapping):
+        raise SchemeError(
+            f"additional_config: {_OPTIONS} is {given!r}; it must be an object such as "
+            '{"kv_cache": "dialect"}'
+        )
+    for name in given.keys() - {"kv_cache"}:
+        raise SchemeError(
+            f"additional_config: {_OPTIONS} has the key {name!r}; allowed is kv_cache"
+        )
+    scheme = getattr(getattr(config, "quant_config", None), "scheme", None)
+    found: Any = given.get("kv_cache", getattr(scheme, "kv_cache", "none"))
+    if found not in get_args(KvCacheFormat):
+        allowed = " and ".join(map(repr, get_args(KvCacheFormat)))
+        raise SchemeError(
+            f"additional_config: kv_cache of {_OPTIONS} is {found!r}; allowed are {allowed}"
+        )
+    return found
+
+
+def note_engine(kv_cache_dtype: str) -> None:
+    """Note the engine whose layer is being built; sizes are given for it from now on.
+
+    Args:
+        kv_cache_dtype: of the layer.
+
+    Raises:
+        SchemeError: if its options cannot be used together.
+    """
+    global _latest
+    config = get_current_vllm_config()
+    _latest = weakref.ref(config)
+    if cache_format(config) != "none":
+        _check_engine(config, kv_cache_dtype)
+
+
+def customized(spec: Any) -> Any:
+    """A layer's spec with what a slot takes, if a dialect cache is wanted and can serve it."""
+    config = get_current_vllm_config_or_none() or (_latest and _latest())
+    if config is None or cache_format(config) == "none" or is_packed(spec):
+        return spec
+    if (reason := _refusal(spec)) is not None:
+        logger.info_once(f"the KV cache of some layers stays in 16 bit: {reason}")
+        return spec
+    size = slot_bytes(spec.head_size)
+    logger.info_once(
+        f"KV cache in 4 bit: {size} bytes for each token and head of {spec.head_size} "
+        f"instead of {spec.state_content_size_bytes}"
+    )
+    return replace(spec, dtype=torch.uint8, state_content_bytes=size)
+
+
+def is_packed(spec: Any) -> bool:
+    """Whether a spec says itself what a slot takes."""
+    return spec.state_content_bytes is not None
+
+
+def _refusal(spec: Any) -> str | None:
+    """Why a layer keeps its 16-bit cache, or None."""
+    if type(spec) not in _SPECS:
+        return f"{type(spec).__name__} is a cache of another kind"
+    if spec.head_size != spec.head_size_v:
+        return f"keys of {spec.head_size} and values of {spec.head_size_v} numbers differ in size"
+    if spec.head_size % CACHE_BLOCK:
+        return f"head size {spec.head_size} is no multiple of {CACHE_BLOCK}"
+    return None
+
+
+def _check_engine(config: Any, kv_cache_dtype: str) -> None:
+    """Refuse what does not go together with a dialect cache.
+
+    Raises:
+        SchemeError: at the first of these.
+    """
+    if config.cache_config.cache_dtype != "auto" or kv_cache_dtype != "auto":
+        raise SchemeError(
+            f"kv_cache_dtype: {config.cache_config.cache_dtype!r}; with kv_cache 'dialect' allowed "
+            "is 'auto': leave --kv-cache-dtype out"
+        )
+    if config.kv_transfer_config is not None:
+        raise SchemeError(
+            "kv_transfer_config: connectors that move or offload a KV cache do not know the "
+            "dialect format; leave it out, or set kv_cache to 'none'"
+        )

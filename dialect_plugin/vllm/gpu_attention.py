@@ -1,0 +1,179 @@
+"""vLLM's attention on GPUs with a KV cache of 4 bits, where it is switched on.
+
+The back end is vLLM's Triton attention, whose place it leaves alone: it is registered as ``CUSTOM``
+and runs with ``--attention-backend CUSTOM``. Layers that a dialect cache cannot serve
+(:mod:`.caches`) keep a 16-bit cache and vLLM's own kernels. From vLLM 0.29 on, whose caches are
+[blocks, heads, tokens, bytes] in every layout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backends.triton_attn import (
+    TritonAttentionBackend,
+    TritonAttentionImpl,
+    TritonAttentionMetadata,
+    TritonAttentionMetadataBuilder,
+)
+
+from dialect_kernels.cached_attention import attend, store, warm_up
+from dialect_kernels.kv_cache import Context, KvCache, Scoring, slot_bytes
+
+from .caches import cache_format, customized, is_packed, note_engine
+
+__all__ = ["DialectGPUBackend"]
+
+
+class DialectGPUBackend(TritonAttentionBackend):
+    """vLLM's Triton back end, for caches of both kinds."""
+
+    @staticmethod
+    def get_name() -> str:
+        """The name that ``--attention-backend`` takes."""
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[TritonAttentionImpl]:
+        """The attention of a layer."""
+        return _Attention
+
+    @staticmethod
+    def get_builder_cls() -> type[TritonAttentionMetadataBuilder]:
+        """What makes the metadata of a step."""
+        return _MetadataBuilder
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        """Say how much a slot takes, in layers that a dialect cache can serve."""
+        return customized(super().customize_spec(spec))
+
+    @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        """Images whose tokens see each other are not served."""
+        return False
+
+    @classmethod
+    def supports_rswa(cls) -> bool:
+        """Windows that leave the prompt visible are not served."""
+        return False
+
+    @classmethod
+    def supports_alibi_sqrt(cls) -> bool:
+        """Square roots of ALiBi's distances are not served."""
+        return False
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        """A context is split by how many sequences there are."""
+        return False
+
+
+class _Attention(TritonAttentionImpl):
+    """One layer; a packed cache is known by its bytes."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        note_engine(self.kv_cache_dtype)
+        self._may_pack = cache_format(get_current_vllm_config()) != "none"
+        if self._may_pack:
+            self.supports_quant_query_input = False
+        self._scoring: Scoring | None = None
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """Whether outputs may be asked for in 8 bits."""
+        return not self._may_pack and super().fused_output_quant_supported(quant_key)
+
+    def do_kv_cache_update(
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Store new rows of keys and values."""
+        if not self._packs(kv_cache):
+            return super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+        count = min(key.shape[0], slot_mapping.shape[0])
+        slots = slot_mapping[:count].to(torch.int64)
+        return store(KvCache(kv_cache, self.head_size), key[:count], value[:count], slots)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: TritonAttentionMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend over a cache of either kind."""
+        if attn_metadata is None or not self._packs(kv_cache):
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale,
+                output_block_scale,
+            )  # fmt: skip
+        count = attn_metadata.num_actual_tokens
+        shape = (count, self.num_heads, self.head_size)
+        context = Context(
+            attn_metadata.query_start_loc,
+            attn_metadata.seq_lens,
+            attn_metadata.block_table,
+            attn_metadata.causal,
+        )
+        attend(
+            KvCache(kv_cache, self.head_size),
+            query[:count].view(shape),
+            context,
+            self._score(query.device),
+            output[:count].view(shape),
+        )
+        return output
+
+    def warm_up(self, spec: Any, dtype: torch.dtype, device: torch.device) -> None:
+        """Compile what this layer's cache needs.
+
+        Args:
+            spec: of the cache.
+            dtype: of the model.
+            device: of the model.
+        """
+        size = slot_bytes(self.head_size)
+        shape = 1, self.num_kv_heads, spec.block_size, size
+        slots = torch.zeros(shape, dtype=torch.uint8, device=device)
+        cache = KvCache(slots, self.head_size)
+        warm_up(cache, self.num_heads, dtype, self._score(device))
+
+    def _packs(self, kv_cache: torch.Tensor) -> bool:
+        return self._may_pack and kv_cache.dtype == torch.uint8
+
+    def _score(self, device: torch.device) -> Scoring:
+        """How this layer scores; sinks are a weight, which is loaded after the layer is built."""
+        if self._scoring is None:
+            slopes, sinks = (
+                None if given is None else given.to(device, torch.float32)
+                for given in (self.alibi_slopes, self.sinks)
+            )
+            window = self.sliding_window[0] + 1
+            self._scoring = Scoring(self.scale, self.logits_soft_cap, window, slopes, sinks)
+        return self._scoring
+
+
+class _MetadataBuilder(TritonAttentionMetadataBuilder):
+    """The metadata of a step; it is made before vLLM captures graphs and serves."""
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if is_packed(kv_cache_spec):
+            layers = vllm_config.compilation_config.static_forward_context
+            for name in layer_names:
+                attention: _Attention = layers[name].impl
+                attention.warm_up(kv_cache_spec, vllm_config.model_config.dtype, device)

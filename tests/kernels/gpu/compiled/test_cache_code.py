@@ -1,0 +1,76 @@
+"""The machine code of a KV cache's kernels for GPUs that are not there."""
+
+import os
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("kernels made for the interpreter cannot be compiled", allow_module_level=True)
+
+from benchmarks.lib.machine_code import MMA, compile_kernel, faults
+from dialect_kernels.gpu import cache_attention, cache_store
+from dialect_kernels.gpu.cache_attention import _padded_head, _plan_attention
+
+pytestmark = pytest.mark.slow
+
+HEADS, GROUP = 8, 4
+DECODING, CHUNK = (4, 4), (512, 2)
+"""Queries and sequences."""
+OF_FEW_ROWS = r"HMMA\.16816\.F32\.BF16"
+"""The matrix instruction of tiles with 16 rows, on every GPU."""
+MOST = 13
+"""Instructions of the loop for each element that is decoded for a single query."""
+SPILLS = {("decoding", 80): 16, ("decoding", 100): 24}
+"""Bytes that a thread spills, at most; each only in one of the supported versions of Triton."""
+
+CASES = [
+    ("decoding", 90, DECODING, 128),
+    ("decoding, small heads", 90, DECODING, 64),
+    ("decoding, large heads", 90, DECODING, 256),
+    ("chunk", 90, CHUNK, 128),
+    ("decoding", 80, DECODING, 128),
+    ("decoding", 100, DECODING, 128),
+]
+
+
+def compiled(capability, sizes, head_size):
+    plan = _plan_attention(*sizes, HEADS, GROUP, head_size, 132)
+    absent = ("p_causal", "p_slopes", "p_sinks", "p_key_mean", "p_value_mean")
+    if plan.splits == 1:
+        absent += ("p_partial", "p_extremes")
+    constants = {
+        "SCALE": head_size**-0.5, "SOFT_CAP": 0.0, "CAUSAL": 1, "BLOCK_TOKENS": 16, "D": head_size,
+        "DP": _padded_head(head_size), "GROUP": GROUP, "BM": plan.rows, "TILE": plan.tile,
+        "SPLIT": plan.splits > 1, "ROTATED": True, "ASM": True, **dict.fromkeys(absent),
+    }  # fmt: skip
+    pointers = {
+        "p_query": "*bf16", "p_cache": "*u8", "p_key_table": "*i64", "p_value_table": "*i64",
+        "p_start": "*i32", "p_lengths": "*i32", "p_blocks": "*i32", "p_out": "*bf16",
+        "p_extremes": "*fp32",
+    }  # fmt: skip
+    kernel = cache_attention._attend_kernel
+    return plan, compile_kernel(kernel, capability, constants, pointers, plan.num_warps)
+
+
+@pytest.mark.parametrize(("kind", "capability", "sizes", "head_size"), CASES)
+def test_rows_are_decoded_in_registers(kind, capability, sizes, head_size):
+    plan, code = compiled(capability, sizes, head_size)
+    mma = MMA[False][capability] if plan.rows >= 64 else OF_FEW_ROWS
+    spilled = [f"spills {SPILLS.get((kind, capability))} bytes a thread"]
+    assert faults(code, capability, mma) in ([], spilled)
+    if plan.rows == 16:
+        elements = 2 * plan.tile * head_size / (32 * plan.num_warps)
+        assert len(code.main_loop()) / elements <= MOST
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_storing_needs_no_memory_but_its_rows(capability):
+    constants = {
+        "D": 128, "CHUNK": 128, "ROTATED": True, "ASM": True, "p_key_mean": None,
+        "p_value_mean": None,
+    }  # fmt: skip
+    pointers = {"p_key": "*bf16", "p_value": "*bf16", "p_slots": "*i64", "p_cache": "*u8"}
+    kernel = cache_store._store_kernel
+    code = compile_kernel(kernel, capability, constants, pointers, num_warps=1)
+    assert not faults(code, capability)
+    assert code.operations["PRMT"]

@@ -1,0 +1,577 @@
+"""Attention over a dialect KV cache on a GPU, decoding its rows in registers.
+
+    query [T, query heads, D], slots of the context  ->  out [T, query heads, D]
+
+A program has some neighbouring queries of one sequence, in all query heads that share a head of
+keys and values, and goes through their context a tile of positions at a time::
+
+    for each tile:   k, v = decode(codes, meta)          [TILE, D]; those of the next tile are
+                                                         on their way meanwhile
+                     s = q @ k.T * 2**(R of k - 5) / sqrt(D)
+                     p = exp(s - largest so far)
+                     o = o + (p * 2**(R of v - 5)) @ v
+    out = butterfly(o / sum of p) / 32
+
+so a row's exponent is a scale of one column of scores or weights, and no 16-bit copy of the cache
+exists. Where sequences are few, a context has several programs: each leaves its sums, and a second
+kernel adds them. Columns of D are taken in the parts that words are decoded in, see
+:mod:`.decode`. (The online softmax is FlashAttention's, contexts in parts are FlashDecoding's, and
+queries that share a head in one tile those of vLLM's unified attention; the rest is ours.)
+"""
+
+# Kernel arguments are Triton's: pointers and tensors have no Python types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from ..formatbook import LOWEST_EXPONENT, NAN_ROW, ROTATION_GROUP
+from ..kv_cache import CACHE_BLOCK, CACHE_BOOK, Context, KvCache, Scoring
+from .decode import joined_sixteen, sixteen_of, sixteen_table
+from .epilogue import rounded, rounded_to
+from .launch import launch
+from .layout import interpreted, readable
+from .rotation import butterfly
+from .rounding import power_of_two
+
+__all__ = ["AttentionPlan", "attend", "warm_up"]
+
+_LOWEST_EXPONENT = tl.constexpr(LOWEST_EXPONENT)
+_NAN_ROW = tl.constexpr(NAN_ROW)
+_BLOCK = tl.constexpr(CACHE_BLOCK)
+_GROUP_SCALE = tl.constexpr(1 / ROTATION_GROUP)
+_MOST_SPLITS = 16
+_SPLITS = tl.constexpr(_MOST_SPLITS)
+_NO_WINDOW = 1 << 30
+_PROGRAMS = 2
+"""Of a streaming multiprocessor, at least, before a context is split no further."""
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How a launch is divided.
+
+    Attributes:
+        rows: of a program, queries times the query heads that share a head: a power of two, at
+            least 16 and at least those heads.
+        tile: positions at a time, a power of two from 16 on.
+        splits: programs that share a context, a power of two.
+        num_warps: warps of a program.
+    """
+
+    rows: int
+    tile: int
+    splits: int
+    num_warps: int
+
+
+def _plan_attention(
+    tokens: int, sequences: int, heads: int, group: int, head_size: int, processors: int
+) -> AttentionPlan:
+    """A plan for T queries of S sequences, from what the host knows without waiting for the GPU.
+
+    Args:
+        tokens, sequences: T and S.
+        heads: of keys and values.
+        group: query heads that share one of them.
+        head_size: D.
+        processors: streaming multiprocessors of the GPU.
+    """
+    least = max(16, 1 << (group - 1).bit_length())
+    narrow = _padded_head(head_size) == 64
+    # more rows, and a row's query and output no longer fit into registers
+    rows = least if tokens <= sequences or head_size > 128 else max(least, 64)
+    if rows == 16:
+        tile, num_warps = 32 if head_size <= 128 else 16, 1 if narrow else 4
+    else:
+        tile, num_warps = 32 if narrow else 16, 4 if rows < 128 else 8
+    programs = (tokens // (rows // group) + sequences) * heads
+    splits = 1
+    while splits < _MOST_SPLITS and programs * splits < _PROGRAMS * processors:
+        splits *= 2
+    return AttentionPlan(rows, tile, splits, num_warps)
+
+
+def _padded_head(head_size: int) -> int:
+    """Columns of a row inside the kernels: a power of two, whose quarter an MMA can take."""
+    return max(64, 1 << (head_size - 1).bit_length())
+
+
+@triton.jit
+def _sequence(p_start, i_block, sequences, BQ: tl.constexpr):
+    """The sequence whose queries a program has: the last that begins at or before its block.
+
+    Sequence s has its blocks from ``start[s] // BQ + s`` on, enough of them and at most one more.
+    """
+    low = 0
+    high = sequences
+    while low < high - 1:
+        middle = (low + high) // 2
+        before = tl.load(p_start + middle) // BQ + middle <= i_block
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    return low
+
+
+@triton.jit
+def _load_rows(p_row, p_meta, p_exponent, D: tl.constexpr, DP: tl.constexpr):
+    """Codes [TILE, blocks, 8], meta [TILE * blocks] and exponents [TILE] of keys or of values.
+
+    Args:
+        p_row: their codes, at even addresses, [TILE].
+        p_meta, p_exponent: the rest of them, [TILE].
+    """
+    TILE: tl.constexpr = p_row.shape[0]
+    o_code = tl.arange(0, DP // 4)[None, :]
+    p_code = p_row.to(tl.pointer_type(tl.uint16), bitcast=True)[:, None] + o_code
+    o_block = tl.arange(0, DP // _BLOCK)[None, :]
+    p_block = p_meta[:, None] + o_block
+    if D == DP:
+        code = tl.load(p_code)
+        meta = tl.load(p_block)
+    else:  # a block of zeros has meta 0 and codes 0
+        code = tl.load(p_code, mask=o_code < D // 4, other=0)
+        meta = tl.load(p_block, mask=o_block < D // _BLOCK, other=0)
+    return (
+        tl.reshape(code, (TILE, DP // _BLOCK, 8)),
+        tl.reshape(meta, (TILE * (DP // _BLOCK),)).to(tl.int32),
+        tl.load(p_exponent),
+    )
+
+
+@triton.jit
+def _load_tile(
+    p_head,
+    p_blocks,
+    o_key,
+    end,
+    block_stride,
+    token_stride,
+    BLOCK_TOKENS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+):
+    """Keys and values of the positions `o_key` as they are stored; of the last one beyond `end`."""
+    o_key = tl.minimum(o_key, end - 1).to(tl.uint32)  # whose division is a shift
+    block = tl.load(p_blocks + o_key // BLOCK_TOKENS).to(tl.int64)
+    p_slot = p_head + block * block_stride + (o_key % BLOCK_TOKENS).to(tl.int32) * token_stride
+    p_meta = p_slot + D
+    p_exponent = p_meta + D // 16
+    code0, meta0, exponent0 = _load_rows(p_slot, p_meta, p_exponent, D, DP)
+    code1, meta1, exponent1 = _load_rows(
+        p_slot + D // 2, p_meta + D // _BLOCK, p_exponent + 1, D, DP
+    )
+    return code0, meta0, exponent0, code1, meta1, exponent1
+
+
+@triton.jit
+def _row_scale(exponent):
+    """``2**(R - 5)`` from stored bytes; NaN for rows that are no numbers."""
+    r = exponent.to(tl.int8, bitcast=True).to(tl.int32)
+    scale = power_of_two(tl.maximum(r, _LOWEST_EXPONENT) - 5)
+    return tl.where(r == _NAN_ROW, float("nan"), scale)
+
+
+@triton.jit
+def _product(a, bits, total, TRANSPOSED: tl.constexpr, ASM: tl.constexpr):
+    """``total + a @ b``, or ``a @ b.T``, with the bits of b in 16-bit numbers.
+
+    Args:
+        a: bfloat16 or float16, as b; float32: b is bfloat16, and all products float32.
+    """
+    WIDE: tl.constexpr = a.dtype == tl.float32
+    b = bits.to(tl.bfloat16 if WIDE else a.dtype, bitcast=True)
+    if TRANSPOSED:
+        b = tl.trans(b)
+    if WIDE or not ASM:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    else:
+        return tl.dot(a, b, total)
+
+
+@triton.jit
+def _in_parts(x):
+    """Columns of [R, K] as :func:`.decode.sixteen_parts` orders them, four of [R, K/4]."""
+    R: tl.constexpr = x.shape[0]
+    K: tl.constexpr = x.shape[1]
+    x = tl.permute(tl.reshape(x, (R, K // 8, 2, 2, 2)), (0, 1, 4, 2, 3))
+    even, odd = tl.split(x)
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return (
+        tl.reshape(x0, (R, K // 4)),
+        tl.reshape(x1, (R, K // 4)),
+        tl.reshape(x2, (R, K // 4)),
+        tl.reshape(x3, (R, K // 4)),
+    )
+
+
+@triton.jit
+def _shift(query, p_mean, o_mean, m_mean):
+    """What queries [R, K] score with the mean of the keys [K]; 0 if there is none."""
+    if p_mean is None:
+        return tl.zeros((query.shape[0],), tl.float32)
+    else:
+        mean = tl.load(p_mean + o_mean, mask=m_mean, other=0.0)
+        return tl.sum(query * mean[None, :], axis=1)
+
+
+@triton.jit
+def _scores(query, key, ASM: tl.constexpr):
+    """Products of queries [R, K] with keys [TILE, K], both in parts: float32 [R, TILE]."""
+    query0, query1, query2, query3 = query
+    key0, key1, key2, key3 = key
+    score = tl.zeros((query0.shape[0], key0.shape[0]), tl.float32)
+    score = _product(query0, key0, score, True, ASM)
+    score = _product(query1, key1, score, True, ASM)
+    score = _product(query2, key2, score, True, ASM)
+    return _product(query3, key3, score, True, ASM)
+
+
+@triton.jit
+def _shares(score, largest):
+    """A step of the softmax: weights [R, TILE], what earlier ones become, the largest score yet."""
+    top = tl.maximum(largest, tl.max(score, axis=1))
+    base = tl.where(top == float("-inf"), 0.0, top)
+    return tl.exp(score - base[:, None]), tl.exp(largest - base), top
+
+
+@triton.jit
+def _finished(
+    total,
+    largest,
+    weight,
+    head,
+    p_value_mean,
+    p_sinks,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    ROTATED: tl.constexpr,
+):
+    """Outputs in float32 from the sums of a context.
+
+    Args:
+        total: weighted values [R, DP].
+        largest: the largest score of each row [R].
+        weight: sum of weights [R].
+        head: query heads [R].
+    """
+    seen = weight
+    if p_sinks is not None:
+        sink = tl.load(p_sinks + head)
+        top = tl.maximum(largest, sink)
+        rest = tl.exp(largest - top)
+        total *= rest[:, None]
+        seen = weight * rest
+        weight = seen + tl.exp(sink - top)
+    divisor = tl.where(weight == 0, 1.0, weight)
+    total = total / divisor[:, None]
+    if ROTATED:
+        total = butterfly(total) * _GROUP_SCALE
+    if p_value_mean is not None:
+        o_column = tl.arange(0, total.shape[1])
+        p_mean = p_value_mean + (head // GROUP)[:, None] * D + o_column[None, :]
+        mean = tl.load(p_mean, mask=(o_column < D)[None, :], other=0.0)
+        total += mean * (seen / divisor)[:, None]
+    return total
+
+
+# Longer than other functions by its 38 arguments, one a line.
+@triton.jit(
+    do_not_specialize=[
+        "sequences", "query_token", "query_head", "out_token", "out_head", "block_stride",
+        "head_stride", "token_stride", "table_stride", "window",
+    ]
+)  # fmt: skip
+def _attend_kernel(
+    p_query,
+    p_cache,
+    p_key_table,
+    p_value_table,
+    p_start,
+    p_lengths,
+    p_blocks,
+    p_causal,
+    p_slopes,
+    p_sinks,
+    p_key_mean,
+    p_value_mean,
+    p_out,
+    p_partial,
+    p_extremes,
+    sequences,
+    query_token,
+    query_head,
+    out_token,
+    out_head,
+    block_stride,
+    head_stride,
+    token_stride,
+    table_stride,
+    window,
+    SCALE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ROTATED: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Grid (blocks of queries, heads of keys, splits)."""
+    BQ: tl.constexpr = BM // GROUP
+    i_head = tl.program_id(1)
+    i_sequence = _sequence(p_start, tl.program_id(0), sequences, BQ)
+    start = tl.load(p_start + i_sequence)
+    count = tl.load(p_start + i_sequence + 1) - start
+    first = (tl.program_id(0) - (start // BQ + i_sequence)) * BQ
+    if first >= count:
+        return
+    length = tl.load(p_lengths + i_sequence)
+    causal = CAUSAL
+    if p_causal is not None:
+        causal = tl.load(p_causal + i_sequence).to(tl.int32)
+
+    # rows: queries, and within each the query heads that share this head of keys
+    o_row = tl.arange(0, BM)
+    o_query = first + o_row // GROUP
+    head = i_head * GROUP + o_row % GROUP
+    m_row = (o_row < BQ * GROUP) & (o_query < count)
+    position = length - count + o_query
+    o_column = tl.arange(0, DP)
+    m_query = m_row[:, None] & (o_column < D)[None, :]
+    o_token = (start + o_query).to(tl.int64)
+    p_row = p_query + (o_token * query_token + head * query_head)[:, None] + o_column[None, :]
+    query = tl.load(p_row, mask=m_query, other=0.0).to(tl.float32)
+    shift = _shift(query, p_key_mean, i_head * D + o_column, o_column < D) * SCALE
+    if ROTATED:
+        query = butterfly(query) * _GROUP_SCALE
+    query = _in_parts(rounded(query, p_query, ASM))
+
+    # positions that any of these queries sees, and this program's part of their tiles
+    end = length
+    if causal != 0:
+        end = tl.minimum(length, length - count + tl.minimum(first + BQ, count))
+    tile = tl.maximum(0, length - count + first - window + 1) // TILE
+    tiles = tl.cdiv(end, TILE) - tile
+    i_split, splits = tl.program_id(2), tl.num_programs(2)
+    last = tile + tiles * (i_split + 1) // splits
+    tile += tiles * i_split // splits
+
+    largest = tl.full((BM,), float("-inf"), tl.float32)
+    weight = tl.zeros((BM,), tl.float32)
+    total0 = tl.zeros((BM, DP // 4), tl.float32)
+    total1 = tl.zeros((BM, DP // 4), tl.float32)
+    total2 = tl.zeros((BM, DP // 4), tl.float32)
+    total3 = tl.zeros((BM, DP // 4), tl.float32)
+    o_key = tile * TILE + tl.arange(0, TILE)
+    p_head = p_cache + i_head.to(tl.int64) * head_stride
+    p_blocks += i_sequence.to(tl.int64) * table_stride
+    code0, meta0, exponent0, code1, meta1, exponent1 = _load_tile(
+        p_head, p_blocks, o_key, end, block_stride, token_stride, BLOCK_TOKENS, D, DP
+    )
+    for _ in range(tile, last):
+        score = _scores(query, sixteen_of(code0, meta0, p_key_table, ASM), ASM)
+        score = score * (_row_scale(exponent0) * SCALE)[None, :] + shift[:, None]
+        value_scale = _row_scale(exponent1)
+        part0, part1, part2, part3 = sixteen_of(code1, meta1, p_value_table, ASM)
+        behind = o_key[None, :] - position[:, None]
+        seen = m_row[:, None] & (o_key < end)[None, :]
+        seen = seen & ((behind <= 0) | (causal == 0)) & (tl.abs(behind) < window)
+        o_key += TILE
+        code0, meta0, exponent0, code1, meta1, exponent1 = _load_tile(
+            p_head, p_blocks, o_key, end, block_stride, token_stride, BLOCK_TOKENS, D, DP
+        )
+        if SOFT_CAP > 0:  # cap * tanh(score / cap)
+            score = SOFT_CAP - 2 * SOFT_CAP / (tl.exp(score * (2 / SOFT_CAP)) + 1)
+        if p_slopes is not None:
+            slope = tl.load(p_slopes + head, mask=m_row, other=0.0)
+            score += slope[:, None] * behind
+        # selected, never multiplied by 0: what is not seen may hold anything
+        share, rest, largest = _shares(tl.where(seen, score, float("-inf")), largest)
+        weight = weight * rest + tl.sum(share, axis=1)
+        share = tl.where(seen, share * value_scale[None, :], 0.0)
+        if p_query.dtype.element_ty != tl.float32:
+            share = rounded_to(share, tl.bfloat16, ASM)  # whose range holds every exponent
+        total0 = _product(share, part0, total0 * rest[:, None], False, ASM)
+        total1 = _product(share, part1, total1 * rest[:, None], False, ASM)
+        total2 = _product(share, part2, total2 * rest[:, None], False, ASM)
+        total3 = _product(share, part3, total3 * rest[:, None], False, ASM)
+
+    total = joined_sixteen(total0, total1, total2, total3, BM, DP)
+    if not SPLIT:
+        y = _finished(total, largest, weight, head, p_value_mean, p_sinks, GROUP, D, ROTATED)
+        p_y = p_out + (o_token * out_token + head * out_head)[:, None] + o_column[None, :]
+        tl.store(p_y, rounded(y, p_out, ASM), mask=m_query)
+    else:
+        o_part = (o_token * (tl.num_programs(1) * GROUP) + head) * splits + i_split
+        tl.store(p_partial + o_part[:, None] * DP + o_column[None, :], total, mask=m_row[:, None])
+        tl.store(p_extremes + o_part * 2, largest, mask=m_row)
+        tl.store(p_extremes + o_part * 2 + 1, weight, mask=m_row)
+
+
+@triton.jit(do_not_specialize=["splits", "out_token", "out_head"])
+def _add_splits_kernel(
+    p_partial,
+    p_extremes,
+    p_sinks,
+    p_value_mean,
+    p_out,
+    splits,
+    out_token,
+    out_head,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROTATED: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """One output from the sums of the programs that shared its context. Grid (T, query heads)."""
+    i_token = tl.program_id(0).to(tl.int64)
+    i_head = tl.program_id(1)
+    o_split = tl.arange(0, _SPLITS)
+    m_split = o_split < splits
+    o_part = (i_token * tl.num_programs(1) + i_head) * splits + o_split
+    largest = tl.load(p_extremes + o_part * 2, mask=m_split, other=float("-inf"))
+    weight = tl.load(p_extremes + o_part * 2 + 1, mask=m_split, other=0.0)
+    top = tl.max(largest, axis=0)
+    rest = tl.exp(largest - tl.where(top == float("-inf"), 0.0, top))
+    o_column = tl.arange(0, DP)
+    p_part = p_partial + o_part[:, None] * DP + o_column[None, :]
+    part = tl.load(p_part, mask=m_split[:, None], other=0.0)
+    total = tl.sum(part * rest[:, None], axis=0)[None, :]
+    weight = tl.sum(weight * rest, axis=0)
+    one = tl.arange(0, 1)
+    y = _finished(
+        total, top + one, weight + one, i_head + one, p_value_mean, p_sinks, GROUP, D, ROTATED
+    )
+    p_y = p_out + i_token * out_token + i_head * out_head + o_column[None, :]
+    tl.store(p_y, rounded(y, p_out, ASM), mask=(o_column < D)[None, :])
+
+
+def attend(
+    cache: KvCache,
+    query: torch.Tensor,
+    context: Context,
+    scoring: Scoring,
+    out: torch.Tensor | None = None,
+    plan: AttentionPlan | None = None,
+) -> torch.Tensor:
+    """See :func:`dialect_kernels.cached_attention.attend`; never waits for the GPU.
+
+    Args:
+        cache, query, context, scoring, out: as there, checked.
+        plan: how the launch is divided; default: :func:`_plan_attention`.
+    """
+    if out is None:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    tokens, heads, size = query.shape
+    if not tokens:
+        return out
+    query = query if query.stride(2) == 1 else query.contiguous()
+    written = out if out.stride(2) == 1 else torch.empty_like(out).contiguous()
+    group, sequences = heads // cache.heads, context.lengths.shape[0]
+    if plan is None:
+        processors = _processors(query.device)
+        plan = _plan_attention(tokens, sequences, cache.heads, group, size, processors)
+    padded = _padded_head(size)
+    partial = extremes = None
+    if plan.splits > 1:
+        parts = tokens * heads * plan.splits
+        partial = torch.empty(parts, padded, dtype=torch.float32, device=query.device)
+        extremes = torch.empty(parts, 2, dtype=torch.float32, device=query.device)
+    _launch_attend(cache, query, context, scoring, written, plan, padded, (partial, extremes))
+    if plan.splits > 1:
+        launch(
+            _add_splits_kernel,
+            (tokens, heads),
+            (
+                partial, extremes, scoring.sinks, cache.value_mean, written, plan.splits,
+                *written.stride()[:2],
+            ),
+            {
+                "D": size, "DP": padded, "GROUP": group, "ROTATED": cache.rotated,
+                "ASM": not interpreted(),
+            },
+            num_warps=1,
+        )  # fmt: skip
+    return out if written is out else out.copy_(written)
+
+
+def _launch_attend(
+    cache: KvCache,
+    query: torch.Tensor,
+    context: Context,
+    scoring: Scoring,
+    out: torch.Tensor,
+    plan: AttentionPlan,
+    padded: int,
+    sums: tuple[torch.Tensor | None, torch.Tensor | None],
+) -> None:
+    """Fill `out`, or the `sums` of all splits."""
+    (tokens, heads, size), memory = query.shape, cache.slots
+    group, sequences = heads // cache.heads, context.lengths.shape[0]
+    causal = context.causal if isinstance(context.causal, torch.Tensor) else None
+    table = context.block_table
+    table = table if table.stride(1) == 1 else table.contiguous()
+    shifted = bool(scoring.soft_cap) or scoring.sinks is not None
+    operand = torch.float16 if query.dtype == torch.float16 else torch.bfloat16
+    launch(
+        _attend_kernel,
+        (tokens // (plan.rows // group) + sequences, cache.heads, plan.splits),
+        (
+            query, memory, sixteen_table(CACHE_BOOK, operand, query.device),
+            sixteen_table(CACHE_BOOK, torch.bfloat16, query.device),
+            readable(context.query_start), readable(context.lengths), table, causal,
+            scoring.slopes, scoring.sinks, cache.key_mean if shifted else None, cache.value_mean,
+            out, *sums, sequences, *query.stride()[:2], *out.stride()[:2], *memory.stride()[:3],
+            table.stride(0), scoring.window or _NO_WINDOW,
+        ),
+        {
+            "SCALE": scoring.scale, "SOFT_CAP": scoring.soft_cap,
+            "CAUSAL": 0 if causal is not None else int(bool(context.causal)),
+            "BLOCK_TOKENS": cache.block_tokens,
+            "D": size, "DP": padded, "GROUP": group, "BM": plan.rows, "TILE": plan.tile,
+            "SPLIT": plan.splits > 1, "ROTATED": cache.rotated, "ASM": not interpreted(),
+        },
+        num_warps=plan.num_warps,
+    )  # fmt: skip
+
+
+def warm_up(cache: KvCache, heads: int, dtype: torch.dtype, scoring: Scoring) -> None:
+    """Compile what attention over such a cache can need, by small launches.
+
+    Args:
+        cache: with at least one block; what is in it does not count.
+        heads: query heads.
+        dtype: of queries, keys and values.
+        scoring: of the layer.
+    """
+    device, size, group = cache.slots.device, cache.head_size, heads // cache.heads
+    query = torch.zeros(1, heads, size, dtype=dtype, device=device)
+    start, length, table = (
+        torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in ([0, 1], [1], [[0]])
+    )
+    for tokens in (1, 2):
+        plan = _plan_attention(tokens, 1, cache.heads, group, size, 1)
+        for splits in (1, 2):
+            context = Context(start, length, table)
+            attend(cache, query, context, scoring, plan=replace(plan, splits=splits))
+
+
+@lru_cache(maxsize=16)
+def _processors(device: torch.device) -> int:
+    """Streaming multiprocessors; some number in the interpreter."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
