@@ -15,12 +15,14 @@ from typing import Any
 import torch
 
 from dialect_kernels import PackedTensor, quantize
-from dialect_kernels.calibrated import quantize_factored
+from dialect_kernels.calibrated import numbers_together, quantize_factored_alike
+from dialect_kernels.second_moments import UpperFactor
 
 from ..checkpoint.calibrated import EXPERTS, CalibratedLayers, Rescaled
 from ..checkpoint.layer_choice import LayerChoice
 from ..checkpoint.progress import Progress
 from ..checkpoint.reader import Checkpoint, CheckpointError
+from ..experts import expert_of
 from ..scheme import LayerFormat
 from .blocks import DecoderBlocks
 from .channels import balance, norms_in_front
@@ -158,33 +160,86 @@ class Calibrator:
         packed: dict[str, PackedTensor] = {}
         dampings: dict[str, float | None] = {}
         while inputs:
-            shared = inputs.pop()  # what it holds is freed before the next is factored
-            for name, weight, damping in self._quantized(shared, modules):
+            # what they hold is freed before the next ones are factored
+            for name, weight, damping in self._quantized(self._take_alike(inputs), modules):
                 packed[name], dampings[name] = weight, damping
             if not inputs or sum(weight.nbytes for weight in packed.values()) >= _FILE_BYTES:
                 done.add(number, packed, dampings, rescaled)
                 packed, dampings = {}, {}
 
+    def _take_alike(self, inputs: list[SharedInput]) -> list[SharedInput]:
+        """Take the last input, and with an expert's those of other experts whose matrices are
+        rounded together with its own."""
+        taken = [inputs.pop()]
+        first, shape = taken[0], self._shape_of(taken[0])
+        if expert_of(first.layers[0]) is None:
+            return taken
+        most = numbers_together(torch.device(self._options.device))
+        left: list[SharedInput] = []
+        while inputs:
+            shared = inputs.pop()
+            fits = (1 + len(taken)) * math.prod(shape) <= most
+            like = fits and shared.form == first.form and self._shape_of(shared) == shape
+            (taken if like else left).append(shared)
+        inputs.extend(reversed(left))
+        return taken
+
+    def _shape_of(self, shared: SharedInput) -> tuple[int, ...]:
+        """How many layers an input has, and the shape of the first."""
+        return len(shared.layers), *self._checkpoint.weights[shared.layers[0]].shape
+
     def _quantized(
-        self, shared: SharedInput, modules: Mapping[str, torch.nn.Linear]
+        self, inputs: Sequence[SharedInput], modules: Mapping[str, torch.nn.Linear]
     ) -> Iterator[tuple[str, PackedTensor, float | None]]:
-        """The layers behind an input: name, weight, and the damping that was used."""
-        shared.check_finite()
-        found = shared.factor(self._options.damping) if shared.enough else None
-        for name in shared.layers:
-            module = modules.get(name)
-            weight = (
-                matrix_of(self._checkpoint, name, self._options.device)
-                if module is None
-                else module.weight.detach()
-            )
-            settings = _settings(shared.form, name)
-            if found is not None:
-                rounded = quantize_factored(weight, found[0], **settings)
-                if rounded is not None:
-                    yield name, rounded, found[1]
-                    continue
-            yield name, quantize(weight, **settings), None
+        """The layers behind inputs: name, weight, and the damping that was used.
+
+        Args:
+            inputs: one, or some of experts whose matrices have one shape.
+        """
+        names, weights, found = [], [], []
+        for shared in inputs:
+            shared.check_finite()
+            factor = shared.factor(self._options.damping) if shared.enough else None
+            for name in shared.layers:
+                names.append(name)
+                weights.append(self._weight(name, modules))
+                found.append(factor)
+        settings = _settings(inputs[0].form)
+        rounded = _rounded(names, weights, [part and part[0] for part in found], settings)
+        for name, weight, packed, factor in zip(names, weights, rounded, found, strict=True):
+            if packed is None or factor is None:
+                yield name, quantize(weight, name=name, **settings), None
+            else:
+                yield name, packed, factor[1]
+
+    def _weight(self, name: str, modules: Mapping[str, torch.nn.Linear]) -> torch.Tensor:
+        """The weight of a layer, float32 [N, K]; an expert's is read from the checkpoint."""
+        module = modules.get(name)
+        if module is None:
+            return matrix_of(self._checkpoint, name, self._options.device)
+        return module.weight.detach()
+
+
+def _rounded(
+    names: Sequence[str],
+    weights: Sequence[torch.Tensor],
+    factors: Sequence[UpperFactor | None],
+    settings: Mapping[str, Any],
+) -> list[PackedTensor | None]:
+    """Weights by rule ``gptq``, those of one shape together; None where there is no factor or
+    errors overflowed."""
+    found: list[PackedTensor | None] = [None] * len(names)
+    alike: dict[torch.Size, list[int]] = {}
+    for place, (weight, factor) in enumerate(zip(weights, factors, strict=True)):
+        if factor is not None:
+            alike.setdefault(weight.shape, []).append(place)
+    for places in alike.values():
+        some = [(weights[place], factors[place], names[place]) for place in places]
+        chosen, own, called = zip(*some, strict=True)
+        rounded = quantize_factored_alike(chosen, own, names=called, **settings)
+        for place, packed in zip(places, rounded, strict=True):
+            found[place] = packed
+    return found
 
 
 def groups_of(inputs: Sequence[ExpertInput], block: torch.nn.Module) -> list[list[ExpertInput]]:
@@ -232,13 +287,12 @@ def open_calibration(
     return blocks, read_text(checkpoint.path, options, blocks.vocabulary)
 
 
-def _settings(form: LayerFormat, name: str) -> dict[str, Any]:
+def _settings(form: LayerFormat) -> dict[str, Any]:
     """How a weight is quantized, as arguments of ``quantize``."""
     return {
         "book": form.formatbook,
         "block_size": form.block_size,
         "rotation": form.rotation,
-        "name": name,
     }
 
 

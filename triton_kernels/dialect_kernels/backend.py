@@ -94,7 +94,17 @@ class Backend(Protocol):
         book: Formatbook,
         errors: torch.Tensor,
     ) -> torch.Tensor:
-        """The bits of ``reference.feed_back``: one block of columns by rule ``gptq``."""
+        """The bits of ``reference.feed_back``: a block of columns of E weights by rule ``gptq``.
+
+        Args:
+            block: float32 [E, B, N], E and B in any strides.
+            factor: float32 [E, B, B].
+            grid: of the rows of all weights, one weight's after another's.
+            errors: float32 [E, B, N], E and B in any strides; written to.
+
+        Returns:
+            The codes, uint8 [E, B, N].
+        """
 
     def dialect_linear(
         self,

@@ -7,6 +7,7 @@ bytes; the format, its readers and its kernels do not know of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -32,15 +33,22 @@ from .second_moments import SecondMoments, UpperFactor, growing_dampings
 __all__ = [
     "CalibratedValues",
     "CalibratedWeight",
+    "numbers_together",
     "quantize_calibrated",
     "quantize_calibrated_baseline",
     "quantize_factored",
+    "quantize_factored_alike",
 ]
 
 _Baseline = Literal["mxfp4", "nvfp4"]
 
 _ROWS = 2048
-"""Rows that are rounded at a time: they are held twice in float32."""
+"""Rows of a weight that are rounded at a time: they are held twice in float32."""
+_TOGETHER = 1 << 26
+"""Numbers of weights that are rounded together on a GPU, where a column of few rows takes as long
+as one of many."""
+_TOGETHER_ON_CPU = 1 << 20
+"""The same on a CPU, in whose cache they should stay."""
 
 
 class CalibratedWeight(NamedTuple):
@@ -96,7 +104,7 @@ def quantize_calibrated(
     check_moments(w, A, block_size, damping, name)
     for share in growing_dampings(damping):
         factor = SecondMoments.of(A).factor(share)
-        packed = factor and _rounded(w, factor, book, block_size, window, rotation)
+        packed = factor and _rounded([w], [factor], book, block_size, window, rotation)[0]
         if packed:
             return CalibratedWeight(packed, share)
     return CalibratedWeight(quantize(w, book, block_size, "mse", window, name, rotation), None)
@@ -149,7 +157,7 @@ def quantize_calibrated_baseline(
             continue
         scale = None if format_name == "mxfp4" else nvfp4_tensor_scale(largest)
         rounder = _E2M1Rounder(exact, scale)
-        if round_in_order(exact, factor, block_size, rounder):
+        if all(round_in_order(exact[None], [factor], block_size, rounder)):
             return CalibratedValues(rounder.values(), share)
     plain = quantize_mxfp4 if format_name == "mxfp4" else quantize_nvfp4
     return CalibratedValues(plain(exact, block_size), None)
@@ -172,42 +180,105 @@ def quantize_factored(
         None if the errors overflowed on their way to the right.
     """
     window = check_quantize(w, book, block_size, "mse", None, name, rotation)
-    return _rounded(w, factor, book, block_size, window, rotation)
+    return _rounded([w], [factor], book, block_size, window, rotation)[0]
+
+
+def quantize_factored_alike(
+    weights: Sequence[torch.Tensor],
+    factors: Sequence[UpperFactor],
+    book: Formatbook = DIALECT_FP4,
+    block_size: int = 32,
+    rotation: Rotation = "none",
+    names: Sequence[str] = (),
+) -> list[PackedTensor | None]:
+    """As :func:`quantize_factored` for weights of one shape, such as those of experts.
+
+    The bytes are those of one after the other. On a GPU it takes little longer than for one weight,
+    as long as all together hold no more than :func:`numbers_together` numbers.
+
+    Args:
+        weights: E times [N, K], on one device.
+        factors: of each weight's moments; several may be the same.
+        names: what error messages call the weights; default: tensor.
+
+    Returns:
+        For each weight what :func:`quantize_factored` returns.
+
+    Raises:
+        ValueError: as there, or if shapes or devices differ.
+    """
+    if not weights:
+        return []
+    alike = {(w.shape, w.device) for w in weights}
+    if len(alike) > 1 or len(factors) != len(weights):
+        raise ValueError(
+            f"weights: {len(alike)} shapes and {len(factors)} factors for {len(weights)} weights; "
+            "they must have one shape, and a factor each"
+        )
+    for w, name in zip(weights, names or ["tensor"] * len(weights), strict=True):
+        window = check_quantize(w, book, block_size, "mse", None, name, rotation)
+    step = max(1, numbers_together(weights[0].device) // max(1, weights[0].numel()))
+    found: list[PackedTensor | None] = []
+    for first in range(0, len(weights), step):
+        some = slice(first, first + step)
+        found += _rounded(weights[some], factors[some], book, block_size, window, rotation)
+    return found
+
+
+def numbers_together(device: torch.device) -> int:
+    """How many numbers of weights are rounded together on a device."""
+    return _TOGETHER_ON_CPU if device.type == "cpu" else _TOGETHER
 
 
 def _rounded(
-    w: torch.Tensor,
-    factor: UpperFactor,
+    weights: Sequence[torch.Tensor],
+    factors: Sequence[UpperFactor],
     book: Formatbook,
     block_size: int,
     window: int,
     rotation: Rotation,
-) -> PackedTensor | None:
-    """A weight by rule ``gptq``, some rows at a time; None if errors overflowed."""
-    parts = []
-    for start in range(0, max(1, len(w)), _ROWS):
-        exact = rotate_weight(w[start : start + _ROWS], rotation).to(torch.float32)
+) -> list[PackedTensor | None]:
+    """Weights of one shape by rule ``gptq``, some rows of all at a time; None where errors
+    overflowed."""
+    rows, columns = weights[0].shape
+    parts, finite = [], [True] * len(weights)
+    for start in range(0, max(1, rows), _ROWS):
+        exact = torch.stack(
+            [rotate_weight(w[start : start + _ROWS], rotation).to(torch.float32) for w in weights]
+        )
         rounder = _DialectRounder(exact, book, block_size, window)
-        if not round_in_order(exact, factor, block_size, rounder):
-            return None
+        done = round_in_order(exact, factors, block_size, rounder)
+        finite = [before and now for before, now in zip(finite, done, strict=True)]
+        if not any(finite):
+            break
         parts.append(rounder.packed())
-    codes, meta, row_exponent = map(torch.cat, zip(*(p.tensors for p in parts), strict=True))
-    shape = (w.shape[0], w.shape[1])
-    return PackedTensor(codes, meta, row_exponent, shape, book, block_size, rotation)
+    found: list[PackedTensor | None] = []
+    for number, fine in enumerate(finite):
+        if not fine:
+            found.append(None)
+            continue
+        codes, meta, row_exponent = (
+            torch.cat([part[number] for part in stored]) for stored in zip(*parts, strict=True)
+        )
+        shape = (rows, columns)
+        found.append(PackedTensor(codes, meta, row_exponent, shape, book, block_size, rotation))
+    return found
 
 
 class _DialectRounder:
     """Rounds to a formatbook; :class:`~.gptq.BlockRounder`.
 
     Args:
-        w: the weight before anything is rounded, float32 [N, K]: its rows' exponents are kept.
+        w: the weights before anything is rounded, float32 [E, N, K]: their rows' exponents are
+            kept.
     """
 
     def __init__(self, w: torch.Tensor, book: Formatbook, block_size: int, window: int) -> None:
         self._book, self._block_size, self._window = book, block_size, window
-        self._shape = (w.shape[0], w.shape[1])
+        self._shape = w.shape
+        rows = w.flatten(0, 1)
         self._row_exponent = row_exponents(
-            block_exponents(blocks_of(w, block_size).abs().amax(dim=-1))
+            block_exponents(blocks_of(rows, block_size).abs().amax(dim=-1))
         )
         self._codes: list[torch.Tensor] = []
         self._meta: list[torch.Tensor] = []
@@ -218,29 +289,30 @@ class _DialectRounder:
         self._codes.append(feed_back(block, factor, grid, book, errors))
         self._meta.append(meta[:, None])
 
-    def packed(self) -> PackedTensor:
-        """All blocks, after the last one."""
-        rows, columns = self._shape
-        empty = self._row_exponent.new_empty(rows, 0, dtype=torch.uint8)
-        codes = torch.cat([empty.T, *self._codes])
-        return PackedTensor(
-            pack_codes(codes.T),
-            torch.cat([empty, *self._meta], dim=1),
-            self._row_exponent.to(torch.int8),
-            (rows, columns),
-            self._book,
-            self._block_size,
+    def packed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All blocks, after the last one: codes, meta bytes and row exponents, each [E, N, ...]."""
+        count, rows, columns = self._shape
+        empty = self._row_exponent.new_empty(count * rows, 0, dtype=torch.uint8)
+        codes = torch.cat([empty.view(count, 0, rows), *self._codes], dim=1)
+        codes = pack_codes(codes.transpose(1, 2).reshape(count * rows, columns))
+        meta = torch.cat([empty, *self._meta], dim=1)
+        row_exponent = self._row_exponent.to(torch.int8)
+        return (
+            codes.view(count, rows, codes.shape[1]),
+            meta.view(count, rows, meta.shape[1]),
+            row_exponent.view(count, rows),
         )
 
 
 class _E2M1Rounder:
-    """Rounds to MXFP4, or to NVFP4 where a scale of the tensor is given."""
+    """Rounds one weight [N, K] to MXFP4, or to NVFP4 where a scale of the tensor is given."""
 
     def __init__(self, w: torch.Tensor, tensor_scale: torch.Tensor | None) -> None:
         self._tensor_scale = tensor_scale
         self._values = [w.new_empty(0, len(w))]
 
     def round(self, block: torch.Tensor, factor: torch.Tensor, errors: torch.Tensor) -> None:
+        (block,), (factor,), (errors,) = block, factor, errors
         largest = block.abs().amax(dim=0)
         if self._tensor_scale is None:
             scale = mxfp4_scale(largest)
@@ -257,13 +329,14 @@ class _E2M1Rounder:
 def _choose_grid(
     block: torch.Tensor, row_exponent: torch.Tensor, book: Formatbook, window: int
 ) -> tuple[BlockGrid, torch.Tensor]:
-    """The grids of a block [B, N] by rule ``mse``, below given row exponents [N]; its meta bytes.
+    """The grids of a block [E, B, N] by rule ``mse``, below given row exponents [E * N]; its meta
+    bytes.
 
     The quantizer takes the row's exponent from a second block, which holds ``2**(R + 2)``.
     """
-    block_size, rows = block.shape
-    pair = torch.zeros(rows, 2 * block_size, device=block.device)
-    pair[:, :block_size] = block.T
+    block_size = block.shape[1]
+    pair = torch.zeros(len(row_exponent), 2 * block_size, device=block.device)
+    pair[:, :block_size] = block.transpose(1, 2).reshape(-1, block_size)
     pair[:, block_size] = power_of_two(row_exponent + 2)
     packed = quantize_counted(pair, book, block_size, "mse", window, finite=True).packed
     zero = (packed.codes[:, : block_size // 2] == 0).all(dim=1)
@@ -272,7 +345,8 @@ def _choose_grid(
     above = packed.row_exponent.to(torch.int32) > row_exponent
     if bool(above.any()):
         delta = delta.masked_fill(above, 0)
-        dialect[above] = _saturated_dialects(block[:, above], row_exponent[above], book)
+        saturating = pair[above, :block_size]
+        dialect[above] = _saturated_dialects(saturating, row_exponent[above], book)
     effective = row_exponent - delta
     unit = power_of_two(effective - 1).masked_fill(zero, 0)
     meta = torch.where(zero, 0, (delta << book.id_bits) | dialect).to(torch.uint8)
@@ -280,12 +354,12 @@ def _choose_grid(
 
 
 def _saturated_dialects(
-    block: torch.Tensor, exponent: torch.Tensor, book: Formatbook
+    blocks: torch.Tensor, exponent: torch.Tensor, book: Formatbook
 ) -> torch.Tensor:
-    """Rule ``mse`` for blocks [B, n] that are larger than their exponents [n] allow, int32 [n]."""
-    quarters = (block.abs() * power_of_two(2 - exponent)).T  # [n, B]
+    """Rule ``mse`` for blocks [n, B] that are larger than their exponents [n] allow, int32 [n]."""
+    quarters = blocks.abs() * power_of_two(2 - exponent)[:, None]
     cell = quarters.clamp(max=CELLS - 1).to(torch.int64)
-    rounded = flat_table(book, "rounded_half_units", torch.float64, block.device).view(-1, CELLS)
+    rounded = flat_table(book, "rounded_half_units", torch.float64, blocks.device).view(-1, CELLS)
     half_units = rounded[:, cell]  # [dialects, n, B]
     cost = (half_units * (half_units - quarters.to(torch.float64))).sum(dim=-1)
     return cost.argmin(dim=0).to(torch.int32)

@@ -9,11 +9,15 @@ what a column loses is made good by the columns to its right::
     w_j   -=  err_c * U[c, j]          for every j > c
 
 A block's grid is chosen when its first column is due, from the weights as they have become.
+
+Weights of one shape, each with its own factor, go through the loop together: a column takes as many
+steps for all of them as for one. The bytes are those of one after the other, because the products
+that add up several numbers, whose order a batch might change, are taken one by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -28,10 +32,10 @@ _LAZY_COLUMNS = 256
 
 
 class BlockRounder(Protocol):
-    """A format, for the N rows of one weight; blocks come in ascending order."""
+    """A format, for the N rows of each of E weights; blocks come in ascending order."""
 
     def round(self, block: torch.Tensor, factor: torch.Tensor, errors: torch.Tensor) -> None:
-        """Choose the grids of a block [B, N], round its columns, and keep what comes out.
+        """Choose the grids of a block [E, B, N], round its columns, and keep what comes out.
 
         The columns are rounded as :func:`feed_back_columns` does.
         """
@@ -58,33 +62,41 @@ def check_moments(
 
 
 def round_in_order(
-    w: torch.Tensor, factor: UpperFactor, block_size: int, rounder: BlockRounder
-) -> bool:
-    """Round the columns of a float32 weight [N, K] one by one.
+    w: torch.Tensor, factors: Sequence[UpperFactor], block_size: int, rounder: BlockRounder
+) -> list[bool]:
+    """Round the columns of float32 weights [E, N, K] one by one.
 
     Args:
-        w: the weight, which is not written to.
-        factor: of the second moments of the layer's inputs.
+        w: the weights, which are not written to.
+        factors: of the second moments of each weight's inputs.
         block_size: divides K.
         rounder: rounds and keeps.
 
     Returns:
-        Whether all was finite; if not, the errors overflowed on their way to the right.
+        For each weight whether all was finite; if not, the errors overflowed on their way to the
+        right.
     """
-    rows, columns = w.shape
-    left = w.T.contiguous()  # [K, N]: what is left to round, a column in one piece
-    errors = torch.empty(_LAZY_COLUMNS, rows, device=w.device)
+    count, rows, columns = w.shape
+    left = w.transpose(1, 2).contiguous()  # [E, K, N]: what is left to round, a column in one piece
+    errors = torch.empty(count, _LAZY_COLUMNS, rows, device=w.device)
     for first in range(0, columns, _LAZY_COLUMNS):
         last = min(first + _LAZY_COLUMNS, columns)
-        upper = factor.rows(first, last)  # from the column `first` on
+        # from the column `first` on
+        upper = torch.stack([factor.rows(first, last) for factor in factors])
         for start in range(first, last, block_size):
             stop = start + block_size
-            block, lost = left[start:stop], errors[start - first : stop - first]
-            own = upper[start - first : stop - first, start - first : last - first]
-            rounder.round(block, own[:, :block_size], lost)
-            left[stop:last].addmm_(own[:, block_size:].T, lost, alpha=-1)
-        left[last:].addmm_(upper[:, last - first :].T, errors[: last - first], alpha=-1)
-    return bool(left.isfinite().all())
+            block, lost = left[:, start:stop], errors[:, start - first : stop - first]
+            own = upper[:, start - first : stop - first, start - first : last - first]
+            rounder.round(block, own[..., :block_size], lost)
+            _subtract(left[:, stop:last], own[..., block_size:], lost)
+        _subtract(left[:, last:], upper[..., last - first :], errors[:, : last - first])
+    return left.flatten(1).isfinite().all(dim=1).tolist()
+
+
+def _subtract(rest: torch.Tensor, upper: torch.Tensor, lost: torch.Tensor) -> None:
+    """Subtract ``upper.T @ lost`` from `rest`, for each weight by itself."""
+    for own, factor, errors in zip(rest, upper, lost, strict=True):
+        own.addmm_(factor.T, errors, alpha=-1)
 
 
 def feed_back_columns(
@@ -98,12 +110,14 @@ def feed_back_columns(
     Products and differences are rounded one by one, so that all implementations give the same bits.
 
     Args:
-        block: float32 [B, N]; every column keeps the value that was rounded.
-        factor: float32 [B, B].
-        errors: float32 [B, N], which receives ``err`` of each column.
-        rounded: numbers [N] on the grids of their rows, in new memory.
+        block: float32 [..., B, N]; every column keeps the value that was rounded.
+        factor: float32 [..., B, B].
+        errors: float32 [..., B, N], which receives ``err`` of each column.
+        rounded: numbers [..., N] on the grids of their rows, in new memory.
     """
-    for column in range(len(block)):
-        x, upper = block[column], factor[column]
-        error = torch.sub(x, rounded(x), out=errors[column]).div_(upper[column])
-        block[column + 1 :].sub_(torch.outer(upper[column + 1 :], error))
+    for column in range(block.shape[-2]):
+        x, upper = block[..., column, :], factor[..., column, :]
+        error = torch.sub(x, rounded(x), out=errors[..., column, :])
+        error.div_(upper[..., column, None])
+        share = upper[..., column + 1 :, None] * error[..., None, :]
+        block[..., column + 1 :, :].sub_(share)

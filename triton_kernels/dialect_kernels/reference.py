@@ -172,28 +172,33 @@ def feed_back(
     """Round one block of columns by rule ``gptq``, as :func:`~.gptq.feed_back_columns`.
 
     Args:
-        block: float32 [B, N], columns of a weight; it keeps what was rounded.
-        factor: float32 [B, B].
-        grid: of the N rows.
+        block: float32 [B, N], columns of a weight, or [E, B, N], those of E weights; it keeps what
+            was rounded.
+        factor: float32 [B, B], or [E, B, B].
+        grid: of the N rows, or of E times N.
         book: the formatbook.
-        errors: float32 [B, N], written to.
+        errors: float32, of the shape of `block`; written to.
 
     Returns:
-        The codes, uint8 [B, N].
+        The codes, uint8, of the shape of `block`.
     """
     half_units = flat_table(book, "rounded_half_units", torch.float32, block.device)
-    table = grid.dialect * CELLS
+    rows = *block.shape[:-2], block.shape[-1]
+    table, quarter, unit = (
+        part.view(rows) for part in (grid.dialect * CELLS, grid.quarter, grid.unit)
+    )
 
-    def cells(x: torch.Tensor) -> torch.Tensor:
-        cell = (x.abs() * grid.quarter).clamp_(max=CELLS - 1).to(torch.int32)
+    def cells(x: torch.Tensor, quarter: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        cell = (x.abs() * quarter).clamp_(max=CELLS - 1).to(torch.int32)
         return cell.add_(table)
 
     def rounded(x: torch.Tensor) -> torch.Tensor:
-        return take(half_units, cells(x)).mul_(grid.unit).copysign_(x)
+        return take(half_units, cells(x, quarter, table)).mul_(unit).copysign_(x)
 
     feed_back_columns(block, factor, errors, rounded)
-    index = take(flat_table(book, "index_lut", torch.uint8, block.device), cells(block))
-    index.masked_fill_(grid.unit == 0, 0)
+    every = cells(block, quarter.unsqueeze(-2), table.unsqueeze(-2))
+    index = take(flat_table(book, "index_lut", torch.uint8, block.device), every)
+    index.masked_fill_(unit.unsqueeze(-2) == 0, 0)
     sign = ((block < 0) & (index > 0)).to(torch.uint8) << 3
     return index | sign
 

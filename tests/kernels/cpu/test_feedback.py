@@ -37,6 +37,22 @@ def results(function, block, factor, grid, book, **options):
     return codes, block, errors
 
 
+def as_one_of_many(given):
+    block, factor, grid = given
+    return block[None], factor[None], grid
+
+
+def test_several_weights_are_rounded_like_each_by_itself():
+    cases = [case(SEMANTIC_32, 32, 20, seed) for seed in range(3)]
+    expected = [results(reference.feed_back, *given, SEMANTIC_32) for given in cases]
+    block, factor = (torch.stack([given[part] for given in cases]) for part in range(2))
+    grid = BlockGrid(*map(torch.cat, zip(*(given[2] for given in cases), strict=True)))
+    for function in (ops.feed_back, reference.feed_back):
+        found = results(function, block, factor, grid, SEMANTIC_32)
+        for part, wanted in zip(found, zip(*expected, strict=True), strict=True):
+            assert torch.equal(part, torch.stack(wanted))
+
+
 @pytest.mark.parametrize("block_size", [16, 32, 64])
 @pytest.mark.parametrize("book", [DIALECT_FP4, SEMANTIC_32], ids=lambda book: book.name)
 def test_the_bits_of_the_reference(book, block_size):
@@ -46,7 +62,7 @@ def test_the_bits_of_the_reference(book, block_size):
         assert bool(expected[2].isfinite().all())
         chosen = [{"threads": t, "instructions": i} for t, i in product([1, 3], INSTRUCTIONS)]
         found = [results(calls.feed_back, *given, book, **options) for options in chosen]
-        found.append(results(ops.feed_back, *given, book))
+        found.append([part[0] for part in results(ops.feed_back, *as_one_of_many(given), book)])
         for one in found:
             assert all(torch.equal(a, b) for a, b in zip(one, expected, strict=True))
 

@@ -6,11 +6,16 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dialect_kernels import DIALECT_FP4, SEMANTIC_32, quantize
-from dialect_kernels.calibrated import quantize_calibrated, quantize_factored
+from dialect_kernels import DIALECT_FP4, SEMANTIC_32, quantize, torch_backend
+from dialect_kernels.calibrated import (
+    quantize_calibrated,
+    quantize_factored,
+    quantize_factored_alike,
+)
 from dialect_kernels.rotation import rotate_activation, rotate_weight
-from dialect_kernels.second_moments import SecondMoments
+from dialect_kernels.second_moments import SecondMoments, UpperFactor
 from tests.support.calibration_cases import correlated, moments, slow_factor, weight
 
 BOOKS = (DIALECT_FP4, SEMANTIC_32)
@@ -250,3 +255,91 @@ def test_one_factor_for_several_weights():
         assert found.rotation == rotation
     with pytest.raises(ValueError, match="layer: inf at"):
         quantize_factored(w / 0, factor, name="layer")
+
+
+def factor_of(seed, columns):
+    return SecondMoments.of(moments(correlated(3 * columns, columns, seed))).factor(0.01)
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.tensors, other.tensors, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("back_end", "rows", "columns", "block_size"),
+    [
+        ("usual", 1, 32, 32),
+        ("usual", 40, 96, 16),
+        ("usual", 64, 320, 64),
+        ("usual", 33, 544, 32),
+        ("torch", 40, 96, 16),
+        ("torch", 9, 320, 64),
+    ],
+)
+def test_weights_together_have_the_bytes_of_one_after_the_other(
+    back_end, rows, columns, block_size, monkeypatch
+):
+    """Each has its own factor, or two the same; in groups and at once; in groups of rows too."""
+    if back_end == "torch":
+        monkeypatch.setattr("dialect_kernels.ops._running", lambda device: torch_backend)
+    rotation = "none" if columns == 96 else "hadamard_32"
+    factors = [factor_of(seed, columns) for seed in range(4)]
+    factors.append(factors[0])
+    weights = [weight(rows, columns, seed) * 2.0 ** (3 * seed) for seed in range(5)]
+    settings = {"book": SEMANTIC_32, "block_size": block_size, "rotation": rotation}
+    expected = [quantize_factored(*each, **settings) for each in zip(weights, factors, strict=True)]
+    assert not same(expected[0], quantize_factored(weights[0], factors[1], **settings))
+    for together, most_rows in ((1, 2048), (2 * rows * columns, 2048), (1 << 30, 2048), (1, 7)):
+        monkeypatch.setattr("dialect_kernels.calibrated._TOGETHER_ON_CPU", together)
+        monkeypatch.setattr("dialect_kernels.calibrated._ROWS", most_rows)
+        found = quantize_factored_alike(weights, factors, **settings)
+        assert all(map(same, found, expected))
+        assert all(packed.shape == (rows, columns) for packed in found)
+
+
+def test_a_weight_whose_errors_overflow_spoils_no_other():
+    factors = [factor_of(seed, 96) for seed in range(3)]
+    factors[1] = UpperFactor([torch.full((96, 96), 3.0).triu(1) + torch.eye(96) * 1e-38])
+    weights = [weight(5, 96, seed) for seed in range(3)]
+    first, overflown, last = quantize_factored_alike(weights, factors, SEMANTIC_32)
+    assert overflown is None
+    assert quantize_factored(weights[1], factors[1], SEMANTIC_32) is None
+    assert same(first, quantize_factored(weights[0], factors[0], SEMANTIC_32))
+    assert same(last, quantize_factored(weights[2], factors[2], SEMANTIC_32))
+
+
+def test_weights_together_that_are_not_alike_are_refused():
+    factors = [factor_of(0, 32)] * 2
+    with pytest.raises(ValueError, match="weights: 2 shapes and 2 factors for 2 weights"):
+        quantize_factored_alike([weight(4, 32, 0), weight(5, 32, 0)], factors)
+    with pytest.raises(ValueError, match="weights: 1 shapes and 1 factors for 2 weights"):
+        quantize_factored_alike([weight(4, 32, 0)] * 2, factors[:1])
+    bad = [weight(4, 32, 0), torch.full((4, 32), math.inf)]
+    with pytest.raises(ValueError, match="second: inf at"):
+        quantize_factored_alike(bad, factors, names=["first", "second"])
+    assert quantize_factored_alike([], []) == []
+    (empty,) = quantize_factored_alike([torch.empty(0, 32)], factors[:1])
+    assert empty.shape == (0, 32)
+
+
+class Counting(TorchDispatchMode):
+    """Counts the operations that compute something: on a GPU, about one launch each."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def test_more_weights_take_hardly_more_operations(monkeypatch):
+    """They bound a GPU where matrices are small; only products, one a block and weight, add up."""
+    monkeypatch.setattr("dialect_kernels.ops._running", lambda device: torch_backend)
+    factors = [factor_of(0, 32)] * 8
+    weights = [weight(4, 32, seed) for seed in range(8)]
+    counts = []
+    for number in (1, 8):
+        with Counting() as counting:
+            quantize_factored_alike(weights[:number], factors[:number], SEMANTIC_32)
+        counts.append(counting.count)
+    assert 300 < counts[0] < counts[1] < 1.5 * counts[0]

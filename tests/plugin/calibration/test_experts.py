@@ -23,6 +23,7 @@ from dialect_plugin.scheme import LayerFormat
 from tests.support import swept_models
 from tests.support.calibration_cases import varied_text
 from tests.support.conversions import hashes, options_of
+from tests.support.mixtures import MIXTURES, biases_of, silu, weight_of
 from tests.support.tiny_models import make_tokenizer
 
 RECORD = "blockdialect_calibration.json"
@@ -60,34 +61,6 @@ def calibrated(source, destination, text, scheme=ROTATED, progress=None, **diffe
     return convert(source, destination, options_of(**scheme), calibration=run, progress=progress)
 
 
-def silu(gate, up):
-    return torch.nn.functional.silu(gate) * up
-
-
-def gpt_oss(gate, up):
-    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
-    return (up + 1) * gate * torch.sigmoid(gate * 1.702)
-
-
-def squared(up):
-    return torch.relu(up).square()
-
-
-MIXTURES = {  # what lies between an expert's matrices; experts stored one by one and in one tensor
-    "Qwen3MoeForCausalLM": (silu, {}),
-    "MixtralForCausalLM": (silu, {}),
-    "GptOssForCausalLM": (gpt_oss, {}),
-    "GraniteMoeForCausalLM": (silu, {}),
-    "NemotronHForCausalLM": (
-        squared,
-        {
-            "layers_block_type": ["moe", "full_attention"],
-            "n_routed_experts": 4,
-            "moe_intermediate_size": 64,
-            "moe_shared_expert_intermediate_size": 64,
-        },
-    ),
-}
 SPARSE = {"num_experts": 16, "num_hidden_layers": 1}
 
 
@@ -108,20 +81,6 @@ def routed_tokens(source, text, **differing):
         for window in read_text(source, options(text, **differing), 320).windows:
             model(window[None])
     return {name: tuple(map(torch.cat, zip(*parts, strict=True))) for name, parts in calls.items()}
-
-
-def weight_of(checkpoint, layer):
-    return torch.cat([*checkpoint.read_rows(layer, 1 << 20)]).float()
-
-
-def biases_of(checkpoint, prefix, number):
-    """Those of gate, up and down as GPT-OSS stores them; 0 for the others."""
-    name = f"{prefix}.gate_up_proj_bias"
-    if name not in checkpoint.tensors:
-        return 0.0, 0.0
-    with checkpoint.open_shard(checkpoint.tensors[name].shard) as file:
-        both = file.get_tensor(name)[number].float()
-    return both[0::2], both[1::2]
 
 
 def inputs_of(checkpoint, between, prefix, number, x):
@@ -240,6 +199,7 @@ class KilledError(Exception):
 def in_small_parts(monkeypatch, limit):
     """Files of one input, and moments of few inputs in memory together."""
     monkeypatch.setattr(calibrator_module, "_FILE_BYTES", 1)
+    monkeypatch.setattr(calibrator_module, "numbers_together", lambda device: 1)
     monkeypatch.setattr(
         calibrator_module, "in_groups", lambda inputs, _: in_groups(inputs, limit(inputs))
     )
@@ -257,11 +217,11 @@ def test_groups_of_experts_and_a_killed_run_give_the_same_bytes(
     class Killed(Calibrator):
         left = 5
 
-        def _quantized(self, shared, modules):
+        def _quantized(self, inputs, modules):
             if not Killed.left:
                 raise KilledError
             Killed.left -= 1
-            return super()._quantized(shared, modules)
+            return super()._quantized(inputs, modules)
 
     with pytest.raises(KilledError):
         convert(
@@ -275,9 +235,9 @@ def test_groups_of_experts_and_a_killed_run_give_the_same_bytes(
     again = []
 
     class Counting(Calibrator):
-        def _quantized(self, shared, modules):
-            again.extend(shared.layers)
-            return super()._quantized(shared, modules)
+        def _quantized(self, inputs, modules):
+            again.extend(layer for shared in inputs for layer in shared.layers)
+            return super()._quantized(inputs, modules)
 
     run = Counting(options(text))
     convert(source, tmp_path / "killed", options_of(**ROTATED), calibration=run)

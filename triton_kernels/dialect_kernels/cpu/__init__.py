@@ -95,8 +95,13 @@ def feed_back(
     book: Formatbook,
     errors: torch.Tensor,
 ) -> torch.Tensor:
-    """See :class:`~dialect_kernels.backend.Backend`."""
-    return calls.feed_back(block, factor, grid, book, errors)
+    """See :class:`~dialect_kernels.backend.Backend`; weight by weight."""
+    codes = torch.empty(block.shape, dtype=torch.uint8, device="cpu")
+    rows = block.shape[2]
+    for number, own in enumerate(block):
+        own_grid = BlockGrid(*(part[number * rows : (number + 1) * rows] for part in grid))
+        codes[number] = calls.feed_back(own, factor[number], own_grid, book, errors[number])
+    return codes
 
 
 def dialect_linear(
