@@ -42,8 +42,10 @@ __all__ = [
     "is_bias",
     "layout_of",
     "leaves_of",
+    "name_for_all",
     "names_of",
     "prefixes",
+    "stacks",
 ]
 
 GATE, UP, DOWN = PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -164,6 +166,12 @@ def names_of(layer: str) -> tuple[str, ...]:
     return layer, f"{found['prefix']}.{found['leaf']}", found["prefix"]
 
 
+def name_for_all(layer: str) -> str:
+    """A layer's name; of an expert's matrix the name for those of all experts of the layer."""
+    own, *others = names_of(layer)
+    return others[0] if others else own
+
+
 def is_bias(name: str) -> bool:
     """Whether a tensor holds biases of routed experts."""
     held = ExpertTensor.of(name)
@@ -280,4 +288,12 @@ def prefixes(layers: Iterable[str]) -> dict[str, list[str]]:
         expert = expert_of(layer)
         if expert is not None:
             found.setdefault(expert.prefix, []).append(layer)
+    return found
+
+
+def stacks(layers: Iterable[str]) -> dict[str, list[str]]:
+    """Name for all -> the matrices of all experts that it means; a layer that is none by itself."""
+    found: dict[str, list[str]] = {}
+    for layer in layers:
+        found.setdefault(name_for_all(layer), []).append(layer)
     return found

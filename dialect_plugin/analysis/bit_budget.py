@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 from typing import Any, Literal, TypeVar
 
 from dialect_kernels.formatbook import BLOCK_SIZES
@@ -90,7 +91,8 @@ def check_budget(shapes: Mapping[str, Sequence[int]], bits_per_weight: float) ->
     """Refuse a budget without choice, by the shapes of the layers alone.
 
     Args:
-        shapes: layer -> (rows, columns) of its weight.
+        shapes: layer -> (rows, columns) of its weight; of a matrix of all experts, (experts, rows,
+            columns).
         bits_per_weight: the budget, on average over all weights.
 
     Raises:
@@ -101,10 +103,10 @@ def check_budget(shapes: Mapping[str, Sequence[int]], bits_per_weight: float) ->
         groups.setdefault(first_part(name), []).append(shape)
     least = most = 0.0
     for group in groups.values():
-        sizes = [b for b in BLOCK_SIZES if all(columns % b == 0 for _, columns in group)]
-        bits = [sum(m * k * dialect_bits(m, k, size) for m, k in group) for size in sizes]
+        sizes = [b for b in BLOCK_SIZES if all(shape[-1] % b == 0 for shape in group)]
+        bits = [sum(prod(x) * dialect_bits(x[-2], x[-1], size) for x in group) for size in sizes]
         least, most = least + min(bits), most + max(bits)
-    weights = sum(rows * columns for rows, columns in shapes.values())
+    weights = sum(map(prod, shapes.values()))
     refuse_below(least / weights, bits_per_weight)
     if bits_per_weight > most / weights:
         raise SchemeError(

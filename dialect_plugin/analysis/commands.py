@@ -15,9 +15,11 @@ from ..checkpoint.options import ConvertOptions
 from ..checkpoint.progress import Progress
 from ..checkpoint.reader import Checkpoint, find_checkpoint, open_checkpoint
 from ..checkpoint.tables import natural_order
+from ..experts import stacks
 from ..scheme import LayerFormat, Scheme
 from . import bit_budget, output_report, precision, report
-from .output_error import measure_outputs, output_formats
+from .output_error import measure_outputs
+from .output_formats import output_formats
 from .report_page import output_page, report_page
 
 __all__ = [
@@ -88,13 +90,15 @@ def report_on(
         found = report.Report(name, tuple(f.name for f in formats), measured, scheme.rotation)
         return FoundReport(report.render(found), found.to_json(), partial(report_page, found))
     compared = output_formats(book, peers=True)
+    seen = measure_outputs(checkpoint, layers, compared, calibration, progress, max_rows)
     outputs = output_report.OutputReport(
         name,
         calibration.calibrate,
         tuple(entry.name for entry in compared),
-        measure_outputs(checkpoint, layers, compared, calibration, progress, max_rows),
+        seen,
         scheme.book,
         scheme.rotation,
+        output_report.unseen_experts(layers, seen),
     )
     return FoundReport(
         output_report.render(outputs), outputs.to_json(), partial(output_page, outputs)
@@ -151,20 +155,20 @@ def plan_by_outputs(
     formats = precision.planned_formats(options.scheme.book, others)
     measured = measure_outputs(checkpoint, layers, formats, calibration, progress, max_rows)
     found = precision.plan_precision(measured, bits, fp8_share, others)
-    return FoundPlan(precision.render(found), found.overrides())
+    unseen = output_report.unseen_experts(layers, measured)
+    return FoundPlan(precision.render(found, unseen), found.overrides())
 
 
 def _chosen(source: str, options: ConvertOptions) -> tuple[Checkpoint, dict[str, LayerFormat]]:
-    """A checkpoint, and the layers that a conversion with these options would quantize, and how.
-
-    Without routed experts, which are not measured.
-    """
+    """A checkpoint, and the layers that a conversion with these options would quantize, and how."""
     checkpoint = open_checkpoint(find_checkpoint(source))
-    options = options.model_copy(update={"experts": False})  # their formats are the scheme's
     layers = choose_layers(checkpoint, options).formats
     return checkpoint, {name: layers[name] for name in sorted(layers, key=natural_order)}
 
 
 def _check_budget(checkpoint: Checkpoint, layers: dict[str, LayerFormat], bits: float) -> None:
-    shapes = {name: checkpoint.tensors[f"{name}.weight"].shape for name in layers}
+    shapes = {
+        name: (len(members), *checkpoint.weights[members[0]].shape)
+        for name, members in stacks(layers).items()
+    }
     bit_budget.check_budget(shapes, bits)

@@ -12,6 +12,10 @@ row to row of the weight and from column to column of the input, it is the sum o
 
     weights      1/2 sum over tokens t, rows n     g_tn**2     (dW_n . x_t)**2
     activations  1/2 sum over tokens t, columns k  (g_t W)_k**2  dx_tk**2
+
+A routed expert's tokens are those that the router sends to it, and the gradient at its output holds
+the router's weight. The losses of a matrix of all experts of a decoder layer add up to one entry,
+because engines give all of them one format; all tokens of the text are what it is averaged over.
 """
 
 from __future__ import annotations
@@ -19,70 +23,50 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Final, Literal
+from typing import Any, Final, Generic, TypeVar
 
 import torch
 
-from dialect_kernels import PackedTensor, quantize
-from dialect_kernels.baselines import quantize_fp8, quantize_mxfp4, quantize_nvfp4
-from dialect_kernels.calibrated import quantize_calibrated_baseline, quantize_factored
-from dialect_kernels.formatbook import BLOCK_SIZES, ROTATION_GROUP, Formatbook, Rotation
-from dialect_kernels.ops import dequantize, quantize_counted
-from dialect_kernels.reference import round_activation
+from dialect_kernels import PackedTensor
+from dialect_kernels.baselines import quantize_fp8
+from dialect_kernels.formatbook import ROTATION_GROUP, Rotation
+from dialect_kernels.ops import dequantize
 from dialect_kernels.rotation import rotate_activation, rotate_weight
-from dialect_kernels.second_moments import UpperFactor
 
 from ..calibration.blocks import DecoderBlocks
-from ..calibration.calibrator import open_calibration
+from ..calibration.calibrator import groups_of, open_calibration
+from ..calibration.experts import (
+    ExpertInput,
+    collected,
+    expert_inputs,
+    held_rows,
+    matrix_in,
+    observed,
+)
 from ..calibration.moments import SharedInput, Watch
 from ..calibration.options import CalibrationOptions
 from ..checkpoint.progress import Progress
 from ..checkpoint.reader import Checkpoint, CheckpointError
+from ..experts import expert_of, name_for_all, stacks
 from ..scheme import METHODS, ActivationFormat, LayerFormat
-from .report import dialect_bits, dialect_name
+from .output_formats import Moments, OutputFormat, Stored
+from .report import sampled_rows
 
 __all__ = [
     "FINEST_FIRST",
+    "ExpertOutput",
     "LayerOutput",
-    "OutputFormat",
     "OutputLoss",
-    "dialect_formats",
     "measure_outputs",
-    "output_formats",
 ]
 
-_Stored = PackedTensor | torch.Tensor
+_Of = TypeVar("_Of")
+_ExpertMatrix = tuple[str, int, bool]
+"""(name of the experts' module, number of the expert, whether the matrix is down)."""
 FINEST_FIRST: Final[tuple[ActivationFormat, ...]] = ("none", "fp8", "dialect")
 """Formats of activations, from W4A16 to W4A4."""
 _SHARE = 4
 """One of so many windows is measured; the others calibrate."""
-
-
-@dataclass(frozen=True)
-class OutputFormat:
-    """A format of weights, and of the activations that are rounded like them.
-
-    Attributes:
-        name: what tables call it.
-        columns: the multiple of columns that it needs.
-        bits: (rows, columns) -> stored bits per weight, scales included.
-        weights: (rows of some layers with one input, its second moments or None without enough
-            tokens, rotation) -> the rounded rows of each.
-        tokens: (tokens, rotated if the layer is) -> the rounded tokens, float32.
-        needs_mean: whether `weights` needs the moments themselves and not only their factor.
-        rotation: of the layers in this format; None for each layer's own.
-    """
-
-    name: str
-    columns: int
-    bits: Callable[[int, int], float]
-    weights: Callable[
-        [Sequence[torch.Tensor], _Moments | None, Rotation], list[PackedTensor | torch.Tensor]
-    ]
-    tokens: Callable[[torch.Tensor], torch.Tensor]
-    needs_mean: bool = False
-    rotation: Rotation | None = None
 
 
 @dataclass(frozen=True)
@@ -103,15 +87,33 @@ class OutputLoss:
 
 
 @dataclass(frozen=True)
+class ExpertOutput:
+    """One expert's share in the output of a matrix of all experts.
+
+    Attributes:
+        number: of the expert.
+        tokens: how many of the measured tokens the router sent to it; without any it loses nothing.
+        rare: whether it saw too few of the calibrating tokens and was rounded to nearest.
+        nats: format -> format of the activations -> its part of the estimated loss.
+    """
+
+    number: int
+    tokens: int
+    rare: bool
+    nats: Mapping[str, Mapping[ActivationFormat, float]]
+
+
+@dataclass(frozen=True)
 class LayerOutput:
     """A layer's output on text in all formats whose blocks divide its columns.
 
     Attributes:
-        name: the layer.
-        rows, columns: shape of its weight.
-        measured_rows: how many of its rows were rounded.
+        name: the layer; of routed experts, the name of a matrix of all of them.
+        rows, columns: shape of its weight; of one expert's.
+        measured_rows: how many of these rows were rounded.
         signal: square of the output, bias left out, summed over rows and averaged over tokens.
         losses: format -> its loss.
+        experts: the experts of which it is a matrix, in their order; empty for other layers.
     """
 
     name: str
@@ -120,126 +122,12 @@ class LayerOutput:
     measured_rows: int
     signal: float
     losses: Mapping[str, OutputLoss]
+    experts: tuple[ExpertOutput, ...] = ()
 
     @property
     def weights(self) -> int:
         """Number of weights."""
-        return self.rows * self.columns
-
-
-def dialect_formats(
-    book: Formatbook, rotation: Rotation | None = None, suffix: str = ""
-) -> tuple[OutputFormat, ...]:
-    """BlockDialect in every block size.
-
-    Args:
-        book: the formatbook.
-        rotation: of the layers; None for each layer's own.
-        suffix: ends the formats' names.
-    """
-    return tuple(
-        OutputFormat(
-            f"{dialect_name(block_size)}{suffix}",
-            block_size,
-            partial(dialect_bits, block_size=block_size),
-            partial(_dialect_rows, book, block_size),
-            partial(_round_tokens, book=book, block_size=block_size),
-            rotation=rotation,
-        )
-        for block_size in BLOCK_SIZES
-    )
-
-
-def output_formats(book: Formatbook, *, peers: bool = False) -> tuple[OutputFormat, ...]:
-    """BlockDialect in every block size and, with `peers`, MXFP4 and NVFP4."""
-    own = dialect_formats(book)
-    if not peers:
-        return own
-    mxfp4 = OutputFormat(
-        "MXFP4-32",
-        32,
-        lambda rows, columns: 4 + 8 / 32,
-        partial(_baseline_rows, "mxfp4"),
-        quantize_mxfp4,
-        needs_mean=True,
-    )
-    nvfp4 = OutputFormat(
-        "NVFP4-16",
-        16,
-        lambda rows, columns: 4 + 8 / 16,
-        partial(_baseline_rows, "nvfp4"),
-        quantize_nvfp4,
-        needs_mean=True,
-    )
-    return (*own, mxfp4, nvfp4)
-
-
-@dataclass(frozen=True)
-class _Moments:
-    """Second moments of the input that some layers share.
-
-    Attributes:
-        factor: as rule ``gptq`` uses it.
-        mean: the mean of ``x x.T``; None where no format needs it.
-        damping: the least damping.
-    """
-
-    factor: UpperFactor
-    mean: torch.Tensor | None
-    damping: float
-
-
-def _dialect_rows(
-    book: Formatbook,
-    block_size: int,
-    rows: Sequence[torch.Tensor],
-    moments: _Moments | None,
-    rotation: Rotation,
-) -> list[_Stored]:
-    """Rows are rounded each for itself, so those of all layers are rounded as one matrix."""
-    whole = torch.cat(list(rows))
-    packed = None
-    if moments is not None:
-        packed = quantize_factored(whole, moments.factor, book, block_size, rotation)
-    if packed is None:
-        packed = quantize(whole, book, block_size, rotation=rotation)
-    parts: list[_Stored] = []
-    first = 0
-    for part in rows:
-        parts.append(packed.slice_rows(first, first + len(part)).to("cpu"))
-        first += len(part)
-    return parts
-
-
-def _round_tokens(x: torch.Tensor, book: Formatbook, block_size: int) -> torch.Tensor:
-    """As ``reference.round_activation``, by the quantizer of weights, which is faster.
-
-    Their exponents reach less far below the largest one; the few tokens that need more are rounded
-    by the reference.
-    """
-    packed, below = quantize_counted(x, book, block_size, book.online_rule, finite=True)
-    values = dequantize(packed)
-    far = below > 0
-    if bool(far.any()):
-        values[far] = round_activation(x[far], book, block_size)
-    return values
-
-
-def _baseline_rows(
-    name: Literal["mxfp4", "nvfp4"],
-    rows: Sequence[torch.Tensor],
-    moments: _Moments | None,
-    rotation: Rotation,
-) -> list[_Stored]:
-    plain = quantize_mxfp4 if name == "mxfp4" else quantize_nvfp4
-    return [
-        plain(rotate_weight(part, rotation)).cpu()
-        if moments is None or moments.mean is None
-        else quantize_calibrated_baseline(
-            part, moments.mean, name, damping=moments.damping, rotation=rotation
-        ).values.cpu()
-        for part in rows
-    ]
+        return max(1, len(self.experts)) * self.rows * self.columns
 
 
 def measure_outputs(
@@ -260,10 +148,12 @@ def measure_outputs(
         formats: the formats. One with a rotation is left out where it needs other columns.
         options: text, windows, damping and device.
         progress: receives every layer, in two passes.
-        max_rows: round at most this many rows of a layer, spread evenly; None for all.
+        max_rows: round at most this many rows of a layer, spread evenly; None for all. Experts
+            share them (:func:`.report.sampled_rows`).
 
     Returns:
-        One entry for each layer, in the order of `forms`.
+        One entry for each layer, and one for each matrix of all experts of a decoder layer, in the
+        order of `forms`; none for experts whose inputs transformers does not show.
 
     Raises:
         CheckpointError: one sentence, if text, tokenizer, model or device cannot be used, or a
@@ -271,7 +161,7 @@ def measure_outputs(
     """
     blocks, text = open_calibration(checkpoint, forms, options)
     for name in forms:
-        if name not in blocks.linear:
+        if name not in blocks.linear and expert_of(name) is None:
             raise CheckpointError(
                 f"{name}: lies outside of the repeated blocks, where no output is measured; "
                 f"--ignore it, or leave --calibrate out"
@@ -279,65 +169,91 @@ def measure_outputs(
     run = _Run(checkpoint, blocks, forms, formats, options.damping, progress, max_rows)
     run.forwards(text.windows)
     run.backwards()
-    return tuple(run.found[name].result(run.tokens) for name in forms)
+    return run.result()
 
 
 @dataclass
 class _Sums:
-    """A layer's rounded rows, and what is summed over the tokens."""
+    """A matrix's rounded rows, and what is summed over the tokens."""
 
     name: str
     shape: tuple[int, int]
     chosen: torch.Tensor
-    rounded: dict[Rotation, dict[str, _Stored]] = field(default_factory=dict)
+    calibrated: bool = False
+    tokens: int = 0
+    rounded: dict[Rotation, dict[str, Stored]] = field(default_factory=dict)
     bits: dict[str, float] = field(default_factory=dict)
     signal: float = 0.0
     noise: dict[tuple[str, ActivationFormat], float] = field(default_factory=dict)
     nats: dict[tuple[str, ActivationFormat], float] = field(default_factory=dict)
 
-    def put(self, rotation: Rotation, entry: OutputFormat, rows: _Stored) -> None:
+    def put(self, rotation: Rotation, entry: OutputFormat, rows: Stored) -> None:
         """Rows that a format has rounded."""
         self.rounded.setdefault(rotation, {})[entry.name] = rows
         self.bits[entry.name] = entry.bits(*self.shape)
 
-    def add(self, weight: torch.Tensor, tapped: _Tapped, inputs: _Inputs) -> None:
-        """Add the tokens of a call of the layer."""
+    def add(
+        self, weight: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, inputs: _Inputs
+    ) -> None:
+        """Add the tokens of a product: its input [T, K], and the gradient at its output [T, N]."""
+        self.tokens += len(x)
         scale = self.shape[0] / max(1, len(self.chosen))
-        slopes = tapped.gradient[:, self.chosen].square_()
+        slopes = gradient[:, self.chosen].square_()
         for number, (rotation, formats) in enumerate(self.rounded.items()):
-            x = inputs.exact(tapped.x, rotation)
-            y = x @ rotate_weight(weight[self.chosen], rotation).T
+            exact = inputs.exact(x, rotation)
+            y = exact @ rotate_weight(weight[self.chosen], rotation).T
             if number == 0:  # with every rotation the same but for roundings
                 self.signal += scale * _energy(y)
             # (g W') ** 2, in which W' is the weight that is rounded
-            slopes_of_input = rotate_weight(tapped.gradient @ weight, rotation).square_()
+            slopes_of_input = rotate_weight(gradient @ weight, rotation).square_()
             for name, stored in formats.items():
                 values = stored.to(x.device)
                 values = dequantize(values) if isinstance(values, PackedTensor) else values
-                error = (x @ values.T).sub_(y)
+                error = (exact @ values.T).sub_(y)
                 of_weights = 0.5 * scale * float((slopes * error.square()).sum(dtype=torch.float64))
                 for activations in METHODS:
                     lost, noise = 0.0, _energy(error)
                     if activations != "none":
-                        rounded = inputs.rounded(tapped.x, rotation, name, activations)
-                        slopes_times_errors = (rounded - x).square_().mul_(slopes_of_input)
+                        rounded = inputs.rounded(x, rotation, name, activations)
+                        slopes_times_errors = (rounded - exact).square_().mul_(slopes_of_input)
                         lost = float(slopes_times_errors.sum(dtype=torch.float64))
                         noise = _energy((rounded @ values.T).sub_(y))
                     key = name, activations
                     self.noise[key] = self.noise.get(key, 0.0) + scale * noise
                     self.nats[key] = self.nats.get(key, 0.0) + of_weights + 0.5 * lost
 
-    def result(self, tokens: int) -> LayerOutput:
-        """The means over `tokens` tokens."""
-        losses = {
-            name: OutputLoss(
-                self.bits[name],
-                {a: self.noise.get((name, a), 0.0) / tokens for a in METHODS},
-                {a: self.nats.get((name, a), 0.0) / tokens for a in METHODS},
-            )
-            for name in self.bits
+    def nats_in(self, name: str, tokens: int) -> dict[ActivationFormat, float]:
+        """The estimated loss in a format, averaged over `tokens` tokens."""
+        return {a: self.nats.get((name, a), 0.0) / tokens for a in METHODS}
+
+    def expert(self, number: int, tokens: int) -> ExpertOutput:
+        """The matrix as one of an expert."""
+        nats = {name: self.nats_in(name, tokens) for name in self.bits}
+        return ExpertOutput(number, self.tokens, not self.calibrated, nats)
+
+
+def _layer_output(name: str, matrices: Sequence[_Sums], tokens: int) -> LayerOutput:
+    """A layer, or a matrix of all experts, of which each has one, in means over `tokens` tokens."""
+    first = matrices[0]
+    losses = {}
+    for format_name, bits in first.bits.items():
+        noise = {
+            a: sum(part.noise.get((format_name, a), 0.0) for part in matrices) / tokens
+            for a in METHODS
         }
-        return LayerOutput(self.name, *self.shape, len(self.chosen), self.signal / tokens, losses)
+        every = [part.nats_in(format_name, tokens) for part in matrices]
+        nats = {a: sum(part[a] for part in every) for a in METHODS}
+        losses[format_name] = OutputLoss(bits, noise, nats)
+    numbers = [expert.number for part in matrices if (expert := expert_of(part.name)) is not None]
+    experts = [part.expert(number, tokens) for number, part in zip(numbers, matrices, strict=False)]
+    return LayerOutput(
+        name,
+        *first.shape,
+        len(first.chosen),
+        sum(part.signal for part in matrices) / tokens,
+        losses,
+        tuple(sorted(experts, key=lambda expert: expert.number)),
+    )
 
 
 class _Run:
@@ -353,43 +269,74 @@ class _Run:
         progress: Progress,
         max_rows: int | None,
     ) -> None:
-        self.found: dict[str, _Sums] = {}
-        self.tokens = 0
+        self._found: dict[str, _Sums] = {}
+        self._tokens = 0
         self._blocks, self._forms, self._formats = blocks, forms, formats
         self._damping, self._progress, self._max_rows = damping, progress, max_rows
-        self._sizes = {name: checkpoint.tensors[f"{name}.weight"].nbytes for name in forms}
+        self._holders = blocks.linear | blocks.experts
+        self._stacks = stacks(name for name in forms if name in self._holders)
+        self._weights = {name: checkpoint.weights[name] for name in self._holders}
         self._before: list[list[torch.Tensor]] = []
         self._gradients: list[torch.Tensor] = []
+
+    def result(self) -> tuple[LayerOutput, ...]:
+        """What was measured, after both passes."""
+        return tuple(
+            _layer_output(name, [self._found[member] for member in members], self._tokens)
+            for name, members in self._stacks.items()
+        )
 
     def forwards(self, windows: torch.Tensor) -> None:
         """Round rows of every layer, and keep what the measured windows give to the blocks."""
         count = max(1, len(windows) // _SHARE)
         measured = [index * len(windows) // count for index in range(count)]
         others = [index for index in range(len(windows)) if index not in measured] or measured
-        self.tokens = count * windows.shape[1]
+        self._tokens = count * windows.shape[1]
         self._begin("calibrating")
         hidden = self._blocks.embed(windows)
         for number in range(len(self._blocks)):
             self._before.append([hidden[index] for index in measured])
             with self._blocks.loaded(number) as modules:
-                watches = self._watches(modules)
-                with ExitStack() as stack:
-                    for watch in watches.values():
-                        stack.enter_context(watch.first_pass())
-                    hidden[others[0]] = self._blocks.run(number, hidden[others[0]])
-                with ExitStack() as stack:
-                    for watch in watches.values():
-                        stack.enter_context(watch.later_passes())
-                    for index in others[1:]:
-                        hidden[index] = self._blocks.run(number, hidden[index])
+                self._forward(number, modules, hidden, others)
                 for index in measured:
                     if index not in others:
                         hidden[index] = self._blocks.run(number, hidden[index])
-                for rotation, watch in watches.items():
-                    self._round(modules, rotation, watch.inputs)
             self._advance(number)
         finals = [hidden[index] for index in measured]
         self._gradients = self._blocks.scores(windows[measured], finals)
+
+    def _forward(
+        self,
+        number: int,
+        modules: Mapping[str, torch.nn.Linear],
+        hidden: list[torch.Tensor],
+        others: Sequence[int],
+    ) -> None:
+        """Round rows of a loaded block's layers, and run it on the calibrating windows, in place.
+
+        It runs once more for each group of experts' inputs whose moments are in memory together.
+        """
+        experts, needed = self._blocks.experts_in(number), self._expert_inputs(number)
+        *groups, last = groups_of(list(needed), self._blocks.block(number))
+        for group in groups:
+            with collected(experts, group) as inputs:
+                for index in others:
+                    self._blocks.run(number, hidden[index])
+            self._round_experts(experts, inputs, needed, group)
+        watches = self._watches(modules)
+        with collected(experts, last) as inputs:
+            with ExitStack() as stack:
+                for watch in watches.values():
+                    stack.enter_context(watch.first_pass())
+                hidden[others[0]] = self._blocks.run(number, hidden[others[0]])
+            with ExitStack() as stack:
+                for watch in watches.values():
+                    stack.enter_context(watch.later_passes())
+                for index in others[1:]:
+                    hidden[index] = self._blocks.run(number, hidden[index])
+        self._round_experts(experts, inputs, needed, last)
+        for rotation, watch in watches.items():
+            self._round_layers(modules, rotation, watch.inputs)
 
     def backwards(self) -> None:
         """Measure the layers from the last block to the first."""
@@ -397,59 +344,138 @@ class _Run:
         for number in reversed(range(len(self._blocks))):
             before = self._before.pop()
             with self._blocks.loaded(number) as modules:
+                experts = self._blocks.experts_in(number)
                 for index, state in enumerate(before):
-                    with _tapping(modules) as calls:
+                    with _tapping(modules) as calls, _tapping_experts(experts) as products:
                         self._gradients[index] = self._blocks.differentiate(
                             number, state, self._gradients[index]
                         )
                     inputs = _Inputs(self._formats)
                     for call in calls:
-                        if call.reached:
-                            weight = modules[call.layer].weight.detach()
-                            self.found[call.layer].add(weight, call, inputs)
+                        if call.gradient is not None:
+                            weight = modules[call.of].weight.detach()
+                            self._found[call.of].add(weight, call.x, call.gradient, inputs)
+                    for product in products:
+                        self._add_experts(experts, product)
             self._advance(number)
 
-    def _watches(self, modules: Mapping[str, torch.nn.Linear]) -> dict[Rotation | None, Watch]:
-        """What collects the inputs of a block's layers, for each rotation of the formats."""
-        watches = {}
+    def _add_experts(
+        self, modules: Mapping[str, torch.nn.Module], product: _Tapped[_ExpertMatrix]
+    ) -> None:
+        """Add the tokens of an expert's product."""
+        if product.gradient is None:
+            return
+        (prefix, number, down), inputs = product.of, _Inputs(self._formats)
+        matrix = matrix_in(modules[prefix], number, down).detach()
+        for part, rows in held_rows(modules[prefix], number, down).items():
+            self._found[f"{prefix}.{number}.{part}"].add(
+                matrix[rows], product.x, product.gradient[:, rows], inputs
+            )
+
+    def _rotations(
+        self, columns: Mapping[str, int]
+    ) -> dict[Rotation | None, dict[str, LayerFormat]]:
+        """For each rotation of the formats, None for the layers' own: layer -> its format.
+
+        Args:
+            columns: layer -> its columns, which a rotation may not divide.
+        """
+        found = {}
         for rotation in dict.fromkeys(entry.rotation for entry in self._formats):
-            forms = {name: self._forms[name] for name in modules}
+            forms = {name: self._forms[name] for name in columns}
             if rotation is not None:
                 forms = {
                     name: form._replace(rotation=rotation)
                     for name, form in forms.items()
-                    if rotation == "none" or modules[name].in_features % ROTATION_GROUP == 0
+                    if rotation == "none" or columns[name] % ROTATION_GROUP == 0
                 }
-            watches[rotation] = Watch({name: modules[name] for name in forms}, forms)
-        return watches
+            found[rotation] = forms
+        return found
 
-    def _round(
+    def _watches(self, modules: Mapping[str, torch.nn.Linear]) -> dict[Rotation | None, Watch]:
+        """What collects the inputs of a block's layers, for each rotation of the formats."""
+        columns = {name: module.in_features for name, module in modules.items()}
+        return {
+            rotation: Watch({name: modules[name] for name in forms}, forms)
+            for rotation, forms in self._rotations(columns).items()
+        }
+
+    def _expert_inputs(self, number: int) -> dict[ExpertInput, list[Rotation | None]]:
+        """The inputs of a block's experts -> the formats' rotations for which they are needed."""
+        columns = {
+            name: self._weights[name].shape[1]
+            for name, holder in self._blocks.experts.items()
+            if holder == number
+        }
+        found: dict[ExpertInput, list[Rotation | None]] = {}
+        for rotation, forms in self._rotations(columns).items():
+            for entry in expert_inputs(forms, columns.__getitem__):
+                found.setdefault(entry, []).append(rotation)
+        return found
+
+    def _round_layers(
         self,
         modules: Mapping[str, torch.nn.Linear],
         rotation: Rotation | None,
-        inputs: Sequence[SharedInput],
+        inputs: list[SharedInput],
     ) -> None:
-        """Round rows of a block's layers to every format with a rotation."""
+        """Round rows of a block's layers behind `inputs`, which are used up; of all layers, where
+        the rotation is their own."""
+        weights = {name: module.weight.detach() for name, module in modules.items()}
         seen = {name for shared in inputs for name in shared.layers}
-        groups = [(shared.layers, self._moments(shared)) for shared in inputs]
-        if rotation is None:
-            groups += [([name], None) for name in modules if name not in seen]
-        for names, moments in groups:
-            weights = {name: modules[name].weight.detach() for name in names}
-            chosen = {name: self._chosen(weight) for name, weight in weights.items()}
-            rows = [weights[name][chosen[name]] for name in names]
-            columns = rows[0].shape[1]
-            for name in names:
-                shape = (weights[name].shape[0], columns)
-                self.found.setdefault(name, _Sums(name, shape, chosen[name]))
-            turned = rotation or self._forms[names[0]].rotation
-            for entry in self._formats:
-                if entry.rotation == rotation and columns % entry.columns == 0:
-                    parts = entry.weights(rows, moments, turned)
-                    for name, part in zip(names, parts, strict=True):
-                        self.found[name].put(turned, entry, part)
+        while inputs:
+            shared = inputs.pop()
+            moments = self._moments(shared)
+            self._round({name: weights[name] for name in shared.layers}, rotation, moments)
+        for name in modules if rotation is None else ():
+            if name not in seen:
+                self._round({name: weights[name]}, rotation, None)
 
-    def _moments(self, shared: SharedInput) -> _Moments | None:
+    def _round_experts(
+        self,
+        modules: Mapping[str, torch.nn.Module],
+        inputs: list[SharedInput],
+        needed: Mapping[ExpertInput, Sequence[Rotation | None]],
+        group: Sequence[ExpertInput],
+    ) -> None:
+        """Round rows of the experts' matrices behind `inputs`, which are used up.
+
+        Args:
+            needed: as :meth:`_expert_inputs`.
+            group: what each of `inputs` is.
+        """
+        for entry in reversed(group):
+            moments = self._moments(inputs.pop())
+            module = modules[entry.prefix]
+            matrix = matrix_in(module, entry.number, entry.down).detach()
+            held = held_rows(module, entry.number, entry.down)
+            weights = {
+                f"{entry.prefix}.{entry.number}.{part}": matrix[rows] for part, rows in held.items()
+            }
+            for rotation in needed[entry]:
+                self._round(weights, rotation, moments)
+
+    def _round(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        rotation: Rotation | None,
+        moments: Moments | None,
+    ) -> None:
+        """Round rows of matrices with one input to every format with a rotation."""
+        chosen = {name: self._chosen(name, weight) for name, weight in weights.items()}
+        rows = [weight[chosen[name]] for name, weight in weights.items()]
+        columns = rows[0].shape[1]
+        for name, weight in weights.items():
+            sums = _Sums(name, (len(weight), columns), chosen[name])
+            self._found.setdefault(name, sums).calibrated |= moments is not None
+        turned = rotation or self._forms[next(iter(weights))].rotation
+        for entry in self._formats:
+            if entry.rotation == rotation and columns % entry.columns == 0:
+                parts = entry.weights(rows, moments, turned)
+                for name, part in zip(weights, parts, strict=True):
+                    self._found[name].put(turned, entry, part)
+
+    def _moments(self, shared: SharedInput) -> Moments | None:
         """The moments of an input; None without enough tokens."""
         shared.check_finite()
         if not shared.enough:
@@ -457,52 +483,56 @@ class _Run:
         needed = any(entry.needs_mean for entry in self._formats)
         mean = shared.mean() if needed else None
         found = shared.factor(self._damping)
-        return None if found is None else _Moments(found[0], mean, self._damping)
+        return None if found is None else Moments(found[0], mean, self._damping)
 
-    def _chosen(self, weight: torch.Tensor) -> torch.Tensor:
+    def _chosen(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The rows that are rounded, evenly spread."""
-        rows = len(weight)
-        count = rows if self._max_rows is None else min(rows, self._max_rows)
-        return torch.arange(count, device=weight.device) * rows // max(1, count)
+        experts = len(self._stacks[name_for_all(name)])
+        count = sampled_rows(len(weight), self._max_rows, experts)
+        return torch.arange(count, device=weight.device) * len(weight) // max(1, count)
 
     def _begin(self, what: str) -> None:
-        self._progress.begin(what, len(self._sizes), sum(self._sizes.values()))
+        sizes = [info.nbytes for info in self._weights.values()]
+        self._progress.begin(what, len(sizes), sum(sizes))
 
     def _advance(self, number: int) -> None:
-        for name, holder in self._blocks.linear.items():
+        for name, holder in self._holders.items():
             if holder == number:
-                self._progress.advance(self._sizes[name])
+                self._progress.advance(self._weights[name].nbytes)
 
 
 @dataclass
-class _Tapped:
-    """A call of a layer: its input [T, K], and the gradient at its output [T, N]."""
+class _Tapped(Generic[_Of]):
+    """A product of a matrix: its input [T, K], and the gradient at its output [T, N], if one came.
 
-    layer: str
+    Attributes:
+        of: what matrix it is.
+    """
+
+    of: _Of
     x: torch.Tensor
-    gradient: torch.Tensor
-    reached: bool = False
+    gradient: torch.Tensor | None = None
+
+    @classmethod
+    def tap(cls, of: _Of, x: torch.Tensor, y: torch.Tensor) -> _Tapped[_Of]:
+        """Note a product with this input and output."""
+        call = cls(of, x.detach().reshape(-1, x.shape[-1]))
+
+        def back(gradient: torch.Tensor) -> None:
+            call.gradient = gradient.detach().reshape(-1, gradient.shape[-1])
+
+        if y.requires_grad:
+            y.register_hook(back)  # type: ignore[no-untyped-call]
+        return call
 
 
 @contextmanager
-def _tapping(modules: Mapping[str, torch.nn.Linear]) -> Iterator[list[_Tapped]]:
+def _tapping(modules: Mapping[str, torch.nn.Linear]) -> Iterator[list[_Tapped[str]]]:
     """Collects the calls of layers, and the gradients that come back to them."""
-    calls: list[_Tapped] = []
+    calls: list[_Tapped[str]] = []
 
     def hook(layer: str) -> Callable[[torch.nn.Module, tuple[Any, ...], torch.Tensor], None]:
-        def note(module: torch.nn.Module, given: tuple[Any, ...], output: torch.Tensor) -> None:
-            x = given[0].detach().reshape(-1, given[0].shape[-1])
-            call = _Tapped(layer, x, torch.empty(0))
-            calls.append(call)
-
-            def back(gradient: torch.Tensor) -> None:
-                call.gradient = gradient.detach().reshape(-1, gradient.shape[-1])
-                call.reached = True
-
-            if output.requires_grad:
-                output.register_hook(back)  # type: ignore[no-untyped-call]
-
-        return note
+        return lambda module, given, output: calls.append(_Tapped.tap(layer, given[0], output))
 
     handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
     try:
@@ -510,6 +540,20 @@ def _tapping(modules: Mapping[str, torch.nn.Linear]) -> Iterator[list[_Tapped]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _tapping_experts(
+    modules: Mapping[str, torch.nn.Module],
+) -> Iterator[list[_Tapped[_ExpertMatrix]]]:
+    """As :func:`_tapping`, for the products of single experts."""
+    calls: list[_Tapped[_ExpertMatrix]] = []
+
+    def note(prefix: str, number: int, down: bool, x: torch.Tensor, y: torch.Tensor) -> None:
+        calls.append(_Tapped.tap((prefix, number, down), x, y))
+
+    with observed(modules, note):
+        yield calls
 
 
 class _Inputs:

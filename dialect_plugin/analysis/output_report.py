@@ -8,17 +8,27 @@ one layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.loss import sqnr
-from ..checkpoint.tables import layer_table
+from ..checkpoint.tables import aligned, folded, layer_table
+from ..experts import prefixes
 from ..scheme import METHODS, ActivationFormat, BookName, Rotation, fitting_block_size
-from .output_error import FINEST_FIRST, LayerOutput
+from .output_error import FINEST_FIRST, ExpertOutput, LayerOutput
 from .report import dialect_name, sample_note
 
-__all__ = ["SHOWN", "OutputReport", "nats_of", "render", "sqnr_of_output"]
+__all__ = [
+    "SHOWN",
+    "OutputReport",
+    "expert_cells",
+    "expert_notes",
+    "nats_of",
+    "render",
+    "sqnr_of_output",
+    "unseen_experts",
+]
 
 SHOWN = dialect_name(32)
 """The format whose losses stand for a layer."""
@@ -35,6 +45,7 @@ class OutputReport:
         layers: one entry per layer that a conversion would quantize.
         book: formatbook of BlockDialect.
         rotation: of weights and activations where it divides the columns, in all formats.
+        unseen: experts' modules that could not be measured.
     """
 
     source: str
@@ -43,6 +54,7 @@ class OutputReport:
     layers: tuple[LayerOutput, ...]
     book: BookName
     rotation: Rotation
+    unseen: tuple[str, ...] = ()
 
     def bits(self, name: str) -> float:
         """Bits per weight of a format over all layers that have it."""
@@ -64,6 +76,7 @@ class OutputReport:
             "rotation": self.rotation,
             "formats": list(self.formats),
             "layers": [_layer_to_json(layer) for layer in self.layers],
+            "experts_not_measured": list(self.unseen),
             "totals": {
                 name: {
                     "bits_per_weight": self.bits(name),
@@ -74,12 +87,46 @@ class OutputReport:
         }
 
 
+def _usual(layer: LayerOutput) -> str:
+    """The format of the blocks that a conversion takes."""
+    return dialect_name(fitting_block_size(layer.columns, 32) or 32)
+
+
 def _usual_nats(layer: LayerOutput) -> float:
     """The loss of a layer in W4A4, in the blocks that a conversion takes."""
-    block_size = fitting_block_size(layer.columns, 32)
-    if block_size is None:
-        return 0.0
-    return layer.losses[dialect_name(block_size)].nats["dialect"]
+    return nats_of([layer], _usual(layer), "dialect") or 0.0
+
+
+def _worst(layer: LayerOutput) -> ExpertOutput:
+    """The expert that loses most in W4A4, in the blocks that a conversion takes."""
+    return max(layer.experts, key=lambda expert: expert.nats[_usual(layer)]["dialect"])
+
+
+def unseen_experts(layers: Iterable[str], measured: Sequence[LayerOutput]) -> tuple[str, ...]:
+    """Experts' modules of `layers` that transformers runs in a way that shows no inputs."""
+    names = {layer.name.rpartition(".")[0] for layer in measured if layer.experts}
+    return tuple(prefix for prefix in prefixes(layers) if prefix not in names)
+
+
+def expert_notes(layers: Sequence[LayerOutput], unseen: Sequence[str]) -> str:
+    """What a table does not tell of experts, in whole lines; empty if there is nothing to say."""
+    parts = [expert for layer in layers for expert in layer.experts]
+    rare = sum(expert.rare for expert in parts)
+    idle = sum(not expert.tokens for expert in parts)
+    lines = []
+    if rare or idle:
+        lines.append(
+            f"of {len(parts)} matrices of experts, {rare} saw too few tokens to be calibrated "
+            "(rare) and were rounded to\n"
+            f"nearest, and {idle} saw no measured token and count no error: more text reaches more "
+            "experts (--samples)\n"
+        )
+    if unseen:
+        lines.append(
+            f"{folded(unseen)}: not measured, because transformers does not show what each expert "
+            "sees;\nthey keep the scheme's format\n"
+        )
+    return "".join(lines)
 
 
 def _layer_to_json(layer: LayerOutput) -> dict[str, Any]:
@@ -100,6 +147,17 @@ def _layer_to_json(layer: LayerOutput) -> dict[str, Any]:
             }
             for name, loss in layer.losses.items()
         },
+    } | ({"experts": _experts_to_json(layer)} if layer.experts else {})
+
+
+def _experts_to_json(layer: LayerOutput) -> dict[str, Any]:
+    """The experts of a layer, in their order; losses are those in W4A4."""
+    usual = _usual(layer)
+    return {
+        "worst": _worst(layer).number,
+        "rare": [expert.number for expert in layer.experts if expert.rare],
+        "tokens": [expert.tokens for expert in layer.experts],
+        "nats": {usual: [expert.nats[usual]["dialect"] for expert in layer.experts]},
     }
 
 
@@ -153,10 +211,27 @@ def render(report: OutputReport) -> str:
         cells,
         first=[("bits per weight", "", *bits, "")],
     )
+    of_experts = [layer for layer in report.layers if layer.experts]
+    if of_experts:
+        of_one = ("experts", "worst", "% of its\nlayer", "rare", "without\ntokens")
+        rows = [(layer.name, *expert_cells(layer)) for layer in of_experts]
+        table += "\n\n" + aligned(("matrices of experts", *of_one), rows)
     rotated = "" if report.rotation == "none" else f", rotated by {report.rotation}"
     return (
         "estimated loss in thousandths of a nat per token: the KL divergence of the model's\n"
         "predictions if a layer alone is rounded; share and output SQNR are those of blocks of 32\n"
         f"in W4A4; on {report.text}, book {report.book}{rotated}\n"
-        f"{sample_note(report.layers)}\n\n{table}"
+        f"{sample_note(report.layers)}\n{expert_notes(report.layers, report.unseen)}\n{table}"
+    )
+
+
+def expert_cells(layer: LayerOutput) -> tuple[str, ...]:
+    """How many experts, the one that loses most, its share in percent, rare ones and idle ones."""
+    worst, whole = _worst(layer), _usual_nats(layer)
+    share = worst.nats[_usual(layer)]["dialect"] / whole if whole else 0.0
+    rare = sum(expert.rare for expert in layer.experts)
+    idle = sum(not expert.tokens for expert in layer.experts)
+    return (
+        *(str(len(layer.experts)), str(worst.number) if whole else "–", f"{100 * share:.1f}"),
+        *(str(rare), str(idle)),
     )

@@ -19,7 +19,9 @@ from dialect_kernels.formatbook import BLOCK_SIZES, BookName, Rotation, book_by_
 from ..checkpoint.tables import layer_table, only_or_blank, shape_cell
 from ..scheme import METHODS, ActivationFormat, fitting_block_size
 from .bit_budget import first_part, refuse_below, spend
-from .output_error import LayerOutput, OutputFormat, OutputLoss, dialect_formats
+from .output_error import LayerOutput, OutputLoss
+from .output_formats import OutputFormat, dialect_formats
+from .output_report import expert_notes
 from .report import dialect_name
 
 __all__ = ["SCHEME", "Form", "PrecisionPlan", "plan_precision", "planned_formats", "render"]
@@ -332,8 +334,12 @@ def _uniform_sizes(layers: Sequence[LayerOutput]) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if size is not None}
 
 
-def render(plan: PrecisionPlan) -> str:
-    """The estimated loss saved, and the layers that differ from uniform."""
+def render(plan: PrecisionPlan, unseen: Sequence[str] = ()) -> str:
+    """The estimated loss saved, and the layers that differ from uniform.
+
+    Args:
+        unseen: experts' modules that could not be measured.
+    """
     uniform = plan.uniform
     different = plan.overrides()
 
@@ -370,6 +376,6 @@ def render(plan: PrecisionPlan) -> str:
         f"{100 * plan.fp8_share:.1f} % of the weights\n"
         f"estimated KL divergence {plan.nats:.4f} nats per token, {share:.2f} x that of uniform "
         f"blocks of {_UNIFORM} in W4A4: {uniform.nats:.4f} at {uniform.bits_per_weight:.4f} bits\n"
-        "an estimate ranks layers; the model's loss is measured with `blockdialect evaluate`\n\n"
-        f"{table}"
+        "an estimate ranks layers; the model's loss is measured with `blockdialect evaluate`\n"
+        f"{expert_notes(plan.layers, unseen)}\n{table}"
     )

@@ -35,6 +35,7 @@ from ..checkpoint.progress import Progress
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.tables import layer_table, shape_cell
 from ..checkpoint.workers import Workers
+from ..experts import expert_of, name_for_all, stacks
 
 __all__ = [
     "SAMPLED_ROWS",
@@ -49,11 +50,14 @@ __all__ = [
     "render",
     "report_formats",
     "sample_note",
+    "sampled_rows",
     "sqnr_cells",
 ]
 
 SAMPLED_ROWS = 256
 """Rows of a layer that are measured by default."""
+_FEWEST = 16
+"""Rows of each expert that are measured, where the experts of a decoder layer share the rows."""
 
 
 class _Rounded(NamedTuple):
@@ -104,11 +108,12 @@ class LayerReport:
     """One layer in all formats whose blocks divide its columns.
 
     Attributes:
-        name: the layer.
-        rows, columns: shape of its weight.
-        measured_rows: how many of its rows were measured.
+        name: the layer; of routed experts, the name of a matrix of all of them.
+        rows, columns: shape of its weight; of one expert's.
+        measured_rows: how many of these rows were measured.
         signal: sum of x**2 over all rows (an estimate if rows were sampled).
         losses: format -> its loss.
+        matrices: how many weights of this shape it has: one, or as many as experts.
     """
 
     name: str
@@ -117,11 +122,12 @@ class LayerReport:
     measured_rows: int
     signal: float
     losses: dict[str, FormatLoss]
+    matrices: int = 1
 
     @property
     def weights(self) -> int:
         """Number of weights."""
-        return self.rows * self.columns
+        return self.matrices * self.rows * self.columns
 
 
 @dataclass(frozen=True)
@@ -142,21 +148,7 @@ class Report:
 
     def totals(self) -> dict[str, FormatLoss]:
         """Each format over all layers that have it: bits by weight, SQNR of the summed error."""
-        totals = {}
-        for name in self.formats:
-            having = [layer for layer in self.layers if name in layer.losses]
-            losses = [layer.losses[name] for layer in having]
-            counts = [loss.dialects for loss in losses if loss.dialects is not None]
-            weights = sum(layer.weights for layer in having)
-            bits = sum(x.weights * x.losses[name].bits_per_weight for x in having)
-            noise = sum(loss.noise for loss in losses)
-            totals[name] = FormatLoss(
-                bits_per_weight=bits / max(1, weights),
-                noise=noise,
-                sqnr_db=sqnr(sum(layer.signal for layer in having), noise),
-                dialects=tuple(map(sum, zip(*counts, strict=True))) if counts else None,
-            )
-        return totals
+        return {name: _together(self.layers, name) for name in self.formats}
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON data; an SQNR without noise, which is infinite, is None."""
@@ -173,6 +165,22 @@ class Report:
             "layers": layers,
             "totals": totals,
         }
+
+
+def _together(layers: Sequence[LayerReport], name: str) -> FormatLoss:
+    """A format over all layers that have it: bits by weight, SQNR of the summed error."""
+    having = [layer for layer in layers if name in layer.losses]
+    losses = [layer.losses[name] for layer in having]
+    counts = [loss.dialects for loss in losses if loss.dialects is not None]
+    weights = sum(layer.weights for layer in having)
+    noise = sum(loss.noise for loss in losses)
+    return FormatLoss(
+        bits_per_weight=sum(x.weights * x.losses[name].bits_per_weight for x in having)
+        / max(1, weights),
+        noise=noise,
+        sqnr_db=sqnr(sum(layer.signal for layer in having), noise),
+        dialects=tuple(map(sum, zip(*counts, strict=True))) if counts else None,
+    )
 
 
 class _Sampled(Protocol):
@@ -244,44 +252,81 @@ def measure_layers(
 
     Args:
         checkpoint: the 16-bit source.
-        layers: names of the layers.
+        layers: names of the layers, matrices of experts among them.
         formats: the formats.
         progress: receives every layer.
         max_rows: measure at most this many rows of a layer, spread evenly and always the same ones
-            (NVFP4's scale of the tensor is then that of the sample); None for all.
+            (NVFP4's scale of the tensor is then that of the sample); None for all. Experts share
+            them (:func:`sampled_rows`).
         rotation: of the weights before they are rounded, where it divides their columns; embeddings
             are not rotated.
+
+    Returns:
+        One entry for each layer, and one for each matrix of all experts of a decoder layer.
 
     Raises:
         ValueError: naming tensor and position, if a measured row holds NaN or Inf.
         CheckpointError: if a file is damaged.
     """
-    infos = [checkpoint.tensors[f"{name}.weight"] for name in layers]
+    infos = [checkpoint.weights[name] for name in layers]
     progress.begin("measuring", len(layers), sum(info.nbytes for info in infos))
+    members = stacks(layers)
 
     def measure(name: str) -> LayerReport:
+        count = sampled_rows(
+            checkpoint.weights[name].shape[0], max_rows, len(members[name_for_all(name)])
+        )
+        own = "none" if is_embedding(name) else rotation
+        if expert_of(name) is not None:
+            (weight,) = checkpoint.read_rows(name, 1 << 62)  # all rows
+            return _measure_layer(name, weight, formats, count, own)
         with checkpoint.open_shard(checkpoint.tensors[f"{name}.weight"].shard) as file:
             weight = file.get_tensor(f"{name}.weight")  # a map of the file: rows are read when used
-        own = "none" if is_embedding(name) else rotation
-        return _measure_layer(name, weight, formats, max_rows, own)
+        return _measure_layer(name, weight, formats, count, own)
 
-    reports = []
+    reports = {}
     with Workers() as workers:
         for info, report in zip(infos, workers.map(measure, layers), strict=True):
-            reports.append(report)
+            reports[report.name] = report
             progress.advance(info.nbytes)
-    return tuple(reports)
+    return tuple(
+        _layer_report(name, [reports[member] for member in parts])
+        for name, parts in members.items()
+    )
+
+
+def _layer_report(name: str, parts: Sequence[LayerReport]) -> LayerReport:
+    """A layer, or a matrix of all experts, of which each has one."""
+    first = parts[0]
+    losses = {format_name: _together(parts, format_name) for format_name in first.losses}
+    signal = sum(part.signal for part in parts)
+    shape = first.rows, first.columns
+    return LayerReport(name, *shape, first.measured_rows, signal, losses, len(parts))
+
+
+def sampled_rows(rows: int, max_rows: int | None, experts: int = 1) -> int:
+    """How many rows of a weight are measured.
+
+    Args:
+        rows: of the weight.
+        max_rows: at most so many of a layer; None for all. Experts share them, but no fewer than 16
+            of each are measured.
+        experts: as many as have a matrix in the layer.
+    """
+    if max_rows is None:
+        return rows
+    return min(rows, max_rows, max(_FEWEST, max_rows // experts))
 
 
 def _measure_layer(
     name: str,
     weight: torch.Tensor,
     formats: Sequence[Format],
-    max_rows: int | None,
+    count: int,
     rotation: Rotation,
 ) -> LayerReport:
+    """One weight, measured on `count` of its rows."""
     rows, columns = weight.shape
-    count = rows if max_rows is None else min(rows, max_rows)
     chosen = torch.arange(count) * rows // max(1, count)
     if count < rows:
         weight = weight[chosen]

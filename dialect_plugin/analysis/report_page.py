@@ -14,7 +14,14 @@ from dialect_kernels import __version__
 
 from ..scheme import METHODS
 from .output_error import FINEST_FIRST, LayerOutput
-from .output_report import SHOWN, OutputReport, nats_of, sqnr_of_output
+from .output_report import (
+    SHOWN,
+    OutputReport,
+    expert_cells,
+    expert_notes,
+    nats_of,
+    sqnr_of_output,
+)
 from .report import Report, dialect_name, sqnr_cells
 
 __all__ = ["check_plots", "output_page", "report_page"]
@@ -54,6 +61,8 @@ def output_page(report: OutputReport) -> str:
             for name in report.formats
         ],
         sampled=any(layer.measured_rows < layer.rows for layer in report.layers),
+        experts=[(layer.name, expert_cells(layer)) for layer in report.layers if layer.experts],
+        notes=expert_notes(report.layers, report.unseen),
         plot=_svg(_draw_losses, report),
         version=__version__,
     )

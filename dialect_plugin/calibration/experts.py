@@ -1,8 +1,8 @@
-"""The inputs of single experts, while transformers runs those of a decoder layer as one module.
+"""The products of single experts, while transformers runs those of a decoder layer as one module.
 
 transformers lets a model's config name the function that runs such modules. Ours runs one expert
-after the other, and shows what each is given: the tokens that the router sends to it, for gate and
-up, and what comes in front of down.
+after the other, and shows what each is given and gives: the tokens that the router sends to it, for
+gate and up, and what comes in front of down.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,19 +18,29 @@ from torch.nn.functional import linear
 
 from dialect_kernels.second_moments import SecondMoments
 
-from ..experts import DOWN, expert_of
+from ..experts import DOWN, GATE, UP, expert_of
 from ..scheme import LayerFormat
 from .moments import SharedInput
 
-__all__ = ["ExpertInput", "collected", "expert_inputs", "in_groups", "run_one_by_one"]
+__all__ = [
+    "ExpertInput",
+    "collected",
+    "expert_inputs",
+    "held_rows",
+    "in_groups",
+    "matrix_in",
+    "observed",
+    "run_one_by_one",
+]
 
 _NAME = "blockdialect_one_by_one"
 _NOTE = "_blockdialect_note"
-"""The attribute of a module that receives (expert, whether in front of down, tokens)."""
+"""The attribute of a module that receives the products of its experts, a :data:`_Note`."""
 _GATHERED = 8
 """Tokens wait until there is one for so many columns: adding a few takes as long as adding many."""
 
-_Note = Callable[[int, bool, torch.Tensor], None]
+_Note = Callable[[int, bool, torch.Tensor, torch.Tensor], None]
+"""(expert, whether the matrix is down, its input [T, K], its output [T, N])."""
 
 
 @dataclass(frozen=True)
@@ -123,32 +134,67 @@ def collected(
     Yields:
         A list that holds one entry for each of `inputs` when the ``with`` block has ended.
     """
-    waiting: dict[str, dict[tuple[int, bool], list[_Gathered]]] = {}
+    waiting: dict[tuple[str, int, bool], list[_Gathered]] = {}
     found: list[SharedInput] = []
     for entry in inputs:
         device = next(modules[entry.prefix].parameters()).device
         moments = SecondMoments(entry.columns, device)
         found.append(SharedInput(list(entry.layers), entry.form, moments))
-        places = waiting.setdefault(entry.prefix, {})
-        places.setdefault((entry.number, entry.down), []).append(_Gathered(found[-1]))
+        key = entry.prefix, entry.number, entry.down
+        waiting.setdefault(key, []).append(_Gathered(found[-1]))
 
-    def noting(places: Mapping[tuple[int, bool], list[_Gathered]]) -> _Note:
-        def note(expert: int, down: bool, x: torch.Tensor) -> None:
-            for gathered in places.get((expert, down), ()):
-                gathered.add(x)
+    def note(prefix: str, expert: int, down: bool, x: torch.Tensor, y: torch.Tensor) -> None:
+        for gathered in waiting.get((prefix, expert, down), ()):
+            gathered.add(x)
 
-        return note
-
-    for prefix, places in waiting.items():
-        setattr(modules[prefix], _NOTE, noting(places))
-    try:
+    prefixes = {entry.prefix for entry in inputs}
+    with observed({prefix: modules[prefix] for prefix in prefixes}, note):
         yield found
-        for places in waiting.values():
-            for gathered in (entry for place in places.values() for entry in place):
-                gathered.flush()
+        for gathered in (entry for places in waiting.values() for entry in places):
+            gathered.flush()
+
+
+@contextmanager
+def observed(
+    modules: Mapping[str, torch.nn.Module],
+    note: Callable[[str, int, bool, torch.Tensor, torch.Tensor], None],
+) -> Iterator[None]:
+    """Have `note` called with every product of the experts of these modules.
+
+    Args:
+        modules: name of the experts' module -> the module.
+        note: receives the name, and what a :data:`_Note` does.
+    """
+    for prefix, module in modules.items():
+        setattr(module, _NOTE, partial(note, prefix))
+    try:
+        yield
     finally:
-        for prefix in waiting:
-            delattr(modules[prefix], _NOTE)
+        for module in modules.values():
+            delattr(module, _NOTE)
+
+
+def held_rows(module: Any, number: int, down: bool) -> dict[str, slice]:
+    """Part of an expert -> its rows in the matrix of a module that holds it.
+
+    Args:
+        module: of the experts, loaded.
+        number: of the expert.
+        down: whether the matrix is down; else it is that of gate and up, or of up alone.
+    """
+    if down or not module.has_gate:
+        return {DOWN if down else UP: slice(None)}
+    if not module.is_concatenated:  # gates and ups alternate
+        return {GATE: slice(0, None, 2), UP: slice(1, None, 2)}
+    rows = len(matrix_in(module, number, down)) // 2
+    return {GATE: slice(0, rows), UP: slice(rows, None)}
+
+
+def matrix_in(module: Any, number: int, down: bool) -> torch.Tensor:
+    """The matrix of an expert in a module, [N, K]: down, or gate and up as they are held."""
+    name = "down_proj" if down else _first(module)
+    weight: torch.Tensor = getattr(module, name)[number]
+    return weight.T if module.is_transposed else weight
 
 
 class _Gathered:
@@ -188,24 +234,28 @@ def _run(
     Returns:
         [tokens, H].
     """
-    note: _Note = getattr(module, _NOTE, lambda expert, down, x: None)
-    first = "gate_up_proj" if module.has_gate else "up_proj"
+    note: _Note = getattr(module, _NOTE, lambda expert, down, x, y: None)
     output = torch.zeros_like(hidden_states)
     for expert in sorted(set(top_k_index.flatten().tolist())):
         if expert >= module.num_experts:  # transformers' mark of a token that no expert gets
             continue
         token, place = torch.where(top_k_index == expert)
         x = hidden_states[token]
-        note(expert, False, x)
-        y = _matrix_product(module, first, expert, x)
-        y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
-        note(expert, True, y)
-        y = _matrix_product(module, "down_proj", expert, y)
+        y = _product(module, expert, False, x)
+        note(expert, False, x, y)
+        x = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+        y = _product(module, expert, True, x)
+        note(expert, True, x, y)
         output.index_add_(0, token, y * top_k_weights[token, place, None])
     return output
 
 
-def _matrix_product(module: Any, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
-    weight = getattr(module, name)[expert]
+def _first(module: Any) -> str:
+    """What a module calls the matrices in front of the activation."""
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+def _product(module: Any, expert: int, down: bool, x: torch.Tensor) -> torch.Tensor:
+    name = "down_proj" if down else _first(module)
     bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
-    return linear(x, weight.T if module.is_transposed else weight, bias)
+    return linear(x, matrix_in(module, expert, down), bias)

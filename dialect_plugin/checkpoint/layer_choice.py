@@ -441,7 +441,9 @@ def _resolved(
 ) -> Scheme:
     """The scheme with exact names: what stays in 16 bit, and every layer that differs."""
     untouched = [*(name for name in linear if name not in formats), *absent]
-    overrides = {_name_for_all(name): scheme.differing(form) for name, form in formats.items()}
+    overrides = {
+        experts.name_for_all(name): scheme.differing(form) for name, form in formats.items()
+    }
     config = {k: v for k, v in scheme.to_config().items() if k != "format_version"}
     return Scheme.parse(
         config
@@ -453,9 +455,3 @@ def _resolved(
             "embeddings": any(map(architectures.is_embedding, formats)),
         }
     )
-
-
-def _name_for_all(layer: str) -> str:
-    """A layer's name; of an expert's, which has the format of all the others, the one for all."""
-    names = experts.names_of(layer)
-    return names[1] if len(names) > 1 else layer

@@ -5,12 +5,13 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from dialect_kernels.baselines import quantize_fp8, quantize_mxfp4
+from dialect_kernels.baselines import quantize_mxfp4
 from dialect_kernels.calibrated import quantize_calibrated, quantize_calibrated_baseline
 from dialect_kernels.formatbook import DIALECT_FP4, SEMANTIC_32
 from dialect_kernels.reference import round_activation
 from dialect_kernels.rotation import rotate_activation, rotate_weight
-from dialect_plugin.analysis.output_error import dialect_formats, measure_outputs, output_formats
+from dialect_plugin.analysis.output_error import measure_outputs
+from dialect_plugin.analysis.output_formats import dialect_formats, output_formats
 from dialect_plugin.analysis.precision import plan_precision
 from dialect_plugin.calibration.options import CalibrationOptions
 from dialect_plugin.calibration.text import read_text
@@ -19,6 +20,7 @@ from dialect_plugin.checkpoint.progress import Silent
 from dialect_plugin.checkpoint.reader import CheckpointError, open_checkpoint
 from tests.support.calibration_cases import varied_text
 from tests.support.conversions import options_of
+from tests.support.output_losses import lost_outputs
 
 BOOKS = {"none": DIALECT_FP4, "hadamard_32": SEMANTIC_32}
 DOWN, QUERY = "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"
@@ -103,15 +105,6 @@ class Whole:
         return (x.T @ x / len(x)).contiguous()
 
 
-def rounded_tokens(x, activations, book, block_size):
-    if activations == "none":
-        return x
-    if activations == "fp8":
-        codes, scale = quantize_fp8(x)
-        return codes.float() * scale[:, None]
-    return round_activation(x, book, block_size)
-
-
 @pytest.mark.parametrize("rotation", ["none", "hadamard_32"])
 def test_errors_and_losses_are_those_of_the_whole_model(tiny_model, text, rotation):
     source, book = tiny_model(), BOOKS[rotation]
@@ -131,19 +124,13 @@ def test_errors_and_losses_are_those_of_the_whole_model(tiny_model, text, rotati
             packed = quantize_calibrated(
                 weight, whole.moments(name, rotation), book, block_size, rotation=rotation
             ).packed
-            values = packed.dequantize().double()
             loss = layer.losses[f"BlockDialect-{block_size}"]
             assert loss.bits_per_weight == packed.bits_per_element
-            wrong = x.double() @ (values - exact).T
             for activations in ("none", "fp8", "dialect"):
-                tokens = rounded_tokens(x, activations, book, block_size).double()
-                noise = (tokens @ values.T - y).square().sum() / len(x)
+                noise, nats = lost_outputs(exact, packed, x, gradient, activations)
                 # a few codes at a midpoint differ, because the sums of the moments do
-                assert loss.noise[activations] == pytest.approx(float(noise), rel=0.02)
-                nats = (gradient.square() * wrong.square()).sum()
-                nats += ((gradient @ exact).square() * (tokens - x.double()).square()).sum()
-                expected = float(nats) / 2 / len(x)
-                assert loss.nats[activations] == pytest.approx(expected, rel=0.02)
+                assert loss.noise[activations] == pytest.approx(noise / len(x), rel=0.02)
+                assert loss.nats[activations] == pytest.approx(nats / len(x), rel=0.02)
             assert loss.nats["none"] < loss.nats["fp8"] < loss.nats["dialect"]
 
 
