@@ -76,7 +76,7 @@ def measure() -> dict[str, Any]:
         if format.options is None:
             continue
         pairs = zip(frames, wanted, strict=True)
-        row = {"psnr": [value for pair in pairs for value in psnr(*pair)]}
+        row: dict[str, Any] = {"psnr": [value for pair in pairs for value in psnr(*pair)]}
         row |= {key: [cost[key] for _, cost in made] for key in made[0][1]}
         for key, control in (("over_alone", ALONE), ("over_salient", SALIENT)):
             if control in measured:
