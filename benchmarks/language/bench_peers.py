@@ -3,8 +3,9 @@
 Every engine is a library in a process of its own, without a server in front of it, and computes
 with the same number of threads. All of a model's engines stay loaded; in each round each reads one
 prompt and then answers another, while the others sleep. All get the same token ids and answer
-greedily. Of a real model the KL divergence from transformers' bfloat16 is taken on windows of the
-text of `bench_accuracy`. No format is calibrated.
+greedily. Then each answers once more in every round while other programs keep all cores busy. Of a
+real model the KL divergence from transformers' bfloat16 is taken on windows of the text of
+`bench_accuracy`. No format is calibrated.
 
 llama.cpp is found if it is installed, built for this processor, in an environment of its own:
 
@@ -19,6 +20,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -48,6 +51,8 @@ _THREADS = 2
 _PROMPT_TOKENS = 512
 _CONTEXT = 1024
 _SHORT_PROMPT = 16
+_BUSY_TOKENS = 9
+_BUSY_LOOP = "while True: pass"
 _SAME_MODEL = 0.02
 """Nats by which a 16-bit engine may differ from another one; a wrong model differs by far more."""
 
@@ -97,6 +102,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="in this order")
     add("--rounds", type=int, default=5, help="rounds that are timed, after one that is not")
     add("--tokens", type=int, default=32, help="tokens of each answer")
+    add("--busy", type=int, default=_THREADS, help="busy programs beside the last answers")
     add("--windows", type=int, default=4, help="windows of 512 tokens for the divergence")
     add("--eager", action="store_true", help="do not compile vLLM's models")
 
@@ -114,7 +120,13 @@ def parts(models: str) -> dict[str, str]:
 
 
 def measure(
-    model: str, peers: Sequence[str], rounds: int, tokens: int, windows: int, eager: bool
+    model: str,
+    peers: Sequence[str],
+    rounds: int,
+    tokens: int,
+    busy: int,
+    windows: int,
+    eager: bool,
 ) -> Figures:
     """Every engine's times of every round, its memory and, of a real model, its divergence."""
     with tempfile.TemporaryDirectory(prefix="bench-peers-") as directory, ExitStack() as stack:
@@ -123,6 +135,8 @@ def measure(
             session.start(key)
         prompts = session.token_ids(windows)
         session.measure_times(prompts, rounds, tokens)
+        if busy:
+            session.measure_busy(prompts[0][:_SHORT_PROMPT], rounds, busy)
         if model == REAL:
             session.measure_divergence(prompts)
         return {
@@ -130,6 +144,7 @@ def measure(
             "threads": _THREADS,
             "compiled": not eager,
             "answer_tokens": tokens,
+            "busy": busy,
             "windows": windows if model == REAL else 0,
             "peers": session.found,
             "refused": session.refused,
@@ -204,6 +219,18 @@ class _Session:
                     self.found[key].setdefault("prompt_s", []).append(prompt_s)
                     self.found[key].setdefault("token_s", []).append(statistics.mean(token_s))
             print(f"round {number + 1} of {rounds}", flush=True)
+
+    def measure_busy(self, prompt: Sequence[int], rounds: int, busy: int) -> None:
+        """Let each engine answer while so many other programs compute without end."""
+        with ExitStack() as stack:
+            for _ in range(busy):
+                loop = stack.enter_context(subprocess.Popen([sys.executable, "-c", _BUSY_LOOP]))
+                stack.callback(loop.kill)
+            for _ in range(rounds):
+                for key, process in self._processes.items():
+                    (_, *token_s), _ = process.seconds(prompt, _BUSY_TOKENS)
+                    busy_s = self.found[key].setdefault("busy_token_s", [])
+                    busy_s.append(statistics.mean(token_s))
 
     def measure_divergence(self, windows: Sequence[Sequence[int]]) -> None:
         """Compare each engine's predictions with those of transformers in bfloat16.
@@ -292,11 +319,13 @@ def divergence(
 
 
 def tables(figures: Figures) -> dict[str, Table]:
-    """``speed``: times and memory; ``refused``; of a real model ``divergence``.
+    """``speed``: times and memory; ``busy``; ``refused``; of a real model ``divergence``.
 
     Medians over the rounds; ratios to vLLM in bfloat16 are taken round by round, above 1 is faster.
     """
     found: dict[str, Table] = {"speed": _speed(figures)}
+    if figures["busy"]:
+        found["busy"] = _busy(figures)
     if figures["windows"]:
         found["divergence"] = _divergence(figures)
     refused = figures["refused"].items()
@@ -323,6 +352,24 @@ def _speed(figures: Figures) -> Table:
                 _against(base, peer, "prompt_s"),
                 f"{peer['weight_bytes'] / 1e6:,.0f} MB",
                 f"{peer['peak_bytes'] / 2**30:.2f} GiB",
+            ]
+        )
+    return rows
+
+
+def _busy(figures: Figures) -> Table:
+    rows = [["engine and format", "decoded tokens/s", f"beside {figures['busy']} busy programs",
+             "of the rate before", "against vLLM bf16"]]  # fmt: skip
+    base = figures["peers"].get(_BASE)
+    for key, peer in _measured(figures):
+        quiet, busy = (statistics.median(peer[name]) for name in ("token_s", "busy_token_s"))
+        rows.append(
+            [
+                PEERS[key].name,
+                f"{1 / quiet:.1f}",
+                f"{1 / busy:.1f}",
+                f"{quiet / busy:.2f} x",
+                _against(base, peer, "busy_token_s"),
             ]
         )
     return rows

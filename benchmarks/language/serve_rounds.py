@@ -18,7 +18,7 @@ from .measured_server import MeasuredServer, read_log, refusal, server_arguments
 from .served_models import FORMATS, Format, Load, Shape, layer_bytes, prepare, remove
 from .vllm_bench import run_client, run_offline, warmup
 
-__all__ = ["OFFLINE", "Session", "loads_of"]
+__all__ = ["OFFLINE", "Session", "add_figures", "loads_of", "measure_server"]
 
 Figures = dict[str, Any]
 """Lists of figures, one for each round or each run, and dicts of such lists."""
@@ -99,7 +99,7 @@ class Session:
         seeds = [1 + number * self.repeats + repeat for repeat in range(self.repeats)]
         try:
             with tempfile.TemporaryDirectory(prefix="bench-serve-") as folder:
-                once = _measure_server(shape, model, form, self.eager, seeds, Path(folder))
+                once = measure_server(shape, model, form, self.eager, seeds, Path(folder))
                 _check_quantized(form, once, found.get("bf16"))
                 if self.offline and not form.slow:
                     once["offline"] = _measure_offline(shape, model, form, self.eager, Path(folder))
@@ -108,7 +108,7 @@ class Session:
             self.refused[key] = refusal(str(error))
             print(f"{shape.name}, {form.name}: not served: {error}", flush=True)
         else:
-            _add(found.setdefault(key, {}), once)
+            add_figures(found.setdefault(key, {}), once)
             print(f"{shape.name}, {form.name}, round {number + 1}: {once}", flush=True)
         self.longest_s = max(self.longest_s, time.monotonic() - began)
 
@@ -118,19 +118,33 @@ def loads_of(shape: Shape, form: Format) -> Mapping[str, Load]:
     return {"single": _SLOW_LOAD} if form.slow else shape.loads
 
 
-def _add(total: Figures, once: Figures) -> None:
+def add_figures(total: Figures, once: Figures) -> None:
     """Append the lists of `once` to those of `total`."""
     for name, value in once.items():
         if isinstance(value, dict):
-            _add(total.setdefault(name, {}), value)
+            add_figures(total.setdefault(name, {}), value)
         else:
             total.setdefault(name, []).extend(value)
 
 
-def _measure_server(
+def measure_server(
     shape: Shape, model: Path, form: Format, eager: bool, seeds: Sequence[int], folder: Path
 ) -> Figures:
-    """Times of the runs of one server, its peak memory, and the figures of its log."""
+    """Times of the runs of one server, its peak memory, and the figures of its log.
+
+    Args:
+        shape, form: model and format.
+        model: directory of the checkpoint.
+        eager: whether the model runs uncompiled.
+        seeds: of the prompts, one for each run of every load.
+        folder: for the server's log.
+
+    Returns:
+        a list of values for each figure; for each load a dict of such lists.
+
+    Raises:
+        ServerError, RuntimeError: if the server does not start or does not answer.
+    """
     loads = loads_of(shape, form)
     arguments = server_arguments(shape, form, eager)
     before, began = device_bytes(), time.monotonic()

@@ -120,10 +120,14 @@ def test_divergence_of_windows():
 def test_tables_compare_round_by_round():
     def peer(prompt_s, token_s, **more):
         memory = {"weight_bytes": 250_000_000, "peak_bytes": 3 << 29}
-        return {"prompt_s": prompt_s, "token_s": token_s, **memory, **more}
+        busy_s = [4 * seconds for seconds in token_s[::-1]]
+        return {
+            "prompt_s": prompt_s, "token_s": token_s, "busy_token_s": busy_s, **memory, **more
+        }  # fmt: skip
 
     figures = {
         "windows": 2,
+        "busy": 2,
         "peers": {
             "vllm-bf16": peer([1.0, 2.0, 4.0], [0.01, 0.02, 0.04]),
             "q4_0": peer(
@@ -141,6 +145,8 @@ def test_tables_compare_round_by_round():
     assert (weights, memory) == ("250 MB", "1.50 GiB")
     assert found["divergence"][1][2:] == ["0.2000 ± 0.1000", "75.0%"]
     assert found["refused"][1] == ["vLLM, INT8 W8A8", "a \\| b"]
+    assert found["busy"][0][2] == "beside 2 busy programs"
+    assert found["busy"][1][1:] == ["200.0", "50.0", "0.25 x", "4.00 x (2.00 to 4.00)"]
     del figures["peers"]["vllm-bf16"]
     assert tables(figures)["speed"][1][2] == "–"
 

@@ -368,7 +368,7 @@ def measured(monkeypatch):
         taken = seeds[:1] if form.slow else seeds
         return {"model_gib": [None], "single": {"tpot_ms": [float(seed) for seed in taken]}}
 
-    monkeypatch.setattr(serve_rounds, "_measure_server", measure_server)
+    monkeypatch.setattr(serve_rounds, "measure_server", measure_server)
     return started
 
 
