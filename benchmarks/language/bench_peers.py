@@ -3,9 +3,9 @@
 Every engine is a library in a process of its own, without a server in front of it, and computes
 with the same number of threads. All of a model's engines stay loaded; in each round each reads one
 prompt and then answers another, while the others sleep. All get the same token ids and answer
-greedily. Then each answers once more in every round while other programs keep all cores busy. Of a
-real model the KL divergence from transformers' bfloat16 is taken on windows of the text of
-`bench_accuracy`. No format is calibrated.
+greedily. Then each answers a little more while other programs keep all cores busy. Of a real model
+the KL divergence from transformers' bfloat16 is taken on windows of the text of `bench_accuracy`.
+No format is calibrated.
 
 llama.cpp is found if it is installed, built for this processor, in an environment of its own:
 
@@ -35,6 +35,7 @@ from ..lib.gate import golden_gate
 from ..lib.harness import Table, main_in_parts
 from .bench_accuracy import WINDOW, write_text
 from .checkpoints import convert
+from .measured_server import refusal
 from .peer_checkpoints import LLAMA_PYTHON, stored_bytes, write_compressed, write_gguf
 from .peer_process import EngineError, EngineProcess
 from .served_models import SHAPES, prepare
@@ -51,7 +52,9 @@ _THREADS = 2
 _PROMPT_TOKENS = 512
 _CONTEXT = 1024
 _SHORT_PROMPT = 16
-_BUSY_TOKENS = 9
+_BUSY_TOKENS = 5
+_BUSY_ROUNDS = 3
+"""Few, because an engine may take a hundred times as long there."""
 _BUSY_LOOP = "while True: pass"
 _SAME_MODEL = 0.02
 """Nats by which a 16-bit engine may differ from another one; a wrong model differs by far more."""
@@ -136,7 +139,7 @@ def measure(
         prompts = session.token_ids(windows)
         session.measure_times(prompts, rounds, tokens)
         if busy:
-            session.measure_busy(prompts[0][:_SHORT_PROMPT], rounds, busy)
+            session.measure_busy(prompts[0][:_SHORT_PROMPT], busy)
         if model == REAL:
             session.measure_divergence(prompts)
         return {
@@ -188,7 +191,7 @@ class _Session:
             process = EngineProcess(peer.engine, checkpoint, given, log, peer.variables)
             said = self._stack.enter_context(process).description()
         except (EngineError, RuntimeError) as error:
-            self.refused[key] = str(error)
+            self.refused[key] = refusal(str(error))
             print(f"{peer.name}: refused: {error}", flush=True)
             return
         if said["threads"] != _THREADS:
@@ -220,13 +223,13 @@ class _Session:
                     self.found[key].setdefault("token_s", []).append(statistics.mean(token_s))
             print(f"round {number + 1} of {rounds}", flush=True)
 
-    def measure_busy(self, prompt: Sequence[int], rounds: int, busy: int) -> None:
+    def measure_busy(self, prompt: Sequence[int], busy: int) -> None:
         """Let each engine answer while so many other programs compute without end."""
         with ExitStack() as stack:
             for _ in range(busy):
                 loop = stack.enter_context(subprocess.Popen([sys.executable, "-c", _BUSY_LOOP]))
                 stack.callback(loop.kill)
-            for _ in range(rounds):
+            for _ in range(_BUSY_ROUNDS):
                 for key, process in self._processes.items():
                     (_, *token_s), _ = process.seconds(prompt, _BUSY_TOKENS)
                     busy_s = self.found[key].setdefault("busy_token_s", [])
@@ -238,11 +241,18 @@ class _Session:
         Raises:
             SystemExit: if a 16-bit engine runs another model.
         """
+        if _REFERENCE not in self._processes:
+            return
         expected = self._logits(_REFERENCE, windows)
         for key in self._processes:
             if key == _REFERENCE:
                 continue
-            self.found[key] |= divergence(expected, self._logits(key, windows), windows)
+            try:
+                logits = self._logits(key, windows)
+            except EngineError as error:
+                print(f"{PEERS[key].name}: no divergence: {error}", flush=True)
+                continue
+            self.found[key] |= divergence(expected, logits, windows)
             nats = statistics.mean(self.found[key]["divergence"])
             print(f"{PEERS[key].name}: {nats:.4f} nats", flush=True)
             if PEERS[key].kind == "bf16" and nats > _SAME_MODEL:
@@ -319,7 +329,7 @@ def divergence(
 
 
 def tables(figures: Figures) -> dict[str, Table]:
-    """``speed``: times and memory; ``busy``; ``refused``; of a real model ``divergence``.
+    """``speed``: times and memory; ``busy``; ``versions``; ``refused``; perhaps ``divergence``.
 
     Medians over the rounds; ratios to vLLM in bfloat16 are taken round by round, above 1 is faster.
     """
@@ -328,6 +338,8 @@ def tables(figures: Figures) -> dict[str, Table]:
         found["busy"] = _busy(figures)
     if figures["windows"]:
         found["divergence"] = _divergence(figures)
+    versions = {peer["engine"] for _, peer in _measured(figures)}
+    found["versions"] = [["engines"], *([version] for version in sorted(versions))]
     refused = figures["refused"].items()
     found["refused"] = [
         ["format", "why it has no figures here"],

@@ -122,7 +122,8 @@ def test_tables_compare_round_by_round():
         memory = {"weight_bytes": 250_000_000, "peak_bytes": 3 << 29}
         busy_s = [4 * seconds for seconds in token_s[::-1]]
         return {
-            "prompt_s": prompt_s, "token_s": token_s, "busy_token_s": busy_s, **memory, **more
+            "prompt_s": prompt_s, "token_s": token_s, "busy_token_s": busy_s, "engine": "x 1",
+            **memory, **more
         }  # fmt: skip
 
     figures = {
@@ -144,6 +145,7 @@ def test_tables_compare_round_by_round():
     assert (prompt, prompt_ratio) == ("256", "1.00 x (0.50 to 2.00)")
     assert (weights, memory) == ("250 MB", "1.50 GiB")
     assert found["divergence"][1][2:] == ["0.2000 ± 0.1000", "75.0%"]
+    assert found["versions"] == [["engines"], ["x 1"]]
     assert found["refused"][1] == ["vLLM, INT8 W8A8", "a \\| b"]
     assert found["busy"][0][2] == "beside 2 busy programs"
     assert found["busy"][1][1:] == ["200.0", "50.0", "0.25 x", "4.00 x (2.00 to 4.00)"]
