@@ -191,14 +191,19 @@ class _Session:
             process = EngineProcess(peer.engine, checkpoint, given, log, peer.variables)
             said = self._stack.enter_context(process).description()
         except (EngineError, RuntimeError) as error:
-            self.refused[key] = refusal(str(error))
-            print(f"{peer.name}: refused: {error}", flush=True)
+            self._refuse(key, error)
             return
         if said["threads"] != _THREADS:
             raise SystemExit(f"{peer.name} computes with {said['threads']} threads")
         self._processes[key] = process
         self.found[key] = {"engine": said["engine"], "weight_bytes": stored_bytes(checkpoint)}
         print(f"{peer.name}: loaded, {self.found[key]}", flush=True)
+
+    def _refuse(self, key: str, error: Exception) -> None:
+        self.refused[key] = refusal(str(error))
+        self.found.pop(key, None)
+        self._processes.pop(key, None)
+        print(f"{PEERS[key].name}: refused: {error}", flush=True)
 
     def token_ids(self, windows: int) -> list[list[int]]:
         """Windows of the accuracy benchmark's text, or random ones where there is no tokenizer."""
@@ -214,9 +219,13 @@ class _Session:
         """Let each engine read a long prompt and answer a short one, in every round."""
         for number in range(-1, rounds):
             long = prompts[number % len(prompts)][:_PROMPT_TOKENS]
-            for key, process in self._processes.items():
-                (prompt_s,), _ = process.seconds(long, 1)
-                (_, *token_s), peak = process.seconds(long[:_SHORT_PROMPT], tokens)
+            for key, process in list(self._processes.items()):
+                try:
+                    (prompt_s,), _ = process.seconds(long, 1)
+                    (_, *token_s), peak = process.seconds(long[:_SHORT_PROMPT], tokens)
+                except EngineError as error:
+                    self._refuse(key, error)
+                    continue
                 self.found[key]["peak_bytes"] = peak
                 if number >= 0:
                     self.found[key].setdefault("prompt_s", []).append(prompt_s)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -74,7 +76,8 @@ class EngineProcess:
         trace: TracebackType | None,
     ) -> None:
         if self._process.stdin is not None:
-            self._process.stdin.close()  # it ends at the end of its calls
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()  # it ends at the end of its calls
         try:
             self._process.wait(0 if error else _STOP_SECONDS)
         except subprocess.TimeoutExpired:
@@ -100,13 +103,17 @@ class EngineProcess:
 
     def _call(self, **call: Any) -> dict[str, Any]:
         assert self._process.stdin is not None
-        print(json.dumps(call), file=self._process.stdin, flush=True)
+        with suppress(BrokenPipeError):  # the answer says why
+            print(json.dumps(call), file=self._process.stdin, flush=True)
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
+            status = self._process.wait()
+            if status < 0:
+                raise EngineError(f"its process was ended by {signal.Signals(-status).name}")
             text = self._log.read_text(encoding="utf-8", errors="replace")
             lines = [line for line in text.splitlines() if "Error" in line] or text.splitlines()
             raise EngineError(lines[-1] if lines else "its process ended without a word")

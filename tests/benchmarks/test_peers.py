@@ -174,6 +174,26 @@ def test_an_engine_that_fails_is_refused_with_its_error(tmp_path, monkeypatch):
     assert session.refused == {"llama-bf16": "ModuleNotFoundError: No module named 'llama_cpp'"}
 
 
+def test_an_engine_that_dies_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_peers, "_source", lambda *_: DEMO)
+
+    class Dying(bench_peers.EngineProcess):
+        """Says that it is ready, and ends itself at the first call."""
+
+        def __init__(self):
+            super().__init__("llama", DEMO, {"threads": 1}, tmp_path / "log")
+            die = "import os; print('{}', flush=True); input(); os.kill(os.getpid(), 4)"
+            self._command = [sys.executable, "-c", die]
+
+    with ExitStack() as stack:
+        session = bench_peers._Session(tmp_path, "smollm2", eager=True, stack=stack)
+        session._processes["q4_0"] = stack.enter_context(Dying())
+        assert session._processes["q4_0"].description() == {}
+        session.measure_times([[1, 2]], rounds=1, tokens=2)
+    assert session.refused == {"q4_0": "its process was ended by SIGILL"}
+    assert not session.found
+
+
 def test_every_peer_can_be_made():
     made = {"bf16", "q4_0", "q4_k_m", "mxfp4", "packed", "int8", "int4"}
     assert {peer.kind for peer in PEERS.values()} == made
