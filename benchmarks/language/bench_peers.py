@@ -136,12 +136,13 @@ def measure(
         session = _Session(Path(directory), model, eager, stack)
         for key in peers:
             session.start(key)
+        session.wait_until_loaded()
         prompts = session.token_ids(windows)
+        if model == REAL:
+            session.measure_divergence(prompts)
         session.measure_times(prompts, rounds, tokens)
         if busy:
             session.measure_busy(prompts[0][:_SHORT_PROMPT], busy)
-        if model == REAL:
-            session.measure_divergence(prompts)
         return {
             "model": model,
             "threads": _THREADS,
@@ -177,7 +178,7 @@ class _Session:
         self._processes: dict[str, EngineProcess] = {}
 
     def start(self, key: str) -> None:
-        """Make a peer's checkpoint and load it, or note why it cannot be."""
+        """Make a peer's checkpoint and begin to load it, or note why it cannot be."""
         peer = PEERS[key]
         if peer.engine == "llama" and not LLAMA_PYTHON.exists():
             self.refused[key] = "llama-cpp-python is not installed in .cache/peers/llama"
@@ -187,17 +188,27 @@ class _Session:
             given |= {"eager": self._eager, "quantization": peer.method}
         try:
             checkpoint = self._checkpoint(peer)
-            log = self._folder / f"{key}.log"
-            process = EngineProcess(peer.engine, checkpoint, given, log, peer.variables)
-            said = self._stack.enter_context(process).description()
-        except (EngineError, RuntimeError) as error:
+        except RuntimeError as error:
             self._refuse(key, error)
             return
-        if said["threads"] != _THREADS:
-            raise SystemExit(f"{peer.name} computes with {said['threads']} threads")
-        self._processes[key] = process
-        self.found[key] = {"engine": said["engine"], "weight_bytes": stored_bytes(checkpoint)}
-        print(f"{peer.name}: loaded, {self.found[key]}", flush=True)
+        log = self._folder / f"{key}.log"
+        process = EngineProcess(peer.engine, checkpoint, given, log, peer.variables)
+        self._processes[key] = self._stack.enter_context(process)
+        self.found[key] = {"weight_bytes": stored_bytes(checkpoint)}
+
+    def wait_until_loaded(self) -> None:
+        """Let each engine answer once, and note its memory."""
+        for key, process in list(self._processes.items()):
+            try:
+                said = process.description()
+                _, peak = process.seconds(range(100, 100 + _PROMPT_TOKENS), 2)
+            except EngineError as error:
+                self._refuse(key, error)
+                continue
+            if said["threads"] != _THREADS:
+                raise SystemExit(f"{PEERS[key].name} computes with {said['threads']} threads")
+            self.found[key] |= {"engine": said["engine"], "peak_bytes": peak}
+            print(f"{PEERS[key].name}: loaded, {self.found[key]}", flush=True)
 
     def _refuse(self, key: str, error: Exception) -> None:
         self.refused[key] = refusal(str(error))
@@ -222,11 +233,10 @@ class _Session:
             for key, process in list(self._processes.items()):
                 try:
                     (prompt_s,), _ = process.seconds(long, 1)
-                    (_, *token_s), peak = process.seconds(long[:_SHORT_PROMPT], tokens)
+                    (_, *token_s), _ = process.seconds(long[:_SHORT_PROMPT], tokens)
                 except EngineError as error:
                     self._refuse(key, error)
                     continue
-                self.found[key]["peak_bytes"] = peak
                 if number >= 0:
                     self.found[key].setdefault("prompt_s", []).append(prompt_s)
                     self.found[key].setdefault("token_s", []).append(statistics.mean(token_s))

@@ -171,6 +171,7 @@ def test_an_engine_that_fails_is_refused_with_its_error(tmp_path, monkeypatch):
     with ExitStack() as stack:
         session = bench_peers._Session(tmp_path, "smollm2", eager=True, stack=stack)
         session.start("llama-bf16")
+        session.wait_until_loaded()
     assert session.refused == {"llama-bf16": "ModuleNotFoundError: No module named 'llama_cpp'"}
 
 
