@@ -12,6 +12,7 @@ import torch
 
 from ..backend import Weights
 from ..packed import PackedTensor
+from . import bound
 from .gemm import arrivals, launch_eight_bits, launch_sixteen_bits
 from .layout import interpreted, readable, readable_rows
 from .library import Library, added_residuals, library_product
@@ -118,6 +119,23 @@ def dialect_linear(
     """
     if tokens.shape[0] == 0 or p.shape[0] == 0:
         return tokens.new_empty(tokens.shape[0], p.shape[0])
+
+    def compute() -> torch.Tensor:
+        return _dialect_linear(tokens, p, bias, activation_format, accumulation)
+
+    if accumulation == "exact" or (activation_format == "none" and p.rotation != "none"):
+        return compute()
+    return bound.product(tokens, p, bias, activation_format, compute)
+
+
+def _dialect_linear(
+    tokens: torch.Tensor,
+    p: PackedTensor,
+    bias: torch.Tensor | None,
+    activation_format: str,
+    accumulation: str,
+) -> torch.Tensor:
+    """As :func:`dialect_linear`, for at least one token and one feature; nothing is bound."""
     how = route(
         tokens.shape[0], p.shape, activation_format, tokens.dtype, tokens.device, accumulation
     )
