@@ -15,13 +15,12 @@ Where Triton's own launch differs from what is written here nothing is bound. (O
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from ..device_tables import is_kept
 from ..packed import PackedTensor
-from .launch import MISALIGNED, BoundLaunch, bind, current_stream, recorded, watched
+from .launch import MISALIGNED, BoundLaunch, Launched, bind, current_stream, recorded, watched
 
 __all__ = ["product"]
 
@@ -29,7 +28,7 @@ _MOST = 4096
 """Kinds of products that are remembered."""
 
 _Compute = Callable[[], torch.Tensor]
-_products: dict[tuple[object, ...], BoundProduct | None] = {}
+_products: dict[tuple[object, ...], _BoundProduct | None] = {}
 
 
 def product(
@@ -80,7 +79,7 @@ def product(
     return y
 
 
-class BoundProduct:
+class _BoundProduct:
     """A product of a kind that was computed before."""
 
     def __init__(
@@ -117,8 +116,8 @@ class BoundProduct:
 
 
 def _bound(
-    launches: list[Any], given: tuple[torch.Tensor | None, ...], y: torch.Tensor
-) -> BoundProduct | None:
+    launches: list[Launched], given: tuple[torch.Tensor | None, ...], y: torch.Tensor
+) -> _BoundProduct | None:
     """What a product has launched, bound; None if not all of it can be.
 
     Memory is recognized by its address: operands are written as bytes and read as numbers.
@@ -138,8 +137,8 @@ def _bound(
         return None
     # counters are integers; a quantizer, which is a launch before the product, clears them
     made = [(t.shape, t.dtype, t.dtype == torch.int32 and len(bound) == 1) for t in fresh]
-    return BoundProduct([each for each in bound if each is not None], made, y.device)
+    return _BoundProduct([each for each in bound if each is not None], made, y.device)
 
 
-def _addresses(launched: Any) -> list[int]:
+def _addresses(launched: Launched) -> list[int]:
     return [a.data_ptr() for a in launched.arguments if isinstance(a, torch.Tensor)]

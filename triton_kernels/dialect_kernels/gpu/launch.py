@@ -21,6 +21,7 @@ import triton
 __all__ = [
     "MISALIGNED",
     "BoundLaunch",
+    "Launched",
     "bind",
     "current_stream",
     "launch",
