@@ -54,6 +54,10 @@ def register() -> None:
 
         config.register_configs()
         compat.register_attention()
+        if compat.has_open_cache_dtypes():
+            from .vllm import gpu_attention
+
+            gpu_attention.register_cache_dtype()
     except Exception as error:
         logging.getLogger("vllm.blockdialect").warning(
             "blockdialect is not available: this vLLM is outside the supported range 0.26 to 0.33 "

@@ -73,7 +73,7 @@ def rounding_apart(layers: Iterable[Any], wait: Callable[[], object]) -> Iterato
     """[seconds] that the layers' inputs take with `ROWS` outputs: rounded, hardly multiplied.
 
     Each is called again with the first rows of its weight, with the salient tokens and the groups
-    of the call in progress.
+    of the call in progress; each rounds its input, which layers that read one input else share.
     """
     seconds = [0.0]
 
@@ -83,7 +83,8 @@ def rounding_apart(layers: Iterable[Any], wait: Callable[[], object]) -> Iterato
         def call(_: nn.Module, arguments: tuple[torch.Tensor, ...], __: object) -> None:
             wait()
             start = time.perf_counter()
-            few(*arguments)
+            with torch.inference_mode():  # where nothing is shared, and nothing learned
+                few(*arguments)
             wait()
             seconds[0] += time.perf_counter() - start
 

@@ -26,10 +26,12 @@ from dialect_kernels.kv_cache import CACHE_BLOCK, slot_bytes
 
 from ..scheme import KvCacheFormat, SchemeError
 
-__all__ = ["cache_format", "customized", "is_packed", "note_engine"]
+__all__ = ["CACHE_DTYPE", "cache_format", "customized", "is_packed", "note_engine"]
 
 logger = init_logger("vllm.blockdialect")
 
+CACHE_DTYPE = "blockdialect"
+"""What ``--kv-cache-dtype`` calls the format, from vLLM 0.33 on, on GPUs."""
 _OPTIONS = "blockdialect"
 """The key of ``--additional-config`` that holds this plugin's options."""
 _SPECS = (FullAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec)
@@ -42,7 +44,8 @@ def cache_format(config: Any) -> KvCacheFormat:
     """The format of the KV cache of an engine.
 
     Args:
-        config: vLLM's config; ``--additional-config`` goes before the model's scheme.
+        config: vLLM's config; ``--kv-cache-dtype`` goes before ``--additional-config``, and that
+            before the model's scheme.
 
     Raises:
         SchemeError: if an option of this plugin is not known or has a value that is not allowed.
@@ -64,6 +67,8 @@ def cache_format(config: Any) -> KvCacheFormat:
         raise SchemeError(
             f"additional_config: {_OPTIONS} has the key {name!r}; allowed is kv_cache"
         )
+    if _wanted_by_dtype(config):
+        return "dialect"
     scheme = getattr(getattr(config, "quant_config", None), "scheme", None)
     found: Any = given.get("kv_cache", getattr(scheme, "kv_cache", "none"))
     if found not in get_args(KvCacheFormat):
@@ -91,19 +96,36 @@ def note_engine(kv_cache_dtype: str) -> None:
 
 
 def customized(spec: Any) -> Any:
-    """A layer's spec with what a slot takes, if a dialect cache is wanted and can serve it."""
+    """A layer's spec with what a slot takes, if a dialect cache is wanted and can serve it.
+
+    Raises:
+        SchemeError: if ``--kv-cache-dtype`` wants one for a layer that cannot have it.
+    """
     config = get_current_vllm_config_or_none() or (_latest and _latest())
     if config is None or cache_format(config) == "none" or is_packed(spec):
         return spec
+    by_dtype = _wanted_by_dtype(config)
+    if by_dtype and spec.dtype != torch.uint8:  # one of --kv-cache-dtype-skip-layers
+        return spec
     if (reason := _refusal(spec)) is not None:
+        if by_dtype:
+            raise SchemeError(
+                f"kv_cache_dtype: {CACHE_DTYPE!r}; {reason}: switch the cache on by "
+                '--additional-config \'{"blockdialect": {"kv_cache": "dialect"}}\' instead, which '
+                "keeps such layers in 16 bit"
+            )
         logger.info_once(f"the KV cache of some layers stays in 16 bit: {reason}")
         return spec
     size = slot_bytes(spec.head_size)
     logger.info_once(
         f"KV cache in 4 bit: {size} bytes for each token and head of {spec.head_size} "
-        f"instead of {spec.state_content_size_bytes}"
+        f"instead of {4 * spec.head_size} in 16 bit"
     )
     return replace(spec, dtype=torch.uint8, state_content_bytes=size)
+
+
+def _wanted_by_dtype(config: Any) -> bool:
+    return bool(getattr(getattr(config, "cache_config", None), "cache_dtype", "") == CACHE_DTYPE)
 
 
 def is_packed(spec: Any) -> bool:
@@ -128,7 +150,7 @@ def _check_engine(config: Any, kv_cache_dtype: str) -> None:
     Raises:
         SchemeError: at the first of these.
     """
-    if config.cache_config.cache_dtype != "auto" or kv_cache_dtype != "auto":
+    if not {config.cache_config.cache_dtype, kv_cache_dtype} <= {"auto", CACHE_DTYPE}:
         raise SchemeError(
             f"kv_cache_dtype: {config.cache_config.cache_dtype!r}; with kv_cache 'dialect' allowed "
             "is 'auto': leave --kv-cache-dtype out"

@@ -16,6 +16,7 @@ __all__ = [
     "current_architectures",
     "has_adapters_for_experts",
     "has_gated_experts",
+    "has_open_cache_dtypes",
     "hidden_weights",
     "is_draft",
     "is_expert_layer",
@@ -275,6 +276,17 @@ def register_attention() -> None:
         place, name = AttentionBackendEnum.CPU_ATTN, "cpu_attention.DialectCPUBackend"
     if packs_caches() and not place.is_overridden():
         register_backend(place, f"{__package__}.{name}")
+
+
+def has_open_cache_dtypes() -> bool:
+    """Whether ``--kv-cache-dtype`` can be given new values: on GPUs from 0.33 on.
+
+    Before, its values were a fixed list. Ends with the support of 0.32.
+    """
+    from vllm.config import cache
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cuda() and hasattr(cache, "register_kv_cache_dtype")
 
 
 def attention_backend(layer: object) -> str | None:

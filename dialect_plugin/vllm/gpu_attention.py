@@ -8,10 +8,10 @@ and runs with ``--attention-backend CUSTOM``. Layers that a dialect cache cannot
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from vllm.config import get_current_vllm_config
+from vllm.config import cache, get_current_vllm_config
 from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionBackend,
     TritonAttentionImpl,
@@ -22,13 +22,18 @@ from vllm.v1.attention.backends.triton_attn import (
 from dialect_kernels.cached_attention import attend, store, warm_up
 from dialect_kernels.kv_cache import Context, KvCache, Scoring, slot_bytes
 
-from .caches import cache_format, customized, is_packed, note_engine
+from .caches import CACHE_DTYPE, cache_format, customized, is_packed, note_engine
 
-__all__ = ["DialectGPUBackend"]
+__all__ = ["DialectGPUBackend", "register_cache_dtype"]
 
 
 class DialectGPUBackend(TritonAttentionBackend):
     """vLLM's Triton back end, for caches of both kinds."""
+
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = [
+        *TritonAttentionBackend.supported_kv_cache_dtypes,
+        CACHE_DTYPE,
+    ]
 
     @staticmethod
     def get_name() -> str:
@@ -177,3 +182,26 @@ class _MetadataBuilder(TritonAttentionMetadataBuilder):
             for name in layer_names:
                 attention: _Attention = layers[name].impl
                 attention.warm_up(kv_cache_spec, vllm_config.model_config.dtype, device)
+
+
+class _CacheDtype:
+    """What vLLM asks of a dtype that the back end manages itself."""
+
+    name = CACHE_DTYPE
+
+    def torch_dtype(self) -> torch.dtype:
+        """What caches are made of."""
+        return torch.uint8
+
+    def quant_mode(self) -> Any:
+        """None of vLLM's own."""
+        from vllm.v1.kv_cache_interface import KVQuantMode
+
+        return KVQuantMode["CUSTOM"]
+
+
+def register_cache_dtype() -> None:
+    """Make ``--kv-cache-dtype blockdialect`` known, where vLLM lets one; twice changes nothing."""
+    register = getattr(cache, "register_kv_cache_dtype", None)
+    if register is not None and CACHE_DTYPE not in cache.KV_CACHE_DTYPES:
+        register(CACHE_DTYPE)(_CacheDtype)

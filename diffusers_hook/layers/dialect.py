@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -14,6 +17,7 @@ from ..layouts import Stream
 from ..tokens import ops
 from ..tokens.block_state import NO_BLOCK
 from .quantized import QuantizedLinear
+from .together import can_be_shared, shared_product
 
 __all__ = ["DialectLinear"]
 
@@ -30,6 +34,7 @@ class DialectLinear(QuantizedLinear):
         stream: the tokens that its input's rows are.
         slot: the block's slot, see :mod:`~diffusers_hook.tokens.block_state`; set when the hook is
             attached.
+        part: name of the module it is in, inside the block; set then too.
     """
 
     weight_packed: torch.Tensor
@@ -54,9 +59,15 @@ class DialectLinear(QuantizedLinear):
         self.stream = stream
         self.original_dtype = dtype
         self.slot = _NO_BLOCK
+        self.part = ""
         for stored, tensor in packed.stored.items():
             self._register(stored, tensor)
         self.register_parameter("bias", bias)
+
+    def enter_block(self, slot: torch.Tensor, name: str) -> None:
+        """Belong to the block with this slot; `name` is the layer's in it."""
+        self.slot = slot
+        self.part = name.rpartition(".")[0]
 
     def leave_block(self) -> None:
         """Forget the block: rows are rounded alone from now on."""
@@ -125,13 +136,45 @@ class DialectLinear(QuantizedLinear):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """``x @ weight.T + bias``, [..., K] -> [..., N] in x's dtype."""
-        y: torch.Tensor = ops.linear(
-            x,
-            self.weight_packed,
-            self.weight_meta,
-            self.weight_row_exponent,
-            self.bias,
-            self.slot,
+        if can_be_shared(x) and self.activation_format != "none":
+            return shared_product(self, x)
+        y: torch.Tensor = ops.linear(x, *self.tensors, self.slot, *self._how)
+        return y
+
+    def products(self, x: torch.Tensor, others: Sequence[DialectLinear]) -> list[torch.Tensor]:
+        """:meth:`product` of this layer and of others that :meth:`reads_as` it does, in order."""
+        if not others:
+            return [ops.linear(x, *self.tensors, self.slot, *self._how)]
+        fields = zip(*(layer.tensors for layer in (self, *others)), strict=True)
+        codes, meta, row_exponent, bias = (list(field) for field in fields)
+        biases = [] if self.bias is None else bias
+        found: list[torch.Tensor] = ops.linears(
+            x, codes, meta, row_exponent, biases, self.slot, *self._how
+        )
+        return found
+
+    def reads_as(self, other: DialectLinear) -> bool:
+        """Whether both layers round an input alike and can do it together, where they are now."""
+        return (
+            self.slot is other.slot
+            and self.part == other.part
+            and self._how == other._how
+            and (self.bias is None) == (other.bias is None)
+            and self.weight_packed.device == other.weight_packed.device
+        )
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        """The packed weight's tensors, and the bias or None, in the order in which ops take them.
+
+        That is the order in which they were registered: looking up four attributes takes longer.
+        """
+        return tuple(self._parameters.values())
+
+    @property
+    def _how(self) -> tuple[int, str, int, str, str, str]:
+        """What decides how an input is rounded, in the order in which the ops take it."""
+        return (
             self.in_features,
             self.book,
             self.block_size,
@@ -139,7 +182,6 @@ class DialectLinear(QuantizedLinear):
             self.stream.value,
             self.rotation,
         )
-        return y
 
     def extra_repr(self) -> str:
         """Sizes, format and stream."""

@@ -16,7 +16,7 @@ from ..config import SemanticDialectConfig
 from ..layers.dialect import DialectLinear
 from ..layers.guards import guard, unguard
 from ..layers.originals import Originals
-from ..layouts import Layout
+from ..layouts import Layout, without_adapters
 from ..tokens.branch import watch_branch
 from ..tokens.model_state import ModelState
 from ..tokens.observe import Observed, observed_processor
@@ -94,9 +94,9 @@ def attach(
     # registered from the first step on, so that detach can undo whatever was done
     hook = _attached[module] = Attached(config, layout, state, bytes_before, originals)
     for block, block_state in zip(blocks, state.blocks, strict=True):
-        for layer in block.module.modules():
+        for name, layer in block.module.named_modules():
             if isinstance(layer, DialectLinear):
-                layer.slot = block_state.slot
+                layer.enter_block(block_state.slot, without_adapters(name))
         if state.reads_attention and block.kind.attention is not None:
             path = f"{block.name}.{block.kind.attention}".rstrip(".")
             attention: Any = module.get_submodule(path)

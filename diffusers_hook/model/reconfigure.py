@@ -42,7 +42,7 @@ def changed_config(
     """
     hook = attached(module)
     assert hook is not None
-    config = with_named_blocks(module, config, layout or hook.layout)
+    config = with_named_blocks(module, config, hook.layout)
     given = {n: getattr(config, n) for n in config.model_fields_set - {"format_version"}}
     if hook.originals is not None:
         raise RuntimeError(

@@ -202,7 +202,7 @@ def _lines(found: TransformerSummary) -> list[tuple[str, str]]:
         lines.append(("calls in protected steps", f"{found.protected_calls}"))
     if found.decomposes:
         lines.append(("decomposed rows", f"{found.salient_share:.1%}"))
-    if found.salient_refreshes:
+    if found.decomposes and (found.salient_refreshes or not found.protects):
         lines.append(("salient-token refreshes", f"{found.salient_refreshes}"))
     if found.makes_groups:
         lines += [

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -15,7 +15,10 @@ from .formatbook import Formatbook, Rotation
 from .packed import PackedTensor
 from .packed_experts import PackedExperts
 
-__all__ = ["Backend", "BlockGrid", "Quantized", "expert_by_expert", "with_residuals"]
+__all__ = ["Backend", "BlockGrid", "Quantized", "Weights", "expert_by_expert", "with_residuals"]
+
+Weights = Sequence[tuple[PackedTensor, torch.Tensor | None]]
+"""Packed weights [N, K], each with its bias [N] or None."""
 
 
 class Quantized(NamedTuple):
@@ -154,6 +157,30 @@ class Backend(Protocol):
             bias: [N] or None.
             salient: int64 [S] or None: rows of `tokens`, each once; -1 is an unused place.
             group: int32 [T] or None, numbers in 0..T-1 that no two samples share; -1 is free.
+        """
+
+    def linears(
+        self,
+        tokens: torch.Tensor,
+        weights: Weights,
+        activation_format: str,
+        salient: torch.Tensor | None,
+        group: torch.Tensor | None,
+    ) -> list[torch.Tensor]:
+        """Products of the same tokens with several weights; tokens are rounded once where it pays.
+
+        Args:
+            tokens: float32, bfloat16 or float16 [T, K].
+            weights: at least one, with their biases; they have one K, book, block size, rotation
+                and device, and all of them have a bias or none has.
+            activation_format: as for :meth:`dialect_linear`; ``"dialect"`` with `salient` or
+                `group`.
+            salient, group: as for :meth:`semantic_linear`.
+
+        Returns:
+            For each weight [N, K] what :meth:`semantic_linear` gives, or without `salient` and
+            `group` :meth:`dialect_linear` in the mode ``"default"``: contiguous [T, N], the same
+            bits.
         """
 
     def warm_up(

@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-__all__ = ["kept_tables", "tables_on"]
+__all__ = ["is_kept", "kept_tables", "tables_on"]
 
 _MOST = 64
 """Tables of one kind that are kept."""
@@ -33,6 +33,11 @@ def kept_tables(make: Callable[_P, torch.Tensor]) -> Callable[_P, torch.Tensor]:
         return table
 
     return cast("Callable[_P, torch.Tensor]", kept)
+
+
+def is_kept(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is one of the tables."""
+    return _kept.get(id(tensor)) is tensor
 
 
 def tables_on(device: torch.device) -> list[torch.Tensor]:

@@ -16,7 +16,7 @@ with the scale ``2**(R - 5)``.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -358,6 +358,19 @@ class PackedTensor:
         row = self.deltas().to(torch.int32) * len(self.book) + self.ids()
         e4m3 = self._look_up(by_byte, row).view(torch.float8_e4m3fn)
         return e4m3[:, : self.shape[1]].contiguous(), self.row_scale()
+
+    @classmethod
+    def concatenated(cls, parts: Sequence[PackedTensor]) -> PackedTensor:
+        """Copies of the rows of `parts`, which have one K, book, block size, rotation and device.
+
+        A single part is returned itself.
+        """
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        fields = zip(*(part.tensors for part in parts), strict=True)
+        codes, meta, row_exponent = (torch.cat(field) for field in fields)
+        return first._with(codes, meta, row_exponent, (codes.shape[0], first.shape[1]))
 
     def slice_rows(self, start: int, stop: int) -> PackedTensor:
         """Rows start..stop-1: byte for byte what quantizing these rows gives.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -52,11 +52,7 @@ class PackedExperts:
                     f"experts: number {number} is {expert!r}, number 0 {first!r}; experts of one "
                     "layer have one shape, book, block size, rotation and device"
                 )
-        fields = zip(*(expert.tensors for expert in experts), strict=True)
-        codes, meta, row_exponent = (torch.cat(field) for field in fields)
-        shape = (len(experts) * first.shape[0], first.shape[1])
-        together = replace(first, codes=codes, meta=meta, row_exponent=row_exponent, shape=shape)
-        return cls(together, len(experts))
+        return cls(PackedTensor.concatenated(experts), len(experts))
 
     @classmethod
     def from_op(

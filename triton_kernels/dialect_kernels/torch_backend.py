@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from . import reference
-from .backend import BlockGrid, Quantized, expert_by_expert, with_residuals
+from .backend import BlockGrid, Quantized, Weights, expert_by_expert, with_residuals
 from .baselines import quantize_fp8
 from .formatbook import Formatbook, Rotation
 from .packed import PackedTensor
@@ -27,6 +27,7 @@ __all__ = [
     "embedding",
     "feed_back",
     "grouped_linear",
+    "linears",
     "quantize",
     "quantize_counted",
     "rounding_loss",
@@ -162,6 +163,19 @@ def semantic_linear(
     residual = reference.round_activation(residual, p.book, p.block_size)
     y = F.linear(torch.cat([rounded, residual]), p.dequantize(torch.float32))
     return with_residuals(y, named, bias, tokens.dtype)
+
+
+def linears(
+    tokens: torch.Tensor,
+    weights: Weights,
+    activation_format: str,
+    salient: torch.Tensor | None,
+    group: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    """See :class:`~dialect_kernels.backend.Backend`; weight by weight."""
+    if salient is None and group is None:
+        return [dialect_linear(tokens, p, b, activation_format, "default") for p, b in weights]
+    return [semantic_linear(tokens, p, b, salient, group) for p, b in weights]
 
 
 def warm_up(

@@ -4,6 +4,7 @@ Compiled for a GPU that is not there, whose driver notes what it gets.
 """
 
 import os
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -17,11 +18,14 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
 from dialect_kernels import SEMANTIC_32, PackedTensor
-from dialect_kernels.gpu import gemm, linear
+from dialect_kernels.device_tables import tables_on
+from dialect_kernels.gpu import bound, gemm, library, linear
 from dialect_kernels.gpu import launch as launches
 from dialect_kernels.gpu.launch import launch
 from dialect_kernels.gpu.quantize_activations import _quantize_activation_kernel as quantizer
 from tests.support.views import shifted
+
+FACTS = linear._Device("no such device", 132, (9, 0), 60 << 20)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -30,23 +34,27 @@ def copy_kernel(p_x, p_y, p_none, count, BLOCK: tl.constexpr, ADD: tl.constexpr)
     tl.store(p_y + o, tl.load(p_x + o, mask=o < count) + ADD, mask=o < count)
 
 
+_given = []  # Triton keeps what it has compiled, and with it the launcher of an earlier test
+
+
 @pytest.fixture
 def seen(monkeypatch):
     """What the driver launches: everything it is given."""
-    given = []
+    _given.clear()
     driver = SimpleNamespace(
         get_current_device=lambda: 0,
         get_current_stream=lambda device: 17,
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        launcher_cls=lambda source, metadata: lambda *arguments: given.append(arguments),
+        launcher_cls=lambda source, metadata: lambda *arguments: _given.append(arguments),
         utils=SimpleNamespace(
             load_binary=lambda *_: (1, 1, 32, 0, 1024),
             get_device_properties=lambda device: {"max_shared_mem": 227 << 10},
         ),
     )
     monkeypatch.setattr(launches, "_compiled", {})
+    monkeypatch.setattr(bound, "_products", {})
     triton.runtime.driver.set_active(driver)
-    yield given
+    yield _given
     triton.runtime.driver._active = None
 
 
@@ -95,8 +103,7 @@ def test_what_a_kernel_is_compiled_for_is_a_kernel_of_its_own(seen):
 @pytest.mark.parametrize("activation_format", ["dialect", "none"])
 def test_a_layer_never_searches_again(seen, monkeypatch, activation_format):
     """Whatever the number of tokens, kernels that a layer's first products compiled are found."""
-    facts = linear._Device("no such device", 132, (9, 0), 60 << 20)
-    monkeypatch.setattr(linear, "_device", lambda device: facts)
+    monkeypatch.setattr(linear, "_device", lambda device: FACTS)
     p = PackedTensor.empty((128, 512), SEMANTIC_32, 32)
     bias = torch.zeros(128)
 
@@ -112,3 +119,162 @@ def test_a_layer_never_searches_again(seen, monkeypatch, activation_format):
     for tokens in (2, 7, 15, 16, 1):
         assert product(tokens).shape == (tokens, 128)
     assert len(seen) == known + 5 * (known // 2)
+
+
+def same_launch(a, b, fresh):
+    """Whether two launches have the same kernel, grid, stream and arguments.
+
+    Tensors of the caller are the same; `fresh` memory, of which the first launch wrote one piece
+    and the other another, has the same size.
+    """
+    assert a[:6] == b[:6]
+    assert len(a) == len(b)
+    for x, y in zip(a[9:], b[9:], strict=True):
+        if not isinstance(x, torch.Tensor):
+            assert x == y
+            assert type(x) is type(y)
+        elif x.data_ptr() != y.data_ptr():
+            assert (x.nbytes, x.device) == (y.nbytes, y.device)
+            assert fresh.setdefault(x.data_ptr(), y.data_ptr()) == y.data_ptr()
+
+
+def weight(features=128, columns=512, book=SEMANTIC_32):
+    return PackedTensor.empty((features, columns), book, 32)
+
+
+@pytest.mark.parametrize(
+    ("activation_format", "bias"), [("dialect", True), ("fp8", False), ("none", True)]
+)
+def test_a_bound_product_makes_the_same_launches(seen, monkeypatch, activation_format, bias):
+    """Also with splits of K, whose counters are zeros."""
+    monkeypatch.setattr(linear, "_device", lambda device: FACTS)
+    for columns in (512, 8192):
+        p, b = weight(columns=columns), torch.zeros(128) if bias else None
+        x = torch.zeros(3, columns, dtype=torch.bfloat16)
+        arguments = (x, p, b, activation_format, "default")
+        linear.dialect_linear(*arguments)  # compiles
+        seen.clear()
+        first = linear._dialect_linear(*arguments)
+        want = seen[:]
+        with monkeypatch.context() as patched:
+            patched.setattr(linear, "_dialect_linear", None)
+            seen.clear()
+            again = linear.dialect_linear(*arguments)
+        fresh = {first.data_ptr(): again.data_ptr()}
+        assert len(seen) == len(want) == (1 if activation_format == "none" else 2)
+        for got, expected in zip(seen, want, strict=True):
+            same_launch(expected, got, fresh)
+        assert (again.shape, again.dtype) == (first.shape, first.dtype)
+        counters = [a for a in seen[-1] if isinstance(a, torch.Tensor) and a.dtype == torch.int32]
+        counters = [a for a in counters if a.data_ptr() in fresh.values()]
+        assert len(counters) == (columns == 8192)
+        if activation_format == "none":
+            assert all(not a.any() for a in counters)
+
+
+def test_a_bound_product_reads_what_it_is_given(seen, monkeypatch):
+    """Nothing of the first product's weight is left: a reloaded one lies elsewhere."""
+    monkeypatch.setattr(linear, "_device", lambda device: FACTS)
+    x, bias = torch.zeros(2, 512, dtype=torch.bfloat16), torch.zeros(128)
+    old = weight()
+    for _ in range(2):
+        linear.dialect_linear(x, old, bias, "dialect", "default")
+    gone = [weakref.ref(tensor) for tensor in (x, bias, *old.tensors)]
+    del x, bias, old
+    seen.clear()
+    assert all(tensor() is None for tensor in gone)
+    x, bias, p = torch.zeros(2, 512, dtype=torch.bfloat16), torch.zeros(128), weight()
+    linear.dialect_linear(x, p, bias, "dialect", "default")
+    quantizer_read, product_read = seen
+    assert quantizer_read[9] is x
+    for tensor in (*p.tensors, bias):
+        assert any(tensor is argument for argument in product_read)
+
+
+def test_tables_of_bound_products_are_found_by_engines(seen, monkeypatch):
+    """They are written again after a sleep, although the kernels' own caches may be empty."""
+    monkeypatch.setattr(linear, "_device", lambda device: FACTS)
+    x, p = torch.zeros(2, 512, dtype=torch.bfloat16), weight()
+    for _ in range(2):
+        linear.dialect_linear(x, p, None, "dialect", "default")
+    read = {
+        argument.data_ptr()
+        for launched in seen[-2:]
+        for argument in launched
+        if isinstance(argument, torch.Tensor)
+    }
+    kept = [table for table in tables_on(x.device) if table.data_ptr() in read]
+    assert len(kept) == 2
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda x, bias: (shifted(x), bias),
+        lambda x, bias: (x.T.contiguous().T, bias),
+        lambda x, bias: (x, shifted(bias)),
+        lambda x, bias: (x, torch.zeros(256)[::2]),
+    ],
+)
+def test_what_has_to_be_copied_takes_the_ordinary_way(seen, monkeypatch, given):
+    monkeypatch.setattr(linear, "_device", lambda device: FACTS)
+    x, bias, p = torch.zeros(2, 512, dtype=torch.bfloat16), torch.zeros(128), weight()
+    for _ in range(2):
+        linear.dialect_linear(x, p, bias, "dialect", "default")
+    computed, compute = [], linear._dialect_linear
+    monkeypatch.setattr(linear, "_dialect_linear", lambda *a: computed.append(1) or compute(*a))
+    linear.dialect_linear(*given(x, bias)[:1], p, given(x, bias)[1], "dialect", "default")
+    assert computed
+
+
+def test_a_profiler_sees_every_launch(seen, monkeypatch):
+    monkeypatch.setattr(linear, "_device", lambda device: FACTS)
+    x, p = torch.zeros(2, 512, dtype=torch.bfloat16), weight()
+    for _ in range(2):
+        linear.dialect_linear(x, p, None, "dialect", "default")
+    assert seen[-1][6:9] == (None, None, None)
+    monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])
+    linear.dialect_linear(x, p, None, "dialect", "default")
+    metadata, enter, _ = seen[-1][6:9]
+    assert metadata.get()["name"] == "eight_bit_kernel"
+    assert enter is triton.knobs.runtime.launch_enter_hook
+
+
+@pytest.mark.parametrize(
+    "launched_otherwise",
+    [
+        lambda kernel, grid, run, *a, stream: run(*grid, stream, kernel.function, *a),
+        lambda kernel, grid, run, *a, stream: run(
+            *grid, stream, kernel.packed_metadata, kernel.function, None, None, None, *a
+        ),
+        lambda kernel, grid, run, *a, stream: run(
+            *grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *a[::-1]
+        ),
+    ],
+)
+def test_another_way_of_launching_is_noticed(seen, monkeypatch, launched_otherwise):
+    """As of a version of Triton that is not known yet."""
+    monkeypatch.setattr(linear, "_device", lambda device: FACTS)
+    kind = triton.compiler.compiler.CompiledKernel
+
+    def way(self, grid):
+        self._init_handles()
+        return lambda *a, stream=17: launched_otherwise(self, grid, self.run, *a, stream=stream)
+
+    x, p = torch.zeros(2, 512, dtype=torch.bfloat16), weight()
+    linear.dialect_linear(x, p, None, "dialect", "default")
+    assert all(bound._products.values())
+    bound._products.clear()
+    monkeypatch.setattr(kind, "__getitem__", way)
+    linear.dialect_linear(x, p, None, "dialect", "default")
+    assert list(bound._products.values()) == [None]
+    linear.dialect_linear(x, p, None, "dialect", "default")
+
+
+def test_products_of_a_library_are_not_bound(seen, monkeypatch):
+    monkeypatch.setattr(linear, "_device", lambda device: FACTS)
+    monkeypatch.setattr(library, "_scaled_product", lambda x, *_: torch.zeros(len(x), 128))
+    x, p = torch.zeros(2000, 512, dtype=torch.bfloat16), weight()
+    for _ in range(2):
+        assert linear.dialect_linear(x, p, None, "dialect", "default").shape == (2000, 128)
+    assert list(bound._products.values()) == [None]

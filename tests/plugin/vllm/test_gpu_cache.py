@@ -192,3 +192,58 @@ def test_kernels_are_compiled_when_the_caches_are_there(monkeypatch):
     ((cache, heads, dtype, scoring),) = warmed
     assert cache.slots.shape == (1, 2, 32, 70)
     assert (heads, dtype, scoring) == (4, torch.float16, Scoring(0.125, soft_cap=3.0))
+
+
+def by_flag(**options):
+    return SimpleNamespace(
+        cache_config=SimpleNamespace(cache_dtype="blockdialect"),
+        additional_config={},
+        quant_config=None,
+        kv_transfer_config=None,
+        **options,
+    )
+
+
+def test_a_cache_by_dtype(monkeypatch):
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from dialect_plugin.vllm import caches
+    from dialect_plugin.vllm.gpu_attention import DialectGPUBackend as Backend
+
+    config = by_flag()
+    assert caches.cache_format(config) == "dialect"
+    caches._check_engine(config, "blockdialect")
+    assert "blockdialect" in Backend.supported_kv_cache_dtypes
+    monkeypatch.setattr(caches, "_latest", lambda: config)
+
+    def customized(head_size, dtype):
+        spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=head_size, dtype=dtype)
+        return spec, Backend.customize_spec(spec)
+
+    _, packed = customized(128, torch.uint8)
+    assert (packed.dtype, packed.state_content_bytes) == (torch.uint8, 138)
+    skipped, kept = customized(128, torch.bfloat16)
+    assert kept is skipped
+    with pytest.raises(SchemeError, match="head size 80 is no multiple of 32: switch"):
+        customized(80, torch.uint8)
+
+
+def test_the_dtype_is_registered_where_vllm_lets_one(monkeypatch):
+    from vllm.config import cache
+
+    from dialect_plugin.vllm import gpu_attention
+
+    gpu_attention.register_cache_dtype()  # this vLLM may have no such list: nothing happens
+    names, handlers = ["auto"], {}
+
+    def register(name):
+        names.append(name)
+        return lambda handler: handlers.setdefault(name, handler())
+
+    monkeypatch.setattr(cache, "KV_CACHE_DTYPES", names, raising=False)
+    monkeypatch.setattr(cache, "register_kv_cache_dtype", register, raising=False)
+    gpu_attention.register_cache_dtype()
+    gpu_attention.register_cache_dtype()
+    assert names == ["auto", "blockdialect"]
+    assert handlers["blockdialect"].name == "blockdialect"
+    assert handlers["blockdialect"].torch_dtype() == torch.uint8

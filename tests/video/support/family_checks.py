@@ -20,6 +20,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import diffusers_hook
+from diffusers_hook.layers import dialect
 from diffusers_hook.layers.dialect import DialectLinear
 from diffusers_hook.layers.fp8 import Fp8Linear
 from diffusers_hook.layouts import Layout, layout_for
@@ -403,6 +404,8 @@ def _handed(case, model, batch, context, noise):
             remember = functools.partial(lambda n, module, args: inside.append(n), name)
             handle = model.get_submodule(name).register_forward_pre_hook(remember)
             stack.callback(handle.remove)
+        # each layer by itself, also where several read a large input together
+        stack.enter_context(_replaced(dialect, "can_be_shared", lambda _: lambda x: False))
         stack.enter_context(_replaced(ops, "semantic_op", note))
         stack.enter_context(_replaced(ops, "dialect_op", note))
         grouped = stack.enter_context(_spy(refresh, "assign_groups"))

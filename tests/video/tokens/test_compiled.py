@@ -91,6 +91,11 @@ def test_the_ops_have_the_schemas_that_compiled_models_rely_on():
         "Tensor? bias, Tensor(a5!) slot, SymInt in_features, str book, SymInt block_size, "
         'str activation_format, str stream, str rotation="none") -> Tensor'
     )
+    assert str(ops.linears.default._schema) == (
+        "semantic_dialect::linears(Tensor x, Tensor[] codes, Tensor[] meta, Tensor[] row_exponent, "
+        "Tensor[] bias, Tensor(a5!) slot, SymInt in_features, str book, SymInt block_size, "
+        'str activation_format, str stream, str rotation="none") -> Tensor[]'
+    )
     assert str(ops.observe.default._schema) == (
         "semantic_dialect::observe(Tensor query, Tensor key, Tensor? mask, Tensor(a3!) slot, "
         "float? scale) -> ()"

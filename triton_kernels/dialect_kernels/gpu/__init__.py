@@ -14,7 +14,7 @@ from functools import cache
 import torch
 
 from .. import reference
-from ..backend import BlockGrid, Quantized
+from ..backend import BlockGrid, Quantized, Weights
 from ..formatbook import Formatbook, Rotation
 from ..kv_cache import Context, KvCache, Scoring
 from ..packed import PackedTensor
@@ -29,6 +29,7 @@ __all__ = [
     "embedding",
     "feed_back",
     "grouped_linear",
+    "linears",
     "quantize",
     "quantize_counted",
     "rounding_loss",
@@ -163,6 +164,20 @@ def semantic_linear(
 
     with _current(tokens.device):
         return linear.semantic_linear(tokens, p, bias, salient, group)
+
+
+def linears(
+    tokens: torch.Tensor,
+    weights: Weights,
+    activation_format: str,
+    salient: torch.Tensor | None,
+    group: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    """See :class:`~dialect_kernels.backend.Backend`; never waits for the GPU."""
+    from . import linear
+
+    with _current(tokens.device):
+        return linear.linears(tokens, weights, activation_format, salient, group)
 
 
 def store(cache: KvCache, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:

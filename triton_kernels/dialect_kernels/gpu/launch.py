@@ -3,25 +3,49 @@
 Triton looks at every argument of every launch, because a kernel may be compiled for its value. Ours
 are compiled for little: which arguments are there, their dtypes and whether they begin at a
 multiple of 16 bytes, and the constants. A kernel that was launched with the same facts before is
-launched directly; how many tokens there are does not count. (Ours.)
+launched directly; how many tokens there are does not count. A launch that is made again with the
+same numbers can be bound: then only its tensors are put in their places. (Ours.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import copy
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
+import triton
 
-__all__ = ["launch"]
+__all__ = [
+    "MISALIGNED",
+    "BoundLaunch",
+    "Launched",
+    "bind",
+    "current_stream",
+    "launch",
+    "recorded",
+    "watched",
+]
 
 _WIDE = 31
 """Bits from which on Triton passes an integer as one of 64 bits."""
 
-_MISALIGNED = 15
+MISALIGNED = 15
 """Bits of an address that are zero where Triton counts on vectors of 16 bytes."""
 
 _compiled: dict[tuple[object, ...], tuple[Any, tuple[str, ...]]] = {}
+_thread = threading.local()
+
+
+class Launched(NamedTuple):
+    """A launch that was made."""
+
+    compiled: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    """All of them, those that are compiled in too."""
 
 
 def launch(
@@ -51,14 +75,104 @@ def launch(
         else:
             facts.append(given.dtype)
             addresses |= given.data_ptr()
-    if addresses & _MISALIGNED:
-        facts += [t.data_ptr() & _MISALIGNED == 0 for t in arguments if isinstance(t, torch.Tensor)]
+    if addresses & MISALIGNED:
+        facts += [t.data_ptr() & MISALIGNED == 0 for t in arguments if isinstance(t, torch.Tensor)]
     key = (*facts, *constants.values(), *options.values())
     known = _compiled.get(key)
     if known is None:
         compiled = kernel[grid](*arguments, **constants, **options)
-        if compiled is not None:  # as in Triton's interpreter
-            _compiled[key] = compiled, tuple(kernel.arg_names[len(arguments) :])
-        return
-    compiled, names = known
-    compiled[(*grid, 1, 1)[:3]](*arguments, *[constants[name] for name in names])
+        if compiled is None:  # as in Triton's interpreter
+            return
+        names = tuple(kernel.arg_names[len(arguments) :])
+        _compiled[key] = compiled, names
+        arguments = (*arguments, *[constants[name] for name in names])
+    else:
+        compiled, names = known
+        arguments = (*arguments, *[constants[name] for name in names])
+        compiled[(*grid, 1, 1)[:3]](*arguments)
+    launches: list[Launched] | None = getattr(_thread, "launches", None)
+    if launches is not None:
+        launches.append(Launched(compiled, (*grid, 1, 1)[:3], arguments))
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launched]]:
+    """All launches that this thread makes in the `with` block; blocks are not nested."""
+    launches: list[Launched] = []
+    _thread.launches = launches
+    try:
+        yield launches
+    finally:
+        _thread.launches = None
+
+
+def watched() -> bool:
+    """Whether a profiler wants to know of every launch."""
+    hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    return any(getattr(hook, "calls", hook) for hook in hooks)
+
+
+def current_stream(device: torch.device) -> int:
+    """The stream on which the current thread launches on a device."""
+    stream: int = triton.runtime.driver.active.get_current_stream(device.index or 0)
+    return stream
+
+
+class BoundLaunch:
+    """A launch of which only the tensors are still open."""
+
+    def __init__(self, launched: Launched, places: list[tuple[int, int]]) -> None:
+        """Bind a launch.
+
+        Args:
+            launched: the launch.
+            places: (which argument, which of the tensors to come).
+        """
+        compiled = launched.compiled
+        self._run = compiled.run
+        # the Nones: no launch metadata, and no hooks to call
+        self._before = launched.grid
+        self._kernel = (compiled.function, compiled.packed_metadata, None, None, None)
+        self._arguments = list(launched.arguments)
+        self._places = places
+        for at, _ in places:
+            self._arguments[at] = None
+
+    def __call__(self, stream: int, tensors: Sequence[torch.Tensor | None]) -> None:
+        """Launch it with these tensors, on the current GPU."""
+        arguments = self._arguments.copy()
+        for at, tensor in self._places:
+            arguments[at] = tensors[tensor]
+        self._run(*self._before, stream, *self._kernel, *arguments)
+
+
+def bind(launched: Launched, places: Mapping[int, int]) -> BoundLaunch | None:
+    """A launch, bound; None where Triton launches compiled kernels in another way than known.
+
+    Triton's own launch of the same kernel is compared: with grid, stream, what the driver calls the
+    kernel, metadata and hooks, and the arguments, in this order (Triton 3.6 and 3.7).
+
+    Args:
+        launched: the launch.
+        places: address of a tensor -> which of the tensors to come takes its place.
+    """
+    given: list[tuple[Any, ...]] = []
+    compiled, arguments = launched.compiled, launched.arguments
+    try:
+        noting = copy.copy(compiled)
+        noting._run = lambda *arguments: given.append(arguments)
+        noting[launched.grid](*arguments, stream=0)
+        kernel = compiled.function, compiled.packed_metadata
+    except (AttributeError, TypeError):
+        return None
+    known = len(given) == 1 and len(given[0]) == 9 + len(arguments)
+    if not known or given[0][:6] != (*launched.grid, 0, *kernel):
+        return None
+    if any(a is not b for a, b in zip(given[0][9:], arguments, strict=True)):
+        return None
+    of_tensors = [
+        (at, places[argument.data_ptr()])
+        for at, argument in enumerate(arguments)
+        if isinstance(argument, torch.Tensor) and argument.data_ptr() in places
+    ]
+    return BoundLaunch(launched, of_tensors)

@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..backend import Weights
 from ..packed import PackedTensor
+from . import bound
 from .gemm import arrivals, launch_eight_bits, launch_sixteen_bits
 from .layout import interpreted, readable, readable_rows
 from .library import Library, added_residuals, library_product
@@ -26,6 +28,7 @@ __all__ = [
     "covers",
     "dialect_linear",
     "first_of_each_route",
+    "linears",
     "multiply",
     "quantize_tokens",
     "route",
@@ -116,6 +119,23 @@ def dialect_linear(
     """
     if tokens.shape[0] == 0 or p.shape[0] == 0:
         return tokens.new_empty(tokens.shape[0], p.shape[0])
+
+    def compute() -> torch.Tensor:
+        return _dialect_linear(tokens, p, bias, activation_format, accumulation)
+
+    if accumulation == "exact" or (activation_format == "none" and p.rotation != "none"):
+        return compute()
+    return bound.product(tokens, p, bias, activation_format, compute)
+
+
+def _dialect_linear(
+    tokens: torch.Tensor,
+    p: PackedTensor,
+    bias: torch.Tensor | None,
+    activation_format: str,
+    accumulation: str,
+) -> torch.Tensor:
+    """As :func:`dialect_linear`, for at least one token and one feature; nothing is bound."""
     how = route(
         tokens.shape[0], p.shape, activation_format, tokens.dtype, tokens.device, accumulation
     )
@@ -155,14 +175,61 @@ def semantic_linear(
     how = route(all_rows, p.shape, "dialect", tokens.dtype, tokens.device)
     zeros = arrivals(all_rows, p.shape[0], how.plan, tokens.device)
     q, scale = quantize_tokens(tokens, p, "dialect", how, salient=rows, group=group, zeros=zeros)
+    return _with_residuals(q, scale, p, bias, tokens.dtype, how, rows, zeros)
+
+
+def linears(
+    tokens: torch.Tensor,
+    weights: Weights,
+    activation_format: str,
+    rows: torch.Tensor | None,
+    group: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    """Products of the same tokens with several weights, as the protocol of back ends has them.
+
+    Operands do not depend on the weight's rows, nor on the plan: one quantizer serves all weights,
+    whose products are those that each of them would have alone.
+    """
+    semantic = rows is not None or group is not None
+    count = tokens.shape[0]
+    if count == 0 or activation_format == "none":
+        return [dialect_linear(tokens, p, b, activation_format, "default") for p, b in weights]
+    all_rows = count + (0 if rows is None else rows.shape[0])
+    first = weights[0][0]
+    how = route(all_rows, first.shape, activation_format, tokens.dtype, tokens.device)
+    q, scale = quantize_tokens(tokens, first, activation_format, how, salient=rows, group=group)
+    products = []
+    for p, bias in weights:
+        if p.shape[0] == 0:
+            products.append(tokens.new_empty(count, 0))
+            continue
+        how = route(all_rows, p.shape, activation_format, tokens.dtype, tokens.device)
+        if semantic:
+            products.append(_with_residuals(q, scale, p, bias, tokens.dtype, how, rows))
+        else:
+            products.append(multiply(q, scale, p, bias, tokens.dtype, how))
+    return products
+
+
+def _with_residuals(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    p: PackedTensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    how: Route,
+    rows: torch.Tensor | None,
+    arrived: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Products of tokens and of the residuals of some rows, added up: [T, N]."""
     if how.decodes_to_memory:
         library = _library(q.device, how.eight_bits)
-        return library_product(q, scale, p, bias, tokens.dtype, library, rows)
-    y = multiply(q, scale, p, None, torch.float32, how, arrived=zeros)
+        return library_product(q, scale, p, bias, dtype, library, rows)
+    y = multiply(q, scale, p, None, torch.float32, how, arrived=arrived)
     y = added_residuals(y, rows)
     if bias is not None:
         y = y + bias.to(torch.float32)
-    return y.to(tokens.dtype)
+    return y.to(dtype)
 
 
 def route(

@@ -295,6 +295,30 @@ def test_the_op_quantizes_weights_with_the_kernel(monkeypatch):
     assert torch.equal(got.row_exponent, want.row_exponent)
 
 
+@pytest.mark.parametrize("given", ["dialect", "fp8", "none", "semantic"])
+def test_several_weights_read_one_quantized_input(given, monkeypatch):
+    """The bits of each weight's own product, whatever its plan; 16-bit tokens are not rounded."""
+    each = [(weight(n, 200, SEMANTIC_32), tensor(1, n, seed=n)[0]) for n in (40, 8)]
+    x = tensor(4, 200).to(torch.bfloat16)
+    rows = torch.tensor([2, -1]) if given == "semantic" else None
+    group = torch.tensor([0, 1, -1, 1], dtype=torch.int32) if given == "semantic" else None
+    form = "dialect" if given == "semantic" else given
+    if given == "semantic":
+        want = [linear.semantic_linear(x, p, bias, rows, group) for p, bias in each]
+    else:
+        want = [linear.dialect_linear(x, p, bias, form, "default") for p, bias in each]
+    quantized, quantize_tokens = [], linear.quantize_tokens
+
+    def counted(*arguments, **options):
+        quantized.append(1)
+        return quantize_tokens(*arguments, **options)
+
+    monkeypatch.setattr(linear, "quantize_tokens", counted)
+    found = linear.linears(x, each, form, rows, group)
+    assert len(quantized) == (given != "none")
+    assert all(torch.equal(*pair) for pair in zip(found, want, strict=True))
+
+
 @pytest.mark.parametrize("batched", [True, False])
 def test_the_semantic_op_runs_the_kernels(batched, monkeypatch):
     p, bias = weight(40, 200, SEMANTIC_32), tensor(1, 40, seed=3)[0]
