@@ -89,18 +89,18 @@ def scorings(heads, head_size):
 
 
 @pytest.mark.parametrize(
-    ("head_size", "group", "splits", "dtype", "kind"),
+    ("head_size", "group", "splits", "dtype", "kind", "means"),
     [
-        (64, 1, 1, torch.bfloat16, 0),
-        (64, 4, 4, torch.bfloat16, 2),
-        (64, 4, 1, torch.float32, 1),
-        (96, 3, 2, torch.float16, 1),
-        (128, 20, 1, torch.float16, 2),
-        (32, 2, 2, torch.float32, 2),
+        (64, 1, 1, torch.bfloat16, 0, False),
+        (64, 4, 1, torch.bfloat16, 0, True),
+        (64, 4, 4, torch.bfloat16, 2, True),
+        (64, 4, 1, torch.float32, 1, False),
+        (96, 3, 2, torch.float16, 1, True),
+        (128, 20, 1, torch.float16, 2, False),
+        (32, 2, 2, torch.float32, 2, True),
     ],
 )
-@pytest.mark.parametrize("means", [False, True])
-def test_attention(means, head_size, group, splits, dtype, kind):
+def test_attention(head_size, group, splits, dtype, kind, means):
     plan = AttentionPlan(max(16, 1 << (group - 1).bit_length()), 16, splits, 4)
     scoring = scorings(2 * group, head_size)[kind]
     causal = torch.tensor([True, True, False, True])
