@@ -5,7 +5,7 @@ with the same number of threads. All of a model's engines stay loaded; in each r
 prompt and then answers another, while the others sleep. All get the same token ids and answer
 greedily. Then each answers a little more while other programs keep all cores busy. Of a real model
 the KL divergence from transformers' bfloat16 is taken on windows of the text of `bench_accuracy`.
-No format is calibrated.
+Formats are calibrated where their name says so.
 
 llama.cpp is found if it is installed, built for this processor, in an environment of its own:
 
@@ -67,8 +67,8 @@ class Peer:
     Attributes:
         name: in the tables.
         engine: ``"llama"``, ``"transformers"`` or ``"vllm"``.
-        kind: how the checkpoint is made: a type of GGUF, ``"bf16"``, ``"packed"``, ``"int8"`` or
-            ``"int4"``.
+        kind: how the checkpoint is made: a type of GGUF, ``"bf16"``, ``"packed"``,
+            ``"calibrated"``, ``"int8"`` or ``"int4"``.
         method: vLLM's ``quantization``, where the checkpoint does not say it all.
         variables: environment variables.
     """
@@ -95,6 +95,10 @@ PEERS = {
     "w4a4": Peer("**ours, W4A4**", "vllm", "packed"),
     "w4a8": Peer("**ours, W4A8**", "vllm", "packed", "blockdialect_w4a8"),
     "w4a16": Peer("**ours, W4A16**", "vllm", "packed", "blockdialect_w4a16"),
+    "calibrated-w4a4": Peer("**ours, W4A4, calibrated**", "vllm", "calibrated"),
+    "calibrated-w4a8": Peer(
+        "**ours, W4A8, calibrated**", "vllm", "calibrated", "blockdialect_w4a8"
+    ),
 }
 
 
@@ -293,9 +297,15 @@ class _Session:
                 write_gguf(self._source, path, peer.kind)
             return path
         path = self._source if peer.kind == "bf16" else self._folder / peer.kind
-        if peer.kind == "packed" and not path.exists():
+        if path.exists():
+            return path
+        if peer.kind == "packed":
             convert(self._source, path)
-        elif not path.exists():
+        elif peer.kind == "calibrated":
+            if not self._real:
+                raise RuntimeError("random weights have no text to be calibrated on")
+            convert(self._source, path, "--calibrate", "default")
+        else:
             write_compressed(self._source, path, int(peer.kind.removeprefix("int")))
         return path
 

@@ -57,13 +57,19 @@ def write_tokenizer(directory: Path, vocabulary: int) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(directory)
 
 
-def convert(source: Path, packed: Path) -> PeakMemory:
-    """Run ``blockdialect quantize`` with its defaults and return its peak memory.
+def convert(source: Path, packed: Path, *options: str) -> PeakMemory:
+    """Run ``blockdialect quantize`` and return its peak memory.
+
+    Args:
+        source: the 16-bit checkpoint.
+        packed: the directory that is made.
+        options: of the command; default: none.
 
     Raises:
         SystemExit: with the command's output, if it fails.
     """
     command = [sys.executable, "-m", "dialect_plugin.cli", "quantize", str(source), str(packed)]
+    command += options
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     with PeakMemory(process.pid) as peak:
         output, _ = process.communicate()

@@ -196,6 +196,6 @@ def test_an_engine_that_dies_is_refused(tmp_path, monkeypatch):
 
 
 def test_every_peer_can_be_made():
-    made = {"bf16", "q4_0", "q4_k_m", "mxfp4", "packed", "int8", "int4"}
+    made = {"bf16", "q4_0", "q4_k_m", "mxfp4", "packed", "calibrated", "int8", "int4"}
     assert {peer.kind for peer in PEERS.values()} == made
     assert {peer.engine for peer in PEERS.values()} == {"llama", "transformers", "vllm"}

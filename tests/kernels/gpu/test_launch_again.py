@@ -19,7 +19,14 @@ from triton.backends.compiler import GPUTarget
 
 from dialect_kernels import SEMANTIC_32, PackedTensor
 from dialect_kernels.device_tables import tables_on
-from dialect_kernels.gpu import bound, gemm, library, linear
+from dialect_kernels.gpu import (
+    bound,
+    gemm,
+    library,
+    linear,
+    quantize_activations,
+    quantize_fp8,
+)
 from dialect_kernels.gpu import launch as launches
 from dialect_kernels.gpu.launch import launch
 from dialect_kernels.gpu.quantize_activations import _quantize_activation_kernel as quantizer
@@ -34,18 +41,25 @@ def copy_kernel(p_x, p_y, p_none, count, BLOCK: tl.constexpr, ADD: tl.constexpr)
     tl.store(p_y + o, tl.load(p_x + o, mask=o < count) + ADD, mask=o < count)
 
 
-_given = []  # Triton keeps what it has compiled, and with it the launcher of an earlier test
+def forget():
+    """Have Triton forget what it has compiled, and with it the launchers of a test's driver."""
+    for module in (gemm, quantize_activations, quantize_fp8):
+        for kernel in vars(module).values():
+            if isinstance(kernel, triton.JITFunction):
+                kernel.device_caches.clear()
+    copy_kernel.device_caches.clear()
 
 
 @pytest.fixture
 def seen(monkeypatch):
     """What the driver launches: everything it is given."""
-    _given.clear()
+    given = []
+    forget()
     driver = SimpleNamespace(
         get_current_device=lambda: 0,
         get_current_stream=lambda device: 17,
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        launcher_cls=lambda source, metadata: lambda *arguments: _given.append(arguments),
+        launcher_cls=lambda source, metadata: lambda *arguments: given.append(arguments),
         utils=SimpleNamespace(
             load_binary=lambda *_: (1, 1, 32, 0, 1024),
             get_device_properties=lambda device: {"max_shared_mem": 227 << 10},
@@ -54,8 +68,9 @@ def seen(monkeypatch):
     monkeypatch.setattr(launches, "_compiled", {})
     monkeypatch.setattr(bound, "_products", {})
     triton.runtime.driver.set_active(driver)
-    yield _given
+    yield given
     triton.runtime.driver._active = None
+    forget()
 
 
 def same(a, b):
