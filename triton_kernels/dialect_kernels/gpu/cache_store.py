@@ -47,9 +47,9 @@ def _store_row(
     b_x = load_weight(p_row, 0, D, _BLOCK, CHUNK, ROTATED, p_mean)
     exponent, finite = row_exponent(tl.max(block_largest(b_x), axis=0))
     b_x = tl.where(finite != 0, b_x, 0.0)
-    meta, index = round_online(b_x, exponent, _WINDOW, p_book, _ID_BITS, _DIALECTS, ASM)
+    found = round_online(b_x, exponent, _WINDOW, p_book, _ID_BITS, _DIALECTS, ASM)
     o_block = tl.arange(0, CHUNK // _BLOCK)
-    store_blocks(p_codes, p_meta, meta, index, o_block, D // _BLOCK, _BLOCK)
+    store_blocks(p_codes, p_meta, found, o_block, D // _BLOCK, _BLOCK, ASM)
     stored = tl.where(finite != 0, exponent, _NAN_ROW)
     tl.store(p_exponent, stored.to(tl.int8).to(tl.uint8, bitcast=True))
 

@@ -81,7 +81,10 @@ def _select_by_exact_error(b_quarters, p_steps, DIALECTS: tl.constexpr):
 def round_online(
     b_x, exponent, window, p_book, ID_BITS: tl.constexpr, DIALECTS: tl.constexpr, ASM: tl.constexpr
 ):
-    """Blocks [G, B] of a row, rounded by the book's online rule: meta and :func:`index_words`.
+    """Blocks [G, B] of a row, rounded by the book's online rule.
+
+    Returns:
+        Meta [G], and what :func:`index_words` takes: numbers, indices and variants.
 
     Args:
         b_x: finite float32.
@@ -96,7 +99,7 @@ def round_online(
     variant = select_online(differences, B, DIALECTS)
     dialect = row * (DIALECTS // 8) + variant
     meta = tl.where(largest_cell == 0, 0, (delta << ID_BITS) | dialect)
-    return meta, index_words(x, indices, variant, ASM)
+    return meta, x, indices, variant
 
 
 @triton.jit
@@ -120,19 +123,21 @@ def _round_by_error(
     x = four(b_x)
     _, indices = look_up(x, scale, dialect // (DIALECTS // 8), p_book, DIALECTS, ASM)
     meta = tl.where(largest_cell == 0, 0, (delta << ID_BITS) | dialect)
-    return meta, index_words(x, indices, dialect % (DIALECTS // 8), ASM)
+    return meta, x, indices, dialect % (DIALECTS // 8)
 
 
 @triton.jit
-def store_blocks(p_codes, p_meta, meta, index, o_block, blocks, B: tl.constexpr):
+def store_blocks(p_codes, p_meta, found, o_block, blocks, B: tl.constexpr, ASM: tl.constexpr):
     """Write the rounded blocks `o_block` [G] of a row that has so many.
 
     Args:
         p_codes: the row's codes, at an even address; four of a block are written at a time.
         p_meta: the row's meta.
-        meta, index: of :func:`round_online`.
+        found: of :func:`round_online`.
     """
+    meta, x, indices, variant = found
     tl.store(p_meta + o_block, meta.to(p_meta.dtype.element_ty), mask=o_block < blocks)
+    index = index_words(x, indices, variant, ASM)
     code = (index & 0x07070707) | ((index >> 4) & 0x08080808)
     pairs = code | (code >> 4)  # two codes in the bytes 0 and 2 each
     codes = (pairs & 0xFF) | ((pairs >> 8) & 0xFF00)
@@ -181,14 +186,14 @@ def _quantize_packed_kernel(
         b_x = load_weight(p_row, first, columns, B, CHUNK, ROTATED)
         b_x = tl.where(finite != 0, b_x, 0.0)
         if EXACT_ERROR:
-            meta, index = _round_by_error(
+            found = _round_by_error(
                 b_x, exponent, window, p_book, p_steps, ID_BITS, DIALECTS, WIDE, ASM
             )
         else:
-            meta, index = round_online(b_x, exponent, window, p_book, ID_BITS, DIALECTS, ASM)
-        p_code = p_codes + i_row * (blocks * (B // 2))
+            found = round_online(b_x, exponent, window, p_book, ID_BITS, DIALECTS, ASM)
         o_block = first // B + tl.arange(0, G)
-        store_blocks(p_code, p_meta + i_row * blocks, meta, index, o_block, blocks, B)
+        p_code = p_codes + i_row * (blocks * (B // 2))
+        store_blocks(p_code, p_meta + i_row * blocks, found, o_block, blocks, B, ASM)
 
 
 def quantize_weight(

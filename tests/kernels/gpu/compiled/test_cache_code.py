@@ -20,8 +20,8 @@ OF_FEW_ROWS = r"HMMA\.16816\.F32\.BF16"
 """The matrix instruction of tiles with 16 rows, on every GPU."""
 MOST = 13
 """Instructions of the loop for each element that is decoded for a single query."""
-SPILLS = {("decoding", 80): 16, ("decoding", 100): 24}
-"""Bytes that a thread spills, at most; each only in one of the supported versions of Triton."""
+SPILLS = {("decoding", 80): (16, 40), ("decoding", 100): (24,)}
+"""Bytes that a thread spills, in this or that of the supported versions of Triton."""
 
 CASES = [
     ("decoding", 90, DECODING, 128),
@@ -56,8 +56,8 @@ def compiled(capability, sizes, head_size):
 def test_rows_are_decoded_in_registers(kind, capability, sizes, head_size):
     plan, code = compiled(capability, sizes, head_size)
     mma = MMA[False][capability] if plan.rows >= 64 else OF_FEW_ROWS
-    spilled = [f"spills {SPILLS.get((kind, capability))} bytes a thread"]
-    assert faults(code, capability, mma) in ([], spilled)
+    spilled = [[f"spills {size} bytes a thread"] for size in SPILLS.get((kind, capability), ())]
+    assert faults(code, capability, mma) in ([], *spilled)
     if plan.rows == 16:
         elements = 2 * plan.tile * head_size / (32 * plan.num_warps)
         assert len(code.main_loop()) / elements <= MOST
