@@ -22,11 +22,20 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from dialect_kernels.kv_cache import CACHE_BLOCK, slot_bytes
+from dialect_kernels.cached_attention import attend, store
+from dialect_kernels.kv_cache import CACHE_BLOCK, Context, KvCache, Scoring, slot_bytes
 
 from ..scheme import KvCacheFormat, SchemeError
 
-__all__ = ["CACHE_DTYPE", "cache_format", "customized", "is_packed", "note_engine"]
+__all__ = [
+    "CACHE_DTYPE",
+    "attend_packed",
+    "cache_format",
+    "customized",
+    "is_packed",
+    "note_engine",
+    "store_packed",
+]
 
 logger = init_logger("vllm.blockdialect")
 
@@ -122,6 +131,47 @@ def customized(spec: Any) -> Any:
         f"instead of {4 * spec.head_size} in 16 bit"
     )
     return replace(spec, dtype=torch.uint8, state_content_bytes=size)
+
+
+def store_packed(
+    kv_cache: torch.Tensor,
+    head_size: int,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Store new rows of keys and values in a layer's packed cache; arguments are vLLM's."""
+    count = min(key.shape[0], slot_mapping.shape[0])
+    slots = slot_mapping[:count].to(torch.int64)
+    store(KvCache(kv_cache, head_size), key[:count], value[:count], slots)
+
+
+def attend_packed(
+    kv_cache: torch.Tensor,
+    heads: tuple[int, int],
+    query: torch.Tensor,
+    metadata: Any,
+    causal: torch.Tensor | bool,
+    scoring: Scoring,
+    output: torch.Tensor,
+) -> torch.Tensor:
+    """Attend over a layer's packed cache.
+
+    Args:
+        kv_cache: the cache.
+        heads: how many query heads there are, and the head size.
+        query: of all tokens, and perhaps of more.
+        metadata: vLLM's, of this step.
+        causal: whether a query sees no positions behind its own.
+        scoring: of the layer.
+        output: as `query`; written to and returned.
+    """
+    count = metadata.num_actual_tokens
+    shape = (count, *heads)
+    context = Context(metadata.query_start_loc, metadata.seq_lens, metadata.block_table, causal)
+    cache = KvCache(kv_cache, heads[1])
+    attend(cache, query[:count].view(shape), context, scoring, output[:count].view(shape))
+    return output
 
 
 def _wanted_by_dtype(config: Any) -> bool:

@@ -16,10 +16,9 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from dialect_kernels.cached_attention import attend, store
-from dialect_kernels.kv_cache import Context, KvCache, Scoring
+from dialect_kernels.kv_cache import Scoring
 
-from .caches import customized, is_packed, note_engine
+from .caches import attend_packed, customized, is_packed, note_engine, store_packed
 
 __all__ = ["DialectCPUBackend"]
 
@@ -62,9 +61,7 @@ class _Attention(CPUAttentionBackendImpl):
         """Store new rows of keys and values."""
         if not self._packs(kv_cache):
             return super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        count = min(key.shape[0], slot_mapping.shape[0])
-        slots = slot_mapping[:count].to(torch.int64)
-        return store(KvCache(kv_cache, self.head_size), key[:count], value[:count], slots)
+        return store_packed(kv_cache, self.head_size, key, value, slot_mapping)
 
     def forward(
         self,
@@ -84,23 +81,11 @@ class _Attention(CPUAttentionBackendImpl):
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, *scales
             )
-        count = attn_metadata.num_actual_tokens
-        shape = (count, self.num_heads, self.head_size)
         causal = attn_metadata.dynamic_causal
-        context = Context(
-            attn_metadata.query_start_loc,
-            attn_metadata.seq_lens,
-            attn_metadata.block_table,
-            attn_metadata.causal if causal is None else causal,
-        )
-        attend(
-            KvCache(kv_cache, self.head_size),
-            query[:count].view(shape),
-            context,
-            self._score(),
-            output[:count].view(shape),
-        )
-        return output
+        if causal is None:
+            causal = attn_metadata.causal
+        heads = self.num_heads, self.head_size
+        return attend_packed(kv_cache, heads, query, attn_metadata, causal, self._score(), output)
 
     def _packs(self, kv_cache: torch.Tensor) -> bool:
         return kv_cache.dtype == torch.uint8 and not self.is_fp8_kv_cache

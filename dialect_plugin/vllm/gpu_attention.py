@@ -19,10 +19,18 @@ from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionMetadataBuilder,
 )
 
-from dialect_kernels.cached_attention import attend, store, warm_up
-from dialect_kernels.kv_cache import Context, KvCache, Scoring, slot_bytes
+from dialect_kernels.cached_attention import warm_up
+from dialect_kernels.kv_cache import KvCache, Scoring, slot_bytes
 
-from .caches import CACHE_DTYPE, cache_format, customized, is_packed, note_engine
+from .caches import (
+    CACHE_DTYPE,
+    attend_packed,
+    cache_format,
+    customized,
+    is_packed,
+    note_engine,
+    store_packed,
+)
 
 __all__ = ["DialectGPUBackend", "register_cache_dtype"]
 
@@ -102,9 +110,7 @@ class _Attention(TritonAttentionImpl):
         """Store new rows of keys and values."""
         if not self._packs(kv_cache):
             return super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        count = min(key.shape[0], slot_mapping.shape[0])
-        slots = slot_mapping[:count].to(torch.int64)
-        return store(KvCache(kv_cache, self.head_size), key[:count], value[:count], slots)
+        return store_packed(kv_cache, self.head_size, key, value, slot_mapping)
 
     def forward(
         self,
@@ -124,22 +130,11 @@ class _Attention(TritonAttentionImpl):
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale,
                 output_block_scale,
             )  # fmt: skip
-        count = attn_metadata.num_actual_tokens
-        shape = (count, self.num_heads, self.head_size)
-        context = Context(
-            attn_metadata.query_start_loc,
-            attn_metadata.seq_lens,
-            attn_metadata.block_table,
-            attn_metadata.causal,
+        heads = self.num_heads, self.head_size
+        scoring = self._score(query.device)
+        return attend_packed(
+            kv_cache, heads, query, attn_metadata, attn_metadata.causal, scoring, output
         )
-        attend(
-            KvCache(kv_cache, self.head_size),
-            query[:count].view(shape),
-            context,
-            self._score(query.device),
-            output[:count].view(shape),
-        )
-        return output
 
     def warm_up(self, spec: Any, dtype: torch.dtype, device: torch.device) -> None:
         """Compile what this layer's cache needs.
