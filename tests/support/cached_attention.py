@@ -114,3 +114,17 @@ def expected(case: Case, scoring: Scoring) -> torch.Tensor:
     if not out:
         return torch.empty(case.query.shape, dtype=torch.float64)
     return torch.stack(out).view(case.query.shape)
+
+
+def rows_of_all_kinds(count: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """Ordinary rows, zeros, NaN, Inf, tiny and outlying numbers, and one that overflows."""
+    draw = torch.Generator().manual_seed(columns)
+    x = torch.randn(count, columns, generator=draw)
+    x *= torch.exp(2 * torch.randn(columns, generator=draw))
+    x[1] = 0
+    x[2, 0], x[3, -1], x[4, 5] = math.nan, math.inf, -math.inf
+    x[5] *= 1e-30
+    x[6, ::7] *= 2.0**14
+    x = x.to(dtype)
+    x[7] = torch.finfo(dtype).max
+    return x

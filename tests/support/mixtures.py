@@ -1,6 +1,11 @@
 """What tests compute of single experts by themselves: their weights, and what lies between them."""
 
+import json
+
 import torch
+
+from . import swept_models
+from .tiny_models import make_tokenizer
 
 
 def silu(gate, up):
@@ -45,3 +50,18 @@ def biases_of(checkpoint, prefix, number):
     with checkpoint.open_shard(checkpoint.tensors[name].shard) as file:
         both = file.get_tensor(name)[number].float()
     return both[0::2], both[1::2]
+
+
+def maker(folder):
+    """Architecture, and how its config differs -> a tiny checkpoint; each is made once."""
+    made = {}
+
+    def get(architecture, **differing):
+        key = architecture, json.dumps(differing)
+        if key not in made:
+            path = folder / str(len(made)) / architecture
+            made[key] = swept_models.build(architecture, path, **differing)
+            make_tokenizer(swept_models.VOCABULARY).save_pretrained(path)
+        return made[key]
+
+    return get

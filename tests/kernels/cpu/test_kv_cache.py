@@ -14,7 +14,7 @@ import torch
 from dialect_kernels import cpu, reference_attention
 from dialect_kernels.cpu import kv_cache as compiled
 from dialect_kernels.kv_cache import KvCache, Scoring, slot_bytes
-from tests.support.cached_attention import expected, make
+from tests.support.cached_attention import expected, make, rows_of_all_kinds
 
 pytestmark = [
     pytest.mark.skipif(not cpu.available(), reason=f"no CPU kernel: {cpu.why_not()}"),
@@ -29,19 +29,6 @@ INSTRUCTIONS = (
 )
 SEQUENCES = ((1, 1), (1, 130), (3, 40), (40, 70))
 """(queries, positions): the first token, decoding, a short continuation, a chunk."""
-
-
-def rows_of_all_kinds(count: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    draw = torch.Generator().manual_seed(columns)
-    x = torch.randn(count, columns, generator=draw)
-    x *= torch.exp(2 * torch.randn(columns, generator=draw))
-    x[1] = 0
-    x[2, 0], x[3, -1], x[4, 5] = math.nan, math.inf, -math.inf
-    x[5] *= 1e-30
-    x[6, ::7] *= 2.0**14
-    x = x.to(dtype)
-    x[7] = torch.finfo(dtype).max
-    return x
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -28,9 +28,8 @@ from dialect_plugin.transformers import DialectExperts
 from tests.support import swept_models
 from tests.support.calibration_cases import moments, varied_text
 from tests.support.conversions import options_of
-from tests.support.mixtures import MIXTURES, biases_of, weight_of
+from tests.support.mixtures import MIXTURES, biases_of, maker, weight_of
 from tests.support.output_losses import lost_outputs
-from tests.support.tiny_models import make_tokenizer
 
 SMALL = ["--samples", "4", "--sequence-length", "64"]
 SPARSE = {"num_experts": 16, "num_experts_per_tok": 1, "num_hidden_layers": 1}
@@ -44,17 +43,8 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model_of(tmp_path_factory):
-    made = {}
-
-    def get(architecture, **differing):
-        key = architecture, json.dumps(differing)
-        if key not in made:
-            path = tmp_path_factory.mktemp("models") / architecture
-            made[key] = swept_models.build(architecture, path, **differing)
-            make_tokenizer(swept_models.VOCABULARY).save_pretrained(path)
-        return made[key]
-
-    return get
+    """Architecture, and how its config differs -> a tiny checkpoint; each is made once."""
+    return maker(tmp_path_factory.mktemp("models"))
 
 
 def run(*arguments):

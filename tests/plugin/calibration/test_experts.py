@@ -20,11 +20,9 @@ from dialect_plugin.checkpoint.progress import Silent
 from dialect_plugin.checkpoint.reader import open_checkpoint, open_packed
 from dialect_plugin.experts import expert_of
 from dialect_plugin.scheme import LayerFormat
-from tests.support import swept_models
 from tests.support.calibration_cases import varied_text
 from tests.support.conversions import hashes, options_of
-from tests.support.mixtures import MIXTURES, biases_of, silu, weight_of
-from tests.support.tiny_models import make_tokenizer
+from tests.support.mixtures import MIXTURES, biases_of, maker, silu, weight_of
 
 RECORD = "blockdialect_calibration.json"
 ROTATED = {"book": "semantic_32", "rotation": "hadamard_32"}
@@ -38,17 +36,7 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model_of(tmp_path_factory):
     """Architecture, and how its config differs -> a tiny checkpoint; each is made once."""
-    made = {}
-
-    def get(architecture, **differing):
-        key = architecture, json.dumps(differing)
-        if key not in made:
-            path = tmp_path_factory.mktemp("models") / architecture
-            made[key] = swept_models.build(architecture, path, **differing)
-            make_tokenizer(swept_models.VOCABULARY).save_pretrained(path)
-        return made[key]
-
-    return get
+    return maker(tmp_path_factory.mktemp("models"))
 
 
 def options(text, **differing):

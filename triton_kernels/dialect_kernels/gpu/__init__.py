@@ -181,8 +181,10 @@ def linears(
 
 
 def store(cache: KvCache, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
-    """See :func:`dialect_kernels.cached_attention.store`."""
+    """See :func:`dialect_kernels.cached_attention.store`; slots begin at even addresses."""
     from . import cache_store
+
+    _check_even(cache)
 
     with _current(cache.slots.device):
         cache_store.store(cache, key, value, slots)
@@ -195,8 +197,10 @@ def attend(
     scoring: Scoring,
     out: torch.Tensor | None,
 ) -> torch.Tensor:
-    """See :func:`dialect_kernels.cached_attention.attend`; never waits for the GPU."""
+    """See :func:`dialect_kernels.cached_attention.attend`; slots begin at even addresses."""
     from . import cache_attention
+
+    _check_even(cache)
 
     with _current(query.device):
         return cache_attention.attend(cache, query, context, scoring, out)
@@ -237,6 +241,16 @@ def warm_up_experts(
 
     with _current(experts.device):
         grouped.warm_up(experts, activation_format, dtype, bias_dtype)
+
+
+def _check_even(cache: KvCache) -> None:
+    """Raise ValueError unless slots begin at even addresses: kernels move two bytes at a time."""
+    slots = cache.slots
+    if slots.data_ptr() % 2 or any(stride % 2 for stride in slots.stride()[:3]):
+        raise ValueError(
+            f"slots: begin at {slots.data_ptr()} with strides {slots.stride()}; on a GPU all but "
+            "the last must be even: leave an even number of bytes between slots"
+        )
 
 
 def _may_run_on(device: torch.device) -> bool:

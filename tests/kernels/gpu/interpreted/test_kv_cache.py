@@ -13,11 +13,12 @@ import torch
 from dialect_kernels import reference_attention
 from dialect_kernels.formatbook import LOWEST_EXPONENT
 from dialect_kernels.kv_cache import KvCache, Scoring, slot_bytes
-from tests.support.cached_attention import expected, make
+from tests.support.cached_attention import expected, make, rows_of_all_kinds
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 in a process of its own", allow_module_level=True)
 
+from dialect_kernels import gpu
 from dialect_kernels.gpu import cache_attention, warm_up_cache
 from dialect_kernels.gpu.cache_attention import AttentionPlan, _plan_attention, attend
 from dialect_kernels.gpu.cache_store import store
@@ -26,19 +27,6 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-
 """Of the largest output; a half unit of the outputs' type is in it."""
 SEQUENCES = ((1, 1), (1, 70), (3, 40), (7, 30))
 """(queries, positions): the first token, decoding, a short continuation, a chunk."""
-
-
-def rows_of_all_kinds(tokens, heads, columns, dtype):
-    draw = torch.Generator().manual_seed(columns)
-    x = torch.randn(tokens * heads, columns, generator=draw)
-    x *= torch.exp(2 * torch.randn(columns, generator=draw))
-    x[1] = 0
-    x[2, 0], x[3, -1], x[4, 5] = math.nan, math.inf, -math.inf
-    x[5] *= 1e-30
-    x[6, ::7] *= 2.0**14
-    x = x.to(dtype)
-    x[7] = torch.finfo(dtype).max
-    return x.view(tokens, heads, columns)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +41,7 @@ def rows_of_all_kinds(tokens, heads, columns, dtype):
     ],
 )
 def test_stored_bytes_are_those_of_the_reference(columns, rotated, means, dtype):
-    key = rows_of_all_kinds(8, 2, columns, dtype)
+    key = rows_of_all_kinds(16, columns, dtype).view(8, 2, columns)
     value = key.flip(0).transpose(1, 2).contiguous().transpose(1, 2)  # rows at any place
     mean = torch.randn(2, columns) if means else None
     memory = torch.full((3, 2, 4, slot_bytes(columns)), 7, dtype=torch.uint8)
@@ -184,3 +172,13 @@ def test_warming_up_takes_every_kernel_there_is(monkeypatch):
     kinds = {("_attend_kernel", rows, split) for rows in (16, 64) for split in (False, True)}
     assert launched == kinds | {("_add_splits_kernel", None, None)}
     assert cache.slots[0, :, 0, -2:].view(torch.int8).eq(LOWEST_EXPONENT).all(), "rows of zeros"
+
+
+def test_slots_at_odd_addresses_are_refused():
+    case = make(64, 2, ((1, 20),))
+    odd = torch.zeros(*case.cache.slots.shape[:3], 71, dtype=torch.uint8)[..., :70]
+    cache = replace(case.cache, slots=odd)
+    with pytest.raises(ValueError, match=r"slots: begin at .* must be even"):
+        gpu.store(cache, case.key, case.value, case.slots)
+    with pytest.raises(ValueError, match=r"slots: begin at .* must be even"):
+        gpu.attend(cache, case.query, case.context, Scoring(0.125), None)
