@@ -1,10 +1,12 @@
 """SemanticDialect for diffusers: ``pipe.enable_semantic_dialect()``.
 
-Importing this package adds three methods to diffusers' pipelines and makes its quantizer known, so
-that saved models load; it replaces nothing.
+Importing this package adds three methods to diffusers' pipelines and makes its quantizer known to
+diffusers and transformers, so that saved models load; it replaces nothing.
 """
 
 from __future__ import annotations
+
+from diffusers.utils import is_transformers_available
 
 from .config import ConfigError, SemanticDialectConfig
 from .enabling import disable, enable, summary
@@ -30,3 +32,7 @@ __all__ = [
 register_families()
 add_methods()
 register()
+if is_transformers_available():  # else there are no text encoders
+    from .model.transformers_quantizer import register as register_encoders
+
+    register_encoders()

@@ -14,11 +14,13 @@ from .layers.originals import choose_place
 from .layers.quantized import QuantizedLinear
 from .layouts import Layout, LayoutError, generic_layout, layout_for, layout_named
 from .model.attach import attached, follow
+from .model.components import Components, chosen_components
 from .model.layer_choice import choose_layers
 from .model.pipeline import check_components, modules_of, uncheck_components
 from .model.reconfigure import change_options, changed_config
 from .model.report import Summary, summarize
 from .model.swap import Job, put_in, take_out
+from .model.text_encoder import encoder_defaults, encoder_layout
 from .tokens.protection import check_scheduler
 
 __all__ = ["disable", "enable", "summary"]
@@ -31,10 +33,13 @@ def enable(
     config: SemanticDialectConfig | None = None,
     *,
     layout: Layout | str | None = None,
+    components: Components | None = None,
     progress: bool = True,
     **options: Any,
 ) -> Any:
     """Quantize a pipeline's transformers, or one transformer, and hook their attention.
+
+    With `components`, text encoders too: their tokens are rounded alone.
 
     A transformer that was loaded quantized takes the given options instead, where they need no
     other weights; without options only its hook learns of the pipeline.
@@ -44,6 +49,9 @@ def enable(
         config: the configuration; default: :class:`SemanticDialectConfig` with its defaults.
         layout: the transformer's layout or the name of a known one, where the class of the
             transformer does not tell.
+        components: names of the pipeline's components to quantize, e.g. ``("transformer",
+            "text_encoder")``, or a dictionary from their names to options that are their own, e.g.
+            ``{"text_encoder": {"activation_format": "fp8"}}``; default: its transformers.
         progress: whether a progress bar is shown.
         **options: single options of the configuration.
 
@@ -61,12 +69,13 @@ def enable(
     config = _config(config).replaced(**options)
     layout = _layout(layout)
     work, changes = [], []
-    for name, module in _transformers(target, layout).items():
+    parts = chosen_components(target, config, components, layout)
+    for name, (module, wanted) in parts.items():
         if attached(module) is None:
             check_offloading(name, module)
-            work.append(_prepare(name, module, config, layout))
+            work.append(_prepare(name, module, wanted, layout))
         else:
-            changes.append((module, changed_config(name, module, config, layout)))
+            changes.append((module, changed_config(name, module, wanted, layout)))
     for module, wanted in (*((job.module, job.config) for job in work), *changes):
         if wanted.protected_steps == "auto":
             check_scheduler(getattr(_pipeline(target, module), "scheduler", None))
@@ -143,6 +152,9 @@ def _layout(layout: object) -> Layout | None:
 def _prepare(
     name: str, module: nn.Module, config: SemanticDialectConfig, layout: Layout | None
 ) -> Job:
+    encoder = encoder_layout(module)
+    if encoder is not None:
+        layout, config = encoder, encoder_defaults(module, config)
     layout = layout or layout_for(module) or generic_layout(module)
     if layout is None:
         raise LayoutError(
@@ -189,35 +201,6 @@ def _quantize(job: Job, progress: bool) -> dict[str, QuantizedLinear]:
     name, config, choice = job.name, job.config, job.choice
     bar = tqdm(choice.layers, desc=f"{name} to 4 bit", unit="layer", disable=not progress)
     return {path: choice.quantized_layer(path, config, f"{name}.{path}") for path in bar}
-
-
-def _transformers(target: Any, layout: Layout | None) -> dict[str, nn.Module]:
-    """The transformers of a target that can be enabled, by name.
-
-    Raises:
-        LayoutError: if there is none.
-    """
-    modules = modules_of(target)
-    if isinstance(target, nn.Module):
-        return modules
-    if layout is None:
-        found = {n: m for n, m in modules.items() if layout_for(m) is not None}
-        # where no class is known, diffusers' names say which parts are the transformers
-        found = found or {n: m for n, m in modules.items() if n in ("transformer", "transformer_2")}
-    else:
-        found = {n: m for n, m in modules.items() if _is_of(m, layout)}
-    if not found:
-        classes = ", ".join(f"{n}: {type(m).__name__}" for n, m in modules.items()) or "no modules"
-        raise LayoutError(
-            f"{type(target).__name__}: has no video transformer with a known layout ({classes}); "
-            "give the transformer itself to diffusers_hook.enable() with a layout"
-        )
-    return found
-
-
-def _is_of(module: nn.Module, layout: Layout) -> bool:
-    """Whether a layout names a module's class or one of its base classes."""
-    return any(base.__name__ in layout.models for base in type(module).__mro__)
 
 
 def _enabled(target: Any) -> dict[str, nn.Module]:

@@ -14,7 +14,7 @@ __all__ = ["add_methods"]
 def enable_semantic_dialect(
     self: Any, config: SemanticDialectConfig | None = None, **options: Any
 ) -> Any:
-    """Quantize this pipeline's video transformers; see :func:`diffusers_hook.enable`."""
+    """Quantize this pipeline's transformers, or components; see :func:`diffusers_hook.enable`."""
     return enable(self, config, **options)
 
 

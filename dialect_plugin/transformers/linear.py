@@ -87,9 +87,7 @@ class PackedModule(nn.Module):
         """The matrix [N, K], read-only; see :class:`~dialect_kernels.packed_weight.PackedWeight`"""
         codes = self.weight_packed
         shape = (*codes.shape[:-1], codes.shape[-1] * 2)
-        weight = PackedWeight(self.decode, shape, self._decoded_dtype, codes.device, _TO_WRITE)
-        weight._is_hf_initialized = True  # type: ignore[attr-defined]
-        return weight
+        return PackedWeight(self.decode, shape, self._decoded_dtype, codes.device, _TO_WRITE)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """What ``.to``, ``.half`` and their like do to tensors; the packed ones are integers."""

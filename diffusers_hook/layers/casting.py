@@ -7,11 +7,24 @@ from torch import nn
 
 from .quantized import DTYPES, QuantizedLinear
 
-__all__ = ["cast", "check_castable", "kept_in_float32"]
+__all__ = ["cast", "check_castable", "is_of_transformers", "kept_in_float32"]
+
+
+def is_of_transformers(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers, as text encoders are."""
+    return any(
+        base.__name__ == "PreTrainedModel" and base.__module__.startswith("transformers.")
+        for base in type(module).__mro__
+    )
 
 
 def kept_in_float32(module: nn.Module, name: str) -> bool:
-    """Whether diffusers' class of a model keeps a part of it in float32, whatever its dtype."""
+    """Whether diffusers' class of a model keeps a part of it in float32, whatever its dtype.
+
+    Those of transformers do so for some dtypes only, while loading.
+    """
+    if is_of_transformers(module):
+        return False
     kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
     return not kept.isdisjoint(name.split("."))
 
@@ -26,7 +39,7 @@ def check_castable(dtype: torch.dtype) -> None:
 
 
 def cast(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast a diffusers model to one of :data:`DTYPES`: it has then what loading would give it.
+    """Cast a model to one of :data:`DTYPES`: it has then what diffusers' loading would give it.
 
     Packed weights stay as they are, and so does a model that is in this dtype already. Parameters
     that its class keeps in float32 become or stay float32, buffers beside them stay.

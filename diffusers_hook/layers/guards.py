@@ -48,7 +48,7 @@ def guard(module: nn.Module, files: Collection[Path]) -> None:
         guards[name] = _Refusal(_FUSE.format(name=name))
     if files and hasattr(module, "save_pretrained"):
         guards["save_pretrained"] = _CarefulSave(module, files)
-    if hasattr(module, "register_to_config"):  # diffusers' own method refuses another dtype
+    if hasattr(module, "save_pretrained"):  # diffusers' own method refuses another dtype
         guards["to"] = _CastingTo(module)
     for name in ("named_children", "named_modules"):
         guards[name] = _Walk(module, name)

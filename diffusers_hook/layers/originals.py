@@ -17,7 +17,8 @@ from .quantized import QuantizedLinear
 
 __all__ = ["Originals", "Source", "choose_place", "keep"]
 
-_WEIGHTS = "diffusion_pytorch_model"
+_WEIGHTS = ("diffusion_pytorch_model*.safetensors", "model*.safetensors")
+"""The files of weights that diffusers and transformers write."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def keep(place: str, layers: Mapping[str, nn.Linear], sources: dict[str, Source]
 
 
 def _source_folders(module: nn.Module) -> list[Path]:
-    """The folders a diffusers model may have been loaded from, hub models from the local cache."""
+    """The folders a model may have been loaded from, hub models from the local cache."""
     config = getattr(module, "config", None)
     path = getattr(config, "_name_or_path", None) if config is not None else None
     if not path:
@@ -171,7 +172,7 @@ def _exact_sources(
 def _files(folder: Path) -> dict[str, Path]:
     """Tensor name -> file, for every safetensors file of a model's folder that can be read."""
     found = {}
-    for path in sorted(folder.glob(f"{_WEIGHTS}*.safetensors")):
+    for path in sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
         try:
             with safe_open(path, "pt") as file:
                 found.update(dict.fromkeys(file.keys(), path))

@@ -34,6 +34,7 @@ class QuantizedLinear(nn.Linear):
 
     original_dtype: torch.dtype
     original_name: str = ""
+    _is_hf_initialized = True  # or transformers would write random numbers
 
     def decode(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The decoded weight [N, K], a new tensor in `dtype` or the original's."""

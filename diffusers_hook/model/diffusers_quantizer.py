@@ -17,22 +17,17 @@ from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
 
-from dialect_kernels.packed import STORED_FIELDS
-
 from ..config import QUANT_METHOD, SemanticDialectConfig
-from ..layers.fp8 import Fp8Linear
 from ..layers.quantized import QuantizedLinear
 from ..layouts import Layout, LayoutError, generic_layout, layout_for
 from .attach import attach, attached, detach
 from .layer_choice import LayerChoice, choose_layers, put
+from .loading import STORED, bytes_in_16_bit, check_layers, missing, own_memory
 from .saved_mark import mark, unmark
 
 __all__ = ["SemanticDialectQuantizer", "register"]
 
 _log = logging.getLogger(__name__)
-
-_STORED = {**{part.stored: part.dtype for part in STORED_FIELDS}, **Fp8Linear.STORED}
-"""Last part of a packed tensor's name -> its dtype in files; loaders would cast any other."""
 
 
 class SemanticDialectQuantizer(DiffusersQuantizer):
@@ -73,7 +68,7 @@ class SemanticDialectQuantizer(DiffusersQuantizer):
             ValueError: naming the tensor, if one has another dtype than was saved.
         """
         for name, tensor in state_dict.items():
-            dtype = _STORED.get(name.rpartition(".")[2], tensor.dtype)
+            dtype = STORED.get(name.rpartition(".")[2], tensor.dtype)
             if tensor.dtype != dtype:
                 raise ValueError(
                     f"{name}: is stored as {tensor.dtype}, but must be {dtype}; the file is "
@@ -86,7 +81,7 @@ class SemanticDialectQuantizer(DiffusersQuantizer):
     ) -> None:
         if state_dict is not None:  # from_single_file does not say what the file holds
             self.pre_quantized = False
-            if any(name.rpartition(".")[2] in _STORED for name in state_dict):
+            if any(name.rpartition(".")[2] in STORED for name in state_dict):
                 raise ValueError(
                     f"{type(model).__name__}: the file holds a quantized model, whose tensors "
                     "from_single_file renames; save it with save_pretrained and load it with "
@@ -136,9 +131,9 @@ class SemanticDialectQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         assert self._choice is not None
         _check_loaded(model)
-        _own_memory(model)
+        own_memory(model)
         mark(model, self.quantization_config, self)
-        attach(model, self.quantization_config, _layout(model), _bytes_in_16_bit(model))
+        attach(model, self.quantization_config, _layout(model), bytes_in_16_bit(model))
         return model
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
@@ -224,26 +219,5 @@ def _check_loaded(model: nn.Module) -> None:
     """Raise ValueError, naming the tensor, if one is missing or not valid."""
     for name, tensor in model.named_parameters():
         if tensor.device.type == "meta":
-            raise ValueError(
-                f"{name}: is missing in the checkpoint; it is damaged or was saved by another "
-                "release: quantize the 16-bit model again"
-            )
-    for path, layer in model.named_modules():
-        if isinstance(layer, QuantizedLinear):
-            layer.check(path)
-
-
-def _own_memory(model: nn.Module) -> None:
-    """Copy what lies in a file's mapping: kernels round the same on aligned memory only."""
-    for parameter in model.parameters():
-        if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
-            parameter.data = parameter.data.clone()
-
-
-def _bytes_in_16_bit(model: nn.Module) -> int:
-    held = sum(parameter.nbytes for parameter in model.parameters())
-    for layer in model.modules():
-        if isinstance(layer, QuantizedLinear):
-            held += 2 * layer.in_features * layer.out_features
-            held -= sum(tensor.nbytes for tensor in layer.packed_tensors.values())
-    return held
+            raise missing(name)
+    check_layers(model)

@@ -20,19 +20,19 @@ from ..layers.guards import check_fusing, check_saving
 from ..tokens.running import running
 from .attach import Attached, attached
 
-__all__ = ["check_components", "modules_of", "uncheck_components"]
+__all__ = ["check_components", "modules_of", "uncheck_components", "uncompiled"]
 
 
 def modules_of(target: Any) -> dict[str, nn.Module]:
     """The modules of a pipeline, or the module itself, by name; each once and not compiled."""
     if isinstance(target, nn.Module):
-        module = _uncompiled(target)
+        module = uncompiled(target)
         return {type(module).__name__: module}
     components: Mapping[str, Any] = getattr(target, "components", None) or {}
     found: dict[str, nn.Module] = {}
     for name, part in components.items():
-        if isinstance(part, nn.Module) and _uncompiled(part) not in found.values():
-            found[name] = _uncompiled(part)
+        if isinstance(part, nn.Module) and uncompiled(part) not in found.values():
+            found[name] = uncompiled(part)
     return found
 
 
@@ -133,7 +133,7 @@ def _enabled(pipeline: Any) -> Iterator[tuple[str, nn.Module, Attached]]:
             yield name, module, hook
 
 
-def _uncompiled(module: nn.Module) -> nn.Module:
+def uncompiled(module: nn.Module) -> nn.Module:
     """The module inside what `torch.compile(module)` returns."""
     inner: nn.Module = getattr(module, "_orig_mod", module)
     return inner

@@ -25,7 +25,7 @@ _PLACES = {"disk": "on disk", "host": "in host memory", "none": "nowhere"}
 
 @dataclass(frozen=True)
 class TransformerSummary:
-    """One transformer.
+    """One transformer, or encoder.
 
     Attributes:
         name: its name in the pipeline.
@@ -43,7 +43,7 @@ class TransformerSummary:
             no device (accelerate's sequential offload).
         host_bytes: bytes of 16-bit weights kept in host memory for ``disable``.
         originals: where the 16-bit weights are: ``"disk"``, ``"host"``, ``"none"``.
-        calls: calls of the transformer so far.
+        calls: calls of it so far.
         protects: whether steps are protected.
         protected_calls: calls in protected steps.
         decomposes: whether tokens are decomposed, salient ones or those of protected steps.
@@ -194,7 +194,7 @@ def _lines(found: TransformerSummary) -> list[tuple[str, str]]:
         ),
         ("MiB now, host (16-bit copy)", f"{found.host_bytes / 2**20:.1f}"),
         ("16-bit weights are kept", _PLACES[found.originals]),
-        ("transformer calls", f"{found.calls}"),
+        ("calls", f"{found.calls}"),
     ]
     if found.blocks:
         lines.append(("blocks that are read", f"{found.blocks_read} of {found.blocks}"))

@@ -1,4 +1,7 @@
-"""The marks by which diffusers sees that a model is quantized, so that it saves the format too."""
+"""The marks by which diffusers and transformers see that a model is quantized.
+
+They then save its format too.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..config import QUANT_METHOD, SemanticDialectConfig
+from ..layers.casting import is_of_transformers
 
 __all__ = ["mark", "unmark"]
 
@@ -15,18 +19,22 @@ _KEY = "quantization_config"
 
 
 def mark(module: nn.Module, config: SemanticDialectConfig, quantizer: Any) -> None:
-    """Give a diffusers model its quantizer and put the configuration into its config.json.
+    """Give a model its quantizer and put the configuration into its config.json.
 
-    Other modules are left alone: they have no saving of their own that could lose the format.
+    Modules of neither library are left alone: they have no saving of their own that could lose the
+    format.
     """
-    if not hasattr(module, "register_to_config"):
-        return
     model: Any = module
-    quantizer.model = weakref.ref(module)
+    if is_of_transformers(module):
+        model.config.quantization_config = config
+    elif hasattr(module, "register_to_config"):
+        quantizer.model = weakref.ref(module)
+        model.register_to_config(**{_KEY: config})
+    else:
+        return
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
-    model.register_to_config(**{_KEY: config})
 
 
 def unmark(module: nn.Module) -> None:
@@ -34,6 +42,8 @@ def unmark(module: nn.Module) -> None:
     model: Any = module
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         vars(model).pop(name, None)
-    if hasattr(module, "register_to_config"):
+    if is_of_transformers(module):
+        vars(model.config).pop(_KEY, None)
+    elif hasattr(module, "register_to_config"):
         kept = {key: value for key, value in model.config.items() if key != _KEY}
         model._internal_dict = type(model.config)(kept)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..config import SemanticDialectConfig
+from ..layers.casting import is_of_transformers
 from ..layers.offload import renew_group_offloading
 from ..layers.originals import Originals, Source, keep
 from ..layers.quantized import QuantizedLinear
@@ -61,8 +63,17 @@ def _put_in(job: Job, layers: Mapping[str, QuantizedLinear]) -> None:
         put(module, path, layer.train(module.training))
     originals = keep(job.place, job.choice.layers, job.sources)
     attach(module, job.config, job.layout, bytes_before, originals)
-    mark(module, job.config, SemanticDialectQuantizer(job.config, pre_quantized=False))
+    mark(module, job.config, _quantizer(module, job.config))
     renew_group_offloading(module)
+
+
+def _quantizer(module: nn.Module, config: SemanticDialectConfig) -> Any:
+    """What lets the library of a model save it."""
+    if is_of_transformers(module):
+        from .transformers_quantizer import EncoderQuantizer  # needs transformers
+
+        return EncoderQuantizer(config, pre_quantized=False)
+    return SemanticDialectQuantizer(config, pre_quantized=False)
 
 
 def _put_back(job: Job, weights: Mapping[str, torch.Tensor]) -> None:

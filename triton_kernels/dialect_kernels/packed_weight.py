@@ -21,6 +21,7 @@ class PackedWeight(torch.Tensor):
 
     _decode: Callable[[], torch.Tensor]
     _remedy: str
+    _is_hf_initialized = True  # or transformers would write random numbers
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
