@@ -15,13 +15,14 @@ from pydantic import ValidationError
 
 from dialect_kernels.formatbook import BLOCK_SIZES
 
+from .checkpoint.options import ConvertOptions, read_overrides
 from .evaluation import arguments as of_evaluation
 from .evaluation.options import EvaluationOptions
 from .scheme import (
     ActivationFormat,
     BlockSize,
     BookName,
-    LayerOverride,
+    KvCacheFormat,
     Rotation,
     Scheme,
     first_fault,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
     from .calibration.calibrator import Calibrator
     from .calibration.options import CalibrationOptions
-    from .checkpoint.options import ConvertOptions
 
 __all__ = ["app", "main"]
 
@@ -168,6 +168,14 @@ _Embeddings = Annotated[
         help="Quantize the embeddings of tokens too; one matrix with a tied output projection."
     ),
 ]
+_KvCache = Annotated[
+    KvCacheFormat,
+    _one_of(
+        "--kv-cache",
+        KvCacheFormat,
+        "KV cache that vLLM keeps by default; dialect: 4 bits, with --calibrate around means.",
+    ),
+]
 _Strict = Annotated[
     bool,
     typer.Option(help="Refuse layers whose columns do not fit their block size or rotation."),
@@ -265,6 +273,7 @@ def quantize(
     experts: _Experts = True,
     lm_head: _LmHead = False,
     embeddings: _Embeddings = False,
+    kv_cache: _KvCache = "none",
     strict: _Strict = False,
     overwrite: _Overwrite = False,
     workers: _Workers = None,
@@ -285,18 +294,11 @@ def quantize(
             balance=balance or None,
             device=device,
         )
-        options = _options(
-            targets,
-            strict,
-            experts,
-            block_size=block_size,
-            activation_format=activation_format,
-            **_book_and_rotation(book, rotation, calibration),
-            ignore=ignore or [],
-            overrides=_read_overrides(override or [], overrides),
-            lm_head=lm_head,
-            embeddings=embeddings,
-        )
+        chosen = _book_and_rotation(book, rotation, calibration)
+        chosen |= {"block_size": block_size, "activation_format": activation_format}
+        chosen |= {"lm_head": lm_head, "embeddings": embeddings, "kv_cache": kv_cache}
+        chosen |= {"ignore": ignore or [], "overrides": read_overrides(override or [], overrides)}
+        options = _options(targets, strict, experts, **chosen)
     from .checkpoint.convert import convert, render  # after the options: torch takes seconds
     from .checkpoint.progress import ProgressBar
 
@@ -542,8 +544,6 @@ def _options(
     targets: list[str] | None, strict: bool = False, experts: bool = True, **scheme: Any
 ) -> ConvertOptions:
     """The options of a conversion from those of the command line."""
-    from .checkpoint.options import ConvertOptions
-
     return ConvertOptions(
         scheme=Scheme.model_validate(scheme),
         targets=targets or [],
@@ -654,38 +654,6 @@ def _check_file(option: str, path: Path) -> None:
         raise ValueError(
             f"{option}: {path} lies in a directory that is not there; make it or give another path"
         )
-
-
-def _read_overrides(options: list[str], file: Path | None) -> dict[str, Any]:
-    """Overrides of a file and of the command line; the command line goes before the file."""
-    merged: dict[str, Any] = {}
-    for option in options:
-        pattern, _, value = option.rpartition("=")
-        key, colon, chosen = value.partition(":")
-        if not colon:
-            key, chosen = "block_size", value
-        keys = merged.setdefault(pattern, {})
-        keys[key] = int(chosen) if chosen.isdecimal() else chosen
-        try:
-            LayerOverride.model_validate(keys)
-        except ValidationError:
-            pattern = ""
-        if not pattern:
-            raise ValueError(
-                f"--override: {option!r}; it must be PATTERN=BLOCK_SIZE with a block size of 16, "
-                "32 or 64, such as 're:.*down_proj=16', or PATTERN=KEY:VALUE with book, "
-                "activation_format or rotation, such as 're:.*down_proj=rotation:none'"
-            )
-    if file is not None:
-        from .checkpoint.json_files import read_json
-
-        if not file.exists():
-            raise ValueError(f"--overrides: {file} is not there; give a file such as `plan` writes")
-        for pattern, override in Scheme.parse(
-            {"overrides": read_json(file, unique=True)}, str(file)
-        ).overrides.items():
-            merged.setdefault(pattern, override)
-    return merged
 
 
 def main() -> None:

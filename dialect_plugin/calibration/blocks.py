@@ -16,6 +16,7 @@ import torch
 
 from ..checkpoint.reader import Checkpoint, CheckpointError
 from ..experts import expert_of
+from .cache_means import CacheMeans
 from .experts import run_one_by_one
 
 __all__ = ["DecoderBlocks"]
@@ -74,6 +75,7 @@ class DecoderBlocks:
         self._experts, self.experts = self._in_blocks(experts)
         self._calls: list[_Call] = []
         self._wrapped = False  # whether the blocks return tuples
+        self._means: CacheMeans | None = None
         output, embedding = self._model.get_output_embeddings(), self._model.get_input_embeddings()
         self._tied = output is not None and output.weight is embedding.weight
 
@@ -184,6 +186,37 @@ class DecoderBlocks:
         dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}.get(info.dtype)
         fits = tuple(info.shape) == tuple(self._model.get_parameter(path).shape)
         return (names[0], dtype) if dtype is not None and fits else None
+
+    def watch_caches(self) -> None:
+        """Let :meth:`means_seen` see what the blocks attend to; called before :meth:`embed`."""
+        self._means = CacheMeans(self._model)
+
+    @contextmanager
+    def means_seen(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Note the keys and values of a block that runs inside the ``with`` block.
+
+        Yields:
+            A table that is filled at the end: tensor of the checkpoint -> mean, see
+            :mod:`..cache_means`. Empty unless caches are watched.
+        """
+        found: dict[str, torch.Tensor] = {}
+        if self._means is None:
+            yield found
+            return
+        with self._means.seen() as sums:
+            yield found
+        paths = {module: path for path, module in self._model.named_modules()}
+        for module, total in sums.items():
+            name = self._stored_module(paths[module])
+            found |= {f"{name}.{leaf}": mean for leaf, mean in total.means().items()}
+
+    def _stored_module(self, path: str) -> str:
+        """The checkpoint's name of a module, which holds one of its tensors at least."""
+        front = f"{path}."
+        for stored, parameter in self._parameters.items():
+            if parameter.startswith(front):
+                return stored.rsplit(".", parameter.removeprefix(front).count(".") + 1)[0]
+        return path
 
     def run(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
         """The output of a loaded block, float32 [1, tokens, width], on the device of `hidden`."""

@@ -18,7 +18,7 @@ from dialect_kernels import PackedTensor, quantize
 from dialect_kernels.calibrated import numbers_together, quantize_factored_alike
 from dialect_kernels.second_moments import UpperFactor
 
-from ..checkpoint.calibrated import EXPERTS, CalibratedLayers, Rescaled
+from ..checkpoint.calibrated import CACHE_MEANS, EXPERTS, CalibratedLayers, Rescaled
 from ..checkpoint.layer_choice import LayerChoice
 from ..checkpoint.progress import Progress
 from ..checkpoint.reader import Checkpoint, CheckpointError
@@ -46,16 +46,22 @@ class Calibrator:
         self._forms: Mapping[str, LayerFormat]
         self._blocks: DecoderBlocks
         self._text: CalibrationText
+        self._caches = False
+        """Whether means of keys and values are measured for a 4-bit cache."""
 
     def prepare(self, checkpoint: Checkpoint, choice: LayerChoice) -> Mapping[str, Any]:
         """Build the empty model and read the text; see the protocol."""
         options = self._options
         self._checkpoint, self._forms = checkpoint, choice.formats
         self._blocks, self._text = open_calibration(checkpoint, choice.formats, options)
+        self._caches = choice.scheme.kv_cache != "none"
+        if self._caches:
+            self._blocks.watch_caches()
         import transformers
 
         balanced = {"balance": True} if options.balance else {}
         experts = {EXPERTS: True} if self._blocks.experts else {}
+        means = {CACHE_MEANS: True} if self._caches else {}
         return {
             "rule": "gptq",
             "text": self._text.name,
@@ -65,6 +71,7 @@ class Calibrator:
             "damping": options.damping,
             **balanced,
             **experts,
+            **means,
             "device": torch.device(options.device).type,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -75,14 +82,16 @@ class Calibrator:
         blocks = self._blocks
         holders = blocks.linear | blocks.experts
         todo = {n: holders[n] for n in layers if n in holders and n not in done}
-        if not todo:
+        unmeasured = [n for n in range(len(blocks)) if self._caches and not done.has_means(n)]
+        if not todo and not unmeasured:
             return
         sizes = {n: self._checkpoint.weights[n].nbytes for n in holders}
         progress.begin("calibrating", len(sizes), sum(sizes.values()))
         hidden = blocks.embed(self._text.windows)
-        for number in range(max(todo.values()) + 1):
+        for number in range(max([*todo.values(), *unmeasured]) + 1):
             wanted = {n for n, holder in todo.items() if holder == number}
-            if self._options.balance and not wanted.isdisjoint(blocks.linear):
+            touched = number in unmeasured or not wanted.isdisjoint(blocks.linear)
+            if self._options.balance and touched:
                 # the channels of all linear layers depend on each other
                 wanted |= {n for n, holder in blocks.linear.items() if holder == number}
             with blocks.loaded(number) as modules:
@@ -107,9 +116,17 @@ class Calibrator:
                 for state in hidden:
                     self._blocks.run(number, state)
             self._store(number, inputs, {}, Rescaled({}, {}), done)
-        inputs, rescaled = self._forward(number, linear, last, hidden)
+        before = list(hidden) if self._caches and self._options.balance else []
+        with self._blocks.means_seen() as means:
+            inputs, rescaled = self._forward(number, linear, last, hidden)
+        if before:  # balancing may have scaled the channels of values
+            with self._blocks.means_seen() as means:
+                for state in before:
+                    self._blocks.run(number, state)
         self._blocks.drop_experts(number)  # which are read from the checkpoint one by one
         self._store(number, inputs, linear, rescaled, done)
+        if self._caches and not done.has_means(number):
+            done.add_means(number, means)
 
     def _groups(self, number: int, wanted: Collection[str]) -> list[list[ExpertInput]]:
         """The experts' inputs of a loaded block, in groups whose moments are in memory together.

@@ -31,6 +31,7 @@ from .tables import folded
 from .writer import write_file, write_text
 
 __all__ = [
+    "CACHE_MEANS",
     "EXPERTS",
     "CalibratedLayers",
     "Calibration",
@@ -44,7 +45,12 @@ __all__ = [
 EXPERTS = "experts"
 """Key of a calibration's identity: whether routed experts were calibrated, too."""
 
+CACHE_MEANS = "cache_means"
+"""Key of a calibration's identity: whether means of keys and values were measured."""
+
 _PREFIX = ".blockdialect-block-"
+_MEANS_OF = "means_of_block"
+"""Key in the metadata of a file that holds means instead of layers."""
 _RESCALED = "rescaled_tensors"
 _ROWS, _COLUMNS, _REPLACED = ":rows", ":columns", ":replaced"
 """Behind the names of tensors in these files that belong to no packed weight."""
@@ -121,6 +127,7 @@ class CalibratedLayers:
         self._fingerprint = fingerprint
         self._files: dict[str, Path] = {}
         self._others: dict[str, Path] = {}  # scales of layers, and tensors that are not packed
+        self._means: dict[int, Path] = {}
         self.dampings: dict[str, float | None] = {}
         """Layer -> the damping that was used; None for one that was rounded to nearest."""
         for path in sorted(directory.glob(f"{_PREFIX}*")):
@@ -146,9 +153,30 @@ class CalibratedLayers:
             tensors |= {f"{layer}{_ROWS}": scales.rows, f"{layer}{_COLUMNS}": scales.columns}
         tensors |= {f"{name}{_REPLACED}": tensor for name, tensor in rescaled.tensors.items()}
         tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-        metadata = {"fingerprint": self._fingerprint, "dampings": json.dumps(dict(dampings))}
+        self._write(block, tensors, {"dampings": json.dumps(dict(dampings))})
+
+    def add_means(self, block: int, means: Mapping[str, torch.Tensor]) -> None:
+        """Write the means of a block's keys and values, of which there may be none."""
+        self._write(block, dict(means), {_MEANS_OF: str(block)})
+
+    def has_means(self, block: int) -> bool:
+        """Whether the means of a block's keys and values are known."""
+        return block in self._means
+
+    def means(self) -> dict[str, torch.Tensor]:
+        """The means of all blocks' keys and values by their names in the checkpoint."""
+        found: dict[str, torch.Tensor] = {}
+        for _, path in sorted(self._means.items()):
+            with safe_open(path, framework="pt") as file:
+                found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return found
+
+    def _write(
+        self, block: int, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
+    ) -> None:
         path = self._free_file(block)
-        contents = save(tensors, metadata)  # save_file has an error of its own for a full disk
+        # save_file has an error of its own for a full disk
+        contents = save(tensors, {"fingerprint": self._fingerprint, **metadata})
         write_file(path, lambda temporary: temporary.write_bytes(contents))
         self._open(path)
 
@@ -188,7 +216,8 @@ class CalibratedLayers:
         ending = len(_REPLACED)
         replaced = sorted(name[:-ending] for name in self._others if name.endswith(_REPLACED))
         experts = sum(expert_of(name) is not None for name in dampings)
-        return CalibrationRecord(identity, nearest, raised, tuple(replaced), experts)
+        means = len(self.means()) // 2
+        return CalibrationRecord(identity, nearest, raised, tuple(replaced), experts, means)
 
     def remove(self) -> None:
         """Delete the files."""
@@ -196,10 +225,11 @@ class CalibratedLayers:
             path.unlink()
         self._files.clear()
         self._others.clear()
+        self._means.clear()
 
     def _free_file(self, block: int) -> Path:
         """A file that holds no layers of this conversion."""
-        held = set(self._files.values())
+        held = {*self._files.values(), *self._means.values()}
         paths = (self._directory / f"{_PREFIX}{block:05}-{part:03}" for part in count())
         return next(path for path in paths if path not in held)
 
@@ -207,7 +237,11 @@ class CalibratedLayers:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("fingerprint") == self._fingerprint:
+                if metadata.get("fingerprint") != self._fingerprint:
+                    return
+                if _MEANS_OF in metadata:
+                    self._means[int(metadata[_MEANS_OF])] = path
+                else:
                     dampings = json.loads(metadata["dampings"])
                     self.dampings |= dampings
                     self._files |= dict.fromkeys(dampings, path)
@@ -251,6 +285,7 @@ class CalibrationRecord:
         damped: layers that needed more damping than the others -> their damping.
         replaced: tensors that are not the source's: balancing has scaled them.
         experts: how many matrices of routed experts were quantized.
+        means: of how many attention modules the means of keys and values are known.
     """
 
     identity: Mapping[str, Any]
@@ -258,6 +293,7 @@ class CalibrationRecord:
     damped: Mapping[str, float]
     replaced: tuple[str, ...] = ()
     experts: int = 0
+    means: int = 0
 
     def lines(self) -> Iterator[str]:
         """The record in words; one fact a line."""
@@ -282,6 +318,13 @@ class CalibrationRecord:
             )
         if self.damped:
             yield f"needed more damping than {of['damping']}: {folded(self.damped)}"
+        if self.means:
+            yield f"means of keys and values of {self.means} attention modules for the KV cache"
+        elif CACHE_MEANS in of:
+            yield (
+                "transformers does not show the keys and values of this model, or no 4-bit KV "
+                "cache can hold them: they have no means"
+            )
 
     def write(self, destination: Path, fingerprint: str) -> None:
         """Write the record into the directory of the checkpoint."""

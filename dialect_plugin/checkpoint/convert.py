@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import save
 
 from dialect_kernels import PackedTensor
 from dialect_kernels.backend import Quantized
@@ -26,6 +27,7 @@ from dialect_kernels.ops import quantize_counted, rounding_loss
 from dialect_kernels.packed import STORED_FIELDS, bits_per_weight
 from dialect_kernels.rotation import rotate_weight
 
+from ..cache_means import MEANS_FILE
 from ..scheme import LayerFormat, Rotation, Scheme
 from .calibrated import CalibratedLayers, Calibration, CalibrationRecord, recorded_fingerprint
 from .companions import Companions, find_companions
@@ -327,6 +329,14 @@ class _Conversion:
         elements = min(_CHUNK_ELEMENTS, max(_CHUNK_ELEMENTS // 4, share))
         return self.checkpoint.read_rows(layer, elements)
 
+    def _write_means(self) -> dict[str, tuple[str, int]]:
+        """Write the means of keys and values, if there are any: tensor -> (file, bytes)."""
+        means = {} if self.calibration is None else self.calibration.layers.means()
+        if means:
+            contents = save(means, {"format": "pt"})
+            write_file(self.destination / MEANS_FILE, lambda path: path.write_bytes(contents))
+        return {name: (MEANS_FILE, mean.nbytes) for name, mean in means.items()}
+
     def finish(self, resumed: int) -> ConversionResult:
         """Write everything but the shards, and drop the journal."""
         finished = [(shard, self.journal.shards[shard]) for shard in self.checkpoint.shards]
@@ -336,14 +346,15 @@ class _Conversion:
             done, identity = self.calibration
             record = done.record(identity, (layer.name for layer in layers))
             record.write(self.destination, self.journal.fingerprint)
+        stored = {
+            name: (file, nbytes)
+            for file, shard in finished
+            for name, nbytes in shard.tensors.items()
+        }
         packed_bytes = finish_checkpoint(
             self.checkpoint,
             self.destination,
-            {
-                name: (file, nbytes)
-                for file, shard in finished
-                for name, nbytes in shard.tensors.items()
-            },
+            stored | self._write_means(),
             model_card(self.checkpoint, layers, self.choice, record),
             self.companions,
             self.choice.scheme.to_config(),
@@ -560,7 +571,7 @@ def _is_finished(
     if (
         packed.scheme != choice.scheme
         or not all((destination / name).is_file() for name in companions.copied)
-        or packed.checkpoint.shards != checkpoint.shards
+        or {*packed.checkpoint.shards} - {MEANS_FILE} != {*checkpoint.shards}
         or any(file.stat().st_mtime_ns > written for file in sources)
     ):
         return False

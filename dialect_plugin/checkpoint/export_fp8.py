@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from dialect_kernels import __version__
 
 from ..architectures import collapse_experts, is_embedding
+from ..cache_means import attention_of
 from ..experts import expert_of, leaves_of, prefixes
 from .companions import find_companions
 from .finish import finish_checkpoint
@@ -87,6 +88,8 @@ def export_fp8(packed: PackedCheckpoint, destination: Path, progress: Progress) 
     stored: dict[str, tuple[str, int]] = {}
     for shard in source.shards:
         tensors = dict(_exported_tensors(packed, shard, progress))
+        if not tensors:  # means
+            continue
         stored |= {name: (shard, tensor.nbytes) for name, tensor in tensors.items()}
         write_file(staging / shard, partial(save_file, tensors, metadata={"format": "pt"}))
         del tensors
@@ -195,7 +198,7 @@ def _exported_tensors(
                 exported = _exported_name(packed, layer)
                 yield f"{exported}.weight", weight
                 yield f"{exported}.weight_scale", scale[:, None].contiguous()
-            elif not name.endswith(PACKED_SUFFIXES):
+            elif _is_copied(name):
                 yield name, file.get_tensor(name)
             progress.advance(info.nbytes)
 
@@ -214,9 +217,14 @@ def _exported_bytes(packed: PackedCheckpoint) -> int:
             total += 2 * info.nbytes * _dtype(packed.checkpoint).itemsize
         elif name.endswith(_CODES):
             total += 2 * info.nbytes + 4 * info.shape[0]
-        elif not name.endswith(PACKED_SUFFIXES):
+        elif _is_copied(name):
             total += info.nbytes
     return total
+
+
+def _is_copied(tensor: str) -> bool:
+    """Whether a tensor is neither packed nor a mean for a KV cache of 4 bits."""
+    return not tensor.endswith(PACKED_SUFFIXES) and attention_of(tensor) is None
 
 
 def _card(packed: PackedCheckpoint) -> str:

@@ -11,10 +11,11 @@ import torch
 
 from dialect_kernels.packed import bits_per_weight
 
+from ..cache_means import attention_of
 from ..experts import expert_of
 from ..scheme import METHODS, LayerFormat
 from .progress import Progress
-from .reader import PACKED_SUFFIXES, PackedCheckpoint, open_packed
+from .reader import PACKED_SUFFIXES, Checkpoint, CheckpointError, PackedCheckpoint, open_packed
 from .tables import layer_table, mixed_keys, only_or_blank, shape_cell
 
 __all__ = ["Inspection", "LayerInspection", "inspect_checkpoint", "render"]
@@ -48,6 +49,8 @@ class Inspection:
 
     packed: PackedCheckpoint
     layers: tuple[LayerInspection, ...]
+    means: int
+    """Attention modules whose keys and values have means."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -87,7 +90,30 @@ def inspect_checkpoint(path: str | Path, progress: Progress) -> Inspection:
             )
         )
         progress.advance(weight.nbytes)
-    return Inspection(packed, tuple(layers))
+    return Inspection(packed, tuple(layers), _checked_means(packed.checkpoint))
+
+
+def _checked_means(checkpoint: Checkpoint) -> int:
+    """Of how many attention modules the means of keys and values are stored, all of them valid."""
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, info in checkpoint.tensors.items():
+        if (held := attention_of(name)) is None:
+            continue
+        with checkpoint.open_shard(info.shard) as file:
+            mean = file.get_tensor(name)
+        if mean.dtype != torch.bfloat16 or mean.dim() != 2 or not bool(mean.isfinite().all()):
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} is {mean.dtype} {list(mean.shape)}; it must be finite "
+                "bfloat16 numbers [heads of keys and values, head size]: convert the model again"
+            )
+        found.setdefault(held[0], {})[held[1]] = info.shape
+    for module, shapes in found.items():
+        if len(shapes) != 2 or len(set(shapes.values())) != 1:
+            raise CheckpointError(
+                f"{checkpoint.path}: {module} has not one mean for keys and one for values of the "
+                "same shape; convert the model again"
+            )
+    return len(found)
 
 
 def render(found: Inspection) -> str:
@@ -96,6 +122,9 @@ def render(found: Inspection) -> str:
     rotation = "" if scheme.rotation == "none" else f", rotation {scheme.rotation}"
     vocabulary = scheme.vocabulary(tied=found.packed.checkpoint.tied_embeddings)
     beside = f"\npacked beside the decoder layers: {vocabulary}" if vocabulary else ""
+    if scheme.kv_cache != "none":
+        means = f"means of {found.means} attention modules" if found.means else "no means"
+        beside += f"\nKV cache in 4 bits, {means}"
     summary = (
         f"valid: format version {scheme.format_version}, book {scheme.book}, activations "
         f"{scheme.activation_format} ({METHODS[scheme.activation_format].bits}){rotation}\n"

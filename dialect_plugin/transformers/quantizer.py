@@ -32,6 +32,7 @@ from dialect_kernels import quantize
 from dialect_kernels.packed import STORED_FIELDS
 
 from ..architectures import is_embedding
+from ..cache_means import KEY_MEAN, VALUE_MEAN
 from ..checkpoint.layer_choice import choose_layers
 from ..checkpoint.options import ConvertOptions
 from ..checkpoint.reader import (
@@ -55,6 +56,7 @@ __all__ = ["BlockDialectQuantizer", "register"]
 
 logger = logging.getLogger(__name__)
 
+_MEANS = rf"\.({KEY_MEAN}|{VALUE_MEAN})$"
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _SAME_PRODUCT = ("Linear", "FalconLinear")
 """Classes of linear layers whose output is ``input @ weight.T + bias``, and nothing else."""
@@ -128,6 +130,9 @@ class BlockDialectQuantizer(HfQuantizer):
         checkpoint, formats = self._layers(directory)
         self._stored_by = checkpoint.architecture
         self._model = weakref.ref(model)
+        # means for an engine's KV cache
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        model._keys_to_ignore_on_load_unexpected = {*ignored, _MEANS}
         accumulation = self.quantization_config.accumulation
         self._put_experts(model, checkpoint, formats)
         single = {stored: form for stored, form in formats.items() if expert_of(stored) is None}

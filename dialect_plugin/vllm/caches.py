@@ -26,11 +26,13 @@ from dialect_kernels.cached_attention import attend, store
 from dialect_kernels.kv_cache import CACHE_BLOCK, Context, KvCache, Scoring, slot_bytes
 
 from ..scheme import KvCacheFormat, SchemeError
+from .cache_means import means_of
 
 __all__ = [
     "CACHE_DTYPE",
     "attend_packed",
     "cache_format",
+    "cache_of",
     "customized",
     "is_packed",
     "note_engine",
@@ -134,6 +136,7 @@ def customized(spec: Any) -> Any:
 
 
 def store_packed(
+    layer: Any,
     kv_cache: torch.Tensor,
     head_size: int,
     key: torch.Tensor,
@@ -143,10 +146,11 @@ def store_packed(
     """Store new rows of keys and values in a layer's packed cache; arguments are vLLM's."""
     count = min(key.shape[0], slot_mapping.shape[0])
     slots = slot_mapping[:count].to(torch.int64)
-    store(KvCache(kv_cache, head_size), key[:count], value[:count], slots)
+    store(cache_of(layer, kv_cache, head_size), key[:count], value[:count], slots)
 
 
 def attend_packed(
+    layer: Any,
     kv_cache: torch.Tensor,
     heads: tuple[int, int],
     query: torch.Tensor,
@@ -158,6 +162,7 @@ def attend_packed(
     """Attend over a layer's packed cache.
 
     Args:
+        layer: vLLM's attention layer.
         kv_cache: the cache.
         heads: how many query heads there are, and the head size.
         query: of all tokens, and perhaps of more.
@@ -169,9 +174,15 @@ def attend_packed(
     count = metadata.num_actual_tokens
     shape = (count, *heads)
     context = Context(metadata.query_start_loc, metadata.seq_lens, metadata.block_table, causal)
-    cache = KvCache(kv_cache, heads[1])
+    cache = cache_of(layer, kv_cache, heads[1])
     attend(cache, query[:count].view(shape), context, scoring, output[:count].view(shape))
     return output
+
+
+def cache_of(layer: Any, kv_cache: torch.Tensor, head_size: int) -> KvCache:
+    """A layer's packed cache, with the means that are subtracted from what is stored in it."""
+    key_mean, value_mean = means_of(layer)
+    return KvCache(kv_cache, head_size, key_mean=key_mean, value_mean=value_mean)
 
 
 def _wanted_by_dtype(config: Any) -> bool:

@@ -12,6 +12,7 @@ import torch
 
 __all__ = [
     "attention_backend",
+    "buffer_in_use",
     "built_for_reload",
     "current_architectures",
     "has_adapters_for_experts",
@@ -34,6 +35,7 @@ __all__ = [
     "permit_amx",
     "register_attention",
     "restore_weights",
+    "shares_cache_of",
     "stacked_names",
     "tied_embeddings",
     "weights_put_aside",
@@ -143,6 +145,22 @@ def weights_put_aside(layer: torch.nn.Module) -> list[torch.Tensor]:
     """The layer's tensors that vLLM has put aside for a reload; new values are copied into them."""
     info = _layer_info(layer)
     return [] if info is None else [t for tensors in info.kernel_tensors for t in tensors.values()]
+
+
+def buffer_in_use(layer: torch.nn.Module, name: str) -> torch.Tensor:
+    """A buffer of a layer, whether or not vLLM has put it aside for a reload."""
+    info = _layer_info(layer)
+    found: torch.Tensor = getattr(layer, name) if info is None else info.kernel_tensors[1][name]
+    return found
+
+
+def shares_cache_of(layer: Any) -> Any:
+    """The attention layer whose KV cache this one reads instead of one of its own; else None."""
+    name = getattr(layer, "kv_sharing_target_layer_name", None)
+    config = _vllm_config()
+    if name is None or config is None:
+        return None
+    return config.compilation_config.static_forward_context.get(name)
 
 
 def restore_weights(model: torch.nn.Module) -> None:

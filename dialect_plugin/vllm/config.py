@@ -405,10 +405,14 @@ class BlockDialectConfig(QuantizationConfig):
 
     def fused_name(self, layer: str) -> str | None:
         """vLLM's layer that the checkpoint's `layer` is loaded into, by its name; None if none."""
-        for mapper in self._mappers:
-            layer = _mapped(mapper, layer)
-        names = [n for name in (layer, *self._names_inside(layer)) for n in _spellings(name)]
+        names = self.engine_names(layer)
         return next((self._fused[name] for name in names if name in self._fused), None)
+
+    def engine_names(self, name: str) -> list[str]:
+        """What vLLM may call the checkpoint's layer or module `name`."""
+        for mapper in self._mappers:
+            name = _mapped(mapper, name)
+        return [n for inner in (name, *self._names_inside(name)) for n in _spellings(inner)]
 
     def check_names(self, tensors: Iterable[str], skipped: Callable[[str], bool] | None) -> None:
         """Check that every exact name in `ignore` and `overrides` is a layer's.

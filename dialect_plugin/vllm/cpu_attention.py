@@ -6,7 +6,7 @@ for models without it, and for layers that a dialect cache cannot serve (:mod:`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from vllm.v1.attention.backends.cpu_attn import (
@@ -45,6 +45,8 @@ class DialectCPUBackend(CPUAttentionBackend):
 class _Attention(CPUAttentionBackendImpl):
     """One layer; a packed cache is known by its bytes."""
 
+    takes_means: ClassVar = True
+
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         note_engine(self.kv_cache_dtype)
@@ -61,7 +63,7 @@ class _Attention(CPUAttentionBackendImpl):
         """Store new rows of keys and values."""
         if not self._packs(kv_cache):
             return super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        return store_packed(kv_cache, self.head_size, key, value, slot_mapping)
+        return store_packed(layer, kv_cache, self.head_size, key, value, slot_mapping)
 
     def forward(
         self,
@@ -85,7 +87,9 @@ class _Attention(CPUAttentionBackendImpl):
         if causal is None:
             causal = attn_metadata.causal
         heads = self.num_heads, self.head_size
-        return attend_packed(kv_cache, heads, query, attn_metadata, causal, self._score(), output)
+        return attend_packed(
+            layer, kv_cache, heads, query, attn_metadata, causal, self._score(), output
+        )
 
     def _packs(self, kv_cache: torch.Tensor) -> bool:
         return kv_cache.dtype == torch.uint8 and not self.is_fp8_kv_cache

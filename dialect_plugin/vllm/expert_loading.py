@@ -14,11 +14,11 @@ import torch
 
 from dialect_kernels.packed import STORED_FIELDS
 
-from .. import architectures
 from ..experts import WEIGHT, Expert, ExpertTensor
 from . import compat
 from .errors import LoadError
 from .experts import BlockDialectExpertsMethod
+from .places import Places
 
 __all__ = ["expert_layers", "without_experts"]
 
@@ -60,7 +60,7 @@ def without_experts(
         LoadError: if a tensor of experts is not what the model needs, or packed experts arrive that
             the model has in 16 bit.
     """
-    places = _Places(model, engine_name)
+    places = _places(model, engine_name)
     for name, tensor in weights:
         held = ExpertTensor.of(f"{inside}{name}")
         layer = None if held is None else places.find(held.prefix)
@@ -105,34 +105,14 @@ def _check_kind(name: str, held: ExpertTensor, method: BlockDialectExpertsMethod
         )
 
 
-class _Places:
-    """Where a model has the experts of a checkpoint.
-
-    Args:
-        model: the complete model.
-        engine_name: as for :func:`without_experts`.
-    """
-
-    def __init__(self, model: torch.nn.Module, engine_name: Callable[[str], str | None]) -> None:
-        self._engine_name = engine_name
-        self._layers: dict[str, Any] = {}
-        self._by_block: dict[int, list[Any]] = {}
-        self._known: dict[str, Any] = {}
-        for place, module in model.named_modules():
-            if compat.is_expert_layer(module):
-                for name in (place.removesuffix(_RUNNER), module.layer_name):
-                    self._layers.setdefault(name, module)
-                self._by_block.setdefault(architectures.block_of(place), []).append(module)
-
-    def find(self, prefix: str) -> Any:
-        """vLLM's layer for the checkpoint's experts `prefix`; None if it has none.
-
-        If the name is not known, the only experts of that decoder layer are meant.
-        """
-        if prefix not in self._known:
-            found = self._layers.get(self._engine_name(prefix) or prefix)
-            if found is None:
-                same = self._by_block.get(architectures.block_of(prefix), [])
-                found = same[0] if len(same) == 1 else None
-            self._known[prefix] = found
-        return self._known[prefix]
+def _places(model: torch.nn.Module, engine_name: Callable[[str], str | None]) -> Places:
+    """Where a model has the experts of a checkpoint; `engine_name` as above."""
+    return Places(
+        (
+            (place, name, module)
+            for place, module in model.named_modules()
+            if compat.is_expert_layer(module)
+            for name in (place.removesuffix(_RUNNER), str(module.layer_name))
+        ),
+        lambda prefix: [engine_name(prefix) or prefix],
+    )

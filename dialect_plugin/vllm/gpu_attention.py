@@ -20,12 +20,13 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 
 from dialect_kernels.cached_attention import warm_up
-from dialect_kernels.kv_cache import KvCache, Scoring, slot_bytes
+from dialect_kernels.kv_cache import Scoring, slot_bytes
 
 from .caches import (
     CACHE_DTYPE,
     attend_packed,
     cache_format,
+    cache_of,
     customized,
     is_packed,
     note_engine,
@@ -87,6 +88,8 @@ class DialectGPUBackend(TritonAttentionBackend):
 class _Attention(TritonAttentionImpl):
     """One layer; a packed cache is known by its bytes."""
 
+    takes_means: ClassVar = True
+
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         note_engine(self.kv_cache_dtype)
@@ -110,7 +113,7 @@ class _Attention(TritonAttentionImpl):
         """Store new rows of keys and values."""
         if not self._packs(kv_cache):
             return super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        return store_packed(kv_cache, self.head_size, key, value, slot_mapping)
+        return store_packed(layer, kv_cache, self.head_size, key, value, slot_mapping)
 
     def forward(
         self,
@@ -133,13 +136,14 @@ class _Attention(TritonAttentionImpl):
         heads = self.num_heads, self.head_size
         scoring = self._score(query.device)
         return attend_packed(
-            kv_cache, heads, query, attn_metadata, attn_metadata.causal, scoring, output
+            layer, kv_cache, heads, query, attn_metadata, attn_metadata.causal, scoring, output
         )
 
-    def warm_up(self, spec: Any, dtype: torch.dtype, device: torch.device) -> None:
+    def warm_up(self, layer: Any, spec: Any, dtype: torch.dtype, device: torch.device) -> None:
         """Compile what this layer's cache needs.
 
         Args:
+            layer: vLLM's attention layer.
             spec: of the cache.
             dtype: of the model.
             device: of the model.
@@ -147,7 +151,7 @@ class _Attention(TritonAttentionImpl):
         size = slot_bytes(self.head_size)
         shape = 1, self.num_kv_heads, spec.block_size, size
         slots = torch.zeros(shape, dtype=torch.uint8, device=device)
-        cache = KvCache(slots, self.head_size)
+        cache = cache_of(layer, slots, self.head_size)
         warm_up(cache, self.num_heads, dtype, self._score(device))
 
     def _packs(self, kv_cache: torch.Tensor) -> bool:
@@ -174,9 +178,10 @@ class _MetadataBuilder(TritonAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         if is_packed(kv_cache_spec):
             layers = vllm_config.compilation_config.static_forward_context
+            dtype = vllm_config.model_config.dtype
             for name in layer_names:
-                attention: _Attention = layers[name].impl
-                attention.warm_up(kv_cache_spec, vllm_config.model_config.dtype, device)
+                layer: Any = layers[name]
+                layer.impl.warm_up(layer, kv_cache_spec, dtype, device)
 
 
 class _CacheDtype:

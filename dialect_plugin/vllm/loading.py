@@ -24,6 +24,7 @@ from dialect_kernels.packed import STORED_FIELDS
 
 from ..scheme import Scheme
 from . import compat
+from .cache_means import without_means
 from .completeness import check_complete, track_arrivals
 from .errors import LoadError
 from .expert_loading import expert_layers, without_experts
@@ -64,6 +65,8 @@ class _Config(Decides, Protocol):
 
     def fused_name(self, layer: str) -> str | None: ...
 
+    def engine_names(self, name: str) -> list[str]: ...
+
     def chosen_by_name(self, layers: Iterable[str]) -> str: ...
 
     def check_names(
@@ -88,6 +91,7 @@ def load(
         return own(_of_runner(config, model, weights))
     layers = _layers(model)
     _active.append(model)
+    weights = without_means(model, weights, config.engine_names)
     try:
         if compat.is_reloading(model):
             weights = without_experts(model, weights, config.fused_name, first=False)

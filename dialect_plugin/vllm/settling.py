@@ -20,7 +20,9 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from dialect_kernels.packed import STORED_FIELDS
 
 from .. import architectures
+from ..scheme import Scheme
 from . import compat
+from .cache_means import give_room
 from .linear import BlockDialectLinearMethod, LinearSpec
 from .probes import WEIGHT
 from .vocabulary import ChoosesVocabulary, settle_vocabulary
@@ -34,6 +36,8 @@ _PARAMETERS = (WEIGHT, *(field.stored for field in STORED_FIELDS))
 
 class Decides(ChoosesVocabulary, Protocol):
     """What is needed of :class:`.config.BlockDialectConfig`, which stands above."""
+
+    scheme: Scheme
 
     def see_parts(
         self,
@@ -74,6 +78,8 @@ def settle(config: Decides, model: torch.nn.Module) -> None:
         if wanted != spec or loader is not None:
             _build_again(layer, wanted, loader)
     settle_vocabulary(config, model, places)
+    if config.scheme.kv_cache != "none":
+        give_room(model)
 
 
 def _names(places: Mapping[str, torch.nn.Module], place: str, layer: Any) -> tuple[str, ...]:

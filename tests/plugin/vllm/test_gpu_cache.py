@@ -51,12 +51,13 @@ def metadata(case):
     )
 
 
-@pytest.mark.parametrize("kind", ["plain", "window and cap", "slopes and sinks"])
+@pytest.mark.parametrize("kind", ["plain", "means", "window and cap", "slopes and sinks"])
 def test_a_layer_stores_and_attends(kind):
-    case = make(64, 2, SEQUENCES, torch.float32)
+    case = make(64, 2, SEQUENCES, torch.float32, means=kind == "means")
     sinks, slopes = torch.tensor([0.5, -1.0, 2.0, 0.0]), [-0.1, -0.2, 0.0, -0.05]
     scoring, options = {
         "plain": (Scoring(0.125), {}),
+        "means": (Scoring(0.125), {}),
         "window and cap": (
             Scoring(0.125, soft_cap=3.0, window=9),
             {"logits_soft_cap": 3.0, "sliding_window": 9},
@@ -67,12 +68,13 @@ def test_a_layer_stores_and_attends(kind):
         ),
     }[kind]
     attention = layer(case, **options)
+    module = SimpleNamespace(k_mean=case.cache.key_mean, v_mean=case.cache.value_mean)
     slots, memory = case.slots.to(torch.int32), case.cache.slots
-    attention.do_kv_cache_update(None, case.key, case.value, memory, slots)
+    attention.do_kv_cache_update(module, case.key, case.value, memory, slots)
     # outputs may have more rows, for graphs of fixed sizes
     out = torch.full((case.query.shape[0] + 3, 4, 64), 9.0)
     query = torch.cat([case.query, case.query[:3]])
-    got = attention.forward(None, query, None, None, memory, metadata(case), out)
+    got = attention.forward(module, query, None, None, memory, metadata(case), out)
     assert got is out
     want = expected(case, scoring)
     count = case.query.shape[0]
@@ -176,9 +178,10 @@ def test_kernels_are_compiled_when_the_caches_are_there(monkeypatch):
     monkeypatch.setattr(gpu_attention, "warm_up", lambda *given: warmed.append(given))
     monkeypatch.setattr(TritonAttentionMetadataBuilder, "__init__", lambda *given: None)
     attention = layer(make(64, 2, SEQUENCES), logits_soft_cap=3.0)
+    mean = torch.zeros(2, 64)
     config = SimpleNamespace(
         compilation_config=SimpleNamespace(
-            static_forward_context={"layer": SimpleNamespace(impl=attention)}
+            static_forward_context={"layer": SimpleNamespace(impl=attention, k_mean=mean)}
         ),
         model_config=SimpleNamespace(dtype=torch.float16),
     )
@@ -191,6 +194,7 @@ def test_kernels_are_compiled_when_the_caches_are_there(monkeypatch):
     build(packed, ["layer"], config, torch.device("cpu"))
     ((cache, heads, dtype, scoring),) = warmed
     assert cache.slots.shape == (1, 2, 32, 70)
+    assert (cache.key_mean, cache.value_mean) == (mean, None)
     assert (heads, dtype, scoring) == (4, torch.float16, Scoring(0.125, soft_cap=3.0))
 
 

@@ -6,14 +6,25 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from dialect_kernels import reference_attention
 from dialect_kernels.kv_cache import KvCache, slot_bytes
 from dialect_kernels.rotation import rotate_activation
+from dialect_plugin.cache_means import MEANS_FILE
+from dialect_plugin.checkpoint.convert import convert
+from dialect_plugin.checkpoint.reader import INDEX
 from dialect_plugin.scheme import Scheme, SchemeError
 from tests.support.engine_core import many_engines, serve
-from tests.support.engines import engine
-from tests.support.served_models import PROMPT, VOCABULARY, build
+from tests.support.engines import engine, load_model
+from tests.support.served_models import (
+    PROMPT,
+    VOCABULARY,
+    build,
+    checkpoint_tensors,
+    expected_logprobs,
+)
+from tests.support.swept_models import decoded_copy
 
 SWITCH = {"blockdialect": {"kv_cache": "dialect"}}
 ARCHITECTURE = "LlamaForCausalLM"
@@ -118,21 +129,26 @@ def tiny(tmp_path_factory):
     return build(ARCHITECTURE, tmp_path_factory.mktemp("model"), head_dim=64)
 
 
-def through_a_cache(directory):
+def through_a_cache(directory, means=None):
     """Log-probabilities of transformers' model whose keys and values went through a cache."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    def rounded(x):
+    def rounded(x, mean):
         rows = x[0].transpose(0, 1)  # [T, heads, D]
         count, heads, size = rows.shape
         memory = torch.zeros(1, heads, count, slot_bytes(size), dtype=torch.uint8)
+        rows = rows - mean
         reference_attention.store(KvCache(memory, size), rows, rows, torch.arange(count))
         read, _ = reference_attention.read(KvCache(memory, size), torch.arange(count))
-        return rotate_activation(read).transpose(0, 1)[None]
+        return (rotate_activation(read) + mean).transpose(0, 1)[None]
 
     def attention(module, query, key, value, mask, **options):
-        eager = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        return eager(module, query, rounded(key), rounded(value), mask, **options)
+        own = [torch.zeros(1)] * 2
+        if means is not None:
+            front = f"model.layers.{module.layer_idx}.self_attn"
+            own = [means[f"{front}.{leaf}"].float() for leaf in ("k_mean", "v_mean")]
+        key, value = (rounded(x, mean) for x, mean in zip((key, value), own, strict=True))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **options)
 
     ALL_ATTENTION_FUNCTIONS.register("through_a_cache", attention)
     transformers.AttentionMaskInterface.register(
@@ -174,6 +190,94 @@ def test_served_as_the_reference_says_and_without_the_option_as_vllm_does(tiny):
     torch.testing.assert_close(on, wanted, rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(chunked, wanted, rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(by_scheme, wanted, rtol=0, atol=TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def with_means(tiny, tmp_path_factory):
+    """A packed checkpoint with means, and the means; large ones, so that each of them is seen."""
+    packed = tmp_path_factory.mktemp("packed") / "packed"
+    convert(tiny, packed, Scheme(kv_cache="dialect", block_size=16))
+    draw = torch.Generator().manual_seed(1)
+    means = {
+        f"model.layers.{number}.self_attn.{leaf}": torch.randn(2, 64, generator=draw).bfloat16()
+        for number in range(2)
+        for leaf in ("k_mean", "v_mean")
+    }
+    save_file(means, packed / MEANS_FILE, {"format": "pt"})
+    index = json.loads((packed / INDEX).read_text())
+    index["weight_map"] |= dict.fromkeys(means, MEANS_FILE)
+    (packed / INDEX).write_text(json.dumps(index))
+    return packed, means
+
+
+@pytest.mark.slow
+def test_means_of_the_checkpoint_are_those_of_the_cache(tiny, with_means, tmp_path):
+    packed, means = with_means
+    wanted = through_a_cache(decoded_copy(tiny, packed, tmp_path / "decoded"), means)
+    without = through_a_cache(tmp_path / "decoded")
+    assert (without - wanted).abs().max() > 20 * TOLERANCE
+    with many_engines():
+        on = serve(packed, quantization="blockdialect_w4a16").output
+        off = {"blockdialect": {"kv_cache": "none"}}
+        plain = serve(packed, quantization="blockdialect_w4a16", additional_config=off).output
+    torch.testing.assert_close(on, wanted, rtol=0, atol=TOLERANCE)
+    exact = expected_logprobs(
+        tmp_path / "decoded", ARCHITECTURE, "none", block_size=lambda name: None
+    )[:-1]
+    torch.testing.assert_close(plain, exact, rtol=0, atol=TOLERANCE)
+
+
+def buffers(model):
+    return {name: value for name, value in model.named_buffers() if name.endswith("_mean")}
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_means_arrive_and_stay_through_reloads_and_pushes(with_means):
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    packed, means = with_means
+    model = load_model(packed)
+    found = buffers(model)
+    places = {name: value.data_ptr() for name, value in found.items()}
+    stored = {name.replace(".self_attn.", ".self_attn.attn."): mean for name, mean in means.items()}
+    assert found.keys() == stored.keys() <= model.state_dict().keys()
+
+    def are(factor):
+        for name, value in buffers(model).items():
+            assert value.dtype == torch.float32
+            assert torch.equal(value, factor * stored[name].float()), name
+            assert value.data_ptr() == places[name]
+
+    are(1)
+    model.load_weights((name, 2 * mean) for name, mean in means.items())
+    are(2)
+    layerwise.initialize_layerwise_reload(model)
+    weights = checkpoint_tensors(packed) | {name: 4 * mean for name, mean in means.items()}
+    model.load_weights(iter(weights.items()))
+    layerwise.finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
+    are(4)
+    bad = dict(list(means.items())[:1]) | {"model.layers.1.self_attn.v_mean": torch.ones(2, 32)}
+    with pytest.raises(ValueError, match=r"shape \[2, 32\]; it must be \[heads of keys and val"):
+        model.load_weights(iter(bad.items()))
+    are(4)
+    nan = {"model.layers.1.self_attn.v_mean": torch.full((2, 64), torch.nan)}
+    with pytest.raises(ValueError, match=r"v_mean: the checkpoint's tensor holds NaN or Inf"):
+        model.load_weights(iter(nan.items()))
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(("ranks", "rank", "head"), [(2, 0, 0), (2, 1, 1), (4, 1, 0), (4, 2, 1)])
+def test_a_rank_has_the_means_of_its_heads(with_means, monkeypatch, ranks, rank, head):
+    """Where there are more ranks than heads, some have the same."""
+    from vllm.distributed import get_tp_group
+
+    group = get_tp_group()
+    monkeypatch.setattr(group, "world_size", ranks)
+    monkeypatch.setattr(group, "rank_in_group", rank)
+    packed, means = with_means
+    for name, value in buffers(load_model(packed)).items():
+        whole = means[name.replace(".attn.", ".")].float()
+        assert torch.equal(value, whole[head : head + 1])
 
 
 @pytest.mark.slow
