@@ -8,10 +8,8 @@ with its cache afterwards follows from the cache that it gets, and from nothing 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
 from dataclasses import replace
-from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
@@ -27,6 +25,7 @@ from dialect_kernels.kv_cache import CACHE_BLOCK, Context, KvCache, Scoring, slo
 
 from ..scheme import KvCacheFormat, SchemeError
 from .cache_means import means_of
+from .options import engine_options
 
 __all__ = [
     "CACHE_DTYPE",
@@ -43,8 +42,6 @@ logger = init_logger("vllm.blockdialect")
 
 CACHE_DTYPE = "blockdialect"
 """What ``--kv-cache-dtype`` calls the format, from vLLM 0.33 on, on GPUs."""
-_OPTIONS = "blockdialect"
-"""The key of ``--additional-config`` that holds this plugin's options."""
 _SPECS = (FullAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec)
 """Kinds of caches that hold one key and one value for each token and head."""
 
@@ -61,33 +58,12 @@ def cache_format(config: Any) -> KvCacheFormat:
     Raises:
         SchemeError: if an option of this plugin is not known or has a value that is not allowed.
     """
-    additional = getattr(config, "additional_config", None)
-    options = additional if isinstance(additional, Mapping) else {}
-    for name in options:
-        if name != _OPTIONS and get_close_matches(name, [_OPTIONS], cutoff=0.8):
-            raise SchemeError(
-                f"additional_config: the key {name!r} is not known; did you mean {_OPTIONS!r}?"
-            )
-    given = options.get(_OPTIONS, {})
-    if not isinstance(given, Mapping):
-        raise SchemeError(
-            f"additional_config: {_OPTIONS} is {given!r}; it must be an object such as "
-            '{"kv_cache": "dialect"}'
-        )
-    for name in given.keys() - {"kv_cache"}:
-        raise SchemeError(
-            f"additional_config: {_OPTIONS} has the key {name!r}; allowed is kv_cache"
-        )
+    options = engine_options(config)
     if _wanted_by_dtype(config):
         return "dialect"
     scheme = getattr(getattr(config, "quant_config", None), "scheme", None)
-    found: Any = given.get("kv_cache", getattr(scheme, "kv_cache", "none"))
-    if found not in get_args(KvCacheFormat):
-        allowed = " and ".join(map(repr, get_args(KvCacheFormat)))
-        raise SchemeError(
-            f"additional_config: kv_cache of {_OPTIONS} is {found!r}; allowed are {allowed}"
-        )
-    return found
+    of_model: KvCacheFormat = getattr(scheme, "kv_cache", "none")
+    return options.kv_cache or of_model
 
 
 def note_engine(kv_cache_dtype: str) -> None:

@@ -15,6 +15,7 @@ __all__ = [
     "buffer_in_use",
     "built_for_reload",
     "current_architectures",
+    "current_config",
     "has_adapters_for_experts",
     "has_gated_experts",
     "has_open_cache_dtypes",
@@ -76,7 +77,7 @@ def has_gated_experts(layer: object) -> bool:
 
 def has_adapters_for_experts(layer: object) -> bool:
     """Whether the engine may get LoRA adapters for the experts of an expert layer."""
-    lora: Any = getattr(_vllm_config(), "lora_config", None)
+    lora: Any = getattr(current_config(), "lora_config", None)
     if lora is None:
         return False
     targets = getattr(lora, "target_modules", None)
@@ -110,13 +111,13 @@ def loads_through_loaders() -> bool:
     ``dummy`` and ``sharded_state`` write into the parameters instead, so that a missing tensor
     cannot be noticed.
     """
-    config = _vllm_config()
+    config = current_config()
     return config is not None and str(config.load_config.load_format) in _LOAD_FORMATS
 
 
 def loads_sharded_state() -> bool:
     """Whether the load format copies the parameters that another engine has saved."""
-    config = _vllm_config()
+    config = current_config()
     return config is not None and str(config.load_config.load_format) in _SHARDED_STATE
 
 
@@ -345,10 +346,10 @@ def _hf_config() -> Any:
 
 
 def _model_config() -> Any:
-    return getattr(_vllm_config(), "model_config", None)
+    return getattr(current_config(), "model_config", None)
 
 
-def _vllm_config() -> Any:
+def current_config() -> Any:
     """vLLM's config of the model that is being built; None outside of that."""
     from vllm.config import get_current_vllm_config_or_none
 

@@ -49,6 +49,7 @@ from . import compat, loading
 from .errors import LoadError
 from .experts import BlockDialectExpertsMethod, ExpertsSpec
 from .linear import BlockDialectLinearMethod, LinearSpec
+from .options import engine_options
 from .probes import WEIGHT
 from .settling import settle
 from .watch import watch
@@ -106,7 +107,7 @@ class BlockDialectConfig(QuantizationConfig):
         if self.forced_activation_format is not None:
             scheme = scheme.with_activation_format(self.forced_activation_format)
         self.scheme = scheme
-        self.complete = self.draft = False
+        self.complete = self.draft = self._keep_decoded = False
         self._serialized, self._multimodal, self._pooling = scheme.serialized, False, False
         self._architectures: list[str] = []
         self._names = [*scheme.ignore, *scheme.overrides]
@@ -286,6 +287,7 @@ class BlockDialectConfig(QuantizationConfig):
         self._multimodal = compat.is_multimodal()
         self._pooling = compat.is_pooling()
         self._architectures = compat.current_architectures()
+        self._keep_decoded = engine_options(compat.current_config()).keep_decoded
 
     def spec(self, layer: Any, *names: str) -> LinearSpec | None:
         """How a linear layer is quantized; None if it stays in 16 bit.
@@ -301,7 +303,8 @@ class BlockDialectConfig(QuantizationConfig):
         form = self._format(names, layer.input_size, columns)
         if form is None:
             return None
-        return LinearSpec(names[0], self._serialized, form, self.complete)
+        keeps = self._keep_decoded
+        return LinearSpec(names[0], self._serialized, form, self.complete, keeps)
 
     def embedding_spec(self, layer: Any, name: str, tied: bool) -> LinearSpec | None:
         """How the embeddings of tokens are quantized; None if they stay in 16 bit.

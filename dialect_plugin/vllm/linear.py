@@ -29,8 +29,9 @@ from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 from vllm.platforms import current_platform
 
 from dialect_kernels import PackedTensor, cpu, quantize
+from dialect_kernels.backend import Decoded
 from dialect_kernels.formatbook import ROTATION_GROUP
-from dialect_kernels.ops import linear, warm_up
+from dialect_kernels.ops import decode_ahead, linear, warm_up
 from dialect_kernels.packed import STORED_FIELDS
 
 from ..scheme import LayerFormat
@@ -51,6 +52,14 @@ _KINDS: tuple[tuple[Any, dict[str, int]], ...] = (
     (ChannelQuantScaleParameter, {}),
 )
 """How vLLM splits codes, meta and row exponents over fused layers and ranks."""
+_DECODED = ("weight_decoded", "weight_decoded_scale")
+"""Buffers of a layer that keeps its weight decoded."""
+_KEPT = "_blockdialect_decoded"
+"""Attribute of such a layer: the same tensors, which vLLM takes away while it reloads."""
+_NOT_DECODED = (
+    "keep_decoded has no effect on some layers: a CPU decodes in its caches, and 16-bit "
+    "activations need bfloat16"
+)
 _PARAMETERS = {
     field.stored: (field, kind) for field, kind in zip(STORED_FIELDS, _KINDS, strict=True)
 }
@@ -66,12 +75,14 @@ class LinearSpec:
         format: of its weight and of its activations.
         complete: whether every tensor must come from the checkpoint; False for load formats that
             fill parameters without their loaders, such as ``dummy``.
+        keep_decoded: whether the layer is to keep its weight decoded, where a GPU can use that.
     """
 
     name: str
     serialized: bool
     format: LayerFormat
     complete: bool = True
+    keep_decoded: bool = False
 
     def quantize(self, weight: torch.Tensor, name: str) -> PackedTensor:
         """Quantize a weight of the layer, [N, K], called `name` in messages.
@@ -275,6 +286,7 @@ class BlockDialectLinearMethod(MarksLoaded, LinearMethodBase):
                 heap.trim()
             for name, tensor in packed.stored.items():
                 layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+        self.decode(layer)
         self._warm_up(layer)
         hold_tables(layer)
         self.set_loaded(layer)
@@ -296,7 +308,26 @@ class BlockDialectLinearMethod(MarksLoaded, LinearMethodBase):
             form.activation_format,
             "default",
             form.rotation,
+            *(getattr(layer, name, None) for name in _DECODED),
         )
+
+    def decode(self, layer: Any) -> None:
+        """Decode the packed weight, if the layer keeps it decoded; again into the same memory.
+
+        CUDA graphs hold the memory, and a reload of vLLM puts new values of parameters alone into
+        the old ones.
+        """
+        if not self.spec.keep_decoded:
+            return
+        old: Decoded | None = vars(layer).get(_KEPT)
+        activation_format = self.spec.format.activation_format
+        kept = decode_ahead(self._packed(layer), activation_format, self.dtype, old)
+        if kept is None:
+            logger.info_once(_NOT_DECODED)
+            return
+        vars(layer)[_KEPT] = kept
+        for name, tensor in zip(_DECODED, kept, strict=True):
+            layer.register_buffer(name, tensor, persistent=False)
 
     def _warm_up(self, layer: Any) -> None:
         """Compile a GPU's kernels now: nothing is compiled while serving, or in a CUDA graph."""
@@ -305,7 +336,13 @@ class BlockDialectLinearMethod(MarksLoaded, LinearMethodBase):
         if getattr(layer, "tp_rank", 0) > 0:
             dtypes.add(None)  # where ranks add up their parts, only the first adds the bias
         for bias_dtype in dtypes:
-            warm_up(self._packed(layer), self.spec.format.activation_format, self.dtype, bias_dtype)
+            warm_up(
+                self._packed(layer),
+                self.spec.format.activation_format,
+                self.dtype,
+                bias_dtype,
+                vars(layer).get(_KEPT),
+            )
 
     def check_loaded(self, layer: Any) -> None:
         """Raise LoadError if a tensor was not in the checkpoint: vLLM does not check this."""

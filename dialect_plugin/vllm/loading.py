@@ -28,8 +28,8 @@ from .cache_means import without_means
 from .completeness import check_complete, track_arrivals
 from .errors import LoadError
 from .expert_loading import expert_layers, without_experts
-from .linear import BlockDialectLinearMethod
-from .parameters import forget_loaded
+from .linear import DTYPES, BlockDialectLinearMethod
+from .parameters import check_tensor, forget_loaded
 from .probes import WEIGHT, Recorder
 from .settling import Decides, settle
 from .undo import keeping_pushed, keeping_reloaded
@@ -151,7 +151,9 @@ def _push(
         stack.enter_context(track_arrivals(model, recorder))
         loaded = own(_Stream(weights).with_probes(recorder, columns))
         recorder.check()
-        return loaded
+    for layer, method in layers:
+        method.decode(layer)
+    return loaded
 
 
 def _first(
@@ -220,6 +222,8 @@ def _reload(
             if field != WEIGHT or method is None:
                 yield name, tensor
                 continue
+            # packed, a width that a block rounds up to the right one would not be seen
+            check_tensor(tensor, name, None, method.input_size, DTYPES)
             for stored, value in method.spec.quantize(tensor, name).stored.items():
                 yield f"{layer}.{stored}", value
 

@@ -15,7 +15,15 @@ from .formatbook import Formatbook, Rotation
 from .packed import PackedTensor
 from .packed_experts import PackedExperts
 
-__all__ = ["Backend", "BlockGrid", "Quantized", "Weights", "expert_by_expert", "with_residuals"]
+__all__ = [
+    "Backend",
+    "BlockGrid",
+    "Decoded",
+    "Quantized",
+    "Weights",
+    "expert_by_expert",
+    "with_residuals",
+]
 
 Weights = Sequence[tuple[PackedTensor, torch.Tensor | None]]
 """Packed weights [N, K], each with its bias [N] or None."""
@@ -27,6 +35,23 @@ class Quantized(NamedTuple):
     packed: PackedTensor
     blocks_below_window: torch.Tensor
     """int64 [N], as :func:`dialect_kernels.reference.blocks_below_window`."""
+
+
+class Decoded(NamedTuple):
+    """A weight's exact values, kept beside its packed bytes for products of many tokens.
+
+    Whoever keeps them makes them again after writing the packed bytes.
+    """
+
+    weight: torch.Tensor
+    """float8_e4m3fn or bfloat16 [N or more, Kp], in an order of the back end that made it."""
+    scale: torch.Tensor | None
+    """float32 [N or more], of the rows of E4M3; None with bfloat16."""
+
+    def rows(self, start: int, stop: int) -> Decoded:
+        """Rows start..stop-1."""
+        scale = None if self.scale is None else self.scale[start:stop]
+        return Decoded(self.weight[start:stop], scale)
 
 
 class BlockGrid(NamedTuple):
@@ -116,8 +141,14 @@ class Backend(Protocol):
         bias: torch.Tensor | None,
         activation_format: str,
         accumulation: str,
+        decoded: Decoded | None = None,
     ) -> torch.Tensor:
-        """``tokens @ p.T + bias`` of a covered product, [T, K] -> [T, N] in the tokens' dtype."""
+        """``tokens @ p.T + bias`` of a covered product, [T, K] -> [T, N] in the tokens' dtype.
+
+        Args:
+            tokens, p, bias, activation_format, accumulation: as for :func:`.ops.dialect_linear`.
+            decoded: what :func:`.ops.decode_ahead` made of `p`, or None; the same bits.
+        """
 
     def grouped_linear(
         self,
@@ -189,6 +220,7 @@ class Backend(Protocol):
         activation_format: str,
         dtype: torch.dtype,
         bias_dtype: torch.dtype | None,
+        decoded: Decoded | None = None,
     ) -> None:
         """Compile what products with `p` can need, if this back end compiles anything."""
 

@@ -26,7 +26,7 @@ from .arguments import (
     numbers_of_batch,
     renumbered,
 )
-from .backend import Backend, BlockGrid, Quantized, Weights
+from .backend import Backend, BlockGrid, Decoded, Quantized, Weights
 from .formatbook import DIALECT_FP4, Formatbook, Rotation
 from .packed import PackedTensor
 from .packed_experts import PackedExperts
@@ -34,6 +34,7 @@ from .rotation import rotate_activation
 from .straight_through import straight_through
 
 __all__ = [
+    "decode_ahead",
     "dequantize",
     "devices",
     "dialect_embedding",
@@ -293,6 +294,7 @@ def warm_up(
     activation_format: str,
     dtype: torch.dtype,
     bias_dtype: torch.dtype | None = None,
+    decoded: Decoded | None = None,
 ) -> None:
     """Compile all that products with this weight can need on its GPU; nothing to do on a CPU.
 
@@ -301,8 +303,35 @@ def warm_up(
         activation_format: as for :func:`dialect_linear`.
         dtype: of the tokens to come.
         bias_dtype: of the bias, if there is one.
+        decoded: from :func:`decode_ahead`, or None.
     """
-    _running(p.device).warm_up(p, activation_format, dtype, bias_dtype)
+    _running(p.device).warm_up(p, activation_format, dtype, bias_dtype, decoded)
+
+
+def decode_ahead(
+    p: PackedTensor,
+    activation_format: str,
+    dtype: torch.dtype,
+    into: Decoded | None = None,
+) -> Decoded | None:
+    """A weight's exact values, to be kept beside it for :data:`linear`: memory for time.
+
+    A GPU's products of more than 64 tokens then decode nothing, with the same results. On a CPU,
+    whose products decode in their caches, nothing would read them.
+
+    Args:
+        p: packed weight [N, K].
+        activation_format: as for :func:`dialect_linear`.
+        dtype: of the tokens to come.
+        into: an earlier result for a weight of this shape, whose memory is written again.
+
+    Returns:
+        One byte more for each weight, or two where its GPU multiplies 16-bit numbers; None where
+        no product would read it.
+    """
+    if _running(p.device) is not gpu:
+        return None
+    return gpu.decode_ahead(p, activation_format, dtype, into)
 
 
 def warm_up_experts(
@@ -335,10 +364,13 @@ def _linear(
     activation_format: str,
     accumulation: str,
     rotation: str = "none",
+    decoded: torch.Tensor | None = None,
+    decoded_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     p = PackedTensor.from_op(codes, meta, row_exponent, in_features, book, block_size, rotation)
+    ahead = None if decoded is None else Decoded(decoded, decoded_scale)
     backend = _covering(x, p, activation_format, accumulation)
-    y = backend.dialect_linear(as_tokens(x), p, bias, activation_format, accumulation)
+    y = backend.dialect_linear(as_tokens(x), p, bias, activation_format, accumulation, ahead)
     return y.view(*x.shape[:-1], p.shape[0])
 
 
@@ -479,7 +511,8 @@ _register("grouped_linear", _grouped_linear, _like_rows)
 _register("embedding", _embedding, _like_embeddings)
 
 linear = torch.ops.blockdialect.linear
-"""The op behind :func:`dialect_linear`: the same on plain tensors, without checks."""
+"""The op behind :func:`dialect_linear`: the same on plain tensors, without checks. Its last two
+arguments are what :func:`decode_ahead` made of the weight, or None."""
 
 grouped_linear = torch.ops.blockdialect.grouped_linear
 """The op behind :func:`expert_linear`: the same on plain tensors, without checks. Shapes depend on

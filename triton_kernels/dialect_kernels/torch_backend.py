@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from . import reference
-from .backend import BlockGrid, Quantized, Weights, expert_by_expert, with_residuals
+from .backend import BlockGrid, Decoded, Quantized, Weights, expert_by_expert, with_residuals
 from .baselines import quantize_fp8
 from .formatbook import Formatbook, Rotation
 from .packed import PackedTensor
@@ -110,6 +110,7 @@ def dialect_linear(
     bias: torch.Tensor | None,
     activation_format: str,
     accumulation: str,
+    decoded: Decoded | None = None,
 ) -> torch.Tensor:
     """See :class:`~dialect_kernels.backend.Backend`."""
     if accumulation == "exact":
@@ -183,6 +184,7 @@ def warm_up(
     activation_format: str,
     dtype: torch.dtype,
     bias_dtype: torch.dtype | None,
+    decoded: Decoded | None = None,
 ) -> None:
     """Torch compiles nothing."""
 

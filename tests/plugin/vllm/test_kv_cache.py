@@ -56,7 +56,10 @@ def test_the_engines_option_goes_before_the_models():
     ("additional", "sentence"),
     [
         ({"blockdialct": {}}, "the key 'blockdialct' is not known; did you mean 'blockdialect'?"),
-        ({"blockdialect": {"kvcache": "dialect"}}, "has the key 'kvcache'; allowed is kv_cache"),
+        (
+            {"blockdialect": {"kvcache": "dialect"}},
+            "has the key 'kvcache'; allowed are kv_cache",
+        ),
         ({"blockdialect": {"kv_cache": "fp8"}}, "is 'fp8'; allowed are 'none' and 'dialect'"),
         ({"blockdialect": "dialect"}, "blockdialect is 'dialect'; it must be an object such as"),
     ],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from ..backend import BlockGrid, Quantized, Weights, with_residuals
+from ..backend import BlockGrid, Decoded, Quantized, Weights, with_residuals
 from ..formatbook import Formatbook, Rotation
 from ..packed import PackedTensor
 from ..packed_experts import PackedExperts
@@ -111,6 +111,7 @@ def dialect_linear(
     bias: torch.Tensor | None,
     activation_format: str,
     accumulation: str,
+    decoded: Decoded | None = None,
 ) -> torch.Tensor:
     """See :class:`~dialect_kernels.backend.Backend`."""
     return calls.linear(tokens, p, bias, activation_format, accumulation)
@@ -189,6 +190,7 @@ def warm_up(
     activation_format: str,
     dtype: torch.dtype,
     bias_dtype: torch.dtype | None,
+    decoded: Decoded | None = None,
 ) -> None:
     """The kernel was compiled before."""
 

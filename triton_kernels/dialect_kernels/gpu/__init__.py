@@ -14,7 +14,7 @@ from functools import cache
 import torch
 
 from .. import reference
-from ..backend import BlockGrid, Quantized, Weights
+from ..backend import BlockGrid, Decoded, Quantized, Weights
 from ..formatbook import Formatbook, Rotation
 from ..kv_cache import Context, KvCache, Scoring
 from ..packed import PackedTensor
@@ -24,6 +24,7 @@ from ..rotation import rotate_weight
 __all__ = [
     "attend",
     "covers",
+    "decode_ahead",
     "dequantize",
     "dialect_linear",
     "embedding",
@@ -126,12 +127,23 @@ def dialect_linear(
     bias: torch.Tensor | None,
     activation_format: str,
     accumulation: str,
+    decoded: Decoded | None = None,
 ) -> torch.Tensor:
     """See :class:`~dialect_kernels.backend.Backend`."""
     from . import linear
 
     with _current(tokens.device):
-        return linear.dialect_linear(tokens, p, bias, activation_format, accumulation)
+        return linear.dialect_linear(tokens, p, bias, activation_format, accumulation, decoded)
+
+
+def decode_ahead(
+    p: PackedTensor, activation_format: str, dtype: torch.dtype, into: Decoded | None
+) -> Decoded | None:
+    """See :func:`dialect_kernels.gpu.linear.decode_ahead`."""
+    from . import linear
+
+    with _current(p.device):
+        return linear.decode_ahead(p, activation_format, dtype, into)
 
 
 def grouped_linear(
@@ -222,12 +234,13 @@ def warm_up(
     activation_format: str,
     dtype: torch.dtype,
     bias_dtype: torch.dtype | None,
+    decoded: Decoded | None = None,
 ) -> None:
     """See :func:`dialect_kernels.gpu.linear.warm_up`."""
     from . import linear
 
     with _current(p.device):
-        linear.warm_up(p, activation_format, dtype, bias_dtype)
+        linear.warm_up(p, activation_format, dtype, bias_dtype, decoded)
 
 
 def warm_up_experts(

@@ -402,11 +402,15 @@ def _whole_programs(rows: int) -> int:
     return -(-rows // _ROWS) * _ROWS
 
 
-def decode_e4m3(p: PackedTensor) -> tuple[torch.Tensor, torch.Tensor]:
+def decode_e4m3(
+    p: PackedTensor, into: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The weight as FP8, exactly, padded for a library's GEMM.
 
     Args:
         p: packed weight [N, K] on a GPU (or anywhere, in Triton's interpreter).
+        into: an earlier result for a weight of this shape, to be overwritten; None takes new
+            memory.
 
     Returns:
         (float8_e4m3fn [Np, Kp], columns in the order of operands; float32 scale [Np]): Kp as in the
@@ -414,19 +418,27 @@ def decode_e4m3(p: PackedTensor) -> tuple[torch.Tensor, torch.Tensor]:
         ``e4m3 * scale``.
     """
     rows, padded = _whole_programs(p.shape[0]), p.codes.shape[1] * 2
-    w = torch.empty(rows, padded, dtype=torch.uint8, device=p.device)
-    scale = torch.empty(rows, dtype=torch.float32, device=p.device)
-    _launch(p, e4m3_table(p.book, p.device), w, scale)
-    return w.view(torch.float8_e4m3fn), scale
+    if into is None:
+        into = (
+            torch.empty(rows, padded, dtype=torch.float8_e4m3fn, device=p.device),
+            torch.empty(rows, dtype=torch.float32, device=p.device),
+        )
+    w, scale = into
+    _launch(p, e4m3_table(p.book, p.device), w.view(torch.uint8), scale)
+    return w, scale
 
 
-def decode_bf16(p: PackedTensor) -> torch.Tensor:
-    """The weight as bfloat16 [N, K] (a view of [.., Kp]): the bytes of ``p.dequantize(bfloat16)``.
+def decode_bf16(p: PackedTensor, into: torch.Tensor | None = None) -> torch.Tensor:
+    """The weight as bfloat16, padded: the bytes of ``p.dequantize(bfloat16)``.
 
     Args:
-        p: packed weight [N, K] on a GPU (or anywhere, in Triton's interpreter).
+        p, into: as for :func:`decode_e4m3`.
+
+    Returns:
+        [Np, Kp], of which [N, K] has a meaning.
     """
     rows, padded = _whole_programs(p.shape[0]), p.codes.shape[1] * 2
-    w = torch.empty(rows, padded, dtype=torch.bfloat16, device=p.device)
-    _launch(p, sixteen_table(p.book, torch.bfloat16, p.device), w, None)
-    return w[: p.shape[0], : p.shape[1]]
+    if into is None:
+        into = torch.empty(rows, padded, dtype=torch.bfloat16, device=p.device)
+    _launch(p, sixteen_table(p.book, torch.bfloat16, p.device), into, None)
+    return into

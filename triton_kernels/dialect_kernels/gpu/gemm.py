@@ -223,21 +223,20 @@ def sixteen_bit_kernel(
         part0, part1, part2, part3 = sixteen_parts(
             p_codes, p_meta, p_table, o_row, start, padded, B, BN, BK, EVEN, ASM
         )
-        step = tl.zeros((BN, BM), tl.float32)
         if EXACT:
             w = joined_sixteen(part0, part1, part2, part3, BN, BK)
             x = _load_tokens(p_row, start + tl.arange(0, BK), m_token, columns, EVEN)
-            step = _sixteen_bit_dot(w, x, step, FLOAT16, ASM)
+            step = _sixteen_bit_dot(w, x, tl.zeros((BN, BM), tl.float32), FLOAT16, ASM)
+            total = _added(total, step, ASM)
         else:
             x0 = _load_tokens(p_row, start + o_pair, m_token, columns, EVEN)
-            step = _sixteen_bit_dot(part0, x0, step, FLOAT16, ASM)
+            total = _sixteen_bit_dot(part0, x0, total, FLOAT16, ASM)
             x1 = _load_tokens(p_row, start + o_pair + 2, m_token, columns, EVEN)
-            step = _sixteen_bit_dot(part1, x1, step, FLOAT16, ASM)
+            total = _sixteen_bit_dot(part1, x1, total, FLOAT16, ASM)
             x2 = _load_tokens(p_row, start + o_pair + 4, m_token, columns, EVEN)
-            step = _sixteen_bit_dot(part2, x2, step, FLOAT16, ASM)
+            total = _sixteen_bit_dot(part2, x2, total, FLOAT16, ASM)
             x3 = _load_tokens(p_row, start + o_pair + 6, m_token, columns, EVEN)
-            step = _sixteen_bit_dot(part3, x3, step, FLOAT16, ASM)
-        total = _added(total, step, ASM)
+            total = _sixteen_bit_dot(part3, x3, total, FLOAT16, ASM)
     store_tile(
         total, pointers, scales, p_y, p_partial, p_arrived, o_token, o_feature, o_row, tokens,
         features, SPLIT, ASM,

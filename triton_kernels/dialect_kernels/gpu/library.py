@@ -5,7 +5,8 @@
 Features are computed part by part where that saves time or memory: a part of the weight that fits
 into the GPU's cache is multiplied before it ever leaves for memory, and results in float32 take
 little room. The S last rows are residuals of S of the T tokens; both are added before the one
-rounding. (Ours.)
+rounding. A weight that was decoded before (:class:`~dialect_kernels.backend.Decoded`) is not
+decoded again. (Ours.)
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..backend import Decoded
 from ..packed import PackedTensor
 from .decode import decode_bf16, decode_e4m3
 
-__all__ = ["Library", "added_residuals", "library_product"]
+__all__ = ["Library", "added_residuals", "decode_weight", "library_product"]
 
 _CACHED_TOKENS = 1024
 """With more tokens a product takes so long that reading the weight from memory does not count."""
@@ -59,6 +61,7 @@ def library_product(
     dtype: torch.dtype,
     how: Library,
     salient: torch.Tensor | None = None,
+    decoded: Decoded | None = None,
 ) -> torch.Tensor:
     """``(x * scale) @ p.T + bias``, residuals added to their tokens.
 
@@ -70,20 +73,40 @@ def library_product(
         dtype: of the result.
         how: see :class:`Library`.
         salient: int64 [S], the token of each residual, each once, -1 for an unused place.
+        decoded: from :func:`decode_weight`; None decodes now, in parts that the cache holds.
 
     Returns:
         [T, N] contiguous, rounded once where the library's GEMM returns float32.
     """
     count = x.shape[0] - (0 if salient is None else salient.shape[0])
-    parts = list(_parts(x.shape[0], p, dtype, how))
+    parts = list(_parts(x.shape[0], p, dtype, how, decoded is not None))
     if len(parts) == 1:
-        return _part(x, scale, p, bias, dtype, how, salient).contiguous()
+        weight = decoded or decode_weight(p, how.eight_bits)
+        return _part(x, scale, p.shape, weight, bias, dtype, how, salient).contiguous()
     y = torch.empty(count, p.shape[0], dtype=dtype, device=x.device)
     for first, last in parts:
         added = None if bias is None else bias[first:last]
-        of_part = p.slice_rows(first, last)
-        y[:, first:last] = _part(x, scale, of_part, added, dtype, how, salient)
+        if decoded is None:
+            weight = decode_weight(p.slice_rows(first, last), how.eight_bits)
+        else:
+            weight = decoded.rows(first, last)
+        shape = last - first, p.shape[1]
+        y[:, first:last] = _part(x, scale, shape, weight, added, dtype, how, salient)
     return y
+
+
+def decode_weight(p: PackedTensor, eight_bits: bool, into: Decoded | None = None) -> Decoded:
+    """The operand that :func:`library_product` makes of a weight.
+
+    Args:
+        p: packed weight [N, K].
+        eight_bits: E4M3, columns in the order of operands; else bfloat16.
+        into: an earlier result for a weight of this shape, whose memory is written again.
+    """
+    if eight_bits:
+        memory = None if into is None or into.scale is None else (into.weight, into.scale)
+        return Decoded(*decode_e4m3(p, memory))
+    return Decoded(decode_bf16(p, None if into is None else into.weight), None)
 
 
 def added_residuals(y: torch.Tensor, salient: torch.Tensor | None) -> torch.Tensor:
@@ -103,12 +126,12 @@ def added_residuals(y: torch.Tensor, salient: torch.Tensor | None) -> torch.Tens
 
 
 def _parts(
-    rows: int, p: PackedTensor, dtype: torch.dtype, how: Library
+    rows: int, p: PackedTensor, dtype: torch.dtype, how: Library, decoded: bool = False
 ) -> Iterator[tuple[int, int]]:
     """Ranges of features that are computed one after the other."""
     features, columns = p.shape[0], p.codes.shape[1] * 2
     count = 1
-    if rows <= _CACHED_TOKENS and how.cache >= _SMALL_CACHE:
+    if not decoded and rows <= _CACHED_TOKENS and how.cache >= _SMALL_CACHE:
         weight = features * columns * (1 if how.eight_bits else 2)
         count = -(-weight // (how.cache * 7 // 16))
     if dtype != torch.bfloat16:
@@ -121,21 +144,23 @@ def _parts(
 def _part(
     x: torch.Tensor,
     scale: torch.Tensor | None,
-    p: PackedTensor,
+    shape: tuple[int, int],
+    decoded: Decoded,
     bias: torch.Tensor | None,
     dtype: torch.dtype,
     how: Library,
     salient: torch.Tensor | None,
 ) -> torch.Tensor:
-    """As :func:`library_product`, in one product; any strides."""
-    if scale is None:
-        y = F.linear(x, decode_bf16(p))
-    elif not how.eight_bits:
-        y = F.linear(x[:, : p.shape[1]], decode_bf16(p)).float() * scale[:, None]
+    """As :func:`library_product`, in one product with a weight of `shape` [N, K]; any strides."""
+    features, columns = shape
+    weight, weight_scale = decoded
+    if weight_scale is None:
+        y = F.linear(x[:, :columns], weight[:features, :columns])
+        y = y if scale is None else y.float() * scale[:, None]
     else:
-        weight, weight_scale = decode_e4m3(p)
+        assert scale is not None, "8-bit tokens have scales"
         fused = bias is not None and bias.dtype == dtype == torch.bfloat16
-        fused = fused and len(weight) == p.shape[0] and salient is None
+        fused = fused and len(weight) == features and salient is None
         rounds_later = salient is not None or dtype != torch.bfloat16 or bias is not None
         wide = rounds_later and not fused and _returns_float32(x.device)
         y = _scaled_product(
@@ -146,7 +171,7 @@ def _part(
             bias if fused else None,
             torch.float32 if wide else torch.bfloat16,
             _accumulates_fast(x.shape[1], how.accumulator_bits),
-        )[:, : p.shape[0]]
+        )[:, :features]
         bias = None if fused else bias
     if salient is not None:
         y = added_residuals(y.to(torch.float32), salient)

@@ -10,22 +10,23 @@ from typing import NamedTuple
 
 import torch
 
-from ..backend import Weights
+from ..backend import Decoded, Weights
 from ..packed import PackedTensor
 from . import bound
 from .gemm import arrivals, launch_eight_bits, launch_sixteen_bits
 from .layout import interpreted, readable, readable_rows
-from .library import Library, added_residuals, library_product
+from .library import Library, added_residuals, decode_weight, library_product
 from .quantize_activations import quantize_activation
 from .quantize_fp8 import quantize_activation_fp8
 from .rotation import rotate_tokens
-from .tuning import FUSED_FOR_MANY, GemmPlan, accumulator_bits, choose
+from .tuning import FROM_DECODED, FUSED_FOR_MANY, SCRATCH, GemmPlan, accumulator_bits, choose
 
 __all__ = [
     "EXACT_PLANS",
     "Route",
     "compiled_for",
     "covers",
+    "decode_ahead",
     "dialect_linear",
     "first_of_each_route",
     "linears",
@@ -99,20 +100,48 @@ def covers(x: torch.Tensor, p: PackedTensor, activation_format: str, accumulatio
     return p.shape[1] > 0
 
 
+def decode_ahead(
+    p: PackedTensor,
+    activation_format: str,
+    dtype: torch.dtype,
+    into: Decoded | None = None,
+) -> Decoded | None:
+    """A weight's exact values for products of more than 64 tokens, which then decode nothing.
+
+    Args:
+        p: packed weight [N, K].
+        activation_format: of the products.
+        dtype: of their tokens.
+        into: an earlier result for a weight of this shape, whose memory is written again.
+
+    Returns:
+        E4M3 (one byte more for each weight), or bfloat16 (two) for 16-bit operands; None where no
+        product would read it: without such a GPU, and for 16-bit activations that are not bfloat16.
+    """
+    if not runs_on(p.device) or 0 in p.shape:
+        return None
+    if activation_format == "none" and dtype != torch.bfloat16:
+        return None
+    return decode_weight(p, _has_eight_bits(activation_format, _device(p.device)), into)
+
+
 def dialect_linear(
     tokens: torch.Tensor,
     p: PackedTensor,
     bias: torch.Tensor | None,
     activation_format: str,
     accumulation: str,
+    decoded: Decoded | None = None,
 ) -> torch.Tensor:
     """``tokens @ p.T + bias`` as :func:`dialect_kernels.dialect_linear`, for covered products.
 
-    Two launches where the kernel decodes in registers, three where a library multiplies; one more
-    for the 16-bit tokens of a rotated weight.
+    Two launches where the kernel decodes in registers or a library multiplies with what is
+    `decoded` already, three where a library multiplies; one more for the 16-bit tokens of a rotated
+    weight.
 
     Args:
         tokens: float32, bfloat16 or float16 [T, K].
+        decoded: what :func:`decode_ahead` made of `p` for this format and these tokens' dtype.
 
     Returns:
         [T, N] in the tokens' dtype, contiguous.
@@ -121,8 +150,10 @@ def dialect_linear(
         return tokens.new_empty(tokens.shape[0], p.shape[0])
 
     def compute() -> torch.Tensor:
-        return _dialect_linear(tokens, p, bias, activation_format, accumulation)
+        return _dialect_linear(tokens, p, bias, activation_format, accumulation, decoded)
 
+    if decoded is not None and tokens.shape[0] >= FROM_DECODED:  # a library's, never bound
+        return compute()
     if accumulation == "exact" or (activation_format == "none" and p.rotation != "none"):
         return compute()
     return bound.product(tokens, p, bias, activation_format, compute)
@@ -134,18 +165,25 @@ def _dialect_linear(
     bias: torch.Tensor | None,
     activation_format: str,
     accumulation: str,
+    decoded: Decoded | None,
 ) -> torch.Tensor:
     """As :func:`dialect_linear`, for at least one token and one feature; nothing is bound."""
     how = route(
-        tokens.shape[0], p.shape, activation_format, tokens.dtype, tokens.device, accumulation
+        tokens.shape[0],
+        p.shape,
+        activation_format,
+        tokens.dtype,
+        tokens.device,
+        accumulation,
+        decoded is not None,
     )
     if activation_format == "none":
         if p.rotation != "none":
             tokens = rotate_tokens(tokens)
-        return multiply(readable_rows(tokens), None, p, bias, tokens.dtype, how)
+        return multiply(readable_rows(tokens), None, p, bias, tokens.dtype, how, decoded=decoded)
     zeros = arrivals(tokens.shape[0], p.shape[0], how.plan, tokens.device)
     q, scale = quantize_tokens(tokens, p, activation_format, how, zeros=zeros)
-    return multiply(q, scale, p, bias, tokens.dtype, how, arrived=zeros)
+    return multiply(q, scale, p, bias, tokens.dtype, how, arrived=zeros, decoded=decoded)
 
 
 def semantic_linear(
@@ -239,6 +277,7 @@ def route(
     dtype: torch.dtype,
     device: torch.device,
     accumulation: str = "default",
+    decoded: bool = False,
 ) -> Route:
     """How T tokens are multiplied with a weight of `shape` [N, K].
 
@@ -249,8 +288,16 @@ def route(
         dtype: of the tokens as they are given.
         device: where they are.
         accumulation: ``"default"`` or ``"exact"``.
+        decoded: whether the weight is kept decoded.
     """
-    return _route(tokens, shape, activation_format, dtype, _device(device), accumulation)
+    facts = _device(device)
+    if decoded and accumulation == "default" and tokens >= FROM_DECODED:
+        return Route(SCRATCH, _has_eight_bits(activation_format, facts))
+    return _route(tokens, shape, activation_format, dtype, facts, accumulation)
+
+
+def _has_eight_bits(activation_format: str, facts: _Device) -> bool:
+    return activation_format != "none" and facts.capability >= _FP8_CAPABILITY
 
 
 @lru_cache(maxsize=4096)
@@ -264,7 +311,7 @@ def _route(
 ) -> Route:
     if accumulation == "exact":
         return Route(next(plan for most, plan in EXACT_PLANS if tokens <= most), False, True)
-    eight_bits = activation_format != "none" and facts.capability >= _FP8_CAPABILITY
+    eight_bits = _has_eight_bits(activation_format, facts)
     table = table_of(facts.capability, eight_bits)
     plan = choose(tokens, *shape, activation_format, facts.name, facts.processors, table)
     if plan.kind == "scratch" and activation_format == "none" and dtype == torch.float16:
@@ -323,6 +370,7 @@ def multiply(
     dtype: torch.dtype,
     how: Route,
     arrived: torch.Tensor | None = None,
+    decoded: Decoded | None = None,
 ) -> torch.Tensor:
     """``(x * scale) @ p.T + bias`` of a route's operands, at least one token.
 
@@ -335,13 +383,15 @@ def multiply(
         dtype: of the result.
         how: the route.
         arrived: zeros in the memory from :func:`~.gemm.arrivals`; None makes them.
+        decoded: from :func:`decode_ahead`, or None.
 
     Returns:
         [T, N], contiguous.
     """
     bias = None if bias is None else readable(bias)
     if how.decodes_to_memory:
-        return library_product(x, scale, p, bias, dtype, _library(x.device, how.eight_bits))
+        library = _library(x.device, how.eight_bits)
+        return library_product(x, scale, p, bias, dtype, library, decoded=decoded)
     if arrived is None:
         arrived = arrivals(x.shape[0], p.shape[0], how.plan, x.device)
         arrived = None if arrived is None else arrived.zero_()
@@ -359,6 +409,7 @@ def warm_up(
     activation_format: str,
     dtype: torch.dtype,
     bias_dtype: torch.dtype | None = None,
+    decoded: Decoded | None = None,
 ) -> None:
     """Compile every kernel that products of tokens with this weight can need, by running it.
 
@@ -370,19 +421,21 @@ def warm_up(
         activation_format: ``"dialect"``, ``"fp8"`` or ``"none"``.
         dtype: of the tokens to come.
         bias_dtype: of the bias, if there is one.
+        decoded: from :func:`decode_ahead`, or None.
     """
     if p.shape[0] == 0 or not runs_on(p.device):
         return
-    facts = (*compiled_for(p), bias_dtype, activation_format, dtype)
+    ahead = decoded is not None
+    facts = (*compiled_for(p), bias_dtype, activation_format, dtype, ahead)
     if facts in _warm:
         return
     bias = None
     if bias_dtype is not None:
         bias = torch.zeros(p.shape[0], dtype=bias_dtype, device=p.device)
-    for tokens in first_of_each_route(p.shape, activation_format, dtype, p.device):
+    for tokens in first_of_each_route(p.shape, activation_format, dtype, p.device, ahead):
         x = torch.zeros(tokens, p.shape[1], dtype=dtype, device=p.device)
         if covers(x, p, activation_format, "default"):
-            dialect_linear(x, p, bias, activation_format, "default")
+            dialect_linear(x, p, bias, activation_format, "default", decoded)
     _warm.add(facts)
 
 
@@ -396,13 +449,17 @@ def compiled_for(p: PackedTensor) -> tuple[object, ...]:
 
 
 def first_of_each_route(
-    shape: tuple[int, int], activation_format: str, dtype: torch.dtype, device: torch.device
+    shape: tuple[int, int],
+    activation_format: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    decoded: bool = False,
 ) -> list[int]:
     """The smallest numbers of tokens that together need every kernel that any number needs."""
     first: dict[tuple[object, ...], int] = {}
     tokens = 1
     while tokens <= _MOST_TOKENS:
-        how = route(tokens, shape, activation_format, dtype, device)
+        how = route(tokens, shape, activation_format, dtype, device, decoded=decoded)
         plan = how.plan
         tile = (plan.tokens, plan.features, plan.columns, plan.num_warps, plan.num_stages)
         key = (plan.kind, plan.splits > 1, *(() if how.decodes_to_memory else tile))

@@ -22,7 +22,9 @@ from importlib.resources.abc import Traversable
 from typing import Any
 
 __all__ = [
+    "FROM_DECODED",
     "FUSED_FOR_MANY",
+    "SCRATCH",
     "TABLES",
     "GemmPlan",
     "accumulator_bits",
@@ -130,9 +132,12 @@ Derived from compiled code: no spilled registers, only asynchronous copies in th
 waits for one step the copies of two more are on their way. That takes 7 stages, because the table
 is read at the places that the meta bytes name. Scratch begins where decoding several times costs
 about as much as writing the weight once."""
-_SCRATCH = GemmPlan("scratch")
+SCRATCH = GemmPlan("scratch")
 FUSED_FOR_MANY = GemmPlan("fused", 64, 64, 128, num_stages=7)
 """For many tokens where scratch memory is not possible."""
+FROM_DECODED = 65
+"""The fewest tokens for which a weight that is kept decoded is read: up to 64 the packed bytes are
+read once and fewer; with more, tiles of the fused kernel wait for the L2 cache."""
 _MOST_SPLITS = 8
 _LEAST_STEPS = 4
 """Steps over K that are worth a program of their own."""
@@ -214,7 +219,7 @@ def _default_plan(
     """The derived plan with the fewest expected cycles; K is split where tiles are too few."""
     most = next((most for most, _ in TABLES[table] if tokens <= most), None)
     if most is None:
-        return _SCRATCH
+        return SCRATCH
     plans = [plan for limit, plan in TABLES[table] if limit == most]
     several = [
         replace(plan, splits=splits)

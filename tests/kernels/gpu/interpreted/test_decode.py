@@ -50,7 +50,7 @@ def test_every_meta_byte_with_every_code(block_size, book):
     got, scale = decode_e4m3(p)
     assert torch.equal(got.view(torch.uint8), operand_order(want.view(torch.uint8)))
     assert torch.equal(scale, want_scale)
-    bf16 = decode_bf16(p).contiguous()
+    bf16 = decode_bf16(p)[:256, : p.shape[1]].contiguous()
     want = p.dequantize(torch.bfloat16)
     assert torch.equal(bf16.view(torch.int16), want.view(torch.int16))
 
@@ -69,8 +69,8 @@ def test_edges(shape, block_size):
     assert torch.equal(scale[:rows], want_scale)
     assert got.float().isfinite().all(), "rows beyond the last are written too"
     bf16 = decode_bf16(p)
-    assert bf16.shape == shape
-    assert torch.equal(bf16, p.dequantize(torch.bfloat16))
+    assert bf16.shape == (-(-rows // 32) * 32, padded)
+    assert torch.equal(bf16[:rows, : shape[1]], p.dequantize(torch.bfloat16))
 
 
 def test_nothing_to_decode():
@@ -79,7 +79,7 @@ def test_nothing_to_decode():
         got, scale = decode_e4m3(p)
         assert got.shape[1] == shape[1]
         assert torch.equal(scale[: shape[0]], p.row_scale())
-        assert decode_bf16(p).shape == shape
+        assert decode_bf16(p).shape[1] == shape[1]
 
 
 def test_a_row_of_nan_has_nan_as_its_scale():
@@ -87,4 +87,4 @@ def test_a_row_of_nan_has_nan_as_its_scale():
     p.row_exponent[1] = -128
     _, scale = decode_e4m3(p)
     assert scale[:2].isnan().tolist() == [False, True]
-    assert decode_bf16(p).isnan().all(dim=1).tolist() == [False, True]
+    assert decode_bf16(p)[:2].isnan().all(dim=1).tolist() == [False, True]

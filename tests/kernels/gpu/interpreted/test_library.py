@@ -54,9 +54,9 @@ def test_parts_give_the_bits_of_the_whole(dtype, eight_bits, monkeypatch):
     seen = []
     decode = library.decode_e4m3 if eight_bits else library.decode_bf16
 
-    def noted(part):
+    def noted(part, into):
         seen.append(part.shape[0])
-        return decode(part)
+        return decode(part, into)
 
     monkeypatch.setattr(library, decode.__name__, noted)
     monkeypatch.setattr(library, "_FEATURES", 32)
@@ -68,6 +68,63 @@ def test_parts_give_the_bits_of_the_whole(dtype, eight_bits, monkeypatch):
     monkeypatch.setattr(library, "_LARGEST_RESULT", 4 * 5 * 100)
     assert torch.equal(library_product(*given, p, bias, dtype, how), want)
     assert len(seen) == (1 if dtype == torch.bfloat16 else 2)
+
+
+@pytest.mark.parametrize("eight_bits", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_kept_decoded_gives_the_bits_of_decoding(dtype, eight_bits, monkeypatch):
+    """Whole, and in parts of a float32 result, the last of which is smaller than a program's."""
+    x, p, bias = operands(dtype)
+    how = Library(eight_bits, cache=60 << 20)
+    given = quantize_tokens(x, p, "dialect", SCRATCH._replace(eight_bits=eight_bits))
+    want = library_product(*given, p, bias, dtype, how)
+    kept = library.decode_weight(p, eight_bits)
+    for name in ("decode_e4m3", "decode_bf16"):
+        monkeypatch.setattr(library, name, lambda *_: pytest.fail("decoded again"))
+    assert torch.equal(library_product(*given, p, bias, dtype, how, decoded=kept), want)
+    monkeypatch.setattr(library, "_FEATURES", 32)
+    monkeypatch.setattr(library, "_LARGEST_RESULT", 4 * 5 * 100)
+    parts = list(library._parts(5, p, dtype, how, decoded=True))
+    assert len(parts) == (1 if dtype == torch.bfloat16 else 2)
+    assert torch.equal(library_product(*given, p, bias, dtype, how, decoded=kept), want)
+
+
+@pytest.mark.parametrize("rotation", ["none", "hadamard_32"])
+@pytest.mark.parametrize("activation_format", ["dialect", "fp8", "none"])
+def test_a_layer_reads_what_is_kept_decoded(activation_format, rotation, monkeypatch):
+    """From 65 tokens on; the memory is written again for other weights of the shape."""
+    x = tensor(66, 64).to(torch.bfloat16)
+    old, p = (
+        quantize(tensor(40, 64, seed=seed) / 10, SEMANTIC_32, rotation=rotation) for seed in (8, 9)
+    )
+    arguments = (None, activation_format, "default")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "choose", lambda *_: GemmPlan("scratch"))
+        want = linear.dialect_linear(x, p, *arguments)
+    first = linear.decode_ahead(old, activation_format, torch.bfloat16)
+    assert first.weight.element_size() == (2 if activation_format == "none" else 1)
+    kept = linear.decode_ahead(p, activation_format, torch.bfloat16, first)
+    assert kept.weight.data_ptr() == first.weight.data_ptr()
+    called = []
+    product = linear.library_product
+
+    def noted(*arguments, **options):
+        called.append(options["decoded"])
+        return product(*arguments, **options)
+
+    monkeypatch.setattr(linear, "library_product", noted)
+    assert torch.equal(linear.dialect_linear(x, p, *arguments, kept), want)
+    few = linear.dialect_linear(x[:64], p, *arguments, kept)
+    assert called == [kept]
+    assert torch.equal(few, linear.dialect_linear(x[:64], p, *arguments))
+
+
+def test_what_nothing_would_read_is_not_decoded():
+    _, p, _ = operands()
+    assert linear.decode_ahead(p, "none", torch.float16) is None
+    assert linear.decode_ahead(p, "none", torch.float32) is None
+    assert linear.decode_ahead(p, "fp8", torch.float16).scale is not None
+    assert linear.decode_ahead(p.slice_rows(0, 0), "fp8", torch.bfloat16) is None
 
 
 def test_the_cache_counts_for_few_tokens_only():
