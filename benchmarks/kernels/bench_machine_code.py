@@ -56,8 +56,9 @@ def rows() -> list[dict[str, Any]]:
     found = []
     for eight_bits, mma in MMA.items():
         for capability in mma:
-            plans = TABLES[table_of(divmod(capability, 10), eight_bits)]
-            found += [_row(plan, capability, eight_bits, False) for _, plan in plans]
+            table = TABLES[table_of(divmod(capability, 10), eight_bits)]
+            plans = dict.fromkeys(plan for _, plan in table)
+            found += [_row(plan, capability, eight_bits, False) for plan in plans]
     for capability in MMA[False]:
         found += [_row(plan, capability, False, True) for _, plan in EXACT_PLANS]
     return found

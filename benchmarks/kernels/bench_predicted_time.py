@@ -24,7 +24,7 @@ from typing import Any
 import triton
 
 from dialect_kernels.gpu import quantize_activations, quantize_fp8
-from dialect_kernels.gpu.tuning import GemmPlan, choose
+from dialect_kernels.gpu.tuning import FROM_DECODED, GemmPlan, choose
 
 from ..lib.harness import RESULTS, Table, main, read_result
 from ..lib.machine_code import MachineCode, compile_kernel, faults, programs_at_once
@@ -32,9 +32,15 @@ from ..lib.shapes import LLAMA_8B
 
 PACKAGES = ("triton",)
 TOKENS = (1, 16, 64, 128, 512, 4096, 16384)
+_BETWEEN = 32
+"""Tokens of two neighbours in the search for the slowest: at most this share of them apart."""
+_MOST_TOKENS = 65536
 FORMATS = {"dialect": "W4A4", "fp8": "W4A8", "none": "W4A16"}
 GOALS = {1: 2.5, 16: 2.1, 64: 1.8, 128: 1.3, 512: 1.5, 4096: 1.6, 16384: 1.6}
 """Times as fast as bfloat16 that W4A4 is to be, over the four products."""
+WAYS = {"": (False, False), ", fast": (True, False), ", kept": (False, True)}
+WAYS[", kept, fast"] = (True, True)
+"""Whether sums stay in the MMA's accumulator, and whether weights are kept decoded."""
 SLOW_GOAL = 1.3
 """The goal for 4096 tokens and more where sums have to leave the MMA's accumulator."""
 LEAST = {"dialect": 1.0, "fp8": 1.0, "none": 0.9}
@@ -115,11 +121,25 @@ def measure() -> dict[str, Any]:
             row = {"tokens": tokens, "product": name, "bfloat16": bfloat16(product)}
             row["floor"] = product.bytes(WEIGHT_BYTES, 2) / H200.memory
             for kind in FORMATS:
-                for fast in (False, True):
-                    key = f"{kind}, fast" if fast else kind
-                    row[key] = layer(product, kind, each, fast)
+                for how, options in WAYS.items():
+                    row[f"{kind}{how}"] = layer(product, kind, each, *options)
             rows.append(row)
-    return {"card": asdict(H200), "instructions": each, "rows": rows}
+    least = {
+        f"{kind}{how}": _slowest(kind, how, each) for kind in FORMATS for how in ("", ", kept")
+    }
+    return {"card": asdict(H200), "instructions": each, "rows": rows, "least": least}
+
+
+def _slowest(kind: str, how: str, instructions: dict[str, float]) -> tuple[float, int]:
+    """Times as fast as bfloat16 for the number of tokens that gains least, and that number."""
+    found = []
+    tokens = 1
+    while tokens <= _MOST_TOKENS:
+        products = [Product(tokens, *shape) for shape in LLAMA_8B.fused_projections.values()]
+        ours = sum(layer(product, kind, instructions, *WAYS[how]) for product in products)
+        found.append((sum(map(bfloat16, products)) / ours, tokens))
+        tokens += 1 + tokens // _BETWEEN
+    return min(found)
 
 
 def _quantizers() -> dict[str, MachineCode]:
@@ -142,12 +162,20 @@ def bfloat16(product: Product) -> float:
     return H200.launch + max(read, product.operations / H200.bfloat16)
 
 
-def layer(product: Product, kind: str, instructions: dict[str, float], fast: bool) -> float:
+def layer(
+    product: Product,
+    kind: str,
+    instructions: dict[str, float],
+    fast: bool = False,
+    kept: bool = False,
+) -> float:
     """Seconds of a linear layer by the plan that the dispatch derives for it."""
     table = "sixteen_bits" if kind == "none" else "fp8"
     shape = product.features, product.columns
     plan = choose(product.tokens, *shape, kind, "no such device", H200.processors, table)
     quantized = 0.0 if kind == "none" else quantizing(product, kind, instructions[kind])
+    if kept and product.tokens >= FROM_DECODED:
+        return quantized + multiplied(product, kind, fast)
     if plan.kind == "scratch":
         return quantized + decoded(product, kind, fast)
     cleared = H200.launch if kind == "none" and plan.splits > 1 else 0.0
@@ -201,10 +229,20 @@ def decoded(product: Product, kind: str, fast: bool) -> float:
     parts = -(-weights * width // _PART_BYTES) if inside else 1
     written = weights * width / (H200.cache if inside else H200.memory)
     decoding = weights * WEIGHT_BYTES / H200.memory + written
-    rate = H200.bfloat16 if kind == "none" else H200.fp8 if fast else H200.fp8_slow
     tokens = product.bytes(0, width) / H200.memory
-    multiplying = max(product.operations / rate, tokens + written)
+    multiplying = max(product.operations / _rate(kind, fast), tokens + written)
     return 2 * parts * H200.launch + decoding + multiplying
+
+
+def multiplied(product: Product, kind: str, fast: bool) -> float:
+    """Seconds of the library's GEMM with a weight that is kept decoded."""
+    width = 2 if kind == "none" else 1
+    read = product.bytes(width, width) / H200.memory
+    return H200.launch + max(read, product.operations / _rate(kind, fast))
+
+
+def _rate(kind: str, fast: bool) -> float:
+    return H200.bfloat16 if kind == "none" else H200.fp8 if fast else H200.fp8_slow
 
 
 def _code(plan: GemmPlan, eight_bits: bool) -> dict[str, Any]:
@@ -223,7 +261,8 @@ def _code(plan: GemmPlan, eight_bits: bool) -> dict[str, Any]:
 
 
 def tables(figures: dict[str, Any]) -> dict[str, Table]:
-    """``layer``: the sum of the four products; ``products``: W4A4 and bfloat16 of each."""
+    """``layer``: the sum of the four products, ``kept``: with weights that are kept decoded;
+    ``least``: the tokens that gain least; ``products``: W4A4 and bfloat16 of each."""
     rows = figures["rows"]
 
     def total(tokens: int, key: str) -> float:
@@ -235,32 +274,43 @@ def tables(figures: dict[str, Any]) -> dict[str, Table]:
         keys = ("floor", "bfloat16", *FORMATS)
         cells = [_microseconds(total(tokens, key)) for key in keys]
         summed.append([str(tokens), *cells, *_ratios(tokens, total)])
+    kept = [["tokens", *head[3:], *summed[0][6:]]]
+    for tokens in TOKENS:
+        if tokens >= FROM_DECODED:
+            cells = [_microseconds(total(tokens, f"{kind}, kept")) for kind in FORMATS]
+            kept.append([str(tokens), *cells, *_ratios(tokens, total, ", kept")])
+    least = [["activations", "decoded in each product", "tokens", "kept decoded", "tokens"]]
+    for kind, name in FORMATS.items():
+        (plain, at), (ahead, there) = (figures["least"][f"{kind}{how}"] for how in ("", ", kept"))
+        cells = [f"{_floor(ratio)}{_mark(ratio, kind)}" for ratio in (plain, ahead)]
+        least.append([name, cells[0], str(at), cells[1], str(there)])
     each = [["tokens", "product", "floor", "bfloat16", "W4A4", "ratio", "W4A8", "W4A16"]]
     for row in rows:
         ratio = _floor(row["bfloat16"] / row["dialect"])
         cells = [_microseconds(row[key]) for key in ("floor", "bfloat16", "dialect")]
         others = [_microseconds(row[key]) for key in ("fp8", "none")]
         each.append([str(row["tokens"]), row["product"], *cells, ratio, *others])
-    return {"layer": summed, "products": each}
+    return {"layer": summed, "kept": kept, "least": least, "products": each}
 
 
-def _ratios(tokens: int, total: Callable[[int, str], float]) -> list[str]:
+def _ratios(tokens: int, total: Callable[[int, str], float], how: str = "") -> list[str]:
     """Times as fast as bfloat16, and whether that reaches the goal."""
     peer = total(tokens, "bfloat16")
-    ours = peer / total(tokens, "dialect")
+    ours = peer / total(tokens, f"dialect{how}")
     shown, goal = _floor(ours), f"{GOALS[tokens]}"
     reached = ours >= GOALS[tokens]
-    quick = peer / total(tokens, "dialect, fast")
+    quick = peer / total(tokens, f"dialect{how}, fast")
     if not math.isclose(quick, ours):
-        slow = min(SLOW_GOAL, GOALS[tokens]) if tokens >= 4096 else GOALS[tokens]
+        slow = SLOW_GOAL if tokens >= 4096 else GOALS[tokens]
         shown, goal = f"{_floor(ours)}; fast {_floor(quick)}", f"{slow}; fast {GOALS[tokens]}"
         reached = ours >= slow and quick >= GOALS[tokens]
-    others = [peer / total(tokens, kind) for kind in ("fp8", "none")]
-    marks = [
-        f"{_floor(value)}{'' if value >= LEAST[kind] else ' (missed)'}"
-        for kind, value in zip(("fp8", "none"), others, strict=True)
-    ]
+    others = {kind: peer / total(tokens, f"{kind}{how}") for kind in ("fp8", "none")}
+    marks = [f"{_floor(value)}{_mark(value, kind)}" for kind, value in others.items()]
     return [shown, f"{goal}: {'reached' if reached else 'missed'}", *marks]
+
+
+def _mark(ratio: float, kind: str) -> str:
+    return "" if ratio >= LEAST[kind] else " (missed)"
 
 
 def _floor(value: float) -> str:

@@ -6,6 +6,7 @@ from benchmarks.kernels import bench_predicted_time as predicted
 from benchmarks.lib.harness import RESULTS, read_result
 from benchmarks.lib.shapes import LLAMA_8B
 
+WAYS = predicted.WAYS
 FIGURES = read_result(RESULTS / "predicted_time.json").figures
 
 
@@ -36,9 +37,30 @@ def test_decoding_by_hand():
         assert predicted.decoded(product, "dialect", fast) == pytest.approx(want)
 
 
+def test_what_is_kept_decoded_by_hand():
+    product = predicted.Product(128, 4096, 4096)
+    read = 4096 * 4096 + 128 * (4096 + 2 * 4096)
+    assert predicted.multiplied(product, "fp8", False) == pytest.approx(2.3e-6 + read / 4.3e12)
+    large = predicted.Product(16384, 4096, 4096)
+    want = 2.3e-6 + 2 * 16384 * 4096**2 / 790e12
+    assert predicted.multiplied(large, "none", False) == pytest.approx(want)
+    assert want == predicted.bfloat16(large), "16-bit activations gain nothing and lose nothing"
+
+
+def test_the_slowest_number_of_tokens_is_no_faster_than_those_shown():
+    for kind in predicted.FORMATS:
+        for how in ("", ", kept"):
+            slowest, _ = FIGURES["least"][f"{kind}{how}"]
+            for tokens in predicted.TOKENS:
+                rows = [row for row in FIGURES["rows"] if row["tokens"] == tokens]
+                ours = sum(row[f"{kind}{how}"] for row in rows)
+                shown = sum(row["bfloat16"] for row in rows) / ours
+                assert slowest <= shown * 1.01, (kind, how, tokens)
+
+
 def test_no_time_is_below_what_memory_takes():
     for row in FIGURES["rows"]:
-        assert all(row[kind] > row["floor"] for kind in predicted.FORMATS)
+        assert all(row[kind + how] > row["floor"] for kind in predicted.FORMATS for how in WAYS)
 
 
 def test_every_goal_is_judged():

@@ -21,6 +21,7 @@ from dialect_kernels import SEMANTIC_32, PackedTensor
 from dialect_kernels.device_tables import tables_on
 from dialect_kernels.gpu import (
     bound,
+    decode,
     gemm,
     library,
     linear,
@@ -43,7 +44,7 @@ def copy_kernel(p_x, p_y, p_none, count, BLOCK: tl.constexpr, ADD: tl.constexpr)
 
 def forget():
     """Have Triton forget what it has compiled, and with it the launchers of a test's driver."""
-    for module in (gemm, quantize_activations, quantize_fp8):
+    for module in (decode, gemm, quantize_activations, quantize_fp8):
         for kernel in vars(module).values():
             if isinstance(kernel, triton.JITFunction):
                 kernel.device_caches.clear()
@@ -293,3 +294,30 @@ def test_products_of_a_library_are_not_bound(seen, monkeypatch):
     for _ in range(2):
         assert linear.dialect_linear(x, p, None, "dialect", "default").shape == (2000, 128)
     assert list(bound._products.values()) == [None]
+
+
+@pytest.mark.parametrize("activation_format", ["dialect", "fp8", "none"])
+def test_a_weight_that_is_kept_decoded_is_not_decoded_again(seen, monkeypatch, activation_format):
+    """With 64 tokens the packed bytes are read, by launches that are bound as ever."""
+    monkeypatch.setattr(linear, "_device", lambda device: FACTS)
+    monkeypatch.setattr(linear, "runs_on", lambda device: True)
+    read = []
+
+    def product(x, *operands):
+        read.append(operands[1 if activation_format != "none" else 0])
+        return torch.zeros(len(x), 128, dtype=torch.bfloat16)
+
+    monkeypatch.setattr(library, "_scaled_product", product)
+    monkeypatch.setattr(library.F, "linear", product)
+    x, p = torch.zeros(65, 512, dtype=torch.bfloat16), weight()
+    kept = linear.decode_ahead(p, activation_format, x.dtype)
+    (decoding,) = seen
+    assert any(p.codes is argument for argument in decoding)
+    seen.clear()
+    for _ in range(2):
+        linear.dialect_linear(x, p, None, activation_format, "default", kept)
+    assert len(seen) == (0 if activation_format == "none" else 2), "quantizers alone"
+    assert [weight.data_ptr() for weight in read] == [kept.weight.data_ptr()] * 2
+    linear.dialect_linear(x[:64], p, None, activation_format, "default", kept)
+    assert len(read) == 2
+    assert any(p.codes is argument for argument in seen[-1])

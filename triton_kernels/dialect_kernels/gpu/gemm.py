@@ -6,14 +6,15 @@ A program computes a tile of y, weights on the side of the MMA's 64 rows, so tha
 costs no more than sixteen::
 
     for each step of BK columns:   w = decode(codes, meta)     [BN, BK] in registers
-                                   sum += w @ x.T              [BN, BM] from zero, then in float32
+                                   sum += w @ x.T              [BN, BM] in float32
     y = sum * x_scale * 2**(R - 5) + bias
 
 Columns are taken in the order in which parts of words are decoded, see
 :mod:`.decode`: E4M3 tokens lie in this order in memory (the order of operands, see
-:mod:`.layout`), 16-bit ones are read accordingly. Every step starts from zero, because
-Hopper's FP8 accumulator keeps about 13 bits. In the mode ``exact`` a step is one block: its sum is
-exact in the 16-bit MMA, and float32 sums of blocks ascend, as in the reference. Splits, scales and
+:mod:`.layout`), 16-bit ones are read accordingly. Every step of FP8 starts from
+zero, because Hopper's FP8 accumulator keeps about 13 bits; the accumulator of 16-bit MMAs is
+float32. In the mode ``exact`` a step is one block: its sum is exact in the 16-bit MMA, and float32
+sums of blocks ascend, as in the reference. Splits, scales and
 bias: :mod:`dialect_kernels.gpu.epilogue`.
 
 With experts, w holds the rows of E weights one behind the other, and every tile of rows belongs to

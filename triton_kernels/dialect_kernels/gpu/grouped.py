@@ -7,8 +7,6 @@ schedule is computed on the GPU, so that no step waits for it and a CUDA graph c
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from ..packed_experts import PackedExperts
@@ -16,7 +14,7 @@ from .gemm import RowTiles, launch_eight_bits, launch_sixteen_bits
 from .layout import readable, readable_rows
 from .linear import Route, compiled_for, covers, first_of_each_route, quantize_tokens, route
 from .rotation import rotate_tokens
-from .tuning import FUSED_FOR_MANY
+from .tuning import for_experts
 
 __all__ = ["grouped_linear", "warm_up"]
 
@@ -146,5 +144,4 @@ def _route(
     count, features, columns = experts.shape
     each, shape = -(-rows // count), (features, columns)
     how = route(each, shape, activation_format, dtype, experts.device, accumulation)
-    plan = FUSED_FOR_MANY if how.decodes_to_memory else how.plan
-    return how._replace(plan=replace(plan, splits=1))
+    return how._replace(plan=for_experts(how.plan))

@@ -165,7 +165,7 @@ def _dialect_linear(
     bias: torch.Tensor | None,
     activation_format: str,
     accumulation: str,
-    decoded: Decoded | None,
+    decoded: Decoded | None = None,
 ) -> torch.Tensor:
     """As :func:`dialect_linear`, for at least one token and one feature; nothing is bound."""
     how = route(

@@ -30,6 +30,7 @@ __all__ = [
     "accumulator_bits",
     "choose",
     "config_name",
+    "for_experts",
     "parse_plans",
 ]
 
@@ -79,22 +80,17 @@ class GemmPlan:
                 )
 
 
-_SIXTEEN_BITS = (
-    (16, GemmPlan("fused", 16, 64, 256, num_warps=4, num_stages=7)),
-    (32, GemmPlan("fused", 32, 128, 256, num_warps=8, num_stages=7)),
-)
-"""For 16-bit operands and few tokens, on Hopper and data-centre Blackwell."""
-
 TABLES = {
     "fp8": (
         (16, GemmPlan("fused", 16, 128, 256, num_warps=8, num_stages=8)),
         (16, GemmPlan("fused", 16, 64, 256, num_warps=4, num_stages=8)),
-        (32, GemmPlan("fused", 32, 256, 256, num_warps=8, num_stages=7)),
+        (32, GemmPlan("fused", 32, 256, 128, num_warps=8, num_stages=8)),
         (32, GemmPlan("fused", 32, 128, 256, num_warps=8, num_stages=8)),
         (32, GemmPlan("fused", 32, 64, 256, num_warps=4, num_stages=8)),
         (64, GemmPlan("fused", 64, 256, 256, num_warps=8, num_stages=7)),
         (64, GemmPlan("fused", 64, 128, 256, num_warps=8, num_stages=8)),
         (64, GemmPlan("fused", 64, 64, 256, num_warps=4, num_stages=8)),
+        (512, GemmPlan("fused", 64, 256, 256, num_warps=8, num_stages=7)),
         (512, GemmPlan("fused", 128, 128, 256, num_warps=8, num_stages=7)),
     ),
     "fp8_in_tensor_memory": (
@@ -109,13 +105,17 @@ TABLES = {
         (256, GemmPlan("fused", 64, 64, 256, num_warps=4, num_stages=7)),
     ),
     "sixteen_bits": (
-        *_SIXTEEN_BITS,
-        (128, GemmPlan("fused", 64, 128, 128, num_warps=8, num_stages=7)),
+        (16, GemmPlan("fused", 16, 64, 256, num_warps=4, num_stages=7)),
+        (16, GemmPlan("fused", 32, 256, 128, num_warps=8, num_stages=7)),
+        (32, GemmPlan("fused", 32, 128, 256, num_warps=8, num_stages=7)),
+        (32, GemmPlan("fused", 32, 256, 128, num_warps=8, num_stages=7)),
+        (1024, GemmPlan("fused", 64, 128, 128, num_warps=8, num_stages=7)),
+        (1024, GemmPlan("fused", 64, 256, 128, num_warps=8, num_stages=7)),
     ),
     "sixteen_bits_in_tensor_memory": (
-        *_SIXTEEN_BITS,
-        # with more stages Triton 3.6.0 spills
-        (128, GemmPlan("fused", 64, 128, 128, num_warps=8, num_stages=4)),
+        (16, GemmPlan("fused", 16, 64, 256, num_warps=4, num_stages=7)),
+        (32, GemmPlan("fused", 32, 128, 256, num_warps=8, num_stages=7)),
+        (128, GemmPlan("fused", 64, 128, 128, num_warps=4, num_stages=7)),
     ),
     "sixteen_bits_in_warps": (
         (16, GemmPlan("fused", 16, 64, 256, num_warps=4, num_stages=7)),
@@ -147,6 +147,8 @@ _FARTHEST_BEYOND = 1.5
 """How many times fewer tokens a plan of the fused kernel may have been measured at."""
 _BYTES_PER_WEIGHT = 17 / 32
 _INSTRUCTIONS_PER_WEIGHT = 2.5
+_SIXTEEN_BITS_COST = 1.5
+"""Times as many instructions where weights are decoded to 16 bits."""
 _CYCLES_PER_INSTRUCTION = 2.5
 _MEMORY_BYTES = 18.5
 _CACHE_BYTES = 24
@@ -227,30 +229,48 @@ def _default_plan(
         for splits in range(1, _MOST_SPLITS + 1)
         if splits == 1 or (_can_split(plan) and columns >= splits * plan.columns * _LEAST_STEPS)
     ]
-    return min(several, key=lambda plan: _cycles(plan, tokens, features, columns, processors))
+    operand_bytes = 1 if table.startswith("fp8") else 2
+    shape = features, columns
+    return min(several, key=lambda plan: _cycles(plan, tokens, shape, processors, operand_bytes))
 
 
 def _can_split(plan: GemmPlan) -> bool:
     """Whether a plan of the tables has registers for adding the sums of several programs."""
-    return plan.features < 256
+    return plan.features * plan.columns < 256 * 256
 
 
-def _cycles(plan: GemmPlan, tokens: int, features: int, columns: int, processors: int) -> float:
+def for_experts(plan: GemmPlan) -> GemmPlan:
+    """The plan by which experts are multiplied that would have `plan` as single weights.
+
+    Always in registers, with K in one piece; the schedule of experts takes registers as well.
+    """
+    if plan.kind == "scratch":
+        return FUSED_FOR_MANY
+    if not _can_split(plan):
+        plan = replace(plan, features=plan.features // 2)
+    return replace(plan, splits=1)
+
+
+def _cycles(
+    plan: GemmPlan, tokens: int, shape: tuple[int, int], processors: int, operand_bytes: int
+) -> float:
     """Expected cycles of a fused plan, to compare plans with each other; never measured.
 
     Programs of a processor share it: a step takes the longest of reading weights from memory,
     reading weights and tokens from the L2 cache, issuing instructions and multiplying, for all of
     them, but not less than a warp needs for its own instructions one after the other.
     """
+    features, columns = shape
+    issued = _INSTRUCTIONS_PER_WEIGHT * (1 if operand_bytes == 1 else _SIXTEEN_BITS_COST)
     weights = plan.features * plan.columns
     read = weights * _BYTES_PER_WEIGHT
     step = max(
         read / _MEMORY_BYTES,
-        (read + min(tokens, plan.tokens) * plan.columns) / _CACHE_BYTES,
-        weights * _INSTRUCTIONS_PER_WEIGHT / (4 * 32),
-        weights * plan.tokens / _PRODUCTS,
+        (read + min(tokens, plan.tokens) * plan.columns * operand_bytes) / _CACHE_BYTES,
+        weights * issued / (4 * 32),
+        weights * plan.tokens * operand_bytes / _PRODUCTS,
     )
-    alone = _CYCLES_PER_INSTRUCTION * _INSTRUCTIONS_PER_WEIGHT * weights / (32 * plan.num_warps)
+    alone = _CYCLES_PER_INSTRUCTION * issued * weights / (32 * plan.num_warps)
     tiles = math.ceil(tokens / plan.tokens) * math.ceil(features / plan.features)
     programs = math.ceil(tiles * plan.splits / processors)
     steps = math.ceil(columns / (plan.columns * plan.splits))

@@ -17,12 +17,18 @@ from benchmarks.lib.machine_code import (
     programs_at_once,
 )
 from dialect_kernels.gpu.linear import EXACT_PLANS, table_of
-from dialect_kernels.gpu.tuning import FUSED_FOR_MANY, TABLES, _can_split
+from dialect_kernels.gpu.tuning import FUSED_FOR_MANY, TABLES, _can_split, for_experts
 
 pytestmark = pytest.mark.slow
 
 MOST_PER_WEIGHT = {16: 2.45, 32: 2.5, 64: 2.75, 128: 3.0}
 """Instructions of the main loop per weight on Hopper in FP8, by tokens of a tile."""
+
+
+def plans_of(capability, eight_bits):
+    """The plans of a device, each once."""
+    table = TABLES[table_of(divmod(capability, 10), eight_bits)]
+    return dict.fromkeys(plan for _, plan in table)
 
 
 def cases(eight_bits):
@@ -34,7 +40,7 @@ def cases(eight_bits):
             id=f"sm_{capability}, {plan.tokens} x {plan.features}{', split' * (splits > 1)}",
         )
         for capability in MMA[eight_bits]
-        for _, plan in TABLES[table_of(divmod(capability, 10), eight_bits)]
+        for plan in plans_of(capability, eight_bits)
         for splits in ((1, 4) if capability == 90 and _can_split(plan) else (1,))
     ]
 
@@ -80,9 +86,17 @@ def test_exact_mode(capability, plan):
 @pytest.mark.parametrize(("eight_bits", "many"), [(True, False), (True, True), (False, False)])
 def test_experts(eight_bits, many):
     """On Hopper; a schedule names the expert of each tile, and the loop stays as it is."""
-    table = TABLES[table_of((9, 0), eight_bits)]
-    plan = FUSED_FOR_MANY if many else next(p for _, p in table if p.features == 64)
+    plan = FUSED_FOR_MANY if many else next(p for p in plans_of(90, eight_bits) if p.features == 64)
     code = compile_gemm(plan, 90, eight_bits, experts=True)
     assert not faults(code, 90, MMA[eight_bits][90])
     alone = compile_gemm(plan, 90, eight_bits)
     assert per_weight(code, plan) <= 1.1 * per_weight(alone, plan)
+
+
+@pytest.mark.parametrize("eight_bits", [True, False])
+def test_experts_by_the_widest_tiles(eight_bits):
+    """Where registers are fewest."""
+    for plan in plans_of(90, eight_bits):
+        if plan.features == 256:
+            code = compile_gemm(for_experts(plan), 90, eight_bits, experts=True)
+            assert not faults(code, 90, MMA[eight_bits][90])
