@@ -147,7 +147,7 @@ class Backend(Protocol):
 
         Args:
             tokens, p, bias, activation_format, accumulation: as for :func:`.ops.dialect_linear`.
-            decoded: what :func:`.ops.decode_ahead` made of `p`, or None; the same bits.
+            decoded: what :func:`.ops.decode_ahead` made of `p`, or None.
         """
 
     def grouped_linear(

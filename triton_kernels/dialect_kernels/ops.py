@@ -316,8 +316,8 @@ def decode_ahead(
 ) -> Decoded | None:
     """A weight's exact values, to be kept beside it for :data:`linear`: memory for time.
 
-    A GPU's products of more than 64 tokens then decode nothing, with the same results. On a CPU,
-    whose products decode in their caches, nothing would read them.
+    A GPU's products of more than 64 tokens then decode nothing. On a CPU, whose products decode in
+    their caches, nothing would read them.
 
     Args:
         p: packed weight [N, K].
