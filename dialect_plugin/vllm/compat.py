@@ -158,7 +158,7 @@ def buffer_in_use(layer: torch.nn.Module, name: str) -> torch.Tensor:
 def shares_cache_of(layer: Any) -> Any:
     """The attention layer whose KV cache this one reads instead of one of its own; else None."""
     name = getattr(layer, "kv_sharing_target_layer_name", None)
-    config = _vllm_config()
+    config = current_config()
     if name is None or config is None:
         return None
     return config.compilation_config.static_forward_context.get(name)
