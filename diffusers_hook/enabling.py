@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from dialect_kernels import PackedTensor
+
+from .calibration.rounding import calibrated_weights, linear_layers
+from .calibration.source import Calibration, calibration_of
 from .config import ConfigError, SemanticDialectConfig
 from .layers.offload import check_offloading
-from .layers.originals import choose_place
 from .layers.quantized import QuantizedLinear
-from .layouts import Layout, LayoutError, generic_layout, layout_for, layout_named
+from .layouts import Layout
 from .model.attach import attached, follow
 from .model.components import Components, chosen_components
-from .model.layer_choice import choose_layers
+from .model.jobs import Job, config_of, layout_of, prepare
 from .model.pipeline import check_components, modules_of, uncheck_components
 from .model.reconfigure import change_options, changed_config
 from .model.report import Summary, summarize
-from .model.swap import Job, put_in, take_out
-from .model.text_encoder import encoder_defaults, encoder_layout
+from .model.swap import put_in, take_out
 from .tokens.protection import check_scheduler
 
 __all__ = ["disable", "enable", "summary"]
@@ -34,6 +37,7 @@ def enable(
     *,
     layout: Layout | str | None = None,
     components: Components | None = None,
+    calibrate: Calibration | Sequence[str] | Callable[[], object] | str | Path | None = None,
     progress: bool = True,
     **options: Any,
 ) -> Any:
@@ -52,6 +56,11 @@ def enable(
         components: names of the pipeline's components to quantize, e.g. ``("transformer",
             "text_encoder")``, or a dictionary from their names to options that are their own, e.g.
             ``{"text_encoder": {"activation_format": "fp8"}}``; default: its transformers.
+        calibrate: prompts that the 16-bit pipeline generates videos for first, to round the weights
+            of transformers so that the outputs of their layers change little; or a function that
+            runs it, a folder of :func:`~diffusers_hook.record`, or a
+            :class:`~diffusers_hook.Calibration` with more options. Default: each weight is rounded
+            to nearest.
         progress: whether a progress bar is shown.
         **options: single options of the configuration.
 
@@ -66,20 +75,22 @@ def enable(
 
         Nothing is changed if an error is raised.
     """
-    config = _config(config).replaced(**options)
-    layout = _layout(layout)
+    config, layout = config_of(config, options), layout_of(layout)
     work, changes = [], []
     parts = chosen_components(target, config, components, layout)
     for name, (module, wanted) in parts.items():
         if attached(module) is None:
-            check_offloading(name, module)
-            work.append(_prepare(name, module, wanted, layout))
+            work.append(prepare(name, module, wanted, layout))
+        elif calibrate is not None:
+            raise ConfigError(
+                f"calibrate: {name} is in 4 bit already; load the 16-bit checkpoint to calibrate it"
+            )
         else:
             changes.append((module, changed_config(name, module, wanted, layout)))
     for module, wanted in (*((job.module, job.config) for job in work), *changes):
         if wanted.protected_steps == "auto":
             check_scheduler(getattr(_pipeline(target, module), "scheduler", None))
-    _put_in_force(changes, work, [_quantize(job, progress) for job in work])
+    _put_in_force(changes, work, _quantized(target, work, calibrate, progress))
     check_components(target)
     for module in (*(job.module for job in work), *(module for module, _ in changes)):
         if target is not module:
@@ -127,45 +138,6 @@ def summary(target: Any) -> Summary:
     return Summary(tuple(found))
 
 
-def _config(config: object) -> SemanticDialectConfig:
-    if config is None:
-        return SemanticDialectConfig()
-    if not isinstance(config, SemanticDialectConfig):
-        raise ConfigError(
-            f"config: {config!r} cannot be used: it must be a SemanticDialectConfig; give single "
-            "options as keywords, e.g. salient_fraction=0.2"
-        )
-    return config
-
-
-def _layout(layout: object) -> Layout | None:
-    if isinstance(layout, str):
-        return layout_named(layout)
-    if layout is not None and not isinstance(layout, Layout):
-        raise LayoutError(
-            f"layout: {layout!r} cannot be used: it must be a diffusers_hook.Layout or the name of "
-            "a known one, e.g. 'wan'"
-        )
-    return layout
-
-
-def _prepare(
-    name: str, module: nn.Module, config: SemanticDialectConfig, layout: Layout | None
-) -> Job:
-    encoder = encoder_layout(module)
-    if encoder is not None:
-        layout, config = encoder, encoder_defaults(module, config)
-    layout = layout or layout_for(module) or generic_layout(module)
-    if layout is None:
-        raise LayoutError(
-            f"{name}: the layout of {type(module).__name__} is not known; pass one as layout=, see "
-            "diffusers_hook.Layout"
-        )
-    config, choice = choose_layers(module, config, layout, name)
-    place, sources = choose_place(module, choice.layers, config.keep_original)
-    return Job(name, module, layout, config, choice, place, sources)
-
-
 def _pipeline(target: Any, module: nn.Module) -> Any:
     """The pipeline that a transformer of the target belongs to, or None."""
     if target is not module:
@@ -194,13 +166,27 @@ def _put_in_force(
         raise
 
 
-def _quantize(job: Job, progress: bool) -> dict[str, QuantizedLinear]:
-    """The new layers, by name; nothing in the model is touched."""
+def _quantized(
+    target: Any, jobs: Sequence[Job], calibrate: object, progress: bool
+) -> list[dict[str, QuantizedLinear]]:
+    """The new layers of each job, by name; nothing in the models is touched."""
     from diffusers.utils.logging import tqdm
 
-    name, config, choice = job.name, job.config, job.choice
-    bar = tqdm(choice.layers, desc=f"{name} to 4 bit", unit="layer", disable=not progress)
-    return {path: choice.quantized_layer(path, config, f"{name}.{path}") for path in bar}
+    calibrated: Mapping[str, PackedTensor] = {}
+    if calibrate is not None:
+        count = len(linear_layers(jobs))
+        with tqdm(total=count, desc="calibrating", unit="layer", disable=not progress) as bar:
+            calibrated = calibrated_weights(target, jobs, calibration_of(calibrate), bar.update)
+    found = []
+    for job in jobs:
+        bar = tqdm(job.choice.layers, f"{job.name} to 4 bit", unit="layer", disable=not progress)
+        layers: dict[str, QuantizedLinear] = {}
+        for path in bar:
+            name = f"{job.name}.{path}"
+            packed = calibrated.get(name)
+            layers[path] = job.choice.quantized_layer(path, job.config, name, packed)
+        found.append(layers)
+    return found
 
 
 def _enabled(target: Any) -> dict[str, nn.Module]:

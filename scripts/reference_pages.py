@@ -81,10 +81,22 @@ API = {
     ),
     "diffusers_hook": (
         "Importing the package adds `enable_semantic_dialect`, `disable_semantic_dialect` and "
-        "`semantic_dialect_summary` to diffusers' pipelines; they call the three functions here. "
+        "`semantic_dialect_summary` to diffusers' pipelines; they call three of the functions here. "
         "The options are fields of `SemanticDialectConfig`: [options](options.md). `ConfigError` "
         "and `LayoutError` are ValueErrors.",
-        ("enable", "disable", "summary", "register_layout", "Layout", "Stream", "Blocks", "Grid"),
+        (
+            "enable",
+            "disable",
+            "summary",
+            "report",
+            "record",
+            "Calibration",
+            "register_layout",
+            "Layout",
+            "Stream",
+            "Blocks",
+            "Grid",
+        ),
     ),
 }
 """Module -> what stands in front, and the names to document."""

@@ -10,15 +10,12 @@ from typing import Any
 import torch
 
 from dialect_kernels.rotation import rotate_activation
-from dialect_kernels.second_moments import SecondMoments, UpperFactor, growing_dampings
+from dialect_kernels.second_moments import SecondMoments, UpperFactor
 
 from ..checkpoint.reader import CheckpointError
 from ..scheme import LayerFormat
 
 __all__ = ["SharedInput", "Watch"]
-
-_FEWEST = 4
-"""A layer needs a token for so many columns to be calibrated."""
 
 
 @dataclass
@@ -44,8 +41,8 @@ class SharedInput:
 
     @property
     def enough(self) -> bool:
-        """Whether they are enough to calibrate the layers: one for every four columns."""
-        return self.tokens * _FEWEST >= len(self.moments)
+        """Whether they are enough to calibrate the layers."""
+        return self.moments.enough
 
     def add(self, x: torch.Tensor) -> None:
         """Add the tokens of an input [..., K]."""
@@ -76,11 +73,7 @@ class SharedInput:
         Returns:
             The factor and the damping that was used; None if no damping up to 1 is enough.
         """
-        for share in growing_dampings(damping):
-            factor = self.moments.factor(share)
-            if factor is not None:
-                return factor, share
-        return None
+        return self.moments.damped_factor(damping)
 
     def check_finite(self) -> None:
         """Raise CheckpointError, naming a layer, if an input held NaN or Inf."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from dialect_kernels import PackedTensor
 from dialect_kernels.arguments import check_dtype
 from dialect_kernels.formatbook import ROTATION_GROUP, Rotation, book_by_name
 from dialect_kernels.layer_names import matches, near_misses
@@ -47,9 +48,13 @@ class LayerChoice:
         return {**{path: layer for path, (layer, _) in self.quantized.items()}, **self.modulation}
 
     def quantized_layer(
-        self, path: str, config: SemanticDialectConfig, name: str
+        self,
+        path: str,
+        config: SemanticDialectConfig,
+        name: str,
+        packed: PackedTensor | None = None,
     ) -> DialectLinear | Fp8Linear:
-        """The layer that takes the place of `path`.
+        """The layer that takes the place of `path`; its weight is `packed`, or rounded to nearest.
 
         Raises:
             ValueError: if its weight cannot be quantized (calling it `name`).
@@ -58,8 +63,14 @@ class LayerChoice:
             return Fp8Linear.quantized(self.modulation[path], name)
         layer, stream = self.quantized[path]
         book, form = book_by_name(config.book), config.activation_format
+        if packed is not None:
+            return DialectLinear(packed, layer.bias, stream, form, layer.weight.dtype)
         rotation = _rotation(layer, config)
         return DialectLinear.quantized(layer, stream, book, config.block_size, form, name, rotation)
+
+    def rotation(self, path: str, config: SemanticDialectConfig) -> Rotation:
+        """The rotation of the 4-bit layer `path`."""
+        return _rotation(self.quantized[path][0], config)
 
     def empty_layer(self, path: str, config: SemanticDialectConfig) -> DialectLinear | Fp8Linear:
         """The layer that takes the place of `path`, on the meta device, for a loader to fill."""

@@ -12,28 +12,15 @@ from torch import nn
 from ..config import SemanticDialectConfig
 from ..layers.casting import is_of_transformers
 from ..layers.offload import renew_group_offloading
-from ..layers.originals import Originals, Source, keep
+from ..layers.originals import Originals, keep
 from ..layers.quantized import QuantizedLinear
-from ..layouts import Layout
 from .attach import attach, attached, detach
 from .diffusers_quantizer import SemanticDialectQuantizer
-from .layer_choice import LayerChoice, put
+from .jobs import Job
+from .layer_choice import put
 from .saved_mark import mark, unmark
 
-__all__ = ["Job", "put_in", "take_out"]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One transformer and everything that was decided about it before it is touched."""
-
-    name: str
-    module: nn.Module
-    layout: Layout
-    config: SemanticDialectConfig
-    choice: LayerChoice
-    place: str
-    sources: dict[str, Source]
+__all__ = ["put_in", "take_out"]
 
 
 def put_in(jobs: Sequence[Job], layers: Sequence[Mapping[str, QuantizedLinear]]) -> None:

@@ -20,6 +20,8 @@ __all__ = ["SecondMoments", "UpperFactor", "growing_dampings"]
 
 _PANEL = 512
 """Columns of a panel."""
+_FEWEST = 4
+"""A layer needs a token for so many columns to be calibrated."""
 
 
 def growing_dampings(damping: float) -> Iterator[float]:
@@ -34,6 +36,11 @@ class UpperFactor:
 
     def __init__(self, panels: list[torch.Tensor]) -> None:
         self._panels = panels
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self._panels[0].device
 
     def rows(self, first: int, last: int) -> torch.Tensor:
         """Rows [first, last) of one panel's columns, from the column `first` on."""
@@ -55,10 +62,11 @@ class SecondMoments:
 
     Attributes:
         tokens: how many were added.
+        device: the argument.
     """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
-        self._size, self._device = columns, torch.device(device)
+        self._size, self.device = columns, torch.device(device)
         self._spans = _spans(columns)
         self._panels = [torch.zeros(b, b - a, device=device) for a, b in self._spans]
         self.tokens = 0
@@ -86,6 +94,34 @@ class SecondMoments:
             panel.addmm_(x[:, :stop].T, x[:, first:stop])
         self.tokens += len(x)
 
+    @property
+    def enough(self) -> bool:
+        """Whether the tokens are enough to calibrate a layer: one for every four columns."""
+        return self.tokens * _FEWEST >= self._size
+
+    def flat(self) -> torch.Tensor:
+        """The sums in one tensor, float32 [n], which :meth:`from_flat` takes."""
+        return torch.cat([panel.flatten() for panel in self._panels])
+
+    @classmethod
+    def from_flat(cls, columns: int, flat: torch.Tensor, tokens: int) -> SecondMoments:
+        """The moments whose sums are `flat`, on its device.
+
+        Raises:
+            ValueError: if they are not those of so many columns.
+        """
+        if flat.dtype != torch.float32 or flat.shape != (cls.nbytes_of(columns) // 4,):
+            raise ValueError(
+                f"flat: {flat.dtype} {list(flat.shape)}; the moments of {columns} columns are "
+                f"torch.float32 [{cls.nbytes_of(columns) // 4}]"
+            )
+        found = cls(columns, flat.device)
+        parts = torch.split(flat, [panel.numel() for panel in found._panels])
+        for panel, part in zip(found._panels, parts, strict=True):
+            panel.copy_(part.view_as(panel))
+        found.tokens = tokens
+        return found
+
     def isfinite(self) -> bool:
         """Whether no token held NaN or Inf, and no sum overflowed."""
         return all(bool(panel.isfinite().all()) for panel in self._panels)
@@ -105,7 +141,7 @@ class SecondMoments:
 
     def mean(self) -> torch.Tensor:
         """``A``, float32 [K, K]."""
-        whole = torch.empty(self._size, self._size, device=self._device)
+        whole = torch.empty(self._size, self._size, device=self.device)
         for panel, (first, stop) in zip(self._panels, self._spans, strict=True):
             whole[:stop, first:stop] = panel / max(1, self.tokens)
             whole[first:stop, :first] = whole[:first, first:stop].T
@@ -138,6 +174,21 @@ class SecondMoments:
                 return None
             done.append(panel)
         return _inverse(done[::-1], self._spans)
+
+    def damped_factor(self, damping: float) -> tuple[UpperFactor, float] | None:
+        """The factor with the least damping that is enough, and that damping.
+
+        Args:
+            damping: the least; where it is too little, ten times as much is tried.
+
+        Returns:
+            None if no damping up to 1 is enough. Otherwise the moments are used up.
+        """
+        for share in growing_dampings(damping):
+            factor = self.factor(share)
+            if factor is not None:
+                return factor, share
+        return None
 
     def _restore(self, panel: torch.Tensor, done: list[torch.Tensor], added: torch.Tensor) -> None:
         """Undo a factorization that failed at `panel`, but for the rounding of float64."""

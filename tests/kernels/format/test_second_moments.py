@@ -93,3 +93,29 @@ def test_numbers_that_are_not_finite():
     x[3, 70] = float("nan")
     assert not collected(x).isfinite()
     assert SecondMoments(0).mean().shape == (0, 0)
+
+
+def test_moments_come_back_from_one_tensor():
+    found = collected(correlated(200, 80, 3))
+    again = SecondMoments.from_flat(80, found.flat(), found.tokens)
+    assert (len(again), again.tokens) == (80, 200)
+    assert torch.equal(again.mean(), found.mean())
+    assert again.flat().nbytes == SecondMoments.nbytes_of(80)
+    with pytest.raises(ValueError, match=r"flat: torch\.float32 \[16\]; the moments of 80 columns"):
+        SecondMoments.from_flat(80, torch.zeros(16), 1)
+
+
+def test_a_layer_needs_a_token_for_four_columns():
+    assert not collected(correlated(19, 80, 4)).enough
+    assert collected(correlated(20, 80, 4)).enough
+
+
+def test_the_least_damping_that_is_enough():
+    """Fewer tokens than columns: without damping the moments are singular."""
+    found = collected(correlated(60, 80, 5))
+    factor, damping = found.damped_factor(0.01)
+    assert damping == 0.01
+    assert factor.device.type == "cpu"
+    assert not found._panels  # used up
+    broken = SecondMoments.of(-torch.eye(80) * 2)
+    assert broken.damped_factor(0.01) is None

@@ -1,0 +1,1 @@
+"""Tests of diffusers_hook.calibration."""
