@@ -43,10 +43,9 @@ def enable(
 ) -> Any:
     """Quantize a pipeline's transformers, or one transformer, and hook their attention.
 
-    With `components`, text encoders too: their tokens are rounded alone.
-
-    A transformer that was loaded quantized takes the given options instead, where they need no
-    other weights; without options only its hook learns of the pipeline.
+    With `components`, text encoders too: their tokens are rounded alone. A model that was loaded
+    quantized takes the given options instead, where they need no other weights; without options
+    only its hook learns of the pipeline.
 
     Args:
         target: a diffusers pipeline, or a video transformer (any `nn.Module` with a layout).
@@ -57,10 +56,9 @@ def enable(
             "text_encoder")``, or a dictionary from their names to options that are their own, e.g.
             ``{"text_encoder": {"activation_format": "fp8"}}``; default: its transformers.
         calibrate: prompts that the 16-bit pipeline generates videos for first, to round the weights
-            of transformers so that the outputs of their layers change little; or a function that
-            runs it, a folder of :func:`~diffusers_hook.record`, or a
-            :class:`~diffusers_hook.Calibration` with more options. Default: each weight is rounded
-            to nearest.
+            of transformers so that their layers' outputs change little; or a function that runs it,
+            a folder of :func:`~diffusers_hook.record`, or a :class:`~diffusers_hook.Calibration`.
+            Default: each weight is rounded to nearest.
         progress: whether a progress bar is shown.
         **options: single options of the configuration.
 
@@ -75,9 +73,9 @@ def enable(
 
         Nothing is changed if an error is raised.
     """
-    config, layout = config_of(config, options), layout_of(layout)
+    layout = layout_of(layout)
     work, changes = [], []
-    parts = chosen_components(target, config, components, layout)
+    parts = chosen_components(target, config_of(config, options), components, layout)
     for name, (module, wanted) in parts.items():
         if attached(module) is None:
             work.append(prepare(name, module, wanted, layout))
@@ -87,9 +85,7 @@ def enable(
             )
         else:
             changes.append((module, changed_config(name, module, wanted, layout)))
-    for module, wanted in (*((job.module, job.config) for job in work), *changes):
-        if wanted.protected_steps == "auto":
-            check_scheduler(getattr(_pipeline(target, module), "scheduler", None))
+    _check_schedulers(target, [*((job.module, job.config) for job in work), *changes])
     _put_in_force(changes, work, _quantized(target, work, calibrate, progress))
     check_components(target)
     for module in (*(job.module for job in work), *(module for module, _ in changes)):
@@ -144,6 +140,15 @@ def _pipeline(target: Any, module: nn.Module) -> Any:
         return target
     hook = attached(module)
     return None if hook is None else hook.state.pipeline()
+
+
+def _check_schedulers(
+    target: Any, models: Sequence[tuple[nn.Module, SemanticDialectConfig]]
+) -> None:
+    """Raise ConfigError if steps cannot be protected because their scheduler is not known."""
+    for module, wanted in models:
+        if wanted.protected_steps == "auto":
+            check_scheduler(getattr(_pipeline(target, module), "scheduler", None))
 
 
 def _put_in_force(

@@ -81,7 +81,7 @@ API = {
     ),
     "diffusers_hook": (
         "Importing the package adds `enable_semantic_dialect`, `disable_semantic_dialect` and "
-        "`semantic_dialect_summary` to diffusers' pipelines; they call three of the functions here. "
+        "`semantic_dialect_summary` to diffusers' pipelines; they call three functions of here. "
         "The options are fields of `SemanticDialectConfig`: [options](options.md). `ConfigError` "
         "and `LayoutError` are ValueErrors.",
         (

@@ -15,8 +15,6 @@ from ..config import ConfigError
 
 __all__ = ["Calibration", "calibration_of", "generations"]
 
-_WANTED = "it must be a list of prompts, a function that runs the model, or a folder of record()"
-
 
 @dataclass(frozen=True)
 class Calibration:
@@ -45,7 +43,10 @@ class Calibration:
         if not (isinstance(source, str | Path) or callable(source)):
             prompts = source if isinstance(source, Sequence) else ()
             if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-                raise ConfigError(f"calibrate: {source!r} cannot be used: {_WANTED}")
+                raise ConfigError(
+                    f"calibrate: {source!r} cannot be used: it must be a list of prompts, a "
+                    "function that runs the model, or a folder of record()"
+                )
         if not self.seeds or not all(type(seed) is int for seed in self.seeds):
             raise ConfigError(f"seeds: {self.seeds!r} cannot be used: it must be whole numbers")
         if not 0 < self.damping <= 1:
