@@ -42,7 +42,8 @@ def measure() -> dict[str, Any]:
     """The rows of both compilers, by Triton version."""
     found = rows_here()
     if OLD_TRITON.exists():
-        found |= in_new_process(rows_here, {"PYTHONPATH": f"{OLD_TRITON}{os.pathsep}{ROOT}"})
+        path = [os.fspath(OLD_TRITON), os.fspath(ROOT), os.environ.get("PYTHONPATH", "")]
+        found |= in_new_process(rows_here, {"PYTHONPATH": os.pathsep.join(filter(None, path))})
     return {"triton": dict(sorted(found.items()))}
 
 

@@ -17,7 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from dialect_kernels import DIALECT_FP4, SEMANTIC_32, PackedExperts, quantize
-from dialect_kernels.gpu import grouped, library, linear
+from dialect_kernels.gpu import gemm, grouped, library, linear
+from dialect_kernels.gpu.tuning import GemmPlan
 
 TOKENS = (1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 127, 128, 129, 256, 257, 511, 512, 513, 1000, 4097,
           16384)  # fmt: skip
@@ -158,3 +159,8 @@ def test_experts_are_warm_too_and_one_launch_multiplies_with_all(
                 )
                 assert set(launches) <= compiled
                 assert len(launches) == (1 if activation_format == "none" else 2)
+
+
+def test_tiles_of_tokens_that_share_weights_are_neighbours():
+    """Programs start in the order of the first axis, and read their weights from memory once."""
+    assert gemm._grid(300, 4096, GemmPlan("fused", 128, 64, splits=3)) == (3, 64, 3)
