@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from typing import Any
 
 import triton
@@ -42,8 +43,9 @@ def measure() -> dict[str, Any]:
     """The rows of both compilers, by Triton version."""
     found = rows_here()
     if OLD_TRITON.exists():
-        path = [os.fspath(OLD_TRITON), os.fspath(ROOT), os.environ.get("PYTHONPATH", "")]
-        found |= in_new_process(rows_here, {"PYTHONPATH": os.pathsep.join(filter(None, path))})
+        # everything else from where this process has it
+        path = os.pathsep.join([os.fspath(OLD_TRITON), os.fspath(ROOT), *sys.path[1:]])
+        found |= in_new_process(rows_here, {"PYTHONPATH": path})
     return {"triton": dict(sorted(found.items()))}
 
 
