@@ -199,7 +199,7 @@ best = cpu.INSTRUCTIONS.index(cpu.features())
 dtypes = (torch.float32, torch.float16, torch.bfloat16)
 for case, (block_size, book) in enumerate(product((16, 32, 64), (DIALECT_FP4, SEMANTIC_32))):
     for rows, columns, tokens in (
-        (1, 1, 1), (9, 33, 3), (8, 95, 100), (35, 2111, 3), (0, 0, 0), (9, 96, 5)
+        (1, 1, 1), (9, 33, 3), (8, 95, 100), (35, 2111, 18), (0, 0, 0), (9, 96, 60)
     ):
         w = torch.randn(rows, columns) * torch.randn(columns).exp()
         rotations = ("none",) if columns % 32 else ("none", "hadamard_32")

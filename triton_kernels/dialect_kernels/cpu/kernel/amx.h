@@ -189,9 +189,10 @@ void lay_out_tiles(const Rounded& x, int block, int64_t count, int64_t group) {
 // Whether processor and system have tiles; Linux gives them to a process only on request.
 bool may_use_amx() {
     constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    constexpr unsigned kAmxTile = 1u << 24, kAmxInt8 = 1u << 25;
+    constexpr unsigned kAmxTile = 1u << 24, kAmxInt8 = 1u << 25, kVbmi = 1u << 1;
     unsigned a, b, c, d;
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxTile) && (d & kAmxInt8) &&
+           (c & kVbmi) &&
            syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 }
 

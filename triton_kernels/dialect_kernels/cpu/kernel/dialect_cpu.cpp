@@ -23,6 +23,7 @@
 //     embedding.h  rows of a weight as numbers of a type
 //     feedback.h   rule gptq inside a block of columns
 //     output.h     where the products go
+//     words.h      blocks as bfloat16
 //     tasks.h      how a call is cut into tasks
 //     decode.h     AVX2: eight rows of a weight, decoded and transposed
 //     exact.h      the product in float64
@@ -276,12 +277,7 @@ int32_t dialect_embedding(const int64_t* ids, int64_t count, const Weight* weigh
 // words [256, 16]: the numbers of a meta byte's dialect times 2^-delta, in bfloat16; for books of
 // 5-bit ids.
 int32_t dialect_cache_words(const Book* book, uint16_t* words) {
-    for (int meta = 0; meta < 256; meta++) {
-        const float scale = power_of_two(-(meta >> book->id_bits));
-        const int8_t* half_units = book->half_units[meta & ((1 << book->id_bits) - 1)];
-        for (int code = 0; code < 16; code++)
-            words[16 * meta + code] = uint16_t(bits_of(half_units[code] * scale) >> 16);
-    }
+    Words::fill(*book, words);
     return 0;
 }
 

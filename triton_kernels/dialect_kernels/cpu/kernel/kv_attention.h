@@ -424,7 +424,7 @@ void attend_as(const AttentionCall& call, int threads) {
 void attend(const AttentionCall& call, int threads) {
 #if DIALECT_X86
 #if DIALECT_AMX
-    if (call.features >= AMX_INT8 && call.a.dtype == BFLOAT16 && may_decode_to_tiles())
+    if (call.features >= AMX_INT8 && call.a.dtype == BFLOAT16)
         return attend_as<TileProducts>(call, threads);
 #endif
     if (call.features >= AVX512_VNNI) return attend_as<FloatProducts<AVX512_VNNI>>(call, threads);

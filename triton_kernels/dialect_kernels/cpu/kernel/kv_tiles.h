@@ -20,44 +20,13 @@
 #include "kv_softmax.h"
 #include "numbers.h"
 #include "targets.h"
+#include "words.h"
 
 #if DIALECT_AMX
 
 namespace {
 
-#define AVX512_VBMI \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")))
-#define AVX512_VBMI_INLINE                                                            \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi"), \
-                   always_inline)) inline
-
 constexpr int kStepBytes = 1024;  // of sixteen rows of 32 words
-
-// Word w of a decoded block is its element word_column(w).
-constexpr int word_column(int w) { return 16 * (w / 4 % 2) + 4 * (w / 8) + w % 4; }
-
-struct Nibbles {
-    Nibbles() {
-        for (int w = 0; w < 32; w++) {
-            // of the 8 bytes that the word's nibble lies in: eight bits from the one before it on
-            const int from = (4 * (word_column(w) % 16) + 63) % 64;
-            control[2 * w] = control[2 * w + 1] = uint8_t(from);
-        }
-    }
-    alignas(64) uint8_t control[64];
-};
-const Nibbles nibbles;
-
-// The 32 words of a block with these codes and this meta byte.
-AVX512_VBMI_INLINE __m512i words_of(const uint8_t* codes, uint8_t meta, const uint16_t* tables,
-                                    __m512i control) {
-    const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)codes));
-    const __m512i around = _mm512_multishift_epi64_epi8(control, bytes);
-    const __m512i at = _mm512_ternarylogic_epi32(around, _mm512_set1_epi8(0x1e),
-                                                 _mm512_set1_epi16(0x0100), 0xea);  // a & b | c
-    const __m256i table = _mm256_load_si256((const __m256i*)(tables + 16 * meta));
-    return _mm512_permutexvar_epi8(at, _mm512_castsi256_si512(table));
-}
 
 // Sixteen tokens, [steps, 16 tokens, 32]. Starts to read the slots of `ahead`.
 AVX512_VBMI_INLINE void decode_keys(const uint8_t* const* slots, const uint8_t* const* ahead,
@@ -247,12 +216,6 @@ struct TileProducts {
     const uint16_t* const tables;
     const Tiles tiles;
 };
-
-// Whether the processor has what the decoder needs besides tiles.
-bool may_decode_to_tiles() {
-    static const bool has = __builtin_cpu_supports("avx512vbmi");
-    return has;
-}
 
 }  // namespace
 

@@ -119,7 +119,7 @@ bool takes_panels(Format format, int64_t tokens, bool exact, int features) {
     // By format and instruction set: with fewer tokens, integers are faster.
     constexpr int64_t kNever = INT64_MAX;
     constexpr int64_t kFewest[3][4] = {
-        {kNever, kNever, kNever, 64}, {kNever, 32, 16, 8}, {kNever, 32, 16, 8}};
+        {kNever, kNever, kNever, 4}, {kNever, 32, 16, 2}, {kNever, 32, 16, 2}};
     return !exact && tokens >= kFewest[format][features];
 }
 

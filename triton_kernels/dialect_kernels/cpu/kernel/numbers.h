@@ -109,17 +109,17 @@ INLINE uint32_t largest_bits(const float* x, int64_t count) {
     return uint32_t(largest);
 }
 
-// Nearest E4M3 value, ties to even, of a float in -448..448.
+// Nearest E4M3 value, ties to even, of a finite float; at most 448 in magnitude.
 INLINE float round_to_e4m3(float x) {
     const uint32_t bits = bits_of(x);
-    uint32_t magnitude = bits & 0x7fffffffu;
-    if (magnitude < 0x3c800000u) {  // 2^-6: adding 2^14 rounds to multiples of 2^-9
-        const float rounded = (float_of(magnitude) + 0x1p14f) - 0x1p14f;
-        magnitude = bits_of(rounded);
-    } else {
-        magnitude = (magnitude + 0x7ffff + (magnitude >> 20 & 1)) & ~0xfffffu;
-    }
-    return float_of(magnitude | (bits & 0x80000000u));
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    // Adding 2^14 rounds to multiples of 2^-9, which is right below 2^-6. Without a branch, compilers
+    // make vectors of this.
+    const uint32_t small = bits_of((float_of(magnitude) + 0x1p14f) - 0x1p14f);
+    const uint32_t large = (magnitude + 0x7ffff + (magnitude >> 20 & 1)) & ~0xfffffu;
+    const uint32_t is_small = uint32_t((int32_t(magnitude) - 0x3c800000) >> 31);
+    const uint32_t rounded = large ^ ((large ^ small) & is_small);
+    return float_of(std::min(rounded, bits_of(448.0f)) | (bits & 0x80000000u));
 }
 
 }  // namespace

@@ -2,8 +2,8 @@
 //
 // Rounded activations, relative to the value of 1 of their token, are numbers that bfloat16 holds
 // exactly; activations of the format "none" are split into terms that it holds. Sixteen tokens form
-// a group, whose products are all with one weight. Columns are taken in steps of 32, the even ones
-// first: in this order the nibbles of the codes come out of the decoder.
+// a group, whose products are all with one weight. Columns are taken in steps of 32, in the order in
+// which they come out of the decoder: that of words.h on the matrix unit, else the even ones first.
 
 #pragma once
 
@@ -13,6 +13,7 @@
 
 #include "numbers.h"
 #include "tokens.h"
+#include "words.h"
 
 namespace {
 
@@ -39,10 +40,11 @@ struct Operand {
     INLINE void put(int64_t i, int64_t to, const float* row, double value) const {
         place.get()[i] = to;
         value_of_1.get()[i] = value;
-        if (matrix_unit)
-            put_pairs(row, reinterpret_cast<uint32_t*>(group(i / kSixteen)) + i % kSixteen);
-        else
-            put_floats(row, reinterpret_cast<float*>(group(i / kSixteen)) + i % kSixteen);
+        char* const at = group(i / kSixteen) + i % kSixteen * 4;
+#if DIALECT_X86
+        if (matrix_unit) return put_pairs(row, reinterpret_cast<uint32_t*>(at));
+#endif
+        put_floats(row, reinterpret_cast<float*>(at));
     }
 
     int64_t tokens, steps, groups;
@@ -59,22 +61,28 @@ struct Operand {
             for (int odd = 0; odd < 2; odd++)
                 for (int k = odd; k < kStep; k += 2, to += kSixteen) *to = row[k];
     }
-    INLINE void put_pairs(const float* row, uint32_t* to) const {
-        for (int64_t s = 0; s < steps; s++, row += kStep)
-            for (int odd = 0; odd < 2; odd++)
-                for (int k = odd; k < kStep; k += 4, to += kSixteen)
-                    put_terms(row[k], row[k + 2], to);
-    }
-    INLINE void put_terms(float first, float second, uint32_t* to) const {
+#if DIALECT_X86
+    // The columns 2j and 2j + 1 make a pair, which goes where the words of these columns are.
+    AVX512 void put_pairs(const float* row, uint32_t* to) const {
+        const __m512i high = _mm512_set1_epi32(int32_t(0xffff0000u));
+        const __m512i low = _mm512_set1_epi64(0xffff);
+        const __m256i places = _mm256_mullo_epi32(_mm256_set_epi32(13, 12, 9, 8, 5, 4, 1, 0),
+                                                  _mm256_set1_epi32(kSixteen));
         const int64_t next = steps * kStep / 2 * kSixteen;
-        for (int term = 0; term < terms; term++) {
-            const uint32_t low = bits_of(first) & 0xffff0000u;
-            const uint32_t high = bits_of(second) & 0xffff0000u;
-            to[term * next] = low >> 16 | high;
-            first -= float_of(low);
-            second -= float_of(high);
-        }
+        for (int64_t s = 0; s < steps; s++, row += kStep, to += kStep / 2 * kSixteen)
+            for (int half = 0; half < 2; half++) {
+                __m512 rest = _mm512_loadu_ps(row + 16 * half);
+                for (int term = 0; term < terms; term++) {
+                    const __m512i bits = _mm512_and_si512(_mm512_castps_si512(rest), high);
+                    const __m512i even = _mm512_and_si512(_mm512_srli_epi64(bits, 16), low);
+                    const __m512i pairs = _mm512_or_si512(even, _mm512_srli_epi64(bits, 32));
+                    _mm256_i32scatter_epi32(to + term * next + 2 * kSixteen * half, places,
+                                            _mm512_cvtepi64_epi32(pairs), 4);
+                    rest = _mm512_sub_ps(rest, _mm512_castsi512_ps(bits));
+                }
+            }
     }
+#endif
 };
 
 }  // namespace

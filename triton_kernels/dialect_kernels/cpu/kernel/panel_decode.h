@@ -1,5 +1,5 @@
-// Decodes rows of a weight for the products of panels: half-units times 2^-delta, which bfloat16
-// holds exactly, in steps of 32 columns, the even ones first.
+// Decodes rows of a weight for the products of panels, relative to the row's exponent, in steps of
+// 32 columns: bfloat16 in the order of words.h, or float32, the even columns first.
 
 #pragma once
 
@@ -10,68 +10,53 @@
 #include "numbers.h"
 #include "operand.h"
 #include "weights.h"
+#include "words.h"
 
 #if DIALECT_X86
 
 namespace {
 
-// Half-units as bfloat16, sixteen codes twice, and which of them are not 0.
-struct Words {
-    explicit Words(const Book& book) {
-        for (int id = 0; id < 32; id++) {
-            nonzero[id] = 0;
-            for (int code = 0; code < 32; code++) {
-                const int8_t half_units = book.half_units[id][code % 16];
-                words[id][code] = uint16_t(bits_of(float(half_units)) >> 16);
-                nonzero[id] |= uint32_t(half_units != 0) << code;
-            }
+// Words of the steps s..s+N-1 of a row.
+template <int B, int N>
+AVX512_VBMI_INLINE void decode_steps(const Reader& r, const uint16_t* tables, __m512i control,
+                                     const uint8_t* codes, const uint8_t* meta, int64_t s,
+                                     char* out) {
+    constexpr int kSteps = B > kStep ? B / kStep : 1;
+#pragma GCC unroll 4
+    for (int i = 0; i < N; i++) {
+        const uint8_t* const from = codes + (s + i) * (kStep / 2);
+        __m512i found;
+        if constexpr (B < kStep) {  // the last step may have one block only
+            const bool both = r.padded - (s + i) * kStep >= kStep;
+            const uint8_t second = both ? meta[2 * (s + i) + 1] : 0;
+            found = words_of_two(from, meta[2 * (s + i)], second, both, tables, control);
+        } else {
+            found = words_of(from, meta[(s + i) / kSteps], tables, control);
         }
+        _mm512_store_si512(out + i * 1024, found);
     }
-    alignas(64) uint16_t words[32][32];
-    uint32_t nonzero[32];
-};
-
-// The half-units of a block times 2^-delta.
-AVX512_INLINE __m512i table_of(const Words& words, int id, int delta) {
-    const __m512i table = _mm512_load_si512(words.words[id]);
-    return _mm512_mask_sub_epi16(table, words.nonzero[id], table,
-                                 _mm512_set1_epi16(int16_t(delta << 7)));
 }
 
-// The values of the steps `from`..`from + steps - 1` of a row, relative to the row's: bfloat16, 64
-// bytes for each step, 1024 bytes apart.
+// The values of the steps `from`..`from + steps - 1` of `count` rows, relative to each row's:
+// bfloat16, 64 bytes for each row and step; steps are 1024 bytes apart. Starts to read as many codes
+// `ahead` bytes behind.
 template <int B>
-AVX512 void decode_words(const Reader& r, const Words& words, int64_t row, int64_t from,
-                         int64_t steps, char* out) {
-    constexpr int kPerStep = B < kStep ? kStep / B : 1, kSteps = B > kStep ? B / kStep : 1;
-    const uint8_t* codes = r.codes(row) + from * (kStep / 2);
-    const uint8_t* meta = r.meta(row);
-    const uint8_t* end = r.codes(row) + r.padded / 2;
-    __m512i table = _mm512_setzero_si512();
-    for (int64_t s = from; s < from + steps; s++, codes += kStep / 2, out += 1024) {
-        __m128i bytes;
-        if constexpr (kPerStep == 2) {
-            const bool both = end - codes >= 16;  // the last step may have one block only
-            const uint8_t first = meta[2 * s], second = both ? meta[2 * s + 1] : first;
-            const __m512i a = table_of(words, r.id(first), r.delta(first));
-            const __m512i b = table_of(words, r.id(second), r.delta(second));
-            table = _mm512_inserti64x4(a, _mm512_castsi512_si256(b), 1);
-            bytes = both ? _mm_loadu_si128((const __m128i*)codes)
-                         : _mm_loadl_epi64((const __m128i*)codes);
-        } else {
-            const uint8_t byte = meta[s / kSteps];
-            table = table_of(words, r.id(byte), r.delta(byte));
-            bytes = _mm_loadu_si128((const __m128i*)codes);
+AVX512_VBMI_INLINE void decode_words(const Reader& r, const Words& words, int64_t row,
+                                     int64_t count, int64_t from, int64_t steps, int64_t ahead,
+                                     char* out) {
+    const __m512i control = _mm512_load_si512(nibbles.control);
+    const uint16_t* const tables = words.words[0];
+    const uint8_t *codes = r.codes(row), *meta = r.meta(row);
+    const int64_t codes_apart = r.padded / 2, meta_apart = r.blocks;
+    for (int64_t i = 0; i < count; i++, codes += codes_apart, meta += meta_apart, out += 64) {
+        char* to = out;
+        int64_t s = from;
+        for (; s + 4 <= from + steps; s += 4, to += 4 * 1024) {
+            _mm_prefetch((const char*)(codes + s * (kStep / 2) + ahead), _MM_HINT_T1);
+            decode_steps<B, 4>(r, tables, control, codes, meta, s, to);
         }
-        const __m256i even = _mm256_cvtepu8_epi16(bytes);
-        __m512i index =
-            _mm512_inserti64x4(_mm512_castsi256_si512(even), _mm256_srli_epi16(even, 4), 1);
-        if constexpr (kPerStep == 2) {  // the second block's table begins at 16
-            const __m512i start = _mm512_broadcast_i64x4(
-                _mm256_set_epi64x(0x0010001000100010, 0x0010001000100010, 0, 0));
-            index = _mm512_or_si512(_mm512_and_si512(index, _mm512_set1_epi16(15)), start);
-        }
-        _mm512_store_si512(out, _mm512_permutexvar_epi16(index, table));
+        for (; s < from + steps; s++, to += 1024)
+            decode_steps<B, 1>(r, tables, control, codes, meta, s, to);
     }
 }
 

@@ -79,6 +79,34 @@ AVX2 void add_products_256(const float* panel, const float* x, int64_t columns, 
 }
 
 #if DIALECT_AMX
+// Products of one step of a group of rows, or two, with up to four groups of tokens, added to the
+// tiles 0 to 3 (tokens by tokens), for each of the tokens' terms.
+template <int Rows, int Groups>
+INLINE void add_step_amx(const char* rows, int64_t rows_apart, const char* tokens,
+                         int64_t tokens_apart, int terms, int64_t terms_apart) {
+    TILE_LOAD(4, rows, 64);
+    if constexpr (Rows == 2) TILE_LOAD(5, rows + rows_apart, 64);
+    for (int term = 0; term < terms; term++, tokens += terms_apart) {
+        TILE_LOAD(6, tokens, 64);
+        asm volatile("tdpbf16ps %%tmm6, %%tmm4, %%tmm0" ::);
+        if constexpr (Rows == 2) asm volatile("tdpbf16ps %%tmm6, %%tmm5, %%tmm1" ::);
+        if constexpr (Groups > 1) TILE_LOAD(7, tokens + tokens_apart, 64);
+        if constexpr (Rows == 2 && Groups > 1) {
+            asm volatile("tdpbf16ps %%tmm7, %%tmm4, %%tmm2" ::);
+            asm volatile("tdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::);
+        }
+        if constexpr (Rows == 1) {
+            asm volatile("tdpbf16ps %%tmm7, %%tmm4, %%tmm1" ::);
+            TILE_LOAD(6, tokens + 2 * tokens_apart, 64);
+            asm volatile("tdpbf16ps %%tmm6, %%tmm4, %%tmm2" ::);
+        }
+        if constexpr (Groups > 3) {
+            TILE_LOAD(7, tokens + 3 * tokens_apart, 64);
+            asm volatile("tdpbf16ps %%tmm7, %%tmm4, %%tmm3" ::);
+        }
+    }
+}
+
 // sums of two groups of rows, one after the other, and of one group of tokens or, in
 // `second_sums`, of two += tiles of the rows times those of the tokens, for each of their terms.
 template <bool Two>
@@ -210,14 +238,27 @@ struct Panels {
     // The groups of rows start..start+count-1; count is even.
     template <int B>
     void run(int64_t start, int64_t count) const {
+#if DIALECT_AMX
+        if (x.matrix_unit && groups <= 4) {
+            const auto few = groups == 1   ? &Panels::run_few<B, 1>
+                             : groups == 2 ? &Panels::run_few<B, 2>
+                             : groups == 3 ? &Panels::run_few<B, 3>
+                                           : &Panels::run_few<B, 4>;
+            return (this->*few)(start, count);
+        }
+#endif
         const int64_t panel_bytes = count * kSixteen * row_bytes;
         char* const panel = scratch(panel_bytes + count * groups * kTileSums * sizeof(float));
         float* const sums = reinterpret_cast<float*>(panel + panel_bytes);
         std::fill_n(sums, count * groups * kTileSums, 0.0f);
         for (int64_t step = 0; step < x.steps; step += kChunkSteps) {
             const int64_t steps = std::min<int64_t>(kChunkSteps, x.steps - step);
-            for (int64_t i = 0; i < count * kSixteen; i++)
-                decode<B>(std::min(kSixteen * start + i, r.w.rows - 1), step, steps, i, panel);
+            if (x.matrix_unit)
+                decode_tiles<B>(start, 0, count * kSixteen, count, step, steps, kChunkSteps, panel);
+            else
+                for (int64_t i = 0; i < count * kSixteen; i++)
+                    decode_floats<B>(r, std::min(kSixteen * start + i, r.w.rows - 1), step, steps,
+                                     reinterpret_cast<float*>(panel + i * row_bytes));
             const Chunk chunk = {panel, sums, count, step, steps};
             if (x.matrix_unit)
                 multiply_amx(chunk);
@@ -254,16 +295,62 @@ struct Panels {
         }
     };
 
-    // A row of the weight as row i of the panel: on the matrix unit the tiles [16 rows, 32 columns]
-    // of a group follow each other, else the columns of a row.
+    // Rows of the groups start..start+count-1 as the rows first..end-1 of a panel whose groups have
+    // room for `room` steps: tiles [16 rows, 32 columns], one step after another. Rows that the
+    // weight does not have are left as they are: nobody reads their sums.
     template <int B>
-    void decode(int64_t row, int64_t step, int64_t steps, int64_t i, char* panel) const {
-        if (x.matrix_unit)
-            decode_words<B>(r, words, row, step, steps,
-                            panel + i / kSixteen * kSixteen * row_bytes + i % kSixteen * 64);
-        else
-            decode_floats<B>(r, row, step, steps, reinterpret_cast<float*>(panel + i * row_bytes));
+    AVX512_VBMI void decode_tiles(int64_t start, int64_t first, int64_t end, int64_t count,
+                                  int64_t step, int64_t steps, int64_t room, char* panel) const {
+        const bool last = step + steps >= x.steps;
+        const int64_t ahead = last ? count * kSixteen * (r.padded / 2) - step * (kStep / 2)
+                                   : steps * (kStep / 2);  // of the codes read next
+        for (int64_t i = first; i < end; i += kSixteen) {
+            const int64_t row = kSixteen * start + i;
+            const int64_t wanted = std::min(kSixteen - i % kSixteen, end - i);
+            decode_words<B>(r, words, row, std::min(wanted, r.w.rows - row), step, steps, ahead,
+                            panel + i / kSixteen * room * 1024 + i % kSixteen * 64);
+        }
     }
+
+#if DIALECT_AMX
+    // `run` for at most 64 tokens, whose sums stay in the tiles: those of 32 rows, or of 16 with more
+    // than 32 tokens. While the matrix unit works on four steps, whose codes share a cache line, the
+    // next four are decoded; its loads would have to wait for stores of the same bytes.
+    template <int B, int Groups>
+    AVX512_VBMI void run_few(int64_t start, int64_t count) const {
+        constexpr int kRows = Groups > 2 ? 1 : 2;  // groups of rows
+        constexpr int64_t kSteps = 4, kHalf = kRows * kSteps * 1024, kPart = 4 * kRows;
+        char* const decoded = scratch(2 * kHalf + 4 * kTileSums * sizeof(float));
+        float* const sums = reinterpret_cast<float*>(decoded + 2 * kHalf);
+        const Tiles tiles(64);
+        const int64_t term = x.steps * 1024;
+        for (int64_t at = start; at < start + count; at += kRows) {
+            asm volatile("tilezero %%tmm0\n\ttilezero %%tmm1" ::);
+            asm volatile("tilezero %%tmm2\n\ttilezero %%tmm3" ::);
+            for (int64_t step = 0; step < x.steps + kSteps; step += kSteps) {
+                char* const next = decoded + step / kSteps % 2 * kHalf;
+                const char* const ready = decoded + (step / kSteps + 1) % 2 * kHalf;
+                for (int64_t q = 0; q < kSteps; q++) {
+                    if (step < x.steps)
+                        decode_tiles<B>(at, kPart * q, kPart * (q + 1), kRows, step,
+                                        std::min(kSteps, x.steps - step), kSteps, next);
+                    const int64_t now = step - kSteps + q;
+                    if (now >= 0 && now < x.steps)
+                        add_step_amx<kRows, Groups>(ready + q * 1024, kSteps * 1024,
+                                                    group_of(0) + now * 1024, x.group_bytes,
+                                                    x.terms, term);
+                }
+            }
+            TILE_STORE(0, sums);
+            TILE_STORE(1, sums + kTileSums);
+            TILE_STORE(2, sums + 2 * kTileSums);
+            TILE_STORE(3, sums + 3 * kTileSums);
+            for (int64_t i = 0; i < kRows * Groups; i++)
+                put_tile(sums + i * kTileSums, x, first + i / kRows * kSixteen, end, out,
+                         kSixteen * (at + i % kRows));
+        }
+    }
+#endif
 
     void multiply_amx(const Chunk& chunk) const {
 #if DIALECT_AMX

@@ -127,7 +127,7 @@ INLINE double fp8_row_in(const Tokens& tokens, int64_t token, int64_t padded, fl
         return kNan;
     }
     for (int64_t i = 0; i < tokens.columns; i++)
-        row[i] = round_to_e4m3(std::min(448.0f, std::max(-448.0f, row[i] / scale)));
+        row[i] = round_to_e4m3(row[i] / scale);
     return double(scale);
 }
 
@@ -178,8 +178,7 @@ INLINE void digits_of_token_in(const Tokens& tokens, int64_t token, float* row, 
     for (int64_t b = 0; b < out.blocks; b++, row += B) {
         int32_t integers[B] = {};
         for (int i = 0; i < B && finite; i++) {
-            const float quotient = std::min(448.0f, std::max(-448.0f, row[i] / scale));
-            integers[i] = int32_t(round_to_e4m3(quotient) * 512.0f);
+            integers[i] = int32_t(round_to_e4m3(row[i] / scale) * 512.0f);
         }
         out.scale.get()[token * out.blocks + b] = 1.0f;
         const int32_t sum = write_digits<B>(integers, token, b, out);
