@@ -37,9 +37,10 @@ def test_the_video_guide_runs_on_a_tiny_pipeline_and_a_tiny_video(tmp_path):
     for written, tiny in TINY.items():
         assert written in code
         code = code.replace(written, tiny)
-    places = {"MODEL": str(tmp_path / "model"), "SAVED": str(tmp_path / "saved")}
+    places = {name: str(tmp_path / name.lower()) for name in ("MODEL", "SAVED", "LORA")}
     after = run(tmp_path / "guide.py", code, **places)
     assert after["video"].shape == (1, 5, 16, 16, 3)
+    assert list((tmp_path / "lora").glob("*.safetensors"))
 
 
 def test_the_named_layout_is_known():
