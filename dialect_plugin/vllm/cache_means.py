@@ -72,7 +72,7 @@ def without_means(
         layer = places.find(held[0])
         if layer is not None:
             _take(layer, held[1], tensor, name)
-        elif next(_attentions(model), None) is not None:
+        elif not compat.is_stage() and next(_attentions(model), None) is not None:
             logger.warning_once(f"{name}: this model has no layer for these means of a KV cache")
 
 

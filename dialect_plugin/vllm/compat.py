@@ -16,6 +16,7 @@ __all__ = [
     "built_for_reload",
     "current_architectures",
     "current_config",
+    "exchanges_tokens",
     "has_adapters_for_experts",
     "has_gated_experts",
     "has_open_cache_dtypes",
@@ -27,6 +28,7 @@ __all__ = [
     "is_partly_reloaded",
     "is_pooling",
     "is_reloading",
+    "is_stage",
     "loads_sharded_state",
     "loads_through_loaders",
     "name_mapper",
@@ -38,6 +40,7 @@ __all__ = [
     "restore_weights",
     "shares_cache_of",
     "stacked_names",
+    "stages_stop",
     "tied_embeddings",
     "weights_put_aside",
 ]
@@ -129,6 +132,40 @@ def is_draft() -> bool:
 def is_pooling() -> bool:
     """Whether the model that is being built makes embeddings or scores instead of text."""
     return getattr(_model_config(), "runner_type", None) == "pooling"
+
+
+def is_stage() -> bool:
+    """Whether the model that is being built is one of several pipeline stages."""
+    return _parallel("pipeline_parallel_size") > 1
+
+
+def stages_stop() -> bool:
+    """Whether pipeline stages would stop at the first request.
+
+    Symptom: on a CPU the second stage raises AssertionError in an eager engine, whatever the
+    model. Cause: vLLM makes what a stage takes in while it warms up, which eager engines on CPUs
+    leave out. Ends with the first vLLM that does not (0.32 does).
+    """
+    from vllm.platforms import current_platform
+
+    compilation = getattr(current_config(), "compilation_config", None)
+    return current_platform.is_cpu() and is_stage() and not getattr(compilation, "mode", 1)
+
+
+def exchanges_tokens() -> bool:
+    """Whether data-parallel ranks of a mixture can exchange tokens.
+
+    Symptom: on a CPU the start ends in NotImplementedError, whatever the model. Cause: vLLM's
+    communicator for CPUs has no ``all_gatherv``. Ends with the first vLLM whose communicator has.
+    """
+    from vllm.distributed.device_communicators import base_device_communicator, cpu_communicator
+    from vllm.platforms import current_platform
+
+    lacks = (
+        getattr(cpu_communicator.CpuCommunicator, "all_gatherv", None)
+        is base_device_communicator.DeviceCommunicatorBase.all_gatherv
+    )
+    return not (current_platform.is_cpu() and lacks)
 
 
 def is_reloading(model: torch.nn.Module) -> bool:
@@ -343,6 +380,10 @@ def _text_config(config: Any) -> Any:
 
 def _hf_config() -> Any:
     return getattr(_model_config(), "hf_config", None)
+
+
+def _parallel(field: str) -> int:
+    return int(getattr(getattr(current_config(), "parallel_config", None), field, 1))
 
 
 def _model_config() -> Any:

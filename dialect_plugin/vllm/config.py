@@ -82,6 +82,11 @@ _OTHER_BACKEND = (
     "such cache; add --attention-backend CUSTOM, or set kv_cache to 'none'"
 )
 
+_EAGER_STAGES = (
+    "--enforce-eager: on a CPU, vLLM's pipeline stages need a compiled model; leave it out, or use "
+    "--tensor-parallel-size instead of --pipeline-parallel-size"
+)
+
 _POOLING = (
     "quantization_config: lm_head is true, but a pooling model (embeddings, scores) does not use "
     "its output projection; set lm_head to false"
@@ -281,7 +286,13 @@ class BlockDialectConfig(QuantizationConfig):
         return architectures.patterns_of(layers)
 
     def _see_engine(self) -> None:
-        """Note what is known only while vLLM builds a model."""
+        """Note what is known only while vLLM builds a model.
+
+        Raises:
+            SchemeError: if the engine would stop at its first request.
+        """
+        if compat.stages_stop():
+            raise SchemeError(_EAGER_STAGES)
         self.complete, self.draft = compat.loads_through_loaders(), compat.is_draft()
         self._serialized = self.scheme.serialized or compat.loads_sharded_state()
         self._multimodal = compat.is_multimodal()

@@ -402,6 +402,13 @@ class BlockDialectExpertsMethod(MarksLoaded, FusedMoEMethodBase):
                 f"--enable-eplb: packed experts ({name}) cannot be moved between ranks; leave it "
                 f"out, or ignore {name}"
             )
+        ranks = getattr(moe.moe_parallel_config, "dp_size", 1)
+        if ranks > 1 and not compat.exchanges_tokens():
+            raise SchemeError(
+                f"--data-parallel-size: {ranks}; vLLM cannot exchange the tokens of a mixture of "
+                "experts between such ranks on a CPU; use --tensor-parallel-size, and "
+                "--enable-expert-parallel for whole experts on each rank"
+            )
 
     def _activation(self, layer: Any) -> Activation:
         try:

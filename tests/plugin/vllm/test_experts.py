@@ -291,6 +291,24 @@ def test_the_experts_take_little_more_than_a_quarter_of_their_bytes(tmp_path):
     assert sizes[0] <= 0.28 * sizes[1]
 
 
+@pytest.mark.parametrize(
+    ("parallel", "sentence"),
+    [
+        ({"enable_eplb": True}, r"^--enable-eplb: packed experts \(experts\) cannot be moved"),
+        ({"dp_size": 2}, "^--data-parallel-size: 2; vLLM cannot exchange the tokens of a mixture"),
+    ],
+)
+def test_what_ranks_cannot_do_is_one_sentence(parallel, sentence):
+    from dialect_plugin.vllm.experts import BlockDialectExpertsMethod, ExpertsSpec
+
+    form = Scheme().layer("experts")
+    config = SimpleNamespace(moe_parallel_config=SimpleNamespace(**parallel), is_act_and_mul=True)
+    with pytest.raises(ValueError, match=sentence):
+        BlockDialectExpertsMethod(
+            ExpertsSpec("experts", True, form, form), SimpleNamespace(moe_config=config)
+        )
+
+
 @pytest.mark.parametrize("on_input", [False, True])
 def test_ranks_with_whole_experts_add_up_to_all_of_them(on_input):
     """Expert parallel: each rank leaves out the tokens of others; and each product by itself."""

@@ -1,4 +1,4 @@
-"""Two tensor-parallel ranks, in processes of their own as vLLM starts them."""
+"""Two ranks, in processes of their own as vLLM starts them."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import torch
 
 from dialect_plugin.checkpoint.convert import convert
 from dialect_plugin.scheme import Scheme
+from tests.support.engines import load_model
 from tests.support.served_models import build, expected_logprobs
 
 _SECONDS = 900
@@ -24,12 +25,12 @@ import json
 from tests.support.engines import engine, logprobs
 
 if __name__ == "__main__":
-    with engine({model!r}, tensor_parallel_size=2, {options}) as llm:
+    with engine({model!r}, quantization="blockdialect_w4a16", {options}) as llm:
         print("logprobs", json.dumps(logprobs(llm).tolist()))
 """
 
 
-def logprobs_on_two_ranks(model, tmp_path, options=""):
+def logprobs_on_two_ranks(model, tmp_path, options):
     script = tmp_path / "two_ranks.py"
     script.write_text(textwrap.dedent(SCRIPT).format(model=str(model), options=options))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -45,7 +46,20 @@ def logprobs_on_two_ranks(model, tmp_path, options=""):
     return torch.tensor(json.loads(line.removeprefix("logprobs ")))
 
 
-def test_two_ranks_compute_what_one_does(tmp_path):
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        # attention and vocabulary are cut, experts are not
+        ("MixtralForCausalLM", "tensor_parallel_size=2, enable_expert_parallel=True"),
+        # an eager engine cannot have stages on a CPU; this one compiles nothing either
+        (
+            "LlamaForCausalLM",
+            "pipeline_parallel_size=2, enforce_eager=False, "
+            'compilation_config={"mode": 2, "backend": "eager"}',
+        ),
+    ],
+)
+def test_two_ranks_compute_what_one_does(architecture, options, tmp_path):
     """W4A16: the ranks' parts add up to the same sums, so the comparison can be tight.
 
     With rounded activations each rank rounds its own share of a row-parallel layer's inputs with a
@@ -53,10 +67,17 @@ def test_two_ranks_compute_what_one_does(tmp_path):
     whole row.
     """
     scheme = {"rotation": "hadamard_32", "lm_head": True, "embeddings": True}
-    source = build("LlamaForCausalLM", tmp_path / "source")
+    source = build(architecture, tmp_path / "source")
     convert(source, tmp_path / "packed", Scheme(**scheme))
-    found = logprobs_on_two_ranks(
-        tmp_path / "packed", tmp_path, 'quantization="blockdialect_w4a16"'
-    )
-    oracle = expected_logprobs(source, "LlamaForCausalLM", "none", **scheme)[:-1]
+    found = logprobs_on_two_ranks(tmp_path / "packed", tmp_path, options)
+    oracle = expected_logprobs(source, architecture, "none", **scheme)[:-1]
     torch.testing.assert_close(found, oracle, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_stages_of_an_eager_engine_are_refused(tmp_path):
+    convert(build("LlamaForCausalLM", tmp_path / "source"), tmp_path / "packed")
+    with pytest.raises(
+        ValueError, match=r"^--enforce-eager: on a CPU, vLLM's pipeline stages need"
+    ):
+        load_model(tmp_path / "packed", pipeline_parallel_size=2)
