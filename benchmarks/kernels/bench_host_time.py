@@ -2,7 +2,8 @@
 
 Kernels are compiled for an H200, but the driver launches nothing, and tensors lie on the CPU, where
 fresh memory takes about as long as from PyTorch's allocator on a GPU. The time of PyTorch's own
-dispatch of an op, and of the driver, is not in it.
+dispatch of an op, and of the driver, is not in it; where a weight is decoded in parts, the copies
+of their results are, although a GPU would make them.
 
     python -m benchmarks.kernels.bench_host_time
 """
