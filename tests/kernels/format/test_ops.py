@@ -14,7 +14,8 @@ BACKENDS: tuple[Backend, ...] = (cpu, gpu, torch_backend)
 SCHEMAS = {
     "linear": "blockdialect::linear(Tensor x, Tensor codes, Tensor meta, Tensor row_exponent, "
     "Tensor? bias, SymInt in_features, str book, int block_size, str activation_format, "
-    'str accumulation, str rotation="none") -> Tensor',
+    'str accumulation, str rotation="none", Tensor? decoded=None, Tensor? decoded_scale=None) '
+    "-> Tensor",
     "semantic_linear": "blockdialect::semantic_linear(Tensor x, Tensor codes, Tensor meta, "
     "Tensor row_exponent, Tensor? bias, SymInt in_features, str book, int block_size, "
     'Tensor? salient, Tensor? group, str rotation="none") -> Tensor',
