@@ -52,9 +52,8 @@ def enable(
         config: the configuration; default: :class:`SemanticDialectConfig` with its defaults.
         layout: the transformer's layout or the name of a known one, where the class of the
             transformer does not tell.
-        components: names of the pipeline's components to quantize, e.g. ``("transformer",
-            "text_encoder")``, or a dictionary from their names to options that are their own, e.g.
-            ``{"text_encoder": {"activation_format": "fp8"}}``; default: its transformers.
+        components: names of the pipeline's components to quantize, or a dictionary from them to
+            options of their own: ``{"text_encoder": {"ignore": []}}``; default: its transformers.
         calibrate: prompts that the 16-bit pipeline generates videos for first, to round the weights
             of transformers so that their layers' outputs change little; or a function that runs it,
             a folder of :func:`~diffusers_hook.record`, or a :class:`~diffusers_hook.Calibration`.

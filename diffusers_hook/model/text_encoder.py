@@ -18,6 +18,8 @@ _SHARED = ("book", "block_size", "rotation", "keep_original", "strict")
 """Options of a call that hold for its encoders too."""
 _OWN = (*_SHARED, "activation_format", "ignore")
 """Options that an encoder can have."""
+_OF_FILES = ("quant_method", "format_version")
+"""What a configuration says of itself."""
 _ACTIVATIONS = "none"
 """Encoders run once for a video, so that their time hardly counts, and have large outliers."""
 
@@ -35,6 +37,7 @@ def encoder_options(
     Raises:
         ConfigError: if an encoder has no such option.
     """
+    own = {option: value for option, value in own.items() if option not in _OF_FILES}
     for option in own:
         if option in SemanticDialectConfig.model_fields and option not in _OWN:
             raise ConfigError(

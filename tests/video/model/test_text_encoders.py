@@ -198,6 +198,15 @@ def test_options_of_one_component():
     assert share > 0.25
 
 
+def test_an_encoder_alone_is_rotated(tmp_path):
+    encoder("UMT5").save_pretrained(tmp_path)
+    model = enabled(rotation="hadamard_32")
+    assert {layer.rotation for layer in layers_of(model).values()} == {"hadamard_32"}
+    config = SemanticDialectConfig(rotation="hadamard_32")
+    online = UMT5EncoderModel.from_pretrained(tmp_path, quantization_config=config)
+    assert torch.equal(encoded(online), encoded(model))
+
+
 def test_blocks_of_an_encoder_can_be_left_out():
     layers = layers_of(enabled(ignore=["first:1"]))
     assert len(layers) == 7  # of the second block, `wo` too
