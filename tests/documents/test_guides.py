@@ -31,7 +31,8 @@ def python_of(text):
     return "".join(code for language, code in code_blocks(text) if language == "python")
 
 
-def test_the_video_guide_runs_on_a_tiny_pipeline_and_a_tiny_video(tmp_path):
+def test_the_video_guide_runs_on_a_tiny_pipeline_and_a_tiny_video(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # it writes into the working directory
     wan_pipeline().save_pretrained(tmp_path / "model")
     code = python_of(VIDEO)
     for written, tiny in TINY.items():
@@ -40,6 +41,7 @@ def test_the_video_guide_runs_on_a_tiny_pipeline_and_a_tiny_video(tmp_path):
     places = {name: str(tmp_path / name.lower()) for name in ("MODEL", "SAVED", "LORA")}
     after = run(tmp_path / "guide.py", code, **places)
     assert after["video"].shape == (1, 5, 16, 16, 3)
+    assert (tmp_path / "losses.json").is_file()
     assert list((tmp_path / "lora").glob("*.safetensors"))
 
 
