@@ -33,7 +33,8 @@ if __name__ == "__main__":
 def logprobs_on_two_ranks(model, tmp_path, options):
     script = tmp_path / "two_ranks.py"
     script.write_text(textwrap.dedent(SCRIPT).format(model=str(model), options=options))
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING")
     # vLLM binds a rank to a NUMA node by default; a small machine has one node
     cores = sorted(os.sched_getaffinity(0))
