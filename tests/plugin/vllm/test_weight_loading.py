@@ -413,7 +413,7 @@ def test_what_is_compiled_for_a_layer(rank, bias, compiled, monkeypatch):
 
     p, seen = quantize(torch.randn(8, 64), SEMANTIC_32), []
     monkeypatch.setattr(
-        linear, "warm_up", lambda p, form, dtype, bias_dtype: seen.append(bias_dtype)
+        linear, "warm_up", lambda p, form, dtype, bias_dtype, decoded: seen.append(bias_dtype)
     )
     method = linear.BlockDialectLinearMethod(
         linear.LinearSpec("down_proj", True, Scheme().layer("down_proj"))
