@@ -301,6 +301,12 @@ def _goals(shape: Figures) -> Table:
             median = statistics.median(theirs / ours for theirs, ours in pairs)
             what = f"decoded tokens/s of one request, {own} against {name}"
             rows.append([what, goal, f"{median:.2f} x"])
+    for key in ("w4a4", "w4a8", "w4a16"):
+        if key in forms and "many" in forms[key] and "many" in forms.get("bf16", {}):
+            rates = [forms[name]["many"]["output_tokens_per_s"] for name in (key, "bf16")]
+            median = statistics.median(ours / theirs for ours, theirs in _pairs(*rates))
+            what = f"output tokens/s of eight requests at once, {key.upper()} against bf16"
+            rows.append([what, "≥ 1.3 x", f"{median:.2f} x"])
     share = size["w4a4"] / size["bf16"]
     rows.append(["bytes of the quantized layers against bf16", "≤ 0.28 x", f"{share:.3f} x"])
     return rows

@@ -329,6 +329,7 @@ def test_goals_stand_beside_what_was_measured():
     assert [row[1:] for row in goals[1:]] == [
         ["≥ 1.5 x", "2.00 x"],
         ["≥ 3 x", "80.00 x"],
+        ["≥ 1.3 x", "0.81 x"],
         ["≤ 0.28 x", "0.266 x"],
     ]
     assert "goals" not in bench_serve.tables(example() | {"device": "cuda"})
