@@ -29,6 +29,7 @@ __all__ = [
     "is_in_encoder",
     "is_in_numbered_block",
     "is_never_packed",
+    "is_vocabulary",
     "patterns_of",
 ]
 
@@ -357,6 +358,11 @@ def is_embedding(name: str) -> bool:
         and _NOT_TEXT.search(name) is None
         and _DRAFT.search(name) is None
     )
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a matrix has a row for each token: embeddings, or the output projection."""
+    return is_embedding(name) or name.rpartition(".")[2] == "lm_head"
 
 
 def is_never_packed(name: str) -> bool:

@@ -20,6 +20,7 @@ __all__ = [
     "has_adapters_for_experts",
     "has_gated_experts",
     "has_open_cache_dtypes",
+    "has_targets_vocabulary",
     "hidden_weights",
     "is_draft",
     "is_expert_layer",
@@ -124,9 +125,31 @@ def loads_sharded_state() -> bool:
     return config is not None and str(config.load_config.load_format) in _SHARDED_STATE
 
 
-def is_draft() -> bool:
-    """Whether the model that is being built is the draft of speculative decoding."""
-    return getattr(_model_config(), "runner_type", None) == "draft"
+def is_draft(model: torch.nn.Module) -> bool:
+    """Whether `model` is the draft of speculative decoding.
+
+    vLLM builds heads (EAGLE, multi-token prediction) with the config of their target; a draft that
+    is a model of its own has a config of its own.
+    """
+    if getattr(_model_config(), "runner_type", None) == "draft":
+        return True
+    speculative: Any = getattr(current_config(), "speculative_config", None)
+    config: Any = getattr(speculative, "draft_model_config", None)
+    if getattr(config, "runner_type", None) != "draft" or speculative.method == "draft_model":
+        return False
+    from vllm.model_executor.model_loader.utils import get_model_cls
+
+    return isinstance(model, get_model_cls(config))
+
+
+def has_targets_vocabulary(model: torch.nn.Module) -> bool:
+    """Whether `model` is a head for multi-token prediction, read from its target's checkpoint.
+
+    vLLM gives it the embeddings and the output projection of its target once both are loaded,
+    except to pipeline stages.
+    """
+    speculative: Any = getattr(current_config(), "speculative_config", None)
+    return getattr(speculative, "method", None) == "mtp" and not is_stage() and is_draft(model)
 
 
 def is_pooling() -> bool:

@@ -33,7 +33,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 from dialect_kernels.layer_names import is_expression, near_misses
 
 from .. import architectures
-from ..experts import DOWN, PARTS, UP, aliases, names_of
+from ..experts import DOWN, PARTS, UP, aliases, names_of, prefixes
 from ..scheme import (
     METHODS,
     QUANT_METHOD,
@@ -51,6 +51,7 @@ from .experts import BlockDialectExpertsMethod, ExpertsSpec
 from .linear import BlockDialectLinearMethod, LinearSpec
 from .options import engine_options
 from .probes import WEIGHT
+from .renaming import mapped
 from .settling import settle
 from .watch import watch
 
@@ -112,7 +113,7 @@ class BlockDialectConfig(QuantizationConfig):
         if self.forced_activation_format is not None:
             scheme = scheme.with_activation_format(self.forced_activation_format)
         self.scheme = scheme
-        self.complete = self.draft = self._keep_decoded = False
+        self.complete = self._keep_decoded = False
         self._serialized, self._multimodal, self._pooling = scheme.serialized, False, False
         self._architectures: list[str] = []
         self._names = [*scheme.ignore, *scheme.overrides]
@@ -201,7 +202,7 @@ class BlockDialectConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Rewrite exact names to vLLM's module names (patterns are left as they are)."""
         self._mappers.append(hf_to_vllm_mapper)
-        self._rename(lambda name: [_mapped(hf_to_vllm_mapper, name)])
+        self._rename(lambda name: [mapped(hf_to_vllm_mapper, name)])
 
     def see_parts(
         self,
@@ -238,7 +239,7 @@ class BlockDialectConfig(QuantizationConfig):
     def _names_inside(self, name: str) -> list[str]:
         """What the parts of the model that hold the layer `name` call it."""
         return [
-            f"{place}.{_mapped(mapper, name.removeprefix(f'{place}.'))}"
+            f"{place}.{mapped(mapper, name.removeprefix(f'{place}.'))}"
             for place, mapper in self._inner_mappers.items()
             if name.startswith(f"{place}.")
         ]
@@ -293,7 +294,7 @@ class BlockDialectConfig(QuantizationConfig):
         """
         if compat.stages_stop():
             raise SchemeError(_EAGER_STAGES)
-        self.complete, self.draft = compat.loads_through_loaders(), compat.is_draft()
+        self.complete = compat.loads_through_loaders()
         self._serialized = self.scheme.serialized or compat.loads_sharded_state()
         self._multimodal = compat.is_multimodal()
         self._pooling = compat.is_pooling()
@@ -325,7 +326,7 @@ class BlockDialectConfig(QuantizationConfig):
             name: vLLM's name of it.
             tied: whether it is the output projection, too.
         """
-        if not self.scheme.embeddings or self._belongs_to_target():
+        if not self.scheme.embeddings:
             return None
         tied = tied and self.forced_activation_format is None
         form = self.scheme.embedding(*_spellings(name), tied=tied)
@@ -341,7 +342,7 @@ class BlockDialectConfig(QuantizationConfig):
         Raises:
             SchemeError: if it should be quantized although it is.
         """
-        if not self.scheme.lm_head or self._belongs_to_target():
+        if not self.scheme.lm_head:
             return None
         if self._pooling:
             logger.info_once("the output projection of a pooling model is not quantized")
@@ -350,10 +351,6 @@ class BlockDialectConfig(QuantizationConfig):
             raise SchemeError(_TIED)
         form = self.scheme.layer(*_spellings(name), "lm_head")
         return self._vocabulary_spec(layer, form, name, "lm_head")
-
-    def _belongs_to_target(self) -> bool:
-        """Whether a draft model's matrix may be its target's, which vLLM puts in its place."""
-        return self.draft and not self.scheme.serialized
 
     def _vocabulary_spec(self, layer: Any, form: LayerFormat, *names: str) -> LinearSpec | None:
         spellings = [spelling for name in names for spelling in _spellings(name)]
@@ -425,7 +422,7 @@ class BlockDialectConfig(QuantizationConfig):
     def engine_names(self, name: str) -> list[str]:
         """What vLLM may call the checkpoint's layer or module `name`."""
         for mapper in self._mappers:
-            name = _mapped(mapper, name)
+            name = mapped(mapper, name)
         return [n for inner in (name, *self._names_inside(name)) for n in _spellings(inner)]
 
     def check_names(self, tensors: Iterable[str], skipped: Callable[[str], bool] | None) -> None:
@@ -439,6 +436,7 @@ class BlockDialectConfig(QuantizationConfig):
             LoadError: at the first that is none, with similar names.
         """
         layers = {tensor.rpartition(".")[0] for tensor in tensors}
+        layers |= prefixes(layers).keys()  # those of a draft's block are in no module of the model
         for name in self._names:
             if is_expression(name) or name in layers or self.fused_name(name) is not None:
                 continue
@@ -541,16 +539,6 @@ def _options(given: str | dict[str, Any], where: str) -> dict[str, Any]:
 def _renamed(pattern: str, names: Callable[[str], list[str]]) -> list[str]:
     """What `names` makes of an exact name; an expression is left as it is."""
     return [pattern] if is_expression(pattern) else names(pattern)
-
-
-def _mapped(mapper: WeightsMapper, name: str) -> str:
-    """vLLM's name of the checkpoint's layer `name`."""
-    # most maps work on the names of parameters: ".gate_proj." is not in a layer's own name
-    mapped = mapper.apply_list([f"{name}.{WEIGHT}"])
-    if mapped and mapped[0].endswith(f".{WEIGHT}"):
-        return mapped[0].removesuffix(f".{WEIGHT}")
-    mapped = mapper.apply_list([name])
-    return mapped[0] if mapped else name
 
 
 def _about(scheme: Scheme, module: str) -> Scheme:

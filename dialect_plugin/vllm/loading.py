@@ -22,6 +22,7 @@ from vllm.logger import init_logger
 
 from dialect_kernels.packed import STORED_FIELDS
 
+from .. import architectures
 from ..scheme import Scheme
 from . import compat
 from .cache_means import without_means
@@ -31,6 +32,7 @@ from .expert_loading import expert_layers, without_experts
 from .linear import DTYPES, BlockDialectLinearMethod
 from .parameters import check_tensor, forget_loaded
 from .probes import WEIGHT, Recorder
+from .renaming import following_weights
 from .settling import Decides, settle
 from .undo import keeping_pushed, keeping_reloaded
 
@@ -61,7 +63,6 @@ class _Config(Decides, Protocol):
 
     scheme: Scheme
     complete: bool
-    draft: bool
 
     def fused_name(self, layer: str) -> str | None: ...
 
@@ -85,6 +86,7 @@ def load(
     Raises:
         LoadError: if the checkpoint, the config and the model do not go together.
     """
+    own = following_weights(model, own)
     if _active:
         return own(weights)
     if compat.is_expert_runner(model):  # of transformers' modules, which the model is built around
@@ -92,6 +94,8 @@ def load(
     layers = _layers(model)
     _active.append(model)
     weights = without_means(model, weights, config.engine_names)
+    if compat.has_targets_vocabulary(model):
+        weights = _without_vocabulary(weights)
     try:
         if compat.is_reloading(model):
             weights = without_experts(model, weights, config.fused_name, first=False)
@@ -120,6 +124,14 @@ def _layers(model: torch.nn.Module) -> _Layers:
         for module in model.modules()
         if isinstance(method := getattr(module, "quant_method", None), BlockDialectLinearMethod)
     ]
+
+
+def _without_vocabulary(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+    """`weights` without packed embeddings and output projections."""
+    for name, tensor in weights:
+        layer, _, field = name.rpartition(".")
+        if field not in _STORED or not architectures.is_vocabulary(layer):
+            yield name, tensor
 
 
 def _push(
@@ -196,7 +208,7 @@ def _first(
             ) from error
     setattr(model, _TARGETS, recorder.check())
     if config.complete:
-        check_complete(model, loaded, arrived, stream.names, draft=config.draft)
+        check_complete(model, loaded, arrived, stream.names, draft=compat.is_draft(model))
     config.check_names(stream.names, getattr(model, "is_unused_checkpoint_weight", None))
     return loaded
 

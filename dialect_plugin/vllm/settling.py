@@ -77,7 +77,10 @@ def settle(config: Decides, model: torch.nn.Module) -> None:
             wanted = config.spec(layer, *_names(places, place, layer))
         if wanted != spec or loader is not None:
             _build_again(layer, wanted, loader)
-    settle_vocabulary(config, model, places)
+    # what an online draft has none of is its target's, which vLLM puts in its place
+    online = not config.scheme.serialized
+    if not compat.has_targets_vocabulary(model) and not (online and compat.is_draft(model)):
+        settle_vocabulary(config, model, places)
     if config.scheme.kv_cache != "none":
         give_room(model)
 

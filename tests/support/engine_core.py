@@ -54,12 +54,7 @@ def serve(model: Path, quantization: str | None = None, **options: Any) -> Serve
             found = outputs[0].outputs if 0 in outputs else []
         [output] = found
         runner = core.model_executor.driver_worker.worker.model_runner
-        stored = STORED_FIELDS[0].stored
-        packed = {
-            name.removesuffix(stored).rstrip("._"): 2 * value.numel()
-            for name, value in runner.get_model().named_parameters()
-            if name.endswith(stored)
-        }
+        packed = _packed(runner.get_model())
     if output.pooling_output is not None:
         return Served(output.pooling_output, packed)
     tensors = output.new_prompt_logprobs_tensors
@@ -67,6 +62,61 @@ def serve(model: Path, quantization: str | None = None, **options: Any) -> Serve
     # the first column is the prompt's own token, which the others have too
     logprobs.scatter_(1, tensors.logprob_token_ids[:, 1:].long(), tensors.logprobs[:, 1:])
     return Served(logprobs, packed)
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """What one model generated with the help of a draft.
+
+    Attributes:
+        tokens: that follow PROMPT, as many as were requested.
+        steps: of the engine, of which each gives one token more than it accepts of the draft's.
+        shared: of ``embed_tokens`` and ``lm_head``, what the draft has from its target.
+        packed: names of the draft's layers with packed weights.
+    """
+
+    tokens: list[int]
+    steps: int
+    shared: list[str]
+    packed: list[str]
+
+
+def generate(model: Path, count: int, **options: Any) -> Drafted:
+    """Load `model`, and with ``speculative_config`` its draft; `count` tokens after PROMPT."""
+    from vllm import SamplingParams
+    from vllm.v1.request import Request
+
+    sampling = SamplingParams(
+        max_tokens=count, temperature=0, ignore_eos=True, stop_token_ids=[], detokenize=False
+    )
+    with _core(model, **({"async_scheduling": False} | options)) as core:
+        core.add_request(Request("one", PROMPT, sampling, None))
+        tokens: list[int] = []
+        steps = 0
+        while len(tokens) < count:
+            outputs, executed = core.step()
+            core.post_step(executed)
+            new = [token for out in outputs[0].outputs for token in out.new_token_ids]
+            tokens += new
+            steps += bool(new)
+        runner = core.model_executor.driver_worker.worker.model_runner
+        draft = getattr(getattr(runner, "drafter", None), "model", None)
+        if draft is None:
+            return Drafted(tokens, steps, [], [])
+        target = set(runner.get_model().modules())
+        named = draft.named_modules(remove_duplicate=False)
+        leaves = {name.rpartition(".")[2] for name, module in named if module in target}
+        shared = sorted(leaves & {"embed_tokens", "lm_head"})
+        return Drafted(tokens, steps, shared, list(_packed(draft)))
+
+
+def _packed(model: torch.nn.Module) -> dict[str, int]:
+    stored = STORED_FIELDS[0].stored
+    return {
+        name.removesuffix(stored).rstrip("._"): 2 * value.numel()
+        for name, value in model.named_parameters()
+        if name.endswith(stored)
+    }
 
 
 def _request(core: Any) -> Any:

@@ -14,6 +14,7 @@ from dialect_kernels import SEMANTIC_32, quantize
 from dialect_kernels.formatbook import LOWEST_EXPONENT
 from dialect_plugin.checkpoint.convert import convert
 from dialect_plugin.scheme import Scheme
+from tests.support import swept_models
 from tests.support.engine_core import many_engines, serve
 from tests.support.engines import STORED, engine, load_model, logprobs, packed_modules, tensors_of
 from tests.support.served_models import PROMPT, build, checkpoint_tensors
@@ -22,6 +23,8 @@ from tests.support.swept_models import decoded_copy
 pytestmark = pytest.mark.slow
 
 EMBEDDINGS, PROJECTION = "model.embed_tokens", "lm_head"
+RENAMED = "model.embedding"
+"""Embeddings of GPT-OSS in vLLM."""
 BOTH = {"embeddings": True, "lm_head": True, "activation_format": "none"}
 close = {"rtol": 1e-4, "atol": 1e-3}
 
@@ -71,18 +74,22 @@ def packed_tied(tied, tmp_path_factory):
         ("Gemma2ForCausalLM", {}, [EMBEDDINGS]),
         # vLLM builds both without a quantization config
         ("OPTForCausalLM", {}, [PROJECTION, "model.decoder.embed_tokens"]),
+        # its map of names has the weight of the embeddings, and not their packed tensors
+        ("GptOssForCausalLM", {}, [PROJECTION, RENAMED]),
+        ("PaliGemmaForConditionalGeneration", {}, [f"language_model.{EMBEDDINGS}"]),
     ],
-    ids=["untied", "tied", "scaled", "built without a config"],
+    ids=["untied", "tied", "scaled", "built without a config", "renamed", "beside a tower"],
 )
 def test_packed_and_online_compute_what_decoded_weights_do(architecture, changes, beside, tmp_path):
-    path = build(architecture, tmp_path / "source", **changes)
+    path = swept_models.build(architecture, tmp_path / "source", **changes)
     scheme = BOTH | {"lm_head": PROJECTION in beside}
     convert(path, tmp_path / "packed", Scheme(**scheme))
+    needed = swept_models.OPTIONS.get(architecture, {})
     with many_engines():
-        found = serve(tmp_path / "packed")
-        online = serve(path, **options(**scheme))
-        right = serve(decoded_copy(path, tmp_path / "packed", tmp_path / "right"))
-        plain = serve(path)
+        found = serve(tmp_path / "packed", **needed)
+        online = serve(path, **needed, **options(**scheme))
+        right = serve(decoded_copy(path, tmp_path / "packed", tmp_path / "right"), **needed)
+        plain = serve(path, **needed)
     assert beside_layers(found.packed) == beside_layers(online.packed) == sorted(beside)
     assert torch.equal(found.output, online.output)
     torch.testing.assert_close(found.output, right.output, **close)
@@ -105,6 +112,25 @@ def test_bytes_and_padding_are_the_same_packed_and_online(source, packed):
         assert not codes[500:].any()
         assert not meta[500:].any()
         assert row_exponent[500:].tolist() == 12 * [LOWEST_EXPONENT]
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_bytes_of_embeddings_that_the_loader_renames(tmp_path):
+    source = swept_models.build("GptOssForCausalLM", tmp_path / "source")
+    convert(source, tmp_path / "packed", Scheme(**BOTH))
+    packed, online = load_model(tmp_path / "packed"), load_model(source, **options(**BOTH))
+    stored, weights = checkpoint_tensors(tmp_path / "packed"), checkpoint_tensors(source)
+    weight = weights[f"{EMBEDDINGS}.weight"]
+    new = {f"{EMBEDDINGS}.weight": -weight.flip(0)}
+    for values in (None, {n: v for n, v in stored.items() if n.startswith(EMBEDDINGS)}, new):
+        if values is not None:  # pushed into the loaded model
+            for model in (packed, online):
+                model.load_weights(iter(values.items()))
+        expected = quantize(new[f"{EMBEDDINGS}.weight"] if values is new else weight, SEMANTIC_32)
+        for model in (packed, online):
+            found = tensors_of(model)
+            for name, tensor in zip(STORED, expected.tensors, strict=True):
+                assert torch.equal(found[f"{RENAMED}.{name}"][:500], tensor), name
 
 
 @pytest.mark.usefixtures("one_rank")
