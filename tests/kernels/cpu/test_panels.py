@@ -98,6 +98,25 @@ def test_more_tokens_than_a_tile_and_more_rows_than_a_panel(activation_format):
         assert_close(got, x, p, activation_format)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+def test_the_rounded_tokens_have_the_bits_of_the_reference(block_size, dtype):
+    """Multiplied with a weight whose diagonal is ones."""
+    book, columns = BOOKS[block_size], 112
+    p = reference.quantize(torch.eye(columns), book, block_size)
+    assert torch.equal(p.dequantize(), torch.eye(columns))
+    for spread in (0.5, 2.0, 6.0):
+        x = random(75, columns, seed=int(spread), spread=spread)
+        x[0], x[1], x[2, ::2], x[3, 1::2], x[4, :64] = 0.0, -0.0, 0.0, -0.0, -0.0
+        x[5], x[6], x[7] = x[5] * 2.0**-120, x[6].sign() * 7.0, (x[7] * 2).round()
+        given = x.to(dtype)
+        given[~given.isfinite()] = 1.0
+        want = reference.round_activation(given, book, block_size).to(dtype)
+        for instructions in INSTRUCTIONS:
+            got = calls.linear(given, p, None, "dialect", "default", instructions=instructions)
+            assert torch.equal(got, want), (spread, instructions)
+
+
 @by_format
 def test_rotated_layers(activation_format):
     p = reference.quantize(random(40, 128, seed=1), SEMANTIC_32, rotation="hadamard_32")

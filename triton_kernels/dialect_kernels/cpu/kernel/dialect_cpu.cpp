@@ -18,6 +18,7 @@
 //     exact_error.h  the choice by exact error
 //     tokens.h     activations, as they arrive and as integers
 //     rows.h       whole rows: round, quantize, cost, cut into digits
+//     rounded_row.h  a token as rounded numbers, in AVX-512 registers
 //     weights.h    a packed weight as it is stored
 //     loss.h       what rounding a weight loses
 //     embedding.h  rows of a weight as numbers of a type

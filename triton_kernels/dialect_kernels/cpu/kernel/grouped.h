@@ -20,6 +20,7 @@
 #include "numbers.h"
 #include "output.h"
 #include "panels.h"
+#include "rounded_row.h"
 #include "rows.h"
 #include "tasks.h"
 #include "tokens.h"
@@ -182,8 +183,7 @@ void multiply_few(const Mixture& m, const Experts& experts) {
 // A token as `terms_of` numbers that bfloat16 holds; returns the value of 1.
 double panel_row(const Mixture& m, int64_t token, float* row, uint32_t* maxima) {
     if (m.format == DIALECT)
-        return BY_FEATURES(rounded_row, m.features, m.first.block, m.given, token, false,
-                           m.padded(), m.book, row, maxima);
+        return rounded_row(m.first.block, m.given, token, false, m.padded(), m.book, row, maxima);
     if (m.format == FP8)
         return BY_FEATURES(fp8_row, m.features, m.first.block, m.given, token, m.padded(), row);
     m.given.load_as_given(token, m.padded(), row);
@@ -232,6 +232,7 @@ void multiply_many(const Mixture& m, const Experts& experts) {
                          operand.put(number, numbers.places[number], row, value);
                      }
                  });
+    operand.finish(m.threads);
     const Words words(m.book);
     std::vector<Panels> weights;
     for (const Numbering::Part& part : numbers.parts)

@@ -26,8 +26,6 @@
 
 namespace {
 
-constexpr int kStepBytes = 1024;  // of sixteen rows of 32 words
-
 // Sixteen tokens, [steps, 16 tokens, 32]. Starts to read the slots of `ahead`.
 AVX512_VBMI_INLINE void decode_keys(const uint8_t* const* slots, const uint8_t* const* ahead,
                                     int columns, const uint16_t* tables, char* out) {

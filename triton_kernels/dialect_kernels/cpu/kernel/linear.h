@@ -11,6 +11,7 @@
 #include "integer.h"
 #include "output.h"
 #include "panels.h"
+#include "rounded_row.h"
 #include "rows.h"
 #include "tasks.h"
 #include "tokens.h"
@@ -143,6 +144,7 @@ void linear_panels(const Read& read, const int64_t* order, int64_t count, int te
                          std::fill(row + r.padded, row + operand.steps * kStep, 0.0f);
                          operand.put(i, token, row, read(row, maxima, token));
                      });
+        operand.finish(threads);
         multiply_panels({Panels(r, words, operand, 0, some, out, features)}, threads);
     }
 }
@@ -179,8 +181,7 @@ void linear_dialect(const Tokens& tokens, int64_t count, const int64_t* salient,
             [&](float* row, uint32_t* maxima, int64_t at) {
                 const bool residual = at >= count;
                 const int64_t token = residual ? salient[at - count] : at;
-                return BY_FEATURES(rounded_row, features, block, tokens, token, residual,
-                                   r.padded, r.book, row, maxima);
+                return rounded_row(block, tokens, token, residual, r.padded, r.book, row, maxima);
             },
             nullptr, total, 1, r, out, threads, features);
 #endif

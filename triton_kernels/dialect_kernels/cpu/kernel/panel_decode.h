@@ -33,12 +33,12 @@ AVX512_VBMI_INLINE void decode_steps(const Reader& r, const uint16_t* tables, __
         } else {
             found = words_of(from, meta[(s + i) / kSteps], tables, control);
         }
-        _mm512_store_si512(out + i * 1024, found);
+        _mm512_store_si512(out + i * kStepBytes, found);
     }
 }
 
 // The values of the steps `from`..`from + steps - 1` of `count` rows, relative to each row's:
-// bfloat16, 64 bytes for each row and step; steps are 1024 bytes apart. Starts to read as many codes
+// bfloat16, 64 bytes for each row and step; steps are kStepBytes apart. Starts to read as many codes
 // `ahead` bytes behind.
 template <int B>
 AVX512_VBMI_INLINE void decode_words(const Reader& r, const Words& words, int64_t row,
@@ -51,11 +51,11 @@ AVX512_VBMI_INLINE void decode_words(const Reader& r, const Words& words, int64_
     for (int64_t i = 0; i < count; i++, codes += codes_apart, meta += meta_apart, out += 64) {
         char* to = out;
         int64_t s = from;
-        for (; s + 4 <= from + steps; s += 4, to += 4 * 1024) {
+        for (; s + 4 <= from + steps; s += 4, to += 4 * kStepBytes) {
             _mm_prefetch((const char*)(codes + s * (kStep / 2) + ahead), _MM_HINT_T1);
             decode_steps<B, 4>(r, tables, control, codes, meta, s, to);
         }
-        for (; s < from + steps; s++, to += 1024)
+        for (; s < from + steps; s++, to += kStepBytes)
             decode_steps<B, 1>(r, tables, control, codes, meta, s, to);
     }
 }

@@ -26,8 +26,10 @@
 
 namespace {
 
-constexpr int kChunkSteps = 16;      // steps of 32 columns in a panel
+constexpr int kChunkSteps = 16;      // steps of 32 columns in a panel of float32
+constexpr int kTileSteps = 8;        // in one of bfloat16: groups multiplied stay in the L1 cache
 constexpr int kPanelGroups = 16;     // at most, groups of 16 rows in a panel
+constexpr int kStretch = 4;          // steps after which a share of the next panel is decoded
 constexpr int64_t kTokenTile = 512;  // tokens that share a decoded panel
 
 // sums [8 rows, 16 tokens] of NT groups of tokens += rows of a panel times x [columns, 16 tokens].
@@ -109,10 +111,11 @@ INLINE void add_step_amx(const char* rows, int64_t rows_apart, const char* token
 
 // sums of two groups of rows, one after the other, and of one group of tokens or, in
 // `second_sums`, of two += tiles of the rows times those of the tokens, for each of their terms.
-template <bool Two>
+// meanwhile() is called after every kStretch steps and works while the matrix unit does.
+template <bool Two, class Meanwhile>
 void add_products_amx(const char* rows, int64_t rows_apart, const char* tokens,
                       int64_t tokens_apart, int terms, int64_t terms_apart, int64_t steps,
-                      float* sums, float* second_sums) {
+                      float* sums, float* second_sums, const Meanwhile& meanwhile) {
     TILE_LOAD(0, sums, 64);
     TILE_LOAD(1, sums + 256, 64);
     if constexpr (Two) {
@@ -120,7 +123,8 @@ void add_products_amx(const char* rows, int64_t rows_apart, const char* tokens,
         TILE_LOAD(3, second_sums + 256, 64);
     }
     for (int term = 0; term < terms; term++, tokens += terms_apart)
-        for (int64_t at = 0; at < 1024 * steps; at += 1024) {
+        for (int64_t step = 0; step < steps; step++) {
+            const int64_t at = kStepBytes * step;
             TILE_LOAD(4, rows + at, 64);
             TILE_LOAD(6, tokens + at, 64);
             asm volatile("tdpbf16ps %%tmm6, %%tmm4, %%tmm0" ::);
@@ -131,6 +135,7 @@ void add_products_amx(const char* rows, int64_t rows_apart, const char* tokens,
                 asm volatile("tdpbf16ps %%tmm7, %%tmm4, %%tmm2" ::);
                 asm volatile("tdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::);
             }
+            if (step % kStretch == kStretch - 1) meanwhile();
         }
     TILE_STORE(0, sums);
     TILE_STORE(1, sums + 256);
@@ -233,7 +238,7 @@ struct Panels {
            const Output& out, int features)
         : r(r), words(words), x(x), first(first), end(end),
           groups((end - first + kSixteen - 1) / kSixteen), out(out), features(features),
-          row_bytes(kChunkSteps * kStep * (x.matrix_unit ? 2 : 4)) {}
+          row_bytes(x.matrix_unit ? kTileSteps * kStep * 2 : kChunkSteps * kStep * 4) {}
 
     // The groups of rows start..start+count-1; count is even.
     template <int B>
@@ -246,6 +251,7 @@ struct Panels {
                                            : &Panels::run_few<B, 4>;
             return (this->*few)(start, count);
         }
+        if (x.matrix_unit) return run_tiles<B>(start, count);
 #endif
         const int64_t panel_bytes = count * kSixteen * row_bytes;
         char* const panel = scratch(panel_bytes + count * groups * kTileSums * sizeof(float));
@@ -253,24 +259,16 @@ struct Panels {
         std::fill_n(sums, count * groups * kTileSums, 0.0f);
         for (int64_t step = 0; step < x.steps; step += kChunkSteps) {
             const int64_t steps = std::min<int64_t>(kChunkSteps, x.steps - step);
-            if (x.matrix_unit)
-                decode_tiles<B>(start, 0, count * kSixteen, count, step, steps, kChunkSteps, panel);
-            else
-                for (int64_t i = 0; i < count * kSixteen; i++)
-                    decode_floats<B>(r, std::min(kSixteen * start + i, r.w.rows - 1), step, steps,
-                                     reinterpret_cast<float*>(panel + i * row_bytes));
+            for (int64_t i = 0; i < count * kSixteen; i++)
+                decode_floats<B>(r, std::min(kSixteen * start + i, r.w.rows - 1), step, steps,
+                                 reinterpret_cast<float*>(panel + i * row_bytes));
             const Chunk chunk = {panel, sums, count, step, steps};
-            if (x.matrix_unit)
-                multiply_amx(chunk);
-            else if (features >= AVX512_VNNI)
+            if (features >= AVX512_VNNI)
                 multiply_512(chunk);
             else
                 multiply_256(chunk);
         }
-        for (int64_t group = 0; group < groups; group++)
-            for (int64_t i = 0; i < count; i++)
-                put_tile(sums + (group * count + i) * kTileSums, x, first + kSixteen * group, end,
-                         out, kSixteen * (start + i));
+        put_sums_of(sums, start, count);
     }
 
     const Reader& r;
@@ -295,6 +293,14 @@ struct Panels {
         }
     };
 
+    // Writes the results of the groups of rows start..start+count-1.
+    void put_sums_of(const float* sums, int64_t start, int64_t count) const {
+        for (int64_t group = 0; group < groups; group++)
+            for (int64_t i = 0; i < count; i++)
+                put_tile(sums + (group * count + i) * kTileSums, x, first + kSixteen * group, end,
+                         out, kSixteen * (start + i));
+    }
+
     // Rows of the groups start..start+count-1 as the rows first..end-1 of a panel whose groups have
     // room for `room` steps: tiles [16 rows, 32 columns], one step after another. Rows that the
     // weight does not have are left as they are: nobody reads their sums.
@@ -304,11 +310,11 @@ struct Panels {
         const bool last = step + steps >= x.steps;
         const int64_t ahead = last ? count * kSixteen * (r.padded / 2) - step * (kStep / 2)
                                    : steps * (kStep / 2);  // of the codes read next
-        for (int64_t i = first; i < end; i += kSixteen) {
+        for (int64_t i = first, wanted; i < end; i += wanted) {
             const int64_t row = kSixteen * start + i;
-            const int64_t wanted = std::min(kSixteen - i % kSixteen, end - i);
+            wanted = std::min(kSixteen - i % kSixteen, end - i);
             decode_words<B>(r, words, row, std::min(wanted, r.w.rows - row), step, steps, ahead,
-                            panel + i / kSixteen * room * 1024 + i % kSixteen * 64);
+                            panel + i / kSixteen * room * kStepBytes + i % kSixteen * 64);
         }
     }
 
@@ -319,11 +325,11 @@ struct Panels {
     template <int B, int Groups>
     AVX512_VBMI void run_few(int64_t start, int64_t count) const {
         constexpr int kRows = Groups > 2 ? 1 : 2;  // groups of rows
-        constexpr int64_t kSteps = 4, kHalf = kRows * kSteps * 1024, kPart = 4 * kRows;
+        constexpr int64_t kSteps = 4, kHalf = kRows * kSteps * kStepBytes, kPart = 4 * kRows;
         char* const decoded = scratch(2 * kHalf + 4 * kTileSums * sizeof(float));
         float* const sums = reinterpret_cast<float*>(decoded + 2 * kHalf);
         const Tiles tiles(64);
-        const int64_t term = x.steps * 1024;
+        const int64_t term = x.steps * kStepBytes;
         for (int64_t at = start; at < start + count; at += kRows) {
             asm volatile("tilezero %%tmm0\n\ttilezero %%tmm1" ::);
             asm volatile("tilezero %%tmm2\n\ttilezero %%tmm3" ::);
@@ -336,8 +342,8 @@ struct Panels {
                                         std::min(kSteps, x.steps - step), kSteps, next);
                     const int64_t now = step - kSteps + q;
                     if (now >= 0 && now < x.steps)
-                        add_step_amx<kRows, Groups>(ready + q * 1024, kSteps * 1024,
-                                                    group_of(0) + now * 1024, x.group_bytes,
+                        add_step_amx<kRows, Groups>(ready + q * kStepBytes, kSteps * kStepBytes,
+                                                    group_of(0) + now * kStepBytes, x.group_bytes,
                                                     x.terms, term);
                 }
             }
@@ -350,25 +356,76 @@ struct Panels {
                          kSixteen * (at + i % kRows));
         }
     }
-#endif
 
-    void multiply_amx(const Chunk& chunk) const {
-#if DIALECT_AMX
+    // A panel that is decoded in shares of a few rows, while the matrix unit works on the panel
+    // before it.
+    template <int B>
+    struct NextPanel {
+        const Panels& panels;
+        char* panel;
+        int64_t start, count, step, steps, share;
+        int64_t done = 0;  // rows
+
+        void decode(int64_t rows) {
+            if (done == rows) return;
+            panels.decode_tiles<B>(start, done, rows, count, step, steps, kTileSteps, panel);
+            done = rows;
+        }
+        void decode_share() { decode(std::min(done + share, count * kSixteen)); }
+        void decode_rest() { decode(count * kSixteen); }
+    };
+
+    // Rows to be decoded after every kStretch steps of a panel's products, so that the next panel
+    // is ready when they are.
+    int64_t share_of_rows(int64_t count) const {
+        const int64_t shares = (groups + 1) / 2 * (count / 2) * x.terms * (kTileSteps / kStretch);
+        return (count * kSixteen + shares - 1) / shares;
+    }
+
+    // `run` on the matrix unit, for more than 64 tokens.
+    template <int B>
+    void run_tiles(int64_t start, int64_t count) const {
+        const int64_t panel_bytes = count * kSixteen * row_bytes;
+        char* const both = scratch(2 * panel_bytes + count * groups * kTileSums * sizeof(float));
+        float* const sums = reinterpret_cast<float*>(both + 2 * panel_bytes);
+        std::fill_n(sums, count * groups * kTileSums, 0.0f);
         const Tiles tiles(64);
-        const int64_t rows_apart = kSixteen * row_bytes, term = x.steps * 1024;
+        for (int64_t step = -kTileSteps; step < x.steps; step += kTileSteps) {
+            const int64_t after = step + kTileSteps;
+            char* const ready = both + after / kTileSteps % 2 * panel_bytes;
+            NextPanel<B> next = {*this,
+                                 both + (after / kTileSteps + 1) % 2 * panel_bytes,
+                                 start,
+                                 after < x.steps ? count : 0,
+                                 after,
+                                 std::min<int64_t>(kTileSteps, x.steps - after),
+                                 share_of_rows(count)};
+            if (step >= 0)
+                multiply_amx({ready, sums, count, step,
+                              std::min<int64_t>(kTileSteps, x.steps - step)}, next);
+            next.decode_rest();
+        }
+        put_sums_of(sums, start, count);
+    }
+
+    template <int B>
+    void multiply_amx(const Chunk& chunk, NextPanel<B>& next) const {
+        const int64_t rows_apart = kSixteen * row_bytes, term = x.steps * kStepBytes;
+        const auto meanwhile = [&] { next.decode_share(); };
         for (int64_t group = 0; group < groups; group += 2)
             for (int64_t i = 0; i < chunk.count; i += 2) {
                 const char* const rows = chunk.panel + i * rows_apart;
-                const char* const tokens = group_of(group) + chunk.step * 1024;
+                const char* const tokens = group_of(group) + chunk.step * kStepBytes;
                 if (group + 1 < groups)
                     add_products_amx<true>(rows, rows_apart, tokens, x.group_bytes, x.terms, term,
-                                           chunk.steps, chunk.at(group, i), chunk.at(group + 1, i));
+                                           chunk.steps, chunk.at(group, i),
+                                           chunk.at(group + 1, i), meanwhile);
                 else
                     add_products_amx<false>(rows, rows_apart, tokens, 0, x.terms, term, chunk.steps,
-                                            chunk.at(group, i), nullptr);
+                                            chunk.at(group, i), nullptr, meanwhile);
             }
-#endif
     }
+#endif
 
     void multiply_512(const Chunk& chunk) const {
         for (int64_t group = 0; group < groups; group += 3) {

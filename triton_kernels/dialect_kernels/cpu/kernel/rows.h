@@ -88,34 +88,8 @@ INLINE void round_token_in(const Tokens& tokens, int64_t token, bool residual, i
     }
 }
 
-// Replaces a row by the numbers that its rounding gives, relative to the value of 1, which is
-// returned: NaN for a token with NaN or Inf.
-template <int B, bool Shuffles>
-INLINE double rounded_row_in(const Tokens& tokens, int64_t token, bool residual, int64_t padded,
-                             const Book& book, float* row, uint32_t* largest) {
-    const int64_t blocks = padded / B;
-    tokens.load(token, padded, row);
-    int row_exponent = row_exponents<B>(row, blocks, largest);
-    if (residual && row_exponent != kNanRow) {
-        keep_residual<B, Shuffles>(tokens, token, book, row_exponent, blocks, largest, row);
-        row_exponent = row_exponents<B>(row, blocks, largest);
-    }
-    for (int64_t b = 0; b < blocks; b++) {
-        uint8_t codes[B] = {};
-        RoundedBlock rounded = {0, 0};
-        const int variant = residual ? -1 : tokens.variant(token, blocks, b);
-        if (row_exponent != kNanRow)
-            rounded = round_block<B, Shuffles>(row + b * B, row_exponent, largest[b], variant,
-                                               kWindow, book, codes);
-        int8_t half_units[B];
-        Bytes<B, Shuffles>::take16(book.half_units[rounded.id], codes, half_units);
-        const float relative = power_of_two(-rounded.delta);
-        for (int i = 0; i < B; i++) row[b * B + i] = float(half_units[i]) * relative;
-    }
-    return row_exponent == kNanRow ? kNan : double_power_of_two(row_exponent - 1);
-}
-
-// The same for format "fp8".
+// Format "fp8": replaces a row by the numbers that rounding a token gives, relative to the value of
+// 1, which is returned: NaN for a token with NaN or Inf.
 template <int B, bool>  // nothing to shuffle
 INLINE double fp8_row_in(const Tokens& tokens, int64_t token, int64_t padded, float* row) {
     tokens.load(token, padded, row);
@@ -291,7 +265,6 @@ INLINE void quantize_row_in(const void* x, int dtype, int64_t row, int64_t colum
     ROW_FUNCTION(void, costs_of_row, suffix, target, shuffles)             \
     ROW_FUNCTION(void, digits_of_token, suffix, target, shuffles)          \
     ROW_FUNCTION(bool, integers_of_token, suffix, target, shuffles)        \
-    ROW_FUNCTION(double, rounded_row, suffix, target, shuffles)            \
     ROW_FUNCTION(double, fp8_row, suffix, target, shuffles)                \
     ROW_FUNCTION(bool, given_row, suffix, target, shuffles)                \
     ROW_FUNCTION(void, quantize_row, suffix, target, width)                \

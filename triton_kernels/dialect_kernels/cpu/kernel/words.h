@@ -30,6 +30,8 @@ struct Words {
     alignas(64) uint16_t words[256][16];
 };
 
+constexpr int kStepBytes = 1024;  // of sixteen rows of 32 words
+
 // Word w of a decoded step of 32 columns is its column word_column(w).
 constexpr int word_column(int w) { return 16 * (w / 4 % 2) + 4 * (w / 8) + w % 4; }
 
