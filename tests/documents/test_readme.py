@@ -47,7 +47,7 @@ def test_the_video_claim():
 
 
 def test_the_cpu_limit():
-    """The speed of served decoding is the table's, and first tokens do come later."""
+    """The speed of served decoding is the table's, and first tokens of eight do come later."""
     formats = figures("serve")["shapes"]["llama-3.2-1b"]["formats"]
 
     def times_faster(load, key):
@@ -56,4 +56,4 @@ def test_the_cpu_limit():
     assert told(
         r"decodes one request ([\d.]+) times as fast as bf16, eight at once ([\d.]+) times"
     ) == [round(times_faster(load, "tpot_ms"), 2) for load in ("single", "many")]
-    assert all(times_faster(load, "ttft_ms") < 1 for load in ("single", "many"))
+    assert times_faster("many", "ttft_ms") < 1
