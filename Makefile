@@ -22,6 +22,8 @@ setup:
 demo: setup
 	@$(RUN) -m demo.language.run --model "$(MODEL)" $(ARGS)
 
+## Threads that spin while they wait lose minutes beside another busy program.
+video: export OMP_WAIT_POLICY ?= PASSIVE
 video: setup
 	@$(RUN) -m demo.video.run $(ARGS)
 
