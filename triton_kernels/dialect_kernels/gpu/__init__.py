@@ -197,7 +197,6 @@ def store(cache: KvCache, key: torch.Tensor, value: torch.Tensor, slots: torch.T
     from . import cache_store
 
     _check_even(cache)
-
     with _current(cache.slots.device):
         cache_store.store(cache, key, value, slots)
 
@@ -213,7 +212,6 @@ def attend(
     from . import cache_attention
 
     _check_even(cache)
-
     with _current(query.device):
         return cache_attention.attend(cache, query, context, scoring, out)
 
