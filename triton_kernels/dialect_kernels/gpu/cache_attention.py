@@ -49,6 +49,10 @@ _GROUP_SCALE = tl.constexpr(1 / ROTATION_GROUP)
 _MOST_SPLITS = 16
 _SPLITS = tl.constexpr(_MOST_SPLITS)
 _NO_WINDOW = 1 << 30
+_LARGE_PART = tl.constexpr(64)
+"""Columns of a part of large heads, from which on tiles of queries have few rows."""
+_WHOLE_QUERY = tl.constexpr(16 * 64)
+"""Elements of a part of a query up to which each warp has registers for the whole query."""
 _PROGRAMS = 2
 """Of a streaming multiprocessor, at least, before a context is split no further."""
 
@@ -84,11 +88,15 @@ def _plan_attention(
         processors: streaming multiprocessors of the GPU.
     """
     least = max(16, 1 << (group - 1).bit_length())
-    narrow = _padded_head(head_size) == 64
-    # more rows, and a row's query and output no longer fit into registers
-    rows = least if tokens <= sequences or head_size > 128 else max(least, 64)
-    if rows == 16:
-        tile, num_warps = 32 if head_size <= 128 else 16, 1 if narrow else 4
+    padded = _padded_head(head_size)
+    narrow = padded == 64
+    rows = least
+    if tokens > sequences:  # more rows, and a row's query and output no longer fit into registers
+        rows = max(least, 64 if padded <= 128 else 32 if padded == 256 else 16)
+    if padded > 128:
+        tile, num_warps = 16, 8 if rows * padded > 32 * 256 else 4
+    elif rows == 16:
+        tile, num_warps = 32, 1 if narrow else 4
     else:
         tile, num_warps = 32 if narrow else 16, 4 if rows < 128 else 8
     programs = (tokens // (rows // group) + sequences) * heads
@@ -180,7 +188,7 @@ def _row_scale(exponent):
 
 @triton.jit
 def _product(a, bits, total, TRANSPOSED: tl.constexpr, ASM: tl.constexpr):
-    """``total + a @ b``, or ``a @ b.T``, with the bits of b in 16-bit numbers.
+    """``total + a @ b``, or ``a @ b.T``, with the bits of b in 16-bit numbers; or four of them.
 
     Args:
         a: bfloat16 or float16, as b; float32: b is bfloat16, and all products float32.
@@ -188,7 +196,7 @@ def _product(a, bits, total, TRANSPOSED: tl.constexpr, ASM: tl.constexpr):
     WIDE: tl.constexpr = a.dtype == tl.float32
     b = bits.to(tl.bfloat16 if WIDE else a.dtype, bitcast=True)
     if TRANSPOSED:
-        b = tl.trans(b)
+        b = tl.permute(b, (0, 2, 1)) if len(b.shape) == 3 else tl.trans(b)
     if WIDE or not ASM:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     else:
@@ -223,11 +231,24 @@ def _shift(query, p_mean, o_mean, m_mean):
 
 
 @triton.jit
+def _stacked(parts):
+    """Parts [R, K/4] one behind the other: [4, R, K/4]."""
+    x0, x1, x2, x3 = parts
+    joined = tl.join(tl.join(x0, x1), tl.join(x2, x3))
+    return tl.reshape(tl.permute(joined, (2, 3, 0, 1)), (4, x0.shape[0], x0.shape[1]))
+
+
+@triton.jit
 def _scores(query, key, ASM: tl.constexpr):
     """Products of queries [R, K] with keys [TILE, K], both in parts: float32 [R, TILE]."""
     query0, query1, query2, query3 = query
     key0, key1, key2, key3 = key
     score = tl.zeros((query0.shape[0], key0.shape[0]), tl.float32)
+    if query0.shape[1] >= _LARGE_PART and query0.shape[0] * query0.shape[1] > _WHOLE_QUERY:
+        # every warp would hold the whole query, which has no room: here each holds a part of it
+        q, k = _stacked(query), _stacked(key)
+        zero = tl.zeros((4, score.shape[0], score.shape[1]), tl.float32)
+        return tl.sum(_product(q, k, zero, True, ASM), axis=0)
     score = _product(query0, key0, score, True, ASM)
     score = _product(query1, key1, score, True, ASM)
     score = _product(query2, key2, score, True, ASM)

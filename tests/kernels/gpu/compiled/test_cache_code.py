@@ -26,21 +26,26 @@ SPILLS = {("decoding", 80): (16, 40), ("decoding", 100): (24,)}
 CASES = [
     ("decoding", 90, DECODING, 128),
     ("decoding, small heads", 90, DECODING, 64),
-    ("decoding, large heads", 90, DECODING, 256),
+    *(
+        (f"{kind}, heads of {size}", capability, sizes, size)
+        for kind, sizes in (("decoding", DECODING), ("chunk", CHUNK))
+        for size in (256, 512)
+        for capability in (80, 90, 100)
+    ),
     ("chunk", 90, CHUNK, 128),
     ("decoding", 80, DECODING, 128),
     ("decoding", 100, DECODING, 128),
 ]
 
 
-def compiled(capability, sizes, head_size):
-    plan = _plan_attention(*sizes, HEADS, GROUP, head_size, 132)
+def compiled(capability, sizes, head_size, group=GROUP):
+    plan = _plan_attention(*sizes, HEADS, group, head_size, 132)
     absent = ("p_causal", "p_slopes", "p_sinks", "p_key_mean", "p_value_mean")
     if plan.splits == 1:
         absent += ("p_partial", "p_extremes")
     constants = {
         "SCALE": head_size**-0.5, "SOFT_CAP": 0.0, "CAUSAL": 1, "BLOCK_TOKENS": 16, "D": head_size,
-        "DP": _padded_head(head_size), "GROUP": GROUP, "BM": plan.rows, "TILE": plan.tile,
+        "DP": _padded_head(head_size), "GROUP": group, "BM": plan.rows, "TILE": plan.tile,
         "SPLIT": plan.splits > 1, "ROTATED": True, "ASM": True, **dict.fromkeys(absent),
     }  # fmt: skip
     pointers = {
@@ -61,6 +66,14 @@ def test_rows_are_decoded_in_registers(kind, capability, sizes, head_size):
     if plan.rows == 16:
         elements = 2 * plan.tile * head_size / (32 * plan.num_warps)
         assert len(code.main_loop()) / elements <= MOST
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("head_size", [256, 512])
+def test_many_queries_may_share_a_large_head(head_size, capability):
+    plan, code = compiled(capability, DECODING, head_size, group=32)
+    assert plan.rows == 32
+    assert faults(code, capability, OF_FEW_ROWS) == []
 
 
 @pytest.mark.parametrize("capability", [80, 90])

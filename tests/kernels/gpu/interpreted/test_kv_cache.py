@@ -86,6 +86,11 @@ def scorings(heads, head_size):
         (96, 3, 2, torch.float16, 1, True),
         (128, 20, 1, torch.float16, 2, False),
         (32, 2, 2, torch.float32, 2, True),
+        (256, 2, 2, torch.bfloat16, 0, True),
+        (256, 20, 1, torch.bfloat16, 1, False),
+        (288, 2, 1, torch.float16, 0, False),
+        (512, 2, 2, torch.bfloat16, 1, True),
+        (512, 4, 1, torch.float32, 2, False),
     ],
 )
 def test_attention(head_size, group, splits, dtype, kind, means):
@@ -155,7 +160,9 @@ def test_contexts_are_split_where_sequences_are_few():
     assert _plan_attention(16, 16, 8, 4, 64, 132) == AttentionPlan(16, 32, 2, 1)
     assert _plan_attention(4096, 1, 8, 4, 128, 132) == AttentionPlan(64, 16, 1, 4)
     assert _plan_attention(1, 1, 1, 71, 64, 132).rows == 128
-    assert _plan_attention(4096, 1, 8, 4, 256, 132).rows == 16
+    assert _plan_attention(4096, 1, 8, 4, 256, 132) == AttentionPlan(32, 16, 1, 4)
+    assert _plan_attention(4096, 1, 8, 4, 512, 132) == AttentionPlan(16, 16, 1, 4)
+    assert _plan_attention(16, 16, 8, 32, 512, 132) == AttentionPlan(32, 16, 2, 8)
 
 
 def test_warming_up_takes_every_kernel_there_is(monkeypatch):
