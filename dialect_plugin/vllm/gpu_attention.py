@@ -8,6 +8,7 @@ and runs with ``--attention-backend CUSTOM``. Layers that a dialect cache cannot
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -32,8 +33,12 @@ from .caches import (
     note_engine,
     store_packed,
 )
+from .first_chunks import FirstChunks, FlashAttention, find_first_chunks, flash_attention_for
 
 __all__ = ["DialectGPUBackend", "register_cache_dtype"]
+
+_FLASH_DTYPES = (torch.float16, torch.bfloat16)
+"""What FlashAttention computes in."""
 
 
 class DialectGPUBackend(TritonAttentionBackend):
@@ -85,6 +90,15 @@ class DialectGPUBackend(TritonAttentionBackend):
         return False
 
 
+@dataclass
+class _Metadata(TritonAttentionMetadata):
+    """vLLM's, and what of a step may attend to 16-bit keys and values."""
+
+    first_chunks: FirstChunks | None = None
+    others: TritonAttentionMetadata | None = None
+    """Of the sequences before the first chunks, if there are any."""
+
+
 class _Attention(TritonAttentionImpl):
     """One layer; a packed cache is known by its bytes."""
 
@@ -94,8 +108,10 @@ class _Attention(TritonAttentionImpl):
         super().__init__(*arguments, **options)
         note_engine(self.kv_cache_dtype)
         self._may_pack = cache_format(get_current_vllm_config()) != "none"
+        self._flash: FlashAttention | None = None
         if self._may_pack:
             self.supports_quant_query_input = False
+            self._flash = flash_attention_for(self)
         self._scoring: Scoring | None = None
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
@@ -133,6 +149,13 @@ class _Attention(TritonAttentionImpl):
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale,
                 output_block_scale,
             )  # fmt: skip
+        chunks = getattr(attn_metadata, "first_chunks", None)
+        if chunks is not None and self._flash is not None and query.dtype in _FLASH_DTYPES:
+            shape = (-1, self.num_heads, self.head_size)
+            self._flash.attend(chunks, query.view(shape), key, value, output.view(shape))
+            attn_metadata = attn_metadata.others
+        if attn_metadata is None:
+            return output
         heads = self.num_heads, self.head_size
         scoring = self._score(query.device)
         return attend_packed(
@@ -153,6 +176,11 @@ class _Attention(TritonAttentionImpl):
         slots = torch.zeros(shape, dtype=torch.uint8, device=device)
         cache = cache_of(layer, slots, self.head_size)
         warm_up(cache, self.num_heads, dtype, self._score(device))
+        if self._flash is not None and dtype in _FLASH_DTYPES:
+            # FlashAttention 4 compiles at its first call, and anew for more or longer sequences
+            heads = self.num_heads, self.num_kv_heads
+            for starts in ([0, 2], [0, 512], [0, 512, 1024]):
+                self._flash.try_out(starts, heads, self.head_size, dtype, device)
 
     def _packs(self, kv_cache: torch.Tensor) -> bool:
         return self._may_pack and kv_cache.dtype == torch.uint8
@@ -176,12 +204,41 @@ class _MetadataBuilder(TritonAttentionMetadataBuilder):
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        if is_packed(kv_cache_spec):
+        self._packs = is_packed(kv_cache_spec)
+        if self._packs:
+            self.reorder_batch_threshold = 1  # vLLM then puts first chunks last in a batch
             layers = vllm_config.compilation_config.static_forward_context
             dtype = vllm_config.model_config.dtype
             for name in layer_names:
                 layer: Any = layers[name]
                 layer.impl.warm_up(layer, kv_cache_spec, dtype, device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> TritonAttentionMetadata:
+        """Metadata for the layers of one group of caches."""
+        made = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        chunks = find_first_chunks(common_attn_metadata) if self._packs else None
+        if chunks is None:
+            return made
+        others = None
+        if chunks.sequences:
+            others = replace(
+                made,
+                num_actual_tokens=chunks.tokens,
+                query_start_loc=made.query_start_loc[: chunks.sequences + 1],
+                seq_lens=made.seq_lens[: chunks.sequences],
+                block_table=made.block_table[: chunks.sequences],
+            )
+        given = {field.name: getattr(made, field.name) for field in fields(made)}
+        return _Metadata(**given, first_chunks=chunks, others=others)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> TritonAttentionMetadata:
+        """Metadata for a graph, which serves sequences of all kinds: those with a cache, too."""
+        made = super().build_for_cudagraph_capture(common_attn_metadata)
+        return (
+            replace(made, first_chunks=None, others=None) if isinstance(made, _Metadata) else made
+        )
 
 
 class _CacheDtype:
