@@ -30,7 +30,7 @@ __all__ = ["QUANT_METHOD", "ConfigError", "SemanticDialectConfig"]
 _FORMAT_VERSION = 2
 """The latest version that this release reads; version 2 adds `rotation` and protected steps."""
 _OF_VERSION_2 = {"rotation", "protected_steps", "protected_fraction", "protected_format"}
-"""Options that version 1 lacks; without a rotation and protected steps, they are not saved."""
+"""Options that version 1 lacks: a file that lacks them has no rotation and protects no step."""
 _SALIENT_FRACTION = 0.10
 
 _POSITION = re.compile(r"(first|last):([1-9][0-9]*)")
@@ -58,7 +58,8 @@ class SemanticDialectConfig(BaseModel):
 
     Attributes:
         quant_method: always ``"semantic_dialect"``.
-        format_version: version of the stored format: 2 with a rotation or protected steps, else 1.
+        format_version: version of the stored format: 1 with neither a rotation nor protected steps,
+            else 2.
         book: formatbook of weights and activations: ``"semantic_32"`` (SemanticDialect) or
             ``"dialect_fp4"`` (BlockDialect).
         block_size: elements per block, along the reduction dimension.
@@ -87,10 +88,12 @@ class SemanticDialectConfig(BaseModel):
         seda_refresh: attention calls of a block and guidance branch between two groupings (ours).
         seed: seed of ``selection="random"``.
         protected_steps: denoising steps in which all tokens are rounded more finely (ours):
-            ``"none"``, numbers from 0 on, or ``"auto"``: those in which the scheduler changes the
-            noise level most.
+            ``"none"``, numbers from 0 on, ``"auto"``: those in which the scheduler changes the
+            noise level most, or None: as ``"auto"`` in generations whose scheduler tells its noise
+            levels and whose steps are enough for one by `protected_fraction`, else ``"none"``. A
+            saved file without this option, of a release that had no None, protects no step.
         protected_fraction: share of the steps that ``"auto"`` protects, rounded down, but at least
-            one step (ours).
+            one step; None protects none where one step were more than that share (ours).
         protected_format: in protected steps, all tokens are decomposed into two dialect rows
             (``"decomposed"``) or rounded to FP8 (``"fp8"``; W4A8).
         keep_original: where ``disable`` finds the 16-bit weights: ``"disk"`` (the files they were
@@ -103,7 +106,7 @@ class SemanticDialectConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     quant_method: _QuantMethod = Field(default=QUANT_METHOD, strict=False)
-    format_version: int = 1
+    format_version: int = _FORMAT_VERSION
     book: BookName = "semantic_32"
     block_size: BlockSize = 32
     activation_format: ActivationFormat = "dialect"
@@ -118,7 +121,7 @@ class SemanticDialectConfig(BaseModel):
     seda_threshold: float = Field(default=0.5, ge=0.0, le=1.0)
     seda_refresh: int = Field(default=10, ge=1)
     seed: int = 0
-    protected_steps: Literal["none", "auto"] | tuple[int, ...] = "none"
+    protected_steps: Literal["none", "auto"] | tuple[int, ...] | None = None
     protected_fraction: float = Field(default=0.0625, gt=0.0, le=1.0)
     protected_format: Literal["decomposed", "fp8"] = "decomposed"
     keep_original: Literal["disk", "host", "none"] | None = None
@@ -173,7 +176,7 @@ class SemanticDialectConfig(BaseModel):
     @field_validator("protected_steps", mode="before")
     @classmethod
     def _steps_are_numbers(cls, steps: object) -> object:
-        if steps in ("none", "auto"):
+        if steps in (None, "none", "auto"):
             return steps
         numbers = list(steps) if isinstance(steps, list | tuple) else []
         if not numbers or not all(type(step) is int and step >= 0 for step in numbers):
@@ -185,10 +188,13 @@ class SemanticDialectConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _version_by_keys(cls, options: Any) -> Any:
+        """Complete a saved file's options, or the version of those that are not from a file."""
         if not isinstance(options, dict):
             return options
-        used = any(options.get(name, "none") != "none" for name in ("rotation", "protected_steps"))
-        return {"format_version": 2} | options if used else options
+        if "format_version" in options:
+            return {"protected_steps": "none"} | options
+        plain = options.get("rotation", "none") == options.get("protected_steps") == "none"
+        return {"format_version": 1} | options if plain else options
 
     @model_validator(mode="after")
     def _version_has_the_keys(self) -> SemanticDialectConfig:
@@ -211,7 +217,7 @@ class SemanticDialectConfig(BaseModel):
         for option, wanted in (
             ("seda", self.seda),
             ("salient_fraction", self.salient_fraction not in (0.0, _SALIENT_FRACTION)),
-            ("protected_steps", self.protects),
+            ("protected_steps", self.protected_steps not in (None, "none")),
         ):
             if wanted and self.activation_format != "dialect":
                 raise ValueError(
@@ -238,8 +244,8 @@ class SemanticDialectConfig(BaseModel):
 
     @property
     def protects(self) -> bool:
-        """Whether steps are protected."""
-        return self.protected_steps != "none"
+        """Whether steps are protected, at least in generations that allow it."""
+        return self.activation_format == "dialect" and self.protected_steps != "none"
 
     def is_ignored(self, name: str) -> bool:
         """Whether the layer `name`, from the model's root, stays in 16 bit."""
@@ -289,13 +295,16 @@ class SemanticDialectConfig(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration in JSON's types, of version 1 where that can say it."""
-        if self.rotation != "none" or self.protects:
-            return self.model_dump(mode="json")
-        return self.model_dump(mode="json", exclude=_OF_VERSION_2) | {"format_version": 1}
+        if self.rotation == self.protected_steps == "none":
+            return self.model_dump(mode="json", exclude=_OF_VERSION_2) | {"format_version": 1}
+        return self.model_dump(mode="json")
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Method, version and the options that are not at their defaults."""
-        always = ("quant_method", "format_version")
+        """Method, version and the options that are not at their defaults.
+
+        Those of version 2 say which steps are protected, as a file that does not protects none.
+        """
+        always = ("quant_method", "format_version", "protected_steps")
         default = type(self)().model_dump(mode="json")
         return {k: v for k, v in self.to_dict().items() if k in always or v != default.get(k)}
 

@@ -66,8 +66,8 @@ NVFP4 = Emulated(quantize_nvfp4, lambda rows, columns: 4.5 * rows * columns + 32
 """Blocks of 16 with an E4M3 byte each, and a float32 for the tensor; activations: for all tokens of
 a call."""
 
-PLAIN: Mapping[str, Any] = {"salient_fraction": 0.0, "seda": False}
-"""Dialects alone: no decomposed tokens, no groups."""
+PLAIN: Mapping[str, Any] = {"salient_fraction": 0.0, "seda": False, "protected_steps": "none"}
+"""Dialects alone: no decomposed tokens, no groups, no protected steps."""
 
 
 def load(format: Format, model: Path = MODEL, device: str = "cpu") -> MovingShapesPipeline:

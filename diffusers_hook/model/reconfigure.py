@@ -18,8 +18,8 @@ __all__ = ["change_options", "changed_config"]
 _IN_THE_WEIGHTS = ("book", "block_size", "rotation", "ignore", "modulation", "keep_original")
 """Options that decide which weights are stored where."""
 
-_OF_THE_DIALECTS = ("salient_fraction", "seda", "protected_steps")
-"""Options that need activation_format="dialect"."""
+_OFF = {"salient_fraction": 0.0, "seda": False, "protected_steps": "none"}
+"""Options that need activation_format="dialect", and what switches them off."""
 
 
 def changed_config(
@@ -65,8 +65,8 @@ def changed_config(
         return hook.config
     if given.get("activation_format", "dialect") != "dialect":
         # saved options give way to those of this call, as if they had been left out
-        for option in _OF_THE_DIALECTS:
-            if getattr(hook.config, option):
+        for option, off in _OFF.items():
+            if getattr(hook.config, option) != off:
                 given.setdefault(option, type(config).model_fields[option].default)
     changed = hook.config.replaced(**given)
     check_mechanisms(module, changed, hook.layout, name)

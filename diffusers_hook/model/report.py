@@ -44,9 +44,12 @@ class TransformerSummary:
         host_bytes: bytes of 16-bit weights kept in host memory for ``disable``.
         originals: where the 16-bit weights are: ``"disk"``, ``"host"``, ``"none"``.
         calls: calls of it so far.
-        protects: whether steps are protected.
+        protects: whether steps are protected in generations that allow it.
+        protected_steps: those of the generation that began last.
+        protected_why: what chose them, or why there are none.
         protected_calls: calls in protected steps.
-        decomposes: whether tokens are decomposed, salient ones or those of protected steps.
+        chooses: whether salient tokens are chosen.
+        decomposes: whether tokens are decomposed: salient ones, or by now those of protected steps.
         makes_groups: whether tokens are grouped (SeDA).
         salient_share: decomposed rows over all rows of the video, and of text in one attention with
             it, that went through 4-bit layers; those of cross-attention's text do not count.
@@ -73,7 +76,10 @@ class TransformerSummary:
     originals: str
     calls: int
     protects: bool
+    protected_steps: tuple[int, ...]
+    protected_why: str
     protected_calls: int
+    chooses: bool
     decomposes: bool
     makes_groups: bool
     salient_share: float
@@ -120,6 +126,7 @@ def summarize(name: str, module: nn.Module, attached: Attached) -> TransformerSu
     config = attached.config
     sizes = attached.state.group_sizes()
     originals = attached.originals
+    protection = attached.state.protection
     bytes_by_device = _bytes_by_device(module)
     return TransformerSummary(
         name=name,
@@ -138,8 +145,11 @@ def summarize(name: str, module: nn.Module, attached: Attached) -> TransformerSu
         originals="none" if originals is None else originals.place,
         calls=meter.counts["calls"],
         protects=config.protects,
+        protected_steps=() if protection is None else tuple(sorted(protection.steps)),
+        protected_why="no generation yet" if protection is None else protection.reason,
         protected_calls=meter.counts["protected calls"],
-        decomposes=config.decomposes or (config.protects and config.protected_format != "fp8"),
+        chooses=config.decomposes,
+        decomposes=config.decomposes or meter.counts["decomposed rows"] > 0,
         makes_groups=config.groups,
         salient_share=meter.counts["decomposed rows"] / max(1, meter.counts["rows"]),
         groups=sum(groups for groups, _ in sizes) / max(1, len(sizes)),
@@ -199,10 +209,11 @@ def _lines(found: TransformerSummary) -> list[tuple[str, str]]:
     if found.blocks:
         lines.append(("blocks that are read", f"{found.blocks_read} of {found.blocks}"))
     if found.protects:
+        lines.append(("protected steps", _protected(found)))
         lines.append(("calls in protected steps", f"{found.protected_calls}"))
     if found.decomposes:
         lines.append(("decomposed rows", f"{found.salient_share:.1%}"))
-    if found.decomposes and (found.salient_refreshes or not found.protects):
+    if found.chooses:
         lines.append(("salient-token refreshes", f"{found.salient_refreshes}"))
     if found.makes_groups:
         lines += [
@@ -211,3 +222,9 @@ def _lines(found: TransformerSummary) -> list[tuple[str, str]]:
             ("group refreshes", f"{found.group_refreshes}"),
         ]
     return lines + [(f"seconds, {part}", f"{spent:.3f}") for part, spent in found.seconds.items()]
+
+
+def _protected(found: TransformerSummary) -> str:
+    """The protected steps and why these, or why none."""
+    steps = ", ".join(str(step) for step in found.protected_steps) or "none"
+    return f"{steps} ({found.protected_why})"

@@ -20,6 +20,8 @@ _OWN = (*_SHARED, "activation_format", "ignore")
 """Options that an encoder can have."""
 _OF_FILES = ("quant_method", "format_version")
 """What a configuration says of itself."""
+_OFF: Mapping[str, Any] = {"salient_fraction": 0.0, "seda": False, "protected_steps": "none"}
+"""What holds for every encoder: its tokens are rounded alone, in one call for a video."""
 _ACTIVATIONS = "none"
 """Encoders run once for a video, so that their time hardly counts, and have large outliers."""
 
@@ -37,7 +39,7 @@ def encoder_options(
     Raises:
         ConfigError: if an encoder has no such option.
     """
-    own = {option: value for option, value in own.items() if option not in _OF_FILES}
+    own = {o: v for o, v in own.items() if o not in _OF_FILES and (o, v) not in _OFF.items()}
     for option in own:
         if option in SemanticDialectConfig.model_fields and option not in _OWN:
             raise ConfigError(
@@ -53,7 +55,7 @@ def encoder_defaults(module: nn.Module, config: SemanticDialectConfig) -> Semant
 
     Its activations stay in 16 bit, and so do the layers that its class wants in float32: T5's `wo`.
     """
-    defaults: dict[str, Any] = {"salient_fraction": 0.0, "seda": False, "protected_steps": "none"}
+    defaults: dict[str, Any] = dict(_OFF)
     if "activation_format" not in config.model_fields_set:
         defaults["activation_format"] = _ACTIVATIONS
     if "ignore" not in config.model_fields_set:

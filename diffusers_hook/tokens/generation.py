@@ -108,7 +108,7 @@ class Generation:
         self.grid = grid
         self.branch = self._branch(place, context)
         self._last[self.branch] = place, grid
-        if self.protection is not NO_PROTECTION:
+        if self.protection.steps:
             step = self._step(_index_in(schedule, timestep), context.step, index)
             self.protected = step in self.protection.steps
 

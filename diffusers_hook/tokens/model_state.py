@@ -26,6 +26,8 @@ class ModelState:
         config: the configuration in force.
         blocks: the states of the blocks.
         meter: counts and times.
+        protection: the protected steps of the generation that began last, in any thread; None
+            before.
         pipeline: a function that returns the followed pipeline, or None.
     """
 
@@ -45,6 +47,7 @@ class ModelState:
         """
         self.config = config
         self.meter = Meter()
+        self.protection: Protection | None = None
         self.pipeline: Callable[[], Any] = lambda: None
         self._generations = Generations(timestep_rises=timestep_rises)
         self.blocks = [
@@ -78,6 +81,9 @@ class ModelState:
             return
         running = running_pipeline()
         scheduler = getattr(running or self.pipeline(), "scheduler", None)
+        if scheduler is None and self.config.protected_steps is None and not self.reads_attention:
+            self._protection(None)  # none, so no call needs to be told from another
+            return
         # an attribute and no property: a property could make a new tensor in every call
         schedule = getattr(scheduler, "__dict__", {}).get("timesteps")
         generation = self.generation
@@ -87,10 +93,14 @@ class ModelState:
             context,
             schedule,
             None if running is None else _index_of(scheduler),
-            lambda: Protection.of(self.config, scheduler),
+            lambda: self._protection(scheduler),
         )
         if generation.protected:
             self.meter.add("protected calls")
+
+    def _protection(self, scheduler: object) -> Protection:
+        found = self.protection = Protection.of(self.config, scheduler)
+        return found
 
     def end(self) -> None:
         """The call came to its end."""

@@ -30,10 +30,12 @@ class Protection:
     Attributes:
         steps: their numbers.
         step_of: step of each of the scheduler's timesteps; empty where they are not known.
+        reason: what chose them, or why there are none, in a few words for the summary.
     """
 
     steps: frozenset[int] = frozenset()
     step_of: tuple[int, ...] = ()
+    reason: str = ""
 
     @classmethod
     def of(cls, config: SemanticDialectConfig, scheduler: object) -> Protection:
@@ -50,29 +52,51 @@ class Protection:
                 are to be chosen and the scheduler has no noise levels or is not known.
         """
         chosen = config.protected_steps
-        if chosen == "none":
+        if chosen == "none" or not config.protects:
             return NO_PROTECTION
         timesteps = getattr(scheduler, "timesteps", None)
+        if chosen is None:
+            return cls._by_default(scheduler, timesteps, config.protected_fraction)
         values = timesteps.tolist() if isinstance(timesteps, torch.Tensor) else []
         step_of = _numbered(values)
         if chosen == "auto":
             check_scheduler(scheduler)
             levels = _levels(scheduler, values, step_of)
-            return cls(_decisive(levels, config.protected_fraction), step_of)
+            return cls(_decisive(levels, config.protected_fraction), step_of, "auto")
         count = max(step_of, default=-1) + 1
         if values and chosen and max(chosen) >= count:
             raise ConfigError(
                 f"protected_steps: {max(chosen)} is not a step of this generation, whose {count} "
                 f"steps are 0 to {count - 1}; give smaller numbers or 'auto'"
             )
-        return cls(frozenset(chosen), step_of)
+        return cls(frozenset(chosen), step_of, "as given")
+
+    @classmethod
+    def _by_default(cls, scheduler: object, timesteps: object, fraction: float) -> Protection:
+        """As ``"auto"``, or none, with the reason: that no step can be chosen, or one is too much.
+
+        Waits for no timesteps of a generation that is too short.
+        """
+        if not isinstance(timesteps, torch.Tensor):
+            return cls(reason="no scheduler with timesteps is known")
+        enough = math.ceil(1 / fraction)
+        values = timesteps.tolist() if len(timesteps) >= enough else []
+        step_of = _numbered(values)
+        if max(step_of, default=-1) + 1 < enough:
+            return cls(reason=f"fewer than {enough} steps")
+        try:
+            check_scheduler(scheduler)
+            levels = _levels(scheduler, values, step_of)
+        except (AttributeError, TypeError, ValueError):  # whatever somebody's own scheduler holds
+            return cls(reason=f"{type(scheduler).__name__} tells no noise levels")
+        return cls(_decisive(levels, fraction), step_of, "by default")
 
     def step(self, index: int) -> int:
         """The step of a timestep, by its index among those of the scheduler."""
         return self.step_of[index] if 0 <= index < len(self.step_of) else index
 
 
-NO_PROTECTION = Protection()
+NO_PROTECTION = Protection(reason="switched off")
 
 
 def check_scheduler(scheduler: object) -> None:

@@ -89,10 +89,12 @@ def test_it_survives_json():
     )
     read = SemanticDialectConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert read == config
-    assert SemanticDialectConfig.from_dict(SemanticDialectConfig(activation_format="fp8").to_dict())
+    eight = SemanticDialectConfig(activation_format="fp8")
+    assert SemanticDialectConfig.from_dict(eight.to_dict()) == eight
     assert json.loads(config.to_json_string()) == {
         "quant_method": "semantic_dialect",
-        "format_version": 1,
+        "format_version": 2,
+        "protected_steps": None,
         "block_size": 64,
         "ignore": [r"re:blocks\.0\."],
         "seda_window": [2, 2, 2],
@@ -100,17 +102,21 @@ def test_it_survives_json():
     }
 
 
+PLAIN = SemanticDialectConfig(protected_steps="none")
+
+
 def test_a_rotation_makes_it_version_2():
-    rotated = SemanticDialectConfig(rotation="hadamard_32")
+    rotated = SemanticDialectConfig(rotation="hadamard_32", protected_steps="none")
     assert rotated.to_dict()["format_version"] == 2
     assert SemanticDialectConfig.from_dict(rotated.to_dict()) == rotated
     assert rotated.to_diff_dict() == {
         "quant_method": "semantic_dialect",
         "format_version": 2,
         "rotation": "hadamard_32",
+        "protected_steps": "none",
     }
     plain = rotated.replaced(rotation="none")
-    assert plain.to_dict() == SemanticDialectConfig().to_dict()
+    assert plain.to_dict() == PLAIN.to_dict()
     assert plain.to_dict()["format_version"] == 1
     assert "rotation" not in plain.to_dict()
     assert plain.replaced(rotation="hadamard_32").to_dict() == rotated.to_dict()
@@ -128,9 +134,37 @@ def test_protected_steps_make_it_version_2():
         "protected_steps": [2, 7],
         "protected_format": "fp8",
     }
-    plain = config.replaced(protected_steps="none")
-    assert plain.to_dict() == SemanticDialectConfig().to_dict()
+    plain = config.replaced(protected_steps="none", protected_format="decomposed")
+    assert plain == PLAIN
+    assert plain.to_dict() == PLAIN.to_dict()
     assert not any(name.startswith("protected") for name in plain.to_dict())
+
+
+@pytest.mark.parametrize("options", [{}, {"rotation": "hadamard_32"}, {"activation_format": "fp8"}])
+@pytest.mark.parametrize("steps", [None, "none", "auto", (3,)])
+def test_a_file_says_which_steps_are_protected(options, steps):
+    if steps in ("auto", (3,)) and "activation_format" in options:
+        return  # refused
+    config = SemanticDialectConfig(protected_steps=steps, **options)
+    assert config == SemanticDialectConfig(**options).replaced(protected_steps=steps)
+    for saved in (config.to_dict(), config.to_diff_dict()):
+        read = SemanticDialectConfig.from_dict(json.loads(json.dumps(saved)))
+        assert read == config
+        assert read.protected_steps == steps
+    version = 1 if steps == "none" and "rotation" not in options else 2
+    assert config.format_version == version
+    assert config.to_dict()["format_version"] == version
+    assert ("protected_steps" in config.to_dict()) == (version == 2)
+
+
+@pytest.mark.parametrize("saved", [{"format_version": 1}, {"format_version": 2}])
+def test_files_from_before_the_default_protect_no_step(saved):
+    config = SemanticDialectConfig.from_dict({"quant_method": "semantic_dialect", **saved})
+    assert config.protected_steps == "none"
+    assert not config.protects
+    assert config.replaced(block_size=16).protected_steps == "none"
+    assert config.replaced(protected_steps=None) == SemanticDialectConfig()
+    assert SemanticDialectConfig().protects
 
 
 OLD_NAMES = {"activation": "fp8", "skip": [r"blocks\.0\..*", "proj"], "salient_fraction": 0.0}
@@ -152,7 +186,6 @@ def test_files_with_the_old_names_of_options_are_read(recwarn):
         assert config.is_ignored(name) == ignored
     saved = json.loads(json.dumps(config.to_dict()))
     assert not {"activation", "skip"} & saved.keys()
-    assert saved["format_version"] == 1
     assert SemanticDialectConfig.from_dict(saved) == config
 
 

@@ -71,10 +71,23 @@ def test_a_rotated_model_comes_back_with_its_rotation(plain, tmp_path):
         diffusers_hook.enable(loaded, progress=False, rotation="none")
 
 
-def test_a_model_without_rotation_is_saved_as_version_1(saved):
-    config = json.loads((saved[1] / "config.json").read_text())["quantization_config"]
+def test_the_file_says_what_holds_and_is_of_version_1_where_that_can_say_it(saved, tmp_path):
+    def stored(folder):
+        return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+    config = stored(saved[1])
+    assert (config["format_version"], config["protected_steps"]) == (2, None)
+    loaded = WanTransformer3DModel.from_pretrained(saved[1])
+    diffusers_hook.enable(loaded, progress=False, protected_steps="none")
+    loaded.save_pretrained(tmp_path / "again")
+    config = stored(tmp_path / "again")
     assert config["format_version"] == 1
-    assert "rotation" not in config
+    assert not {"rotation", "protected_steps"} & config.keys()
+    again = WanTransformer3DModel.from_pretrained(tmp_path / "again")
+    assert attached(again).config.protected_steps == "none"
+    diffusers_hook.enable(again, progress=False, activation_format="fp8")
+    diffusers_hook.enable(again, progress=False, activation_format="dialect")
+    assert attached(again).config.protected_steps == "none"
 
 
 def test_sharded_files_come_back_too(saved, tmp_path):
@@ -400,7 +413,11 @@ def test_tampered_tensors_are_refused_by_name(saved, edit, sentence):
     ("change", "sentence"),
     [
         ({"format_version": 3}, "format_version: 3 cannot be used: this release reads versions up"),
-        ({"rotation": "hadamard_32"}, "rotation: 'hadamard_32' needs format_version 2, not 1"),
+        (
+            {"rotation": "hadamard_32", "format_version": 1},
+            "rotation: 'hadamard_32' needs format_version 2, not 1",
+        ),
+        ({"format_version": 1}, "protected_steps: None needs format_version 2, not 1; save the "),
         ({"blok_size": 32}, "blok_size: is not an option of SemanticDialectConfig; did you mean"),
         ({"block_size": 24}, "block_size: 24 cannot be used"),
     ],

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -108,6 +109,99 @@ def test_steps_that_cannot_be_protected_get_one_sentence(options, scheduler, sen
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "scheduler", "steps", "expected", "reason"),
+    [
+        ({}, UniPCMultistepScheduler(**FLOW), 16, {15}, "by default"),
+        ({}, UniPCMultistepScheduler(**FLOW), 50, {47, 48, 49}, "by default"),
+        ({}, DDIMScheduler(), 16, {14}, "by default"),
+        ({}, FlowMatchHeunDiscreteScheduler(shift=3.0), 16, {14}, "by default"),
+        ({}, FlowMatchHeunDiscreteScheduler(shift=3.0), 15, (), "fewer than 16 steps"),
+        ({}, UniPCMultistepScheduler(**FLOW), 15, (), "fewer than 16 steps"),
+        ({"protected_fraction": 0.3}, UniPCMultistepScheduler(**FLOW), 4, {3}, "by default"),
+        ({"protected_fraction": 0.3}, UniPCMultistepScheduler(**FLOW), 3, (), "fewer than 4 steps"),
+        ({}, IPNDMScheduler(), 16, (), "IPNDMScheduler tells no noise levels"),
+        ({}, SimpleNamespace(sigmas=[1, 0], timesteps=torch.arange(16)), None, (),
+         "SimpleNamespace tells no noise levels"),
+        ({}, SimpleNamespace(alphas_cumprod=None, timesteps=torch.arange(16)), None, (),
+         "SimpleNamespace tells no noise levels"),
+        ({}, None, None, (), "no scheduler with timesteps is known"),
+        ({}, SimpleNamespace(), None, (), "no scheduler with timesteps is known"),
+        ({"activation_format": "fp8"}, UniPCMultistepScheduler(**FLOW), 16, (), "switched off"),
+        ({"protected_steps": "none"}, UniPCMultistepScheduler(**FLOW), 16, (), "switched off"),
+        ({"protected_steps": "auto"}, UniPCMultistepScheduler(**FLOW), 15, {14}, "auto"),
+        ({"protected_steps": [2]}, UniPCMultistepScheduler(**FLOW), 15, {2}, "as given"),
+    ],
+)  # fmt: skip
+def test_what_the_default_protects(options, scheduler, steps, expected, reason, recwarn):
+    if steps is not None:
+        scheduler.set_timesteps(steps)
+    recwarn.clear()
+    found = Protection.of(SemanticDialectConfig(**options), scheduler)
+    assert (found.steps, found.reason) == (set(expected), reason)
+    assert not recwarn
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy's, in diffusers
+def test_the_default_gets_along_with_every_scheduler_of_diffusers():
+    """It protects as many steps as the share says, or tells why it protects none."""
+    names = [n for n in dir(diffusers.schedulers) if n.endswith("Scheduler") and n[0] != "_"]
+    tried = 0
+    for name in names:
+        try:
+            scheduler = getattr(diffusers.schedulers, name)()
+            scheduler.set_timesteps(40)
+        except Exception:  # it needs arguments of its own, or a package
+            continue
+        found = Protection.of(SemanticDialectConfig(), scheduler)
+        if found.steps:
+            assert found.reason == "by default", name
+            assert len(found.steps) == (found.step_of[-1] + 1) // 16, name
+        else:
+            assert found.reason.startswith((name, "no scheduler", "fewer")), (name, found)
+        tried += 1
+    assert tried >= 30
+
+
+def test_the_default_protects_in_a_pipeline_and_says_so():
+    """As `auto` does from 16 steps on, also where the transformer was saved; else as `none`."""
+    pipe = wan_pipeline()
+    video = {}
+    for chosen in (None, "auto", "none"):
+        options = {} if chosen is None else {"protected_steps": chosen}
+        pipe.enable_semantic_dialect(**PLAIN, **options)
+        assert ("none (no generation yet)" in lines(pipe, "protected steps")) == (chosen != "none")
+        video[chosen] = [generate(pipe, num_inference_steps=steps) for steps in (16, 15)]
+        if chosen is None:
+            assert "none (fewer than 16 steps)" in lines(pipe, "protected steps")
+            generate(pipe, num_inference_steps=16)
+            [step] = pipe.semantic_dialect_summary().transformers[0].protected_steps
+            assert f"{step} (by default)" in lines(pipe, "protected steps")
+            assert lines(pipe, "decomposed rows")
+        pipe.disable_semantic_dialect()
+    long, short = zip(*video.values(), strict=True)
+    assert torch.equal(long[0], long[1])
+    assert not torch.equal(long[0], long[2])
+    assert torch.equal(short[0], short[2])
+    assert not torch.equal(short[0], short[1])
+
+
+def lines(pipe, label):
+    """The rows of the summary with a label."""
+    return "".join(x for x in str(pipe.semantic_dialect_summary()).splitlines() if label in x)
+
+
+def test_a_transformer_alone_protects_nothing_by_default(recwarn):
+    video = []
+    for options in ({}, {"protected_steps": "none"}):
+        model = wan()
+        diffusers_hook.enable(model, **PLAIN, **options)
+        video.append([run(model, timestep=1000 - 50 * step) for step in range(17)])
+        assert diffusers_hook.summary(model).transformers[0].protected_calls == 0
+    assert all(torch.equal(a, b) for a, b in zip(*video, strict=True))
+    assert not recwarn
+
+
 @pytest.mark.parametrize("scheduler", [IPNDMScheduler(), None])
 def test_a_pipeline_without_noise_levels_stays_as_it_was(scheduler):
     pipe = wan_pipeline()
@@ -172,6 +266,7 @@ def test_all_tokens_of_a_protected_step_are_rounded_more_finely(layer, form):
     assert figures.protected_calls == 2
     assert figures.salient_share == (1 / 3 if form == "decomposed" else 0)
     assert "calls in protected steps" in str(summary)
+    assert "1 (as given)" in str(summary)
     assert ("decomposed rows" in str(summary)) == (form == "decomposed")
 
 
