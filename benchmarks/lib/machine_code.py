@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from dialect_kernels.gpu import gemm
 from dialect_kernels.gpu.tuning import GemmPlan
 
-from .memory_access import accesses, sectors, wavefronts
+from .memory_access import accesses, scattered_words, sectors, wavefronts
 
 __all__ = [
     "MMA",
@@ -234,7 +234,7 @@ def per_weight(code: MachineCode, plan: GemmPlan, exact: bool = False) -> float:
 
 
 def faults(code: MachineCode, capability: int, mma: str | None = None) -> list[str]:
-    """Faults of machine code: spilled registers, too much shared memory, another MMA.
+    """Faults of machine code: spills, too much shared memory, wrong words, another MMA.
 
     Args:
         code: the compiled kernel.
@@ -249,6 +249,7 @@ def faults(code: MachineCode, capability: int, mma: str | None = None) -> list[s
         found.append(f"{code.registers} registers")
     if code.shared > SHARED_LIMIT[capability]:
         found.append(f"{code.shared} bytes of shared memory")
+    found += [f"packs words of no neighbours: {word}" for word in scattered_words(code.ttgir)]
     if mma is not None:
         loop = code.main_loop()
         found += [

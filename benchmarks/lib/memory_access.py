@@ -17,7 +17,16 @@ from functools import reduce
 from itertools import product
 from math import prod
 
-__all__ = ["Access", "Blocked", "Linear", "Swizzled", "accesses", "sectors", "wavefronts"]
+__all__ = [
+    "Access",
+    "Blocked",
+    "Linear",
+    "Swizzled",
+    "accesses",
+    "scattered_words",
+    "sectors",
+    "wavefronts",
+]
 
 _BITS = {"i8": 8, "i16": 16, "i32": 32, "i64": 64, "bf16": 16, "f16": 16, "f32": 32}
 _BITS["f8E4M3FN"] = 8
@@ -233,6 +242,28 @@ def accesses(ttgir: str) -> list[Access]:
         )
         found[access] = None
     return list(found)
+
+
+def scattered_words(ttgir: str) -> list[str]:
+    """Inline assembly that is given words of elements which are not neighbours in a row.
+
+    Triton packs so many registers of a thread as the assembly asks for, whatever is in them.
+
+    Returns:
+        For each, how many elements of which tensor.
+    """
+    layouts = dict(re.findall(r"^(#\w+) = #ttg\.(\w+<\{.*\}>)", ttgir, re.MULTILINE))
+    found = []
+    for line in ttgir.splitlines():
+        match = re.search(r"packed_element = (\d+).*? : tensor<([\dx]+)x\w+, (#\w+)>", line)
+        if match is None or match[1] == "1":
+            continue
+        packed, sizes = int(match[1]), tuple(int(size) for size in match[2].split("x"))
+        threads = _threads(layouts.get(match[3], ""), sizes)
+        wanted = [_unit(len(sizes) - 1, 1 << bit, len(sizes)) for bit in range(packed.bit_length())]
+        if threads is None or threads.register[: len(wanted) - 1] != tuple(wanted[:-1]):
+            found.append(f"{packed} of {match[2]} in {match[3]}")
+    return found
 
 
 def _threads(text: str, shape: Place) -> Linear | None:

@@ -8,6 +8,7 @@ from benchmarks.lib.memory_access import (
     Linear,
     Swizzled,
     accesses,
+    scattered_words,
     sectors,
     wavefronts,
 )
@@ -107,6 +108,28 @@ def test_reading_intermediate_code():
     assert copy.memory == Swizzled(16, 2, 4, 1, tile=64)
     assert copy.memory.offset((2, 80), (4, 128)) == 4 * 64 + 2 * 64 + (1 ^ 1) * 16
     assert (indirect.memory, indirect.indirect) == (None, True)
+
+
+@pytest.mark.parametrize(
+    ("size", "pack", "found"),
+    [
+        ("[1, 1, 4]", 4, []),
+        ("[1, 1, 4]", 2, []),
+        ("[1, 1, 1]", 1, []),
+        ("[1, 1, 1]", 2, ["2 of 8x4x8 in #mine"]),
+        ("[1, 2, 1]", 2, ["2 of 8x4x8 in #mine"]),
+        ("[1, 1, 2]", 4, ["4 of 8x4x8 in #mine"]),
+    ],
+)
+def test_words_of_elements_that_are_no_neighbours(size, pack, found):
+    code = f"""
+#mine = #ttg.blocked<{{sizePerThread = {size}, threadsPerWarp = [1, 4, 8], warpsPerCTA = [4, 1, 1],\
+ order = [2, 1, 0]}}>
+  %y:2 = tt.elementwise_inline_asm "{{\\0Aand.b32 t, $2, 7;\\0A}}" {{constraints = "=r,=r,r",\
+ packed_element = {pack} : i32, pure = true}} %x : tensor<8x4x8xi16, #mine> ->\
+ tensor<8x4x8xi16, #mine>, tensor<8x4x8xi16, #mine> loc(#loc1)
+"""
+    assert scattered_words(code) == found
 
 
 def test_code_without_a_loop():

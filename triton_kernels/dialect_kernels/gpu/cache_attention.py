@@ -33,7 +33,7 @@ import triton.language as tl
 
 from ..formatbook import LOWEST_EXPONENT, NAN_ROW, ROTATION_GROUP
 from ..kv_cache import CACHE_BLOCK, CACHE_BOOK, Context, KvCache, Scoring
-from .decode import joined_sixteen, sixteen_of, sixteen_table
+from .decode import joined_sixteen, sixteen_of_words, sixteen_table
 from .epilogue import rounded, rounded_to
 from .launch import launch
 from .layout import interpreted, readable
@@ -129,25 +129,29 @@ def _sequence(p_start, i_block, sequences, BQ: tl.constexpr):
 
 @triton.jit
 def _load_rows(p_row, p_meta, p_exponent, D: tl.constexpr, DP: tl.constexpr):
-    """Codes [TILE, blocks, 8], meta [TILE * blocks] and exponents [TILE] of keys or of values.
+    """Codes [TILE, blocks, 4], meta [TILE * blocks] and exponents [TILE] of keys or of values.
+
+    Eight codes are a word, which is loaded as two halves, because slots begin at even addresses.
 
     Args:
         p_row: their codes, at even addresses, [TILE].
         p_meta, p_exponent: the rest of them, [TILE].
     """
     TILE: tl.constexpr = p_row.shape[0]
-    o_code = tl.arange(0, DP // 4)[None, :]
-    p_code = p_row.to(tl.pointer_type(tl.uint16), bitcast=True)[:, None] + o_code
+    o_word = tl.arange(0, DP // 8)[None, :]
+    p_half = p_row.to(tl.pointer_type(tl.uint16), bitcast=True)[:, None] + o_word * 2
     o_block = tl.arange(0, DP // _BLOCK)[None, :]
     p_block = p_meta[:, None] + o_block
     if D == DP:
-        code = tl.load(p_code)
+        low, high = tl.load(p_half), tl.load(p_half + 1)
         meta = tl.load(p_block)
     else:  # a block of zeros has meta 0 and codes 0
-        code = tl.load(p_code, mask=o_code < D // 4, other=0)
+        low = tl.load(p_half, mask=o_word < D // 8, other=0)
+        high = tl.load(p_half + 1, mask=o_word < D // 8, other=0)
         meta = tl.load(p_block, mask=o_block < D // _BLOCK, other=0)
+    word = low.to(tl.int32) | (high.to(tl.int32) << 16)
     return (
-        tl.reshape(code, (TILE, DP // _BLOCK, 8)),
+        tl.reshape(word, (TILE, DP // _BLOCK, 4)),
         tl.reshape(meta, (TILE * (DP // _BLOCK),)).to(tl.int32),
         tl.load(p_exponent),
     )
@@ -402,10 +406,10 @@ def _attend_kernel(
         p_head, p_blocks, o_key, end, block_stride, token_stride, BLOCK_TOKENS, D, DP
     )
     for _ in range(tile, last):
-        score = _scores(query, sixteen_of(code0, meta0, p_key_table, ASM), ASM)
+        score = _scores(query, sixteen_of_words(code0, meta0, p_key_table, ASM), ASM)
         score = score * (_row_scale(exponent0) * SCALE)[None, :] + shift[:, None]
         value_scale = _row_scale(exponent1)
-        part0, part1, part2, part3 = sixteen_of(code1, meta1, p_value_table, ASM)
+        part0, part1, part2, part3 = sixteen_of_words(code1, meta1, p_value_table, ASM)
         behind = o_key[None, :] - position[:, None]
         seen = m_row[:, None] & (o_key < end)[None, :]
         seen = seen & ((behind <= 0) | (causal == 0)) & (tl.abs(behind) < window)

@@ -44,7 +44,7 @@ __all__ = [
     "e4m3_parts",
     "e4m3_table",
     "joined_sixteen",
-    "sixteen_of",
+    "sixteen_of_words",
     "sixteen_parts",
     "sixteen_table",
 ]
@@ -69,16 +69,20 @@ lop3.b32 $1, d, 0x80808080, b, 0xEA;
 }""")
 _E4M3_CONSTRAINTS = tl.constexpr("=r,=r" + ",r" * 9)
 
-# Operands: four results, the word, then two copies of each of the four table words.
-_SIXTEEN_ASM = tl.constexpr("""{
+
+# Operands: four results, the word, then the four table words, of which Triton passes a copy for
+# every element that it packs into the word.
+def _sixteen_asm(copies: int) -> tl.constexpr:
+    low0, low1, high0, high1 = (5 + i * copies for i in range(4))
+    return tl.constexpr(f"""{{
 .reg .b32 t, u, a, b, c, d, e;
 and.b32 t, $4, 0x77777777;
 shr.u32 u, t, 16;
 shl.b32 e, $4, 4;
-prmt.b32 a, $5, $7, t;
-prmt.b32 b, $9, $11, t;
-prmt.b32 c, $5, $7, u;
-prmt.b32 d, $9, $11, u;
+prmt.b32 a, ${low0}, ${low1}, t;
+prmt.b32 b, ${high0}, ${high1}, t;
+prmt.b32 c, ${low0}, ${low1}, u;
+prmt.b32 d, ${high0}, ${high1}, u;
 prmt.b32 t, e, $4, 0x5140;
 prmt.b32 u, e, $4, 0x7362;
 lop3.b32 b, t, 0x80808080, b, 0xEA;
@@ -87,8 +91,13 @@ prmt.b32 $0, a, b, 0x5140;
 prmt.b32 $1, a, b, 0x7362;
 prmt.b32 $2, c, d, 0x5140;
 prmt.b32 $3, c, d, 0x7362;
-}""")
+}}""")
+
+
+_SIXTEEN_ASM = _sixteen_asm(2)
 _SIXTEEN_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r" + ",r" * 9)
+_SIXTEEN_OF_WORDS_ASM = _sixteen_asm(1)
+_SIXTEEN_OF_WORDS_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r" + ",r" * 5)
 
 
 def _by_meta(book: Formatbook) -> list[tuple[int, ...]]:
@@ -271,11 +280,11 @@ def sixteen_parts(
     b_meta = _load_meta(p_meta, o_row, first, padded, B, BK, EVEN)
     p_pair = p_codes.to(tl.pointer_type(tl.uint16))
     b_code = _load_codes(p_pair, o_row, first, padded, B, BK, EVEN)
-    return sixteen_of(b_code, b_meta, p_table, ASM)
+    return _sixteen_of(b_code, b_meta, p_table, ASM)
 
 
 @triton.jit
-def sixteen_of(b_code, b_meta, p_table, ASM: tl.constexpr):
+def _sixteen_of(b_code, b_meta, p_table, ASM: tl.constexpr):
     """The parts of :func:`sixteen_parts` from codes and meta bytes that have been loaded.
 
     Args:
@@ -316,6 +325,58 @@ def sixteen_of(b_code, b_meta, p_table, ASM: tl.constexpr):
         tl.reshape(part2, (BN, COLUMNS)),
         tl.reshape(part3, (BN, COLUMNS)),
     )
+
+
+@triton.jit
+def _halves(word):
+    """The halves of words as neighbours, [BN, blocks, W] -> uint16 [BN, blocks * W * 2]."""
+    pair = tl.join((word & 0xFFFF).to(tl.uint16), ((word >> 16) & 0xFFFF).to(tl.uint16))
+    return tl.reshape(pair, (word.shape[0], word.shape[1] * word.shape[2] * 2))
+
+
+@triton.jit
+def sixteen_of_words(b_word, b_meta, p_table, ASM: tl.constexpr):
+    """The parts of :func:`sixteen_parts` from words of eight codes and meta bytes.
+
+    For codes that are loaded in pieces of less than four bytes: a thread does not have neighbouring
+    pieces then, and Triton would pack into a word what belongs to different rows.
+
+    Args:
+        b_word: int32 [BN, blocks, B/8].
+        b_meta: int32 [BN * blocks].
+        p_table: of :func:`sixteen_table`.
+    """
+    BN: tl.constexpr = b_word.shape[0]
+    low0, low1 = _load_pair(p_table, b_meta * 2, BN)
+    high0, high1 = _load_pair(p_table, b_meta * 2 + 1, BN)
+    if ASM:
+        part0, part1, part2, part3 = tl.inline_asm_elementwise(
+            _SIXTEEN_OF_WORDS_ASM,
+            _SIXTEEN_OF_WORDS_CONSTRAINTS,
+            [
+                b_word,
+                tl.broadcast_to(low0, b_word.shape),
+                tl.broadcast_to(low1, b_word.shape),
+                tl.broadcast_to(high0, b_word.shape),
+                tl.broadcast_to(high1, b_word.shape),
+            ],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        part0 = _sixteen_word(b_word, low0, low1, high0, high1, 0)
+        part1 = _sixteen_word(b_word, low0, low1, high0, high1, 8)
+        part2 = _sixteen_word(b_word, low0, low1, high0, high1, 16)
+        part3 = _sixteen_word(b_word, low0, low1, high0, high1, 24)
+    return _halves(part0), _halves(part1), _halves(part2), _halves(part3)
+
+
+@triton.jit
+def _sixteen_word(word, low0, low1, high0, high1, shift):
+    """The interpreter's way: the numbers of the nibbles at `shift` and behind it, in a word."""
+    first = _sixteen_bits(word, low0, low1, high0, high1, shift).to(tl.int32)
+    return first | (_sixteen_bits(word, low0, low1, high0, high1, shift + 4).to(tl.int32) << 16)
 
 
 @triton.jit
