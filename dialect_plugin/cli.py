@@ -20,6 +20,7 @@ from .evaluation import arguments as of_evaluation
 from .evaluation.options import EvaluationOptions
 from .scheme import (
     ActivationFormat,
+    AttentionFormat,
     BlockSize,
     BookName,
     KvCacheFormat,
@@ -176,6 +177,14 @@ _KvCache = Annotated[
         "KV cache that vLLM keeps by default; dialect: 4 bits, with --calibrate around means.",
     ),
 ]
+_Attention = Annotated[
+    AttentionFormat,
+    _one_of(
+        "--attention",
+        AttentionFormat,
+        "Queries and probabilities of attention in vLLM; dialect: 4 bits, with --kv-cache dialect.",
+    ),
+]
 _Strict = Annotated[
     bool,
     typer.Option(help="Refuse layers whose columns do not fit their block size or rotation."),
@@ -274,6 +283,7 @@ def quantize(
     lm_head: _LmHead = False,
     embeddings: _Embeddings = False,
     kv_cache: _KvCache = "none",
+    attention: _Attention = "none",
     strict: _Strict = False,
     overwrite: _Overwrite = False,
     workers: _Workers = None,
@@ -297,6 +307,7 @@ def quantize(
         chosen = _book_and_rotation(book, rotation, calibration)
         chosen |= {"block_size": block_size, "activation_format": activation_format}
         chosen |= {"lm_head": lm_head, "embeddings": embeddings, "kv_cache": kv_cache}
+        chosen |= {"attention": attention}
         chosen |= {"ignore": ignore or [], "overrides": read_overrides(override or [], overrides)}
         options = _options(targets, strict, experts, **chosen)
     from .checkpoint.convert import convert, render  # after the options: torch takes seconds

@@ -43,6 +43,7 @@ __all__ = [
     "METHODS",
     "QUANT_METHOD",
     "ActivationFormat",
+    "AttentionFormat",
     "BlockSize",
     "BookName",
     "KvCacheFormat",
@@ -65,18 +66,21 @@ QUANT_METHOD: Final = "blockdialect"
 FORMAT_VERSION: Final = 2
 """The latest version that this release reads; it writes the first one that has all keys it needs.
 
-Version 2 adds `rotation`, `embeddings` and `kv_cache`, and in `overrides` whatever is not a block
-size.
+Version 2 adds `rotation`, `embeddings`, `kv_cache` and `attention`, and in `overrides` whatever is
+not a block size.
 """
 
 
 KvCacheFormat = Literal["none", "dialect"]
 """Format of the KV cache: 16 bit, or 4 bit in the 32-dialect book."""
 
+AttentionFormat = Literal["none", "dialect"]
+"""Format of queries and probabilities in attention: 16 bit, or 4 bit in the 32-dialect book."""
+
 _UNNAMED_BOOK: Final[BookName] = "dialect_fp4"
 """Book of a packed checkpoint that does not name one, whatever a new one gets by default."""
 
-_KEYS_OF_VERSION_2: Final = ("rotation", "embeddings", "kv_cache")
+_KEYS_OF_VERSION_2: Final = ("rotation", "embeddings", "kv_cache", "attention")
 """Fields of a scheme that are written only where they are not the default."""
 
 
@@ -182,6 +186,9 @@ class Scheme(BaseModel):
         embeddings: whether the embeddings of tokens are quantized too. Where the output projection
             is tied to them, the one matrix serves both.
         kv_cache: ``"none"`` or ``"dialect"``, what an engine keeps keys and values in.
+        attention: ``"none"`` or ``"dialect"``, what an engine rounds queries and probabilities to;
+            the latter needs `kv_cache` ``"dialect"``, so that both products of attention have two
+            operands in the format.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -198,6 +205,7 @@ class Scheme(BaseModel):
     rotation: Rotation = "none"
     embeddings: bool = False
     kv_cache: KvCacheFormat = "none"
+    attention: AttentionFormat = "none"
 
     @model_validator(mode="before")
     @classmethod
@@ -210,8 +218,18 @@ class Scheme(BaseModel):
     def _version_has_the_keys(self) -> Scheme:
         if self.format_version < 2 and _needs_version_2(dict(self)):
             raise ValueError(
-                f"format_version is {self.format_version}; rotation, embeddings, kv_cache, and "
-                "overrides of more than the block size need version 2: convert the model again"
+                f"format_version is {self.format_version}; rotation, embeddings, kv_cache, "
+                "attention, and overrides of more than the block size need version 2: convert the "
+                "model again"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _attention_has_a_cache(self) -> Scheme:
+        if self.attention != "none" and self.kv_cache == "none":
+            raise ValueError(
+                "attention is 'dialect', which needs keys and values in 4 bits: set kv_cache to "
+                "'dialect', too"
             )
         return self
 

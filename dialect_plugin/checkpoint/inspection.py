@@ -125,6 +125,8 @@ def render(found: Inspection) -> str:
     if scheme.kv_cache != "none":
         means = f"means of {found.means} attention modules" if found.means else "no means"
         beside += f"\nKV cache in 4 bits, {means}"
+        if scheme.attention != "none":
+            beside += "; queries and probabilities of attention, too"
     summary = (
         f"valid: format version {scheme.format_version}, book {scheme.book}, activations "
         f"{scheme.activation_format} ({METHODS[scheme.activation_format].bits}){rotation}\n"

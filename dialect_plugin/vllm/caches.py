@@ -1,8 +1,8 @@
 """KV caches of 4 bits in vLLM: where they are switched on, for which layers, and what a slot takes.
 
 vLLM asks a back end's class for the size of a cache without saying for which engine; so a layer
-that is built notes its engine's config here, and sizes are given for that one. What a layer does
-with its cache afterwards follows from the cache that it gets, and from nothing else.
+that is built notes its engine's config here, and sizes are given for that one. Whether a layer
+packs its cache follows afterwards from the cache that it gets, and from nothing else.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from vllm.v1.kv_cache_interface import (
 from dialect_kernels.cached_attention import attend, store
 from dialect_kernels.kv_cache import CACHE_BLOCK, Context, KvCache, Scoring, slot_bytes
 
-from ..scheme import KvCacheFormat, SchemeError
+from ..scheme import AttentionFormat, KvCacheFormat, SchemeError
 from .cache_means import means_of
 from .options import engine_options
 
 __all__ = [
     "CACHE_DTYPE",
     "attend_packed",
+    "attention_format",
     "cache_format",
     "cache_of",
     "customized",
@@ -64,6 +65,29 @@ def cache_format(config: Any) -> KvCacheFormat:
     scheme = getattr(getattr(config, "quant_config", None), "scheme", None)
     of_model: KvCacheFormat = getattr(scheme, "kv_cache", "none")
     return options.kv_cache or of_model
+
+
+def attention_format(config: Any) -> AttentionFormat:
+    """The format of queries and probabilities over the packed caches of an engine.
+
+    Args:
+        config: vLLM's config; ``--additional-config`` goes before the model's scheme, which has no
+            effect where the engine's options switch the cache off.
+
+    Raises:
+        SchemeError: as :func:`cache_format`, or if the options want it without such a cache.
+    """
+    wanted = engine_options(config).attention
+    if cache_format(config) == "none":
+        if wanted == "dialect":
+            raise SchemeError(
+                "additional_config: attention of blockdialect is 'dialect', which needs keys and "
+                'values in 4 bits: add "kv_cache": "dialect"'
+            )
+        return "none"
+    scheme = getattr(getattr(config, "quant_config", None), "scheme", None)
+    of_model: AttentionFormat = getattr(scheme, "attention", "none")
+    return wanted or of_model
 
 
 def note_engine(kv_cache_dtype: str) -> None:
@@ -134,6 +158,7 @@ def attend_packed(
     causal: torch.Tensor | bool,
     scoring: Scoring,
     output: torch.Tensor,
+    dialect_attention: bool = False,
 ) -> torch.Tensor:
     """Attend over a layer's packed cache.
 
@@ -146,12 +171,14 @@ def attend_packed(
         causal: whether a query sees no positions behind its own.
         scoring: of the layer.
         output: as `query`; written to and returned.
+        dialect_attention: whether queries and probabilities are rounded, too.
     """
     count = metadata.num_actual_tokens
     shape = (count, *heads)
     context = Context(metadata.query_start_loc, metadata.seq_lens, metadata.block_table, causal)
     cache = cache_of(layer, kv_cache, heads[1])
-    attend(cache, query[:count].view(shape), context, scoring, output[:count].view(shape))
+    out = output[:count].view(shape)
+    attend(cache, query[:count].view(shape), context, scoring, out, dialect_attention)
     return output
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -18,7 +19,14 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from dialect_kernels.kv_cache import Scoring
 
-from .caches import attend_packed, customized, is_packed, note_engine, store_packed
+from .caches import (
+    attend_packed,
+    attention_format,
+    customized,
+    is_packed,
+    note_engine,
+    store_packed,
+)
 
 __all__ = ["DialectCPUBackend"]
 
@@ -50,6 +58,7 @@ class _Attention(CPUAttentionBackendImpl):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         note_engine(self.kv_cache_dtype)
+        self._dialect_attention = attention_format(get_current_vllm_config()) == "dialect"
         self._scoring: Scoring | None = None
 
     def do_kv_cache_update(
@@ -88,7 +97,15 @@ class _Attention(CPUAttentionBackendImpl):
             causal = attn_metadata.causal
         heads = self.num_heads, self.head_size
         return attend_packed(
-            layer, kv_cache, heads, query, attn_metadata, causal, self._score(), output
+            layer,
+            kv_cache,
+            heads,
+            query,
+            attn_metadata,
+            causal,
+            self._score(),
+            output,
+            self._dialect_attention,
         )
 
     def _packs(self, kv_cache: torch.Tensor) -> bool:

@@ -23,9 +23,11 @@ from vllm.v1.attention.backends.triton_attn import (
 from dialect_kernels.cached_attention import warm_up
 from dialect_kernels.kv_cache import Scoring, slot_bytes
 
+from ..scheme import SchemeError
 from .caches import (
     CACHE_DTYPE,
     attend_packed,
+    attention_format,
     cache_format,
     cache_of,
     customized,
@@ -107,7 +109,13 @@ class _Attention(TritonAttentionImpl):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         note_engine(self.kv_cache_dtype)
-        self._may_pack = cache_format(get_current_vllm_config()) != "none"
+        config = get_current_vllm_config()
+        if attention_format(config) != "none":
+            raise SchemeError(
+                "attention: 'dialect'; on a GPU allowed is 'none': set it to 'none', which keeps "
+                "queries and probabilities in 16 bit"
+            )
+        self._may_pack = cache_format(config) != "none"
         self._flash: FlashAttention | None = None
         if self._may_pack:
             self.supports_quant_query_input = False

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, Final, NamedTuple, get_args
 
-from ..scheme import KvCacheFormat, SchemeError
+from ..scheme import AttentionFormat, KvCacheFormat, SchemeError
 
 __all__ = ["EngineOptions", "engine_options"]
 
@@ -19,6 +19,8 @@ class EngineOptions(NamedTuple):
 
     kv_cache: KvCacheFormat | None = None
     """Format of the KV cache; None leaves it to the model."""
+    attention: AttentionFormat | None = None
+    """Format of queries and probabilities over such a cache; None leaves it to the model."""
     keep_decoded: bool = False
     """Whether linear layers on a GPU keep their weights decoded, too."""
 
@@ -47,13 +49,14 @@ def engine_options(config: Any) -> EngineOptions:
         )
     allowed: dict[str, tuple[Any, ...]] = {
         "kv_cache": get_args(KvCacheFormat),
+        "attention": get_args(AttentionFormat),
         "keep_decoded": (False, True),
     }
     for name, value in given.items():
         if name not in allowed:
             raise SchemeError(
                 f"additional_config: {_OPTIONS} has the key {name!r}; allowed are "
-                f"{' and '.join(allowed)}"
+                f"{', '.join(allowed)}"
             )
         if type(value) is not type(allowed[name][0]) or value not in allowed[name]:
             raise SchemeError(

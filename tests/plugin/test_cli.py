@@ -26,6 +26,18 @@ def test_quantize_and_inspect(tiny_model, tmp_path):
     assert "valid: format version 1" in seen.output
 
 
+def test_a_checkpoint_may_ask_for_attention_in_4_bits(tiny_model, tmp_path):
+    wanted = ["--kv-cache", "dialect", "--attention", "dialect"]
+    done = run("quantize", tiny_model(), tmp_path / "packed", *wanted)
+    assert done.exit_code == 0, done.output
+    assert open_packed(tmp_path / "packed").scheme.attention == "dialect"
+    seen = run("inspect", tmp_path / "packed")
+    assert "valid: format version 2" in seen.output
+    assert (
+        "KV cache in 4 bits, no means; queries and probabilities of attention, too" in seen.output
+    )
+
+
 def test_an_overrides_file(tiny_model, tmp_path):
     file = tmp_path / "overrides.json"
     file.write_text('{"model.layers.0.mlp.down_proj": {"block_size": 16}}')
@@ -45,6 +57,8 @@ def test_an_overrides_file(tiny_model, tmp_path):
             "'re:x=48'; it must be PATTERN=BLOCK_SIZE with a block size",
         ),
         (["--activation-format", "W4A4"], "'W4A4'; it must be dialect, fp8 or none"),
+        (["--attention", "dialect"], "which needs keys and values in 4 bits: set kv_cache to"),
+        (["--attention", "fp8"], "--attention: 'fp8'; it must be none or dialect"),
         (["--ignore", "re:("], "--ignore: 're:(' is not a regular expression"),
         (["--targets", "re:("], "--targets: 're:(' is not a regular expression"),
     ],

@@ -83,6 +83,8 @@ VERSION_1 = {
         ({"embeddings": True}, 2),
         ({"kv_cache": "none"}, 1),
         ({"kv_cache": "dialect"}, 2),
+        ({"attention": "none"}, 1),
+        ({"kv_cache": "dialect", "attention": "dialect"}, 2),
         ({"overrides": {"a": {"rotation": "none"}}}, 2),
         ({"overrides": {"a": {"book": "semantic_32"}}}, 2),
         ({"overrides": {"a": {"block_size": 16, "activation_format": "fp8"}}}, 2),
@@ -91,6 +93,7 @@ VERSION_1 = {
 def test_keys_that_version_1_lacks_are_written_only_where_they_are_needed(keys, version):
     scheme = Scheme.parse({"overrides": {"a": {"block_size": 16}}} | keys)
     defaults = {"rotation": "none", "embeddings": False, "kv_cache": "none"}
+    defaults |= {"attention": "none"}
     written = {k: v for k, v in keys.items() if (k, v) not in defaults.items()}
     expected = VERSION_1 | {"book": "semantic_32", "format_version": version} | written
     assert list(scheme.to_config().items()) == list(expected.items())
@@ -98,9 +101,19 @@ def test_keys_that_version_1_lacks_are_written_only_where_they_are_needed(keys, 
     assert Scheme.parse(scheme.to_config()) == scheme
     if version == 2:
         with pytest.raises(
-            SchemeError, match=r"^x: format_version is 1; rotation, embeddings, kv_cache, and"
+            SchemeError,
+            match=r"^x: format_version is 1; rotation, embeddings, kv_cache, atten",
         ):
             Scheme.parse(expected | {"format_version": 1}, "x")
+
+
+def test_attention_without_a_cache_is_refused():
+    with pytest.raises(
+        SchemeError, match=r"^x: attention is 'dialect', which needs .* set kv_cache"
+    ):
+        Scheme.parse({"attention": "dialect"}, "x")
+    with pytest.raises(SchemeError, match=r"^x: attention is 'fp8'; it must be 'none' or 'd"):
+        Scheme.parse({"attention": "fp8", "kv_cache": "dialect"}, "x")
 
 
 def test_a_packed_checkpoint_without_a_book_has_the_first_one():

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dialect_kernels import reference_attention
+from dialect_kernels import SEMANTIC_32, reference_attention
 from dialect_kernels.kv_cache import Context, KvCache, Scoring, slot_bytes
+from dialect_kernels.reference import round_activation
 from dialect_kernels.rotation import rotate_activation
 
 
@@ -114,6 +115,60 @@ def expected(case: Case, scoring: Scoring) -> torch.Tensor:
     if not out:
         return torch.empty(case.query.shape, dtype=torch.float64)
     return torch.stack(out).view(case.query.shape)
+
+
+def expected_in_dialects(case: Case, scoring: Scoring) -> torch.Tensor:
+    """The full path of section 12 in float64, from its definition; causal, without slopes."""
+    cache, out, at = case.cache, [], 0
+    group = case.query.shape[1] // cache.heads
+    starts = case.context.query_start.tolist()
+    for sequence, length in enumerate(case.context.lengths.tolist()):
+        slots = case.slots[at : at + length]
+        at += length
+        key, value = (x.repeat_interleave(group, 1) for x in reference_attention.read(cache, slots))
+        r = cache.slots[slots // cache.block_tokens, :, slots % cache.block_tokens, -1].contiguous()
+        r = r.view(torch.int8).double().repeat_interleave(group, 1)
+        for number in range(starts[sequence], starts[sequence + 1]):
+            own = length - starts[sequence + 1] + number
+            first = max(0, own - scoring.window + 1) if scoring.window else 0
+            query = case.query[number].float()
+            rotated = rotate_activation(query) if cache.rotated else query
+            score = torch.einsum("khd,hd->hk", key.double(), in_dialects(rotated)) * scoring.scale
+            if cache.key_mean is not None and (scoring.soft_cap or scoring.sinks is not None):
+                mean = cache.key_mean.repeat_interleave(group, 0)
+                score += (query * mean).double().sum(-1, keepdim=True) * scoring.scale
+            if scoring.soft_cap:
+                score = scoring.soft_cap * torch.tanh(score / scoring.soft_cap)
+            score = score[:, first : own + 1] * math.log2(math.e)
+            weight = torch.exp2(score - score.amax(1, keepdim=True).ceil())
+            total = seen = weight.sum(1, keepdim=True)
+            if scoring.sinks is not None:
+                sink = scoring.sinks.double()[:, None] * math.log2(math.e)
+                total = total + torch.exp2(sink - score.amax(1, keepdim=True).ceil())
+            product = 0
+            for chunk in range(first // 128, own // 128 + 1):
+                keys = range(max(first, 128 * chunk), min(own + 1, 128 * chunk + 128))
+                row = torch.zeros(len(weight), 128, dtype=torch.float64)
+                place = slice(keys.start % 128, keys.start % 128 + len(keys))
+                row[:, place] = weight[:, keys.start - first : keys.stop - first]
+                exponent = r[keys.start : keys.stop].T  # [query heads, keys]
+                most = exponent.amax(1, keepdim=True)
+                row[:, place] *= torch.exp2(exponent - most)
+                unit = value[keys.start : keys.stop].double() * torch.exp2(-exponent.T)[:, :, None]
+                rounded = in_dialects(row.float())[:, place]
+                product += torch.einsum("hk,khd->hd", rounded, unit) * torch.exp2(most)
+            product /= total
+            if cache.rotated:
+                product = rotate_activation(product.float()).double()
+            if cache.value_mean is not None:
+                product += cache.value_mean.repeat_interleave(group, 0) * (seen / total)
+            out.append(product)
+    return torch.stack(out)
+
+
+def in_dialects(rows: torch.Tensor) -> torch.Tensor:
+    """Rows rounded by rule ``lut``, window 13, as those of a linear layer are, in float64."""
+    return round_activation(rows, SEMANTIC_32, 32).double()
 
 
 def rows_of_all_kinds(count: int, columns: int, dtype: torch.dtype) -> torch.Tensor:

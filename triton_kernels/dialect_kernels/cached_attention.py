@@ -38,6 +38,7 @@ def attend(
     context: Context,
     scoring: Scoring,
     out: torch.Tensor | None = None,
+    dialect_attention: bool = False,
 ) -> torch.Tensor:
     """Attention of the newest positions of some sequences over their contexts in the cache.
 
@@ -50,6 +51,8 @@ def attend(
         context: which queries belong to which sequence, and where its rows are.
         scoring: what happens to ``q k``.
         out: as `query`; the result is written here. Default: a new tensor.
+        dialect_attention: whether queries and probabilities are rounded, too, so that both products
+            have two operands in the format (section 12, full path); on a GPU by plain torch.
 
     Returns:
         [T, query heads, D] in the query's dtype. A query that sees a row that was stored with NaN
@@ -60,10 +63,12 @@ def attend(
     """
     check_attend(cache, query, context, scoring)
     if cpu.runs_on(cache.slots.device):
-        return compiled.attend(cache, query, context, scoring, out)
-    if gpu.runs_on(cache.slots.device):
+        return compiled.attend(
+            cache, query, context, scoring, out, dialect_attention=dialect_attention
+        )
+    if gpu.runs_on(cache.slots.device) and not dialect_attention:
         return gpu.attend(cache, query, context, scoring, out)
-    found = reference_attention.attend(cache, query, context, scoring)
+    found = reference_attention.attend(cache, query, context, scoring, dialect_attention)
     return found if out is None else out.copy_(found)
 
 

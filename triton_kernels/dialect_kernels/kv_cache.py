@@ -24,6 +24,7 @@ __all__ = [
     "CACHE_BLOCK",
     "CACHE_BOOK",
     "CACHE_WINDOW",
+    "PROBABILITY_CHUNK",
     "Context",
     "KvCache",
     "Scoring",
@@ -38,6 +39,8 @@ CACHE_BLOCK: Final = 32
 """Elements per block, which divides the head size."""
 CACHE_WINDOW: Final = 7
 """The largest delta, that of stored tensors in this book."""
+PROBABILITY_CHUNK: Final = 128
+"""Keys that share a row exponent where P is rounded, counted from a sequence's first."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -270,7 +270,11 @@ for head_size, dtype, instructions in product(
             if scoring.slopes is not None and group > 1:
                 continue
             query = torch.randn(41, 2 * group, head_size).to(dtype)
-            kv_cache.attend(cache, query, Context(starts, lengths, table), scoring, **options)
+            for rounded in (False, True):
+                kv_cache.attend(
+                    cache, query, Context(starts, lengths, table), scoring,
+                    dialect_attention=rounded, **options,
+                )
 """
 
 

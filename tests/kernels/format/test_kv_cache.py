@@ -8,10 +8,10 @@ import torch
 from dialect_kernels import SEMANTIC_32, reference
 from dialect_kernels.cached_attention import attend, store
 from dialect_kernels.kv_cache import Context, KvCache, Scoring, slot_bytes
+from dialect_kernels.reference_attention import _round_probabilities, read
 from dialect_kernels.reference_attention import attend as attend_by_reference
-from dialect_kernels.reference_attention import read
 from dialect_kernels.reference_attention import store as store_by_reference
-from tests.support.cached_attention import expected, make
+from tests.support.cached_attention import expected, expected_in_dialects, in_dialects, make
 
 HADAMARD = torch.ones(1, 1)
 for _ in range(5):
@@ -100,6 +100,43 @@ def test_attention_by_its_definition(name, means):
     case = make(64, 2, sequences, means=means, causal=causal).stored()
     found = attend_by_reference(case.cache, case.query, case.context, SCORINGS[name])
     torch.testing.assert_close(found.double(), expected(case, SCORINGS[name]), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("means", [False, True])
+@pytest.mark.parametrize("name", ["plain", "window", "cap", "sinks"])
+def test_attention_in_dialects_by_its_definition(name, means):
+    """Weights that float32's exponentials bring to the other side of a step would show."""
+    case = make(64, 2, ((1, 1), (3, 20), (2, 2), (1, 300), (2, 130)), means=means).stored()
+    given = (case.cache, case.query, case.context, SCORINGS[name])
+    found = attend_by_reference(*given, dialect_attention=True).double()
+    wanted = expected_in_dialects(case, SCORINGS[name])
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
+    assert float((attend_by_reference(*given) - wanted).abs().max()) > 0.02
+
+
+def test_probabilities_are_rounded_over_the_exponents_of_their_values():
+    """Chunks of 128, blocks of 32, one row exponent for each; what is not seen is 0."""
+    draw = torch.Generator().manual_seed(0)
+    weights = torch.exp2(-20 * torch.rand(5, 300, generator=draw))
+    exponents = torch.randint(-9, 5, (5, 300), generator=draw)
+    seen = torch.rand(5, 300, generator=draw) < 0.9
+    weights[~seen], exponents[~seen] = math.nan, 100
+    exponents[0, :128] = -128  # rows of NaN
+    found, most = _round_probabilities(weights, exponents, seen)
+    assert most[0, 0] == -128
+    for row in range(1, 5):
+        for chunk in range(3):
+            part = slice(128 * chunk, 128 * chunk + 128)
+            own, r = seen[row, part], exponents[row, part]
+            largest = int(r[own].max())
+            assert most[row, chunk] == largest
+            x = torch.where(own, weights[row, part] * 2.0 ** (r - largest), 0.0)
+            padded = torch.nn.functional.pad(x, (0, 128 - len(x)))[None]
+            wanted = in_dialects(padded)[0, : len(x)]
+            assert torch.equal(found[row, part].double(), wanted)
+    weights[2, 130], seen[2, 130] = math.nan, True
+    found, _ = _round_probabilities(weights, exponents, seen)
+    assert found[2].isnan().nonzero().flatten().tolist() == list(range(128, 256))
 
 
 def test_what_does_not_fit_is_refused():

@@ -51,6 +51,13 @@ def metadata(case):
     )
 
 
+def test_attention_in_4_bits_is_refused():
+    case = make(64, 2, SEQUENCES)
+    full = {"blockdialect": {"kv_cache": "dialect", "attention": "dialect"}}
+    with pytest.raises(SchemeError, match="attention: 'dialect'; on a GPU allowed is 'none'"):
+        layer(case, full)
+
+
 @pytest.mark.parametrize("kind", ["plain", "means", "window and cap", "slopes and sinks"])
 def test_a_layer_stores_and_attends(kind):
     case = make(64, 2, SEQUENCES, torch.float32, means=kind == "means")

@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import save_file
 
 from dialect_kernels import reference_attention
-from dialect_kernels.kv_cache import KvCache, slot_bytes
+from dialect_kernels.kv_cache import Context, KvCache, Scoring, slot_bytes
 from dialect_kernels.rotation import rotate_activation
 from dialect_plugin.cache_means import MEANS_FILE
 from dialect_plugin.checkpoint.convert import convert
@@ -27,15 +27,16 @@ from tests.support.served_models import (
 from tests.support.swept_models import decoded_copy
 
 SWITCH = {"blockdialect": {"kv_cache": "dialect"}}
+FULL = {"blockdialect": {"kv_cache": "dialect", "attention": "dialect"}}
 ARCHITECTURE = "LlamaForCausalLM"
 TOLERANCE = 1e-3
 """Of log-probabilities in float32."""
 
 
-def config(additional=None, scheme="none", cache_dtype="auto", transfer=None):
+def config(additional=None, scheme="none", cache_dtype="auto", transfer=None, attention="none"):
     return SimpleNamespace(
         additional_config=additional or {},
-        quant_config=SimpleNamespace(scheme=Scheme(kv_cache=scheme)),
+        quant_config=SimpleNamespace(scheme=Scheme(kv_cache=scheme, attention=attention)),
         cache_config=SimpleNamespace(cache_dtype=cache_dtype),
         kv_transfer_config=transfer,
     )
@@ -50,6 +51,26 @@ def test_the_engines_option_goes_before_the_models():
     off = {"blockdialect": {"kv_cache": "none"}, "another_plugin": 1}
     assert cache_format(config(off, "dialect")) == "none"
     assert cache_format(SimpleNamespace(additional_config=SWITCH, quant_config=None)) == "dialect"
+
+
+def test_attention_goes_with_a_cache_in_the_format():
+    from dialect_plugin.vllm.caches import attention_format
+
+    assert attention_format(config(SWITCH)) == "none"
+    assert attention_format(config(FULL)) == "dialect"
+    assert attention_format(config(scheme="dialect", attention="dialect")) == "dialect"
+    for off in ({"kv_cache": "none"}, {"attention": "none"}):
+        wanted = config({"blockdialect": off}, "dialect", attention="dialect")
+        assert attention_format(wanted) == "none"
+    alone = {"blockdialect": {"attention": "dialect"}}
+    assert attention_format(config(alone, "dialect")) == "dialect"
+    assert attention_format(config(alone, cache_dtype="blockdialect")) == "dialect"
+    with pytest.raises(SchemeError, match=r'needs keys and values in 4 bits: add "kv_cache": "d'):
+        attention_format(config(alone))
+    with pytest.raises(
+        SchemeError, match=r"attention of blockdialect is 'fp8'; allowed are 'none'"
+    ):
+        attention_format(config({"blockdialect": {"attention": "fp8"}}))
 
 
 @pytest.mark.parametrize(
@@ -132,8 +153,11 @@ def tiny(tmp_path_factory):
     return build(ARCHITECTURE, tmp_path_factory.mktemp("model"), head_dim=64)
 
 
-def through_a_cache(directory, means=None):
-    """Log-probabilities of transformers' model whose keys and values went through a cache."""
+def through_a_cache(directory, means=None, dialect_attention=False):
+    """Log-probabilities of transformers' model whose keys and values went through a cache.
+
+    With `dialect_attention` the reference attends, with rounded queries and probabilities.
+    """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     def rounded(x, mean):
@@ -145,11 +169,23 @@ def through_a_cache(directory, means=None):
         read, _ = reference_attention.read(KvCache(memory, size), torch.arange(count))
         return (rotate_activation(read) + mean).transpose(0, 1)[None]
 
+    def by_reference(query, key, value, own, scale):
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        count, heads, size = key.shape
+        memory = torch.zeros(1, heads, count, slot_bytes(size), dtype=torch.uint8)
+        cache = KvCache(memory, size, True, *(mean.expand(heads, size) for mean in own))
+        reference_attention.store(cache, key, value, torch.arange(count))
+        whole = torch.tensor([0, count], dtype=torch.int32)
+        context = Context(whole, whole[1:], torch.zeros(1, 1, dtype=torch.int32))
+        return reference_attention.attend(cache, query, context, Scoring(scale), True)[None]
+
     def attention(module, query, key, value, mask, **options):
         own = [torch.zeros(1)] * 2
         if means is not None:
             front = f"model.layers.{module.layer_idx}.self_attn"
             own = [means[f"{front}.{leaf}"].float() for leaf in ("k_mean", "v_mean")]
+        if dialect_attention:
+            return by_reference(query, key, value, own, options["scaling"]), None
         key, value = (rounded(x, mean) for x, mean in zip((key, value), own, strict=True))
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **options)
 
@@ -193,6 +229,30 @@ def test_served_as_the_reference_says_and_without_the_option_as_vllm_does(tiny):
     torch.testing.assert_close(on, wanted, rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(chunked, wanted, rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(by_scheme, wanted, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_queries_and_probabilities_are_served_as_the_reference_says(tiny, with_means, tmp_path):
+    packed, means = with_means
+    wanted = through_a_cache(tiny, dialect_attention=True)
+    decoded = decoded_copy(tiny, packed, tmp_path / "decoded")
+    wanted_packed = through_a_cache(decoded, means, dialect_attention=True)
+    assert (wanted - through_a_cache(tiny)).abs().max() > 20 * TOLERANCE
+    assert (wanted_packed - through_a_cache(decoded, means)).abs().max() > 20 * TOLERANCE
+    scheme = {"serialized": False, "quant_method": "blockdialect", "ignore": ["re:.*"]}
+    scheme |= {"kv_cache": "dialect", "attention": "dialect"}
+    with many_engines():
+        on = serve(tiny, additional_config=FULL).output
+        chunked = serve(tiny, additional_config=FULL, max_num_batched_tokens=4).output
+        by_scheme = serve(tiny, hf_overrides={"quantization_config": scheme}).output
+        of_packed = serve(
+            packed,
+            quantization="blockdialect_w4a16",
+            additional_config={"blockdialect": {"attention": "dialect"}},
+        ).output
+    for found in (on, chunked, by_scheme):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(of_packed, wanted_packed, rtol=0, atol=TOLERANCE)
 
 
 @pytest.fixture(scope="module")
@@ -284,11 +344,12 @@ def test_a_rank_has_the_means_of_its_heads(with_means, monkeypatch, ranks, rank,
 
 
 @pytest.mark.slow
-def test_blocks_prefixes_and_preemption_with_the_shipped_model():
+@pytest.mark.parametrize("switch", [SWITCH, FULL], ids=["cache", "attention"])
+def test_blocks_prefixes_and_preemption_with_the_shipped_model(switch):
     from vllm import SamplingParams
 
     options = {
-        "additional_config": json.loads(json.dumps(SWITCH)),
+        "additional_config": json.loads(json.dumps(switch)),
         "enable_prefix_caching": True,
         "block_size": 32,
         "dtype": "bfloat16",

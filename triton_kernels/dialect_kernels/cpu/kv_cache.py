@@ -63,6 +63,7 @@ def attend(
     out: torch.Tensor | None = None,
     threads: int | None = None,
     instructions: str | None = None,
+    dialect_attention: bool = False,
 ) -> torch.Tensor:
     """``reference_attention.attend``, but for the order and the rounding of its sums.
 
@@ -77,6 +78,7 @@ def attend(
         out: the result is written here; default: a new tensor.
         threads: default: as many as torch uses.
         instructions: default: the best this processor has, see :func:`~.library.features`.
+        dialect_attention: as there.
     """
     query = query if query.stride(2) == 1 else query.contiguous()
     if out is None:
@@ -101,7 +103,7 @@ def attend(
         None if slopes is None else slopes.data_ptr(),
         None if sinks is None else sinks.data_ptr(),
         *(sequences, query.shape[1], DTYPES[query.dtype], scoring.window),
-        *(scoring.scale, scoring.soft_cap),
+        *(scoring.scale, scoring.soft_cap, int(dialect_attention)),
     )
     call(
         "dialect_cache_attend",
@@ -171,6 +173,7 @@ class _Attention(ctypes.Structure):
         ("window", ctypes.c_int32),
         ("scale", ctypes.c_float),
         ("soft_cap", ctypes.c_float),
+        ("rounded", ctypes.c_int32),
     )
 
 

@@ -38,6 +38,7 @@
 //     linear.h     the linear layer
 //     grouped.h    the linear layers of a mixture of experts
 //     kv_cache.h   slots of a key/value cache, and how rows get there
+//     kv_rounding.h  queries and weights of an attention in the format
 //     kv_softmax.h  scores of an attention and their softmax
 //     kv_products.h  the products of an attention in float32
 //     kv_tiles.h   the same with AMX

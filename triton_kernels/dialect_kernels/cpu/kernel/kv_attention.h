@@ -15,6 +15,7 @@
 #include "interface.h"
 #include "kv_cache.h"
 #include "kv_products.h"
+#include "kv_rounding.h"
 #include "kv_softmax.h"
 #include "kv_tiles.h"
 #include "numbers.h"
@@ -45,7 +46,8 @@ struct Attention {
     int32_t dtype;
     int32_t window;  // 0: none
     float scale;
-    float soft_cap;  // 0: none
+    float soft_cap;   // 0: none
+    int32_t rounded;  // whether queries and weights are in the format, too
 };
 
 }  // extern "C"
@@ -125,8 +127,8 @@ INLINE void put_attention_in(const AttentionCall& call, int64_t sequence, int64_
     for (int64_t i = 0; i < columns; i++) store(a.out, a.dtype, at + i, values[i]);
 }
 
-// A row of queries in its own type, as float32 that is rotated where the cache is; and what is added
-// to its scores.
+// A row of queries in its own type or in the format, as float32 that is rotated where the cache is;
+// and what is added to its scores.
 INLINE void load_query_in(const AttentionCall& call, int64_t sequence, int64_t head, int64_t row,
                           bool shifted, float* out, float* shift) {
     const Attention& a = call.a;
@@ -139,9 +141,8 @@ INLINE void load_query_in(const AttentionCall& call, int64_t sequence, int64_t h
     for (int64_t i = 0; i < columns && shifted; i++)
         *shift += out[i] * call.cache.key_mean[head * columns + i];
     *shift *= call.rule.factor;
-    if (!call.cache.rotated) return;
-    rotate_activation(out, columns);
-    round_row(out, a.dtype, columns);
+    if (call.cache.rotated) rotate_activation(out, columns);
+    if (call.cache.rotated && !a.rounded) round_row(out, a.dtype, columns);
 }
 
 void put_attention_portable(const AttentionCall& call, int64_t sequence, int64_t head, int64_t row,
@@ -172,6 +173,7 @@ struct QueryTile {
         const Attention& a = call.a;
         lanes.sloped = a.slopes != nullptr;
         lanes.shifted = call.cache.key_mean && (a.sinks || a.soft_cap > 0);
+        lanes.rounded = a.rounded;
         least_first = least_end = INT32_MAX;
         most_first = most_end = 0;
         for (int i = 0; i < kSixteenLanes; i++) {
@@ -199,9 +201,11 @@ struct QueryTile {
     }
 };
 
-// One task, in the way of `Products`.
-template <class Products>
+// One task, in the way of `Products`; `Rounded` is that of the call.
+template <class Products, bool Rounded>
 struct AttentionWork {
+    static constexpr int kTokens = Rounded ? kWeightChunk : Products::kTokens;  // of a chunk
+
     AttentionWork(const AttentionCall& call, const AttentionTask& task, float* partials)
         : call(call), task(task), partials(partials), columns(call.cache.columns),
           n(rows_side_by_side(task.rows)), tiles((task.rows + n - 1) / n),
@@ -209,12 +213,12 @@ struct AttentionWork {
         Room room;
         for (int pass = 0; pass < 2; pass++) {  // the first pass finds out how much room it takes
             queries = room.take<char>(tiles * Products::query_bytes(n, columns));
-            keys = room.take<char>(Products::key_bytes(columns));
-            values = room.take<char>(Products::value_bytes(columns));
+            keys = room.take<char>(Products::key_bytes(kTokens, columns));
+            values = room.take<char>(Products::value_bytes(kTokens, columns));
             turned = room.take<char>(tiles * Products::turned_bytes(n));
-            scores = room.take<float>(tiles * Products::kTokens * n);
-            key_scale = room.take<float>(Products::kTokens * n);
-            value_scale = room.take<float>(Products::kTokens * n);
+            scores = room.take<float>(tiles * kTokens * n);
+            key_scale = room.take<float>(kTokens * n);
+            value_scale = room.take<float>(kTokens * n);
             sums = room.take<float>(tiles * n * columns);
             if (pass == 0) room.memory = uintptr_t(scratch(std::exchange(room.taken, 0)));
         }
@@ -224,10 +228,11 @@ struct AttentionWork {
     void run() {
         for (int64_t t = 0; t < tiles; t++) all.emplace_back(call, task, t * n, n);
         for (int64_t i = 0; i < tiles * n; i++) put_query(i);
-        const uint8_t* slots[2][Products::kTokens];
-        int count = task.begin < task.end ? find_slots(task.begin, slots[0]) : 0, now = 0;
-        for (int32_t start = task.begin; start < task.end; start += Products::kTokens, now ^= 1) {
-            const int32_t next = start + Products::kTokens;
+        const uint8_t* slots[2][kTokens];
+        const int32_t first = Rounded ? task.begin / kTokens * kTokens : task.begin;
+        int count = task.begin < task.end ? find_slots(first, slots[0]) : 0, now = 0;
+        for (int32_t start = first; start < task.end; start += kTokens, now ^= 1) {
+            const int32_t next = start + kTokens;
             const int following = next < task.end ? find_slots(next, slots[now ^ 1]) : 0;
             add_chunk(start, count, slots[now], following ? slots[now ^ 1] : slots[now]);
             count = following;
@@ -261,6 +266,7 @@ struct AttentionWork {
             float shift = 0;
             BY_FEATURES(load_query, call.features, call, task.sequence, task.head, task.row + i,
                         lanes.shifted, row, &shift);
+            if (Rounded) BY_FEATURES(round_query, call.features, row, columns, call.book);
             for (int64_t lane = i % n; lane < kSixteenLanes; lane += n) lanes.shift[lane] = shift;
         } else {
             std::fill_n(row, columns, 0.0f);
@@ -269,18 +275,20 @@ struct AttentionWork {
         std::fill_n(row, columns, 0.0f);
     }
 
-    // Finds the slots of a chunk. Behind the last token any slot serves: its score is not selected.
+    // Finds the slots of a chunk. Outside the task any slot serves: its score is not selected.
     int find_slots(int32_t start, const uint8_t** found) const {
         const KvCache& cache = call.cache;
         const int32_t* const table = call.a.block_table + task.sequence * call.a.table_stride;
-        const int count = std::min<int32_t>(Products::kTokens, task.end - start);
-        int64_t block = start / cache.slots, place = start % cache.slots;
-        for (int t = 0; t < count; block++, place = 0) {
+        const int count = std::min<int32_t>(kTokens, task.end - start);
+        const int before = std::max(0, task.begin - start);
+        int64_t block = (start + before) / cache.slots, place = (start + before) % cache.slots;
+        for (int t = before; t < count; block++, place = 0) {
             const uint8_t* slot = slot_of(cache, table[block], task.head, place);
             for (; t < count && place < cache.slots; place++, slot += cache.slot_stride)
                 found[t++] = slot;
         }
-        std::fill(found + count, found + Products::kTokens, found[0]);
+        std::fill(found, found + before, found[before]);
+        std::fill(found + count, found + kTokens, found[before]);
         return count;
     }
 
@@ -294,10 +302,10 @@ struct AttentionWork {
         for (int64_t t = 0; t < tiles; t++) {
             if (!all[t].sees_any(start, count)) continue;
             seeing[number] = {queries + t * Products::query_bytes(n, columns),
-                              scores + t * Products::kTokens * n, sums + t * n * columns};
+                              scores + t * kTokens * n, sums + t * n * columns};
             own[number++] = &all[t];
         }
-        int8_t exponents[2][Products::kTokens];
+        int8_t exponents[2][kTokens];
         products.key_products(slots, ahead, tokens, seeing, number, keys);
         products.decode_values(slots, tokens, values);  // before the weights, which take some time
         for (int t = 0; t < tokens; t++) {
@@ -312,6 +320,9 @@ struct AttentionWork {
                                  key_scale, value_scale, lanes, seeing[i].scores))
                 for (int r = 0; r < n; r++)
                     correct(seeing[i].sums + r * columns, lanes.correction[r]);
+            if (Rounded)
+                BY_FEATURES(round_weights, call.features, n, tokens, lanes.unit, call.book,
+                            seeing[i].scores);
         }
         products.add_values(tokens, seeing, number, values, turned);
     }
@@ -409,28 +420,36 @@ struct AttentionPlan {
     }
 };
 
-template <class Products>
+template <class Products, bool Rounded>
 void attend_as(const AttentionCall& call, int threads) {
     const AttentionPlan plan(call);
     const Aligned<float> partials(plan.partial_rows * plan.size);
     parallel(threads, int64_t(plan.tasks.size()), [&](int64_t i) {
-        AttentionWork<Products>(call, plan.tasks[i], partials.get()).run();
+        AttentionWork<Products, Rounded>(call, plan.tasks[i], partials.get()).run();
     });
     parallel(threads, int64_t(plan.joins.size()),
              [&](int64_t i) { join_parts(call, plan.joins[i], partials.get()); });
 }
 
-// Chooses by instruction set; tiles are for queries of bfloat16.
-void attend(const AttentionCall& call, int threads) {
+template <bool Rounded>
+void attend_in_floats(const AttentionCall& call, int threads) {
 #if DIALECT_X86
+    if (call.features >= AVX512_VNNI)
+        return attend_as<FloatProducts<AVX512_VNNI>, Rounded>(call, threads);
+    if (call.features >= AVX2_FMA)
+        return attend_as<FloatProducts<AVX2_FMA>, Rounded>(call, threads);
+#endif
+    attend_as<FloatProducts<SCALAR>, Rounded>(call, threads);
+}
+
+// Chooses by instruction set; tiles are for queries of bfloat16 and weights that are not rounded.
+void attend(const AttentionCall& call, int threads) {
+    if (call.a.rounded) return attend_in_floats<true>(call, threads);
 #if DIALECT_AMX
     if (call.features >= AMX_INT8 && call.a.dtype == BFLOAT16)
-        return attend_as<TileProducts>(call, threads);
+        return attend_as<TileProducts, false>(call, threads);
 #endif
-    if (call.features >= AVX512_VNNI) return attend_as<FloatProducts<AVX512_VNNI>>(call, threads);
-    if (call.features >= AVX2_FMA) return attend_as<FloatProducts<AVX2_FMA>>(call, threads);
-#endif
-    attend_as<FloatProducts<SCALAR>>(call, threads);
+    attend_in_floats<false>(call, threads);
 }
 
 }  // namespace

@@ -147,8 +147,8 @@ struct FloatProducts {
     static constexpr int kTokens = 32;  // of a chunk
 
     static int64_t query_bytes(int n, int columns) { return int64_t(n) * columns * 4; }
-    static int64_t key_bytes(int columns) { return int64_t(kTokens) * columns * 4; }
-    static int64_t value_bytes(int columns) { return int64_t(kTokens) * columns * 4; }
+    static int64_t key_bytes(int tokens, int columns) { return int64_t(tokens) * columns * 4; }
+    static int64_t value_bytes(int tokens, int columns) { return int64_t(tokens) * columns * 4; }
     static int64_t turned_bytes(int) { return 0; }
 
     FloatProducts(int n, int columns, const Book& book, const uint16_t*)

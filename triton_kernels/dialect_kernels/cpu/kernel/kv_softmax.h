@@ -42,7 +42,8 @@ struct Lanes {
     float largest[kSixteenLanes];     // score so far
     float sum[kSixteenLanes];         // of the weights so far, of each lane by itself
     float correction[kSixteenLanes];  // what sums so far are multiplied by
-    bool sloped, shifted;
+    float unit[kSixteenLanes];        // of rounded weights: the largest value's of those seen
+    bool sloped, shifted, rounded;
 };
 
 template <int Width>
@@ -88,9 +89,9 @@ INLINE void spread(const float* from, int count, float* to) {
 }
 
 // The values of a half-unit in rows with these exponents, times `factor`, n times each; NaN for the
-// exponent -128. There are at most 64 rows.
+// exponent -128. There are at most 128 rows.
 INLINE void scales_in(const int8_t* exponents, int count, float factor, int n, float* out) {
-    float own[64];
+    float own[128];
     for (int t = 0; t < count; t++) {
         const int32_t exponent = exponents[t];
         const int32_t moderate = exponent < kLowestExponent ? kLowestExponent : exponent;
@@ -153,28 +154,58 @@ INLINE void scores_in(const ScoreRule& rule, int n, int tokens, int32_t start, b
     for (int p = 0; p < kParts; p++) std::memcpy(lanes.largest + p * kPart, &most[p], Width);
 }
 
-// Makes the largest scores of all lanes of a row the same; returns whether sums have to be
-// corrected.
-INLINE bool join_largest(int n, const float* before, Lanes& lanes) {
-    float most[kSixteenLanes];
+// Gives all lanes of a row the largest number of them.
+INLINE void join_lanes(int n, float* lanes) {
     for (int q = 0; q < n; q++) {
-        most[q] = lanes.largest[q];
-        for (int i = q + n; i < kSixteenLanes; i += n) most[q] = std::max(most[q], lanes.largest[i]);
+        float most = lanes[q];
+        for (int i = q + n; i < kSixteenLanes; i += n) most = std::max(most, lanes[i]);
+        for (int i = q; i < kSixteenLanes; i += n) lanes[i] = most;
     }
+}
+
+// Makes the largest scores of all lanes of a row the same, and integers if weights are rounded: what
+// was rounded so far is then corrected by powers of two. Returns whether sums have to be corrected.
+INLINE bool join_largest(int n, const float* before, Lanes& lanes) {
+    join_lanes(n, lanes.largest);
     bool grown = false;
     for (int i = 0; i < kSixteenLanes; i++) {
-        lanes.largest[i] = most[i & (n - 1)];
+        if (lanes.rounded) lanes.largest[i] = std::ceil(lanes.largest[i]);
         grown |= lanes.largest[i] != before[i];
     }
     return grown;
 }
 
-// Scores [tokens, n] become weights, times `value_scale` [tokens, n]; sums grow by the weights.
+// Finds the largest `value_scale` [tokens, n] of what each row sees, by its scores [tokens, n].
 template <int Width>
+INLINE void find_units(int n, int tokens, const float* value_scale, const float* scores,
+                       Lanes& lanes) {
+    constexpr int kPart = Width / 4, kParts = kSixteenLanes / kPart;
+    const Floats<Width> least = Floats<Width>{} + power_of_two(kLowestExponent - 1);
+    Floats<Width> most[kParts];
+    for (int p = 0; p < kParts; p++) most[p] = least;
+    for (int at = 0; at < tokens * n; at += kSixteenLanes)
+        for (int p = 0; p < kParts; p++) {
+            Floats<Width> s, scale;
+            load<float, Width>(s, scores + at + p * kPart);
+            load<float, Width>(scale, value_scale + at + p * kPart);
+            const Floats<Width> unseen = Floats<Width>{} + kUnseen;
+            most[p] = selected<Width>((s != unseen) & (scale > most[p]), scale, most[p]);
+        }
+    for (int p = 0; p < kParts; p++) std::memcpy(lanes.unit + p * kPart, &most[p], Width);
+    join_lanes(n, lanes.unit);
+}
+
+// Scores [tokens, n] become weights, times `value_scale` [tokens, n], if they are to be rounded over
+// the row's unit; sums grow by the weights.
+template <int Width, bool Rounded>
 INLINE void weights_in(int n, int tokens, const float* value_scale, Lanes& lanes, float* scores) {
     constexpr int kPart = Width / 4, kParts = kSixteenLanes / kPart;
-    Floats<Width> sum[kParts], most[kParts];
+    Floats<Width> sum[kParts], most[kParts], factor[kParts];
     for (int p = 0; p < kParts; p++) {
+        if (Rounded) {
+            load<float, Width>(factor[p], lanes.unit + p * kPart);
+            factor[p] = 1.0f / factor[p];
+        }
         load<float, Width>(sum[p], lanes.sum + p * kPart);
         load<float, Width>(most[p], lanes.largest + p * kPart);
         const Floats<Width> zero = {};
@@ -187,6 +218,7 @@ INLINE void weights_in(int n, int tokens, const float* value_scale, Lanes& lanes
             load<float, Width>(scale, value_scale + at + p * kPart);
             const Floats<Width> weight = exp2_of<Width>(s - most[p]), zero = {};
             sum[p] += weight;
+            if (Rounded) scale *= factor[p];
             s = selected<Width>(s == zero + kUnseen, zero, weight * scale);
             std::memcpy(scores + at + p * kPart, &s, Width);
         }
@@ -211,7 +243,12 @@ INLINE bool softmax_in(const ScoreRule& rule, int n, int tokens, int32_t start, 
             lanes.correction[i] = none ? 0.0f : exp2_of_one(before[i] - lanes.largest[i]);
             lanes.sum[i] *= lanes.correction[i];
         }
-    weights_in<Width>(n, tokens, value_scale, lanes, scores);
+    if (lanes.rounded) {
+        find_units<Width>(n, tokens, value_scale, scores, lanes);
+        weights_in<Width, true>(n, tokens, value_scale, lanes, scores);
+    } else {
+        weights_in<Width, false>(n, tokens, value_scale, lanes, scores);
+    }
     return grown;
 }
 

@@ -171,8 +171,8 @@ struct TileProducts {
     static constexpr int kTokens = 64;
 
     static int64_t query_bytes(int n, int columns) { return int64_t(n) * columns * 2; }
-    static int64_t key_bytes(int columns) { return int64_t(32) * columns * 2; }
-    static int64_t value_bytes(int columns) { return int64_t(kTokens) * columns * 2; }
+    static int64_t key_bytes(int, int columns) { return int64_t(32) * columns * 2; }
+    static int64_t value_bytes(int tokens, int columns) { return int64_t(tokens) * columns * 2; }
     static int64_t turned_bytes(int n) { return 2 * 64 * n; }
 
     TileProducts(int n, int columns, const Book&, const uint16_t* tables)
