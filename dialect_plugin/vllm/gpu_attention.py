@@ -23,7 +23,6 @@ from vllm.v1.attention.backends.triton_attn import (
 from dialect_kernels.cached_attention import warm_up
 from dialect_kernels.kv_cache import Scoring, slot_bytes
 
-from ..scheme import SchemeError
 from .caches import (
     CACHE_DTYPE,
     attend_packed,
@@ -110,16 +109,13 @@ class _Attention(TritonAttentionImpl):
         super().__init__(*arguments, **options)
         note_engine(self.kv_cache_dtype)
         config = get_current_vllm_config()
-        if attention_format(config) != "none":
-            raise SchemeError(
-                "attention: 'dialect'; on a GPU allowed is 'none': set it to 'none', which keeps "
-                "queries and probabilities in 16 bit"
-            )
+        self._dialect_attention = attention_format(config) == "dialect"
         self._may_pack = cache_format(config) != "none"
         self._flash: FlashAttention | None = None
         if self._may_pack:
             self.supports_quant_query_input = False
-            self._flash = flash_attention_for(self)
+            if not self._dialect_attention:  # which has no product in 16 bit
+                self._flash = flash_attention_for(self)
         self._scoring: Scoring | None = None
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
@@ -167,8 +163,9 @@ class _Attention(TritonAttentionImpl):
         heads = self.num_heads, self.head_size
         scoring = self._score(query.device)
         return attend_packed(
-            layer, kv_cache, heads, query, attn_metadata, attn_metadata.causal, scoring, output
-        )
+            layer, kv_cache, heads, query, attn_metadata, attn_metadata.causal, scoring, output,
+            self._dialect_attention,
+        )  # fmt: skip
 
     def warm_up(self, layer: Any, spec: Any, dtype: torch.dtype, device: torch.device) -> None:
         """Compile what this layer's cache needs.
@@ -183,7 +180,7 @@ class _Attention(TritonAttentionImpl):
         shape = 1, self.num_kv_heads, spec.block_size, size
         slots = torch.zeros(shape, dtype=torch.uint8, device=device)
         cache = cache_of(layer, slots, self.head_size)
-        warm_up(cache, self.num_heads, dtype, self._score(device))
+        warm_up(cache, self.num_heads, dtype, self._score(device), self._dialect_attention)
         if self._flash is not None and dtype in _FLASH_DTYPES:
             # FlashAttention 4 compiles at its first call, and anew for more or longer sequences
             heads = self.num_heads, self.num_kv_heads

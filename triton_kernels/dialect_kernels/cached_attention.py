@@ -52,7 +52,7 @@ def attend(
         scoring: what happens to ``q k``.
         out: as `query`; the result is written here. Default: a new tensor.
         dialect_attention: whether queries and probabilities are rounded, too, so that both products
-            have two operands in the format (section 12, full path); on a GPU by plain torch.
+            have two operands in the format (section 12, full path).
 
     Returns:
         [T, query heads, D] in the query's dtype. A query that sees a row that was stored with NaN
@@ -66,13 +66,19 @@ def attend(
         return compiled.attend(
             cache, query, context, scoring, out, dialect_attention=dialect_attention
         )
-    if gpu.runs_on(cache.slots.device) and not dialect_attention:
-        return gpu.attend(cache, query, context, scoring, out)
+    if gpu.runs_on(cache.slots.device):
+        return gpu.attend(cache, query, context, scoring, out, dialect_attention)
     found = reference_attention.attend(cache, query, context, scoring, dialect_attention)
     return found if out is None else out.copy_(found)
 
 
-def warm_up(cache: KvCache, heads: int, dtype: torch.dtype, scoring: Scoring) -> None:
+def warm_up(
+    cache: KvCache,
+    heads: int,
+    dtype: torch.dtype,
+    scoring: Scoring,
+    dialect_attention: bool = False,
+) -> None:
     """Compile the kernels of a GPU for such a cache, so that none is compiled while serving.
 
     Args:
@@ -80,6 +86,7 @@ def warm_up(cache: KvCache, heads: int, dtype: torch.dtype, scoring: Scoring) ->
         heads: query heads.
         dtype: of queries, keys and values.
         scoring: of the layer.
+        dialect_attention: as for :func:`attend`.
     """
     if not cpu.runs_on(cache.slots.device) and gpu.runs_on(cache.slots.device):
-        gpu.warm_up_cache(cache, heads, dtype, scoring)
+        gpu.warm_up_cache(cache, heads, dtype, scoring, dialect_attention)

@@ -235,6 +235,7 @@ def test_batches_of_packed_caches_have_first_chunks_last():
         {"kv_sharing_target_layer_name": "layers.3"},
         {"head_size": 512},
         {"additional": {}},
+        {"additional": {"blockdialect": {"kv_cache": "dialect", "attention": "dialect"}}},
     ],
 )
 def test_layers_that_it_cannot_serve_read_the_cache(with_flash, options):

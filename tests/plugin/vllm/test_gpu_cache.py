@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dialect_kernels import reference_attention
 from dialect_kernels.kv_cache import Scoring
 from dialect_plugin.scheme import Scheme, SchemeError
 from tests.support.cached_attention import expected, make
@@ -51,11 +52,22 @@ def metadata(case):
     )
 
 
-def test_attention_in_4_bits_is_refused():
-    case = make(64, 2, SEQUENCES)
+@pytest.mark.parametrize("rounds", [False, True])
+def test_a_layer_rounds_queries_and_probabilities_where_attention_is_in_4_bits(rounds):
+    case = make(64, 2, SEQUENCES).stored()
     full = {"blockdialect": {"kv_cache": "dialect", "attention": "dialect"}}
-    with pytest.raises(SchemeError, match="attention: 'dialect'; on a GPU allowed is 'none'"):
-        layer(case, full)
+    attention = layer(case, full if rounds else SWITCH)
+    out = torch.empty_like(case.query)
+    module = SimpleNamespace()
+    new = case.query, None, None, case.cache.slots
+    attention.forward(module, *new, metadata(case), out)
+    reference = [
+        reference_attention.attend(case.cache, case.query, case.context, Scoring(0.125), each)
+        for each in (rounds, not rounds)
+    ]
+    near, far = (float((out - each).abs().max() / each.abs().max()) for each in reference)
+    assert near < 2.0**-9
+    assert far > 2 * near
 
 
 @pytest.mark.parametrize("kind", ["plain", "means", "window and cap", "slopes and sinks"])
@@ -199,7 +211,8 @@ def test_kernels_are_compiled_when_the_caches_are_there(monkeypatch):
     with in_an_engine(SWITCH):
         packed = gpu_attention.DialectGPUBackend.customize_spec(spec)
     build(packed, ["layer"], config, torch.device("cpu"))
-    ((cache, heads, dtype, scoring),) = warmed
+    ((cache, heads, dtype, scoring, rounds),) = warmed
+    assert not rounds
     assert cache.slots.shape == (1, 2, 32, 70)
     assert (cache.key_mean, cache.value_mean) == (mean, None)
     assert (heads, dtype, scoring) == (4, torch.float16, Scoring(0.125, soft_cap=3.0))

@@ -207,16 +207,25 @@ def attend(
     context: Context,
     scoring: Scoring,
     out: torch.Tensor | None,
+    dialect_attention: bool = False,
 ) -> torch.Tensor:
     """See :func:`dialect_kernels.cached_attention.attend`; slots begin at even addresses."""
     from . import cache_attention
 
     _check_even(cache)
     with _current(query.device):
-        return cache_attention.attend(cache, query, context, scoring, out)
+        return cache_attention.attend(
+            cache, query, context, scoring, out, dialect_attention=dialect_attention
+        )
 
 
-def warm_up_cache(cache: KvCache, heads: int, dtype: torch.dtype, scoring: Scoring) -> None:
+def warm_up_cache(
+    cache: KvCache,
+    heads: int,
+    dtype: torch.dtype,
+    scoring: Scoring,
+    dialect_attention: bool = False,
+) -> None:
     """See :func:`dialect_kernels.cached_attention.warm_up`."""
     from . import cache_attention, cache_store
 
@@ -224,7 +233,7 @@ def warm_up_cache(cache: KvCache, heads: int, dtype: torch.dtype, scoring: Scori
         rows = torch.zeros(1, cache.heads, cache.head_size, dtype=dtype, device=cache.slots.device)
         slot = torch.zeros(1, dtype=torch.int64, device=cache.slots.device)
         cache_store.store(cache, rows, rows, slot)
-        cache_attention.warm_up(cache, heads, dtype, scoring)
+        cache_attention.warm_up(cache, heads, dtype, scoring, dialect_attention)
 
 
 def warm_up(

@@ -31,20 +31,28 @@ import torch
 import triton
 import triton.language as tl
 
-from ..formatbook import LOWEST_EXPONENT, NAN_ROW, ROTATION_GROUP
-from ..kv_cache import CACHE_BLOCK, CACHE_BOOK, Context, KvCache, Scoring
-from .decode import joined_sixteen, sixteen_of_words, sixteen_table
+from ..formatbook import ROTATION_GROUP
+from ..kv_cache import CACHE_BOOK, PROBABILITY_CHUNK, Context, KvCache, Scoring
+from .cache_context import (
+    exponential,
+    finished,
+    load_keys,
+    load_values,
+    mean_score,
+    row_powers,
+    sequence_of,
+    slots_of,
+)
+from .decode import e4m3_table, joined_sixteen, sixteen_of_words, sixteen_table
+from .dialect_attention import attend_kernel
 from .epilogue import rounded, rounded_to
 from .launch import launch
 from .layout import interpreted, readable
 from .rotation import butterfly
-from .rounding import power_of_two
+from .rounding import book_table
 
 __all__ = ["AttentionPlan", "attend", "warm_up"]
 
-_LOWEST_EXPONENT = tl.constexpr(LOWEST_EXPONENT)
-_NAN_ROW = tl.constexpr(NAN_ROW)
-_BLOCK = tl.constexpr(CACHE_BLOCK)
 _GROUP_SCALE = tl.constexpr(1 / ROTATION_GROUP)
 _MOST_SPLITS = 16
 _SPLITS = tl.constexpr(_MOST_SPLITS)
@@ -67,16 +75,24 @@ class AttentionPlan:
         tile: positions at a time, a power of two from 16 on.
         splits: programs that share a context, a power of two.
         num_warps: warps of a program.
+        eight_bits: whether operands are E4M3, where queries and probabilities are rounded.
     """
 
     rows: int
     tile: int
     splits: int
     num_warps: int
+    eight_bits: bool = False
 
 
 def _plan_attention(
-    tokens: int, sequences: int, heads: int, group: int, head_size: int, processors: int
+    tokens: int,
+    sequences: int,
+    heads: int,
+    group: int,
+    head_size: int,
+    processors: int,
+    dialect_attention: bool = False,
 ) -> AttentionPlan:
     """A plan for T queries of S sequences, from what the host knows without waiting for the GPU.
 
@@ -86,6 +102,7 @@ def _plan_attention(
         group: query heads that share one of them.
         head_size: D.
         processors: streaming multiprocessors of the GPU.
+        dialect_attention: whether queries and probabilities are rounded, too.
     """
     least = max(16, 1 << (group - 1).bit_length())
     padded = _padded_head(head_size)
@@ -99,6 +116,8 @@ def _plan_attention(
         tile, num_warps = 32, 1 if narrow else 4
     else:
         tile, num_warps = 32 if narrow else 16, 4 if rows < 128 else 8
+    if dialect_attention:
+        rows, tile, num_warps = least, PROBABILITY_CHUNK, 4 if narrow else 8
     programs = (tokens // (rows // group) + sequences) * heads
     splits = 1
     while splits < _MOST_SPLITS and programs * splits < _PROGRAMS * processors:
@@ -109,85 +128,6 @@ def _plan_attention(
 def _padded_head(head_size: int) -> int:
     """Columns of a row inside the kernels: a power of two, whose quarter an MMA can take."""
     return max(64, 1 << (head_size - 1).bit_length())
-
-
-@triton.jit
-def _sequence(p_start, i_block, sequences, BQ: tl.constexpr):
-    """The sequence whose queries a program has: the last that begins at or before its block.
-
-    Sequence s has its blocks from ``start[s] // BQ + s`` on, enough of them and at most one more.
-    """
-    low = 0
-    high = sequences
-    while low < high - 1:
-        middle = (low + high) // 2
-        before = tl.load(p_start + middle) // BQ + middle <= i_block
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle)
-    return low
-
-
-@triton.jit
-def _load_rows(p_row, p_meta, p_exponent, D: tl.constexpr, DP: tl.constexpr):
-    """Codes [TILE, blocks, 4], meta [TILE * blocks] and exponents [TILE] of keys or of values.
-
-    Eight codes are a word, which is loaded as two halves, because slots begin at even addresses.
-
-    Args:
-        p_row: their codes, at even addresses, [TILE].
-        p_meta, p_exponent: the rest of them, [TILE].
-    """
-    TILE: tl.constexpr = p_row.shape[0]
-    o_word = tl.arange(0, DP // 8)[None, :]
-    p_half = p_row.to(tl.pointer_type(tl.uint16), bitcast=True)[:, None] + o_word * 2
-    o_block = tl.arange(0, DP // _BLOCK)[None, :]
-    p_block = p_meta[:, None] + o_block
-    if D == DP:
-        low, high = tl.load(p_half), tl.load(p_half + 1)
-        meta = tl.load(p_block)
-    else:  # a block of zeros has meta 0 and codes 0
-        low = tl.load(p_half, mask=o_word < D // 8, other=0)
-        high = tl.load(p_half + 1, mask=o_word < D // 8, other=0)
-        meta = tl.load(p_block, mask=o_block < D // _BLOCK, other=0)
-    word = low.to(tl.int32) | (high.to(tl.int32) << 16)
-    return (
-        tl.reshape(word, (TILE, DP // _BLOCK, 4)),
-        tl.reshape(meta, (TILE * (DP // _BLOCK),)).to(tl.int32),
-        tl.load(p_exponent),
-    )
-
-
-@triton.jit
-def _load_tile(
-    p_head,
-    p_blocks,
-    o_key,
-    end,
-    block_stride,
-    token_stride,
-    BLOCK_TOKENS: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-):
-    """Keys and values of the positions `o_key` as they are stored; of the last one beyond `end`."""
-    o_key = tl.minimum(o_key, end - 1).to(tl.uint32)  # whose division is a shift
-    block = tl.load(p_blocks + o_key // BLOCK_TOKENS).to(tl.int64)
-    p_slot = p_head + block * block_stride + (o_key % BLOCK_TOKENS).to(tl.int32) * token_stride
-    p_meta = p_slot + D
-    p_exponent = p_meta + D // 16
-    code0, meta0, exponent0 = _load_rows(p_slot, p_meta, p_exponent, D, DP)
-    code1, meta1, exponent1 = _load_rows(
-        p_slot + D // 2, p_meta + D // _BLOCK, p_exponent + 1, D, DP
-    )
-    return code0, meta0, exponent0, code1, meta1, exponent1
-
-
-@triton.jit
-def _row_scale(exponent):
-    """``2**(R - 5)`` from stored bytes; NaN for rows that are no numbers."""
-    r = exponent.to(tl.int8, bitcast=True).to(tl.int32)
-    scale = power_of_two(tl.maximum(r, _LOWEST_EXPONENT) - 5)
-    return tl.where(r == _NAN_ROW, float("nan"), scale)
 
 
 @triton.jit
@@ -225,16 +165,6 @@ def _in_parts(x):
 
 
 @triton.jit
-def _shift(query, p_mean, o_mean, m_mean):
-    """What queries [R, K] score with the mean of the keys [K]; 0 if there is none."""
-    if p_mean is None:
-        return tl.zeros((query.shape[0],), tl.float32)
-    else:
-        mean = tl.load(p_mean + o_mean, mask=m_mean, other=0.0)
-        return tl.sum(query * mean[None, :], axis=1)
-
-
-@triton.jit
 def _stacked(parts):
     """Parts [R, K/4] one behind the other: [4, R, K/4]."""
     x0, x1, x2, x3 = parts
@@ -265,46 +195,6 @@ def _shares(score, largest):
     top = tl.maximum(largest, tl.max(score, axis=1))
     base = tl.where(top == float("-inf"), 0.0, top)
     return tl.exp(score - base[:, None]), tl.exp(largest - base), top
-
-
-@triton.jit
-def _finished(
-    total,
-    largest,
-    weight,
-    head,
-    p_value_mean,
-    p_sinks,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    ROTATED: tl.constexpr,
-):
-    """Outputs in float32 from the sums of a context.
-
-    Args:
-        total: weighted values [R, DP].
-        largest: the largest score of each row [R].
-        weight: sum of weights [R].
-        head: query heads [R].
-    """
-    seen = weight
-    if p_sinks is not None:
-        sink = tl.load(p_sinks + head)
-        top = tl.maximum(largest, sink)
-        rest = tl.exp(largest - top)
-        total *= rest[:, None]
-        seen = weight * rest
-        weight = seen + tl.exp(sink - top)
-    divisor = tl.where(weight == 0, 1.0, weight)
-    total = total / divisor[:, None]
-    if ROTATED:
-        total = butterfly(total) * _GROUP_SCALE
-    if p_value_mean is not None:
-        o_column = tl.arange(0, total.shape[1])
-        p_mean = p_value_mean + (head // GROUP)[:, None] * D + o_column[None, :]
-        mean = tl.load(p_mean, mask=(o_column < D)[None, :], other=0.0)
-        total += mean * (seen / divisor)[:, None]
-    return total
 
 
 # Longer than other functions by its 38 arguments, one a line.
@@ -356,7 +246,7 @@ def _attend_kernel(
     """Grid (blocks of queries, heads of keys, splits)."""
     BQ: tl.constexpr = BM // GROUP
     i_head = tl.program_id(1)
-    i_sequence = _sequence(p_start, tl.program_id(0), sequences, BQ)
+    i_sequence = sequence_of(p_start, tl.program_id(0), sequences, BQ)
     start = tl.load(p_start + i_sequence)
     count = tl.load(p_start + i_sequence + 1) - start
     first = (tl.program_id(0) - (start // BQ + i_sequence)) * BQ
@@ -378,7 +268,7 @@ def _attend_kernel(
     o_token = (start + o_query).to(tl.int64)
     p_row = p_query + (o_token * query_token + head * query_head)[:, None] + o_column[None, :]
     query = tl.load(p_row, mask=m_query, other=0.0).to(tl.float32)
-    shift = _shift(query, p_key_mean, i_head * D + o_column, o_column < D) * SCALE
+    shift = mean_score(query, p_key_mean, i_head * D + o_column, o_column < D) * SCALE
     if ROTATED:
         query = butterfly(query) * _GROUP_SCALE
     query = _in_parts(rounded(query, p_query, ASM))
@@ -402,21 +292,21 @@ def _attend_kernel(
     o_key = tile * TILE + tl.arange(0, TILE)
     p_head = p_cache + i_head.to(tl.int64) * head_stride
     p_blocks += i_sequence.to(tl.int64) * table_stride
-    code0, meta0, exponent0, code1, meta1, exponent1 = _load_tile(
-        p_head, p_blocks, o_key, end, block_stride, token_stride, BLOCK_TOKENS, D, DP
-    )
+    p_slot = slots_of(p_head, p_blocks, o_key, end, block_stride, token_stride, BLOCK_TOKENS)
+    code0, meta0, exponent0 = load_keys(p_slot, D, DP)
+    code1, meta1, exponent1 = load_values(p_slot, D, DP)
     for _ in range(tile, last):
         score = _scores(query, sixteen_of_words(code0, meta0, p_key_table, ASM), ASM)
-        score = score * (_row_scale(exponent0) * SCALE)[None, :] + shift[:, None]
-        value_scale = _row_scale(exponent1)
+        score = score * (row_powers(exponent0) * SCALE)[None, :] + shift[:, None]
+        value_scale = row_powers(exponent1)
         part0, part1, part2, part3 = sixteen_of_words(code1, meta1, p_value_table, ASM)
         behind = o_key[None, :] - position[:, None]
         seen = m_row[:, None] & (o_key < end)[None, :]
         seen = seen & ((behind <= 0) | (causal == 0)) & (tl.abs(behind) < window)
         o_key += TILE
-        code0, meta0, exponent0, code1, meta1, exponent1 = _load_tile(
-            p_head, p_blocks, o_key, end, block_stride, token_stride, BLOCK_TOKENS, D, DP
-        )
+        p_slot = slots_of(p_head, p_blocks, o_key, end, block_stride, token_stride, BLOCK_TOKENS)
+        code0, meta0, exponent0 = load_keys(p_slot, D, DP)
+        code1, meta1, exponent1 = load_values(p_slot, D, DP)
         if SOFT_CAP > 0:  # cap * tanh(score / cap)
             score = SOFT_CAP - 2 * SOFT_CAP / (tl.exp(score * (2 / SOFT_CAP)) + 1)
         if p_slopes is not None:
@@ -435,7 +325,7 @@ def _attend_kernel(
 
     total = joined_sixteen(total0, total1, total2, total3, BM, DP)
     if not SPLIT:
-        y = _finished(total, largest, weight, head, p_value_mean, p_sinks, GROUP, D, ROTATED)
+        y = finished(total, largest, weight, head, p_value_mean, p_sinks, GROUP, D, ROTATED, False)
         p_y = p_out + (o_token * out_token + head * out_head)[:, None] + o_column[None, :]
         tl.store(p_y, rounded(y, p_out, ASM), mask=m_query)
     else:
@@ -459,6 +349,7 @@ def _add_splits_kernel(
     DP: tl.constexpr,
     GROUP: tl.constexpr,
     ROTATED: tl.constexpr,
+    BASE2: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """One output from the sums of the programs that shared its context. Grid (T, query heads)."""
@@ -470,15 +361,24 @@ def _add_splits_kernel(
     largest = tl.load(p_extremes + o_part * 2, mask=m_split, other=float("-inf"))
     weight = tl.load(p_extremes + o_part * 2 + 1, mask=m_split, other=0.0)
     top = tl.max(largest, axis=0)
-    rest = tl.exp(largest - tl.where(top == float("-inf"), 0.0, top))
+    rest = exponential(largest - tl.where(top == float("-inf"), 0.0, top), BASE2)
     o_column = tl.arange(0, DP)
     p_part = p_partial + o_part[:, None] * DP + o_column[None, :]
     part = tl.load(p_part, mask=m_split[:, None], other=0.0)
     total = tl.sum(part * rest[:, None], axis=0)[None, :]
     weight = tl.sum(weight * rest, axis=0)
     one = tl.arange(0, 1)
-    y = _finished(
-        total, top + one, weight + one, i_head + one, p_value_mean, p_sinks, GROUP, D, ROTATED
+    y = finished(
+        total,
+        top + one,
+        weight + one,
+        i_head + one,
+        p_value_mean,
+        p_sinks,
+        GROUP,
+        D,
+        ROTATED,
+        BASE2,
     )
     p_y = p_out + i_token * out_token + i_head * out_head + o_column[None, :]
     tl.store(p_y, rounded(y, p_out, ASM), mask=(o_column < D)[None, :])
@@ -491,12 +391,14 @@ def attend(
     scoring: Scoring,
     out: torch.Tensor | None = None,
     plan: AttentionPlan | None = None,
+    dialect_attention: bool = False,
 ) -> torch.Tensor:
     """See :func:`dialect_kernels.cached_attention.attend`; never waits for the GPU.
 
     Args:
         cache, query, context, scoring, out: as there, checked.
         plan: how the launch is divided; default: :func:`_plan_attention`.
+        dialect_attention: as there.
     """
     if out is None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -507,15 +409,20 @@ def attend(
     written = out if out.stride(2) == 1 else torch.empty_like(out).contiguous()
     group, sequences = heads // cache.heads, context.lengths.shape[0]
     if plan is None:
-        processors = _processors(query.device)
-        plan = _plan_attention(tokens, sequences, cache.heads, group, size, processors)
+        device = query.device
+        plan = _plan_attention(
+            tokens, sequences, cache.heads, group, size, _processors(device), dialect_attention
+        )
+        if dialect_attention and plan.splits > 1:
+            plan = replace(plan, eight_bits=_multiplies_few_in_fp8(device))
     padded = _padded_head(size)
     partial = extremes = None
     if plan.splits > 1:
         parts = tokens * heads * plan.splits
         partial = torch.empty(parts, padded, dtype=torch.float32, device=query.device)
         extremes = torch.empty(parts, 2, dtype=torch.float32, device=query.device)
-    _launch_attend(cache, query, context, scoring, written, plan, padded, (partial, extremes))
+    sums = partial, extremes
+    _launch_attend(cache, query, context, scoring, written, plan, sums, dialect_attention)
     if plan.splits > 1:
         launch(
             _add_splits_kernel,
@@ -526,7 +433,7 @@ def attend(
             ),
             {
                 "D": size, "DP": padded, "GROUP": group, "ROTATED": cache.rotated,
-                "ASM": not interpreted(),
+                "BASE2": dialect_attention, "ASM": not interpreted(),
             },
             num_warps=1,
         )  # fmt: skip
@@ -540,8 +447,8 @@ def _launch_attend(
     scoring: Scoring,
     out: torch.Tensor,
     plan: AttentionPlan,
-    padded: int,
     sums: tuple[torch.Tensor | None, torch.Tensor | None],
+    dialect_attention: bool,
 ) -> None:
     """Fill `out`, or the `sums` of all splits."""
     (tokens, heads, size), memory = query.shape, cache.slots
@@ -550,13 +457,14 @@ def _launch_attend(
     table = context.block_table
     table = table if table.stride(1) == 1 else table.contiguous()
     shifted = bool(scoring.soft_cap) or scoring.sinks is not None
-    operand = torch.float16 if query.dtype == torch.float16 else torch.bfloat16
+    kernel, shape = (_attend_kernel, {"TILE": plan.tile}) if not dialect_attention else (
+        attend_kernel, {"EIGHT": plan.eight_bits}
+    )  # fmt: skip
     launch(
-        _attend_kernel,
+        kernel,
         (tokens // (plan.rows // group) + sequences, cache.heads, plan.splits),
         (
-            query, memory, sixteen_table(CACHE_BOOK, operand, query.device),
-            sixteen_table(CACHE_BOOK, torch.bfloat16, query.device),
+            query, memory, *_tables(query, plan, dialect_attention),
             readable(context.query_start), readable(context.lengths), table, causal,
             scoring.slopes, scoring.sinks, cache.key_mean if shifted else None, cache.value_mean,
             out, *sums, sequences, *query.stride()[:2], *out.stride()[:2], *memory.stride()[:3],
@@ -565,15 +473,35 @@ def _launch_attend(
         {
             "SCALE": scoring.scale, "SOFT_CAP": scoring.soft_cap,
             "CAUSAL": 0 if causal is not None else int(bool(context.causal)),
-            "BLOCK_TOKENS": cache.block_tokens,
-            "D": size, "DP": padded, "GROUP": group, "BM": plan.rows, "TILE": plan.tile,
-            "SPLIT": plan.splits > 1, "ROTATED": cache.rotated, "ASM": not interpreted(),
+            "BLOCK_TOKENS": cache.block_tokens, "D": size, "DP": _padded_head(size),
+            "GROUP": group, "BM": plan.rows, "SPLIT": plan.splits > 1, "ROTATED": cache.rotated,
+            "ASM": not interpreted(), **shape,
         },
         num_warps=plan.num_warps,
     )  # fmt: skip
 
 
-def warm_up(cache: KvCache, heads: int, dtype: torch.dtype, scoring: Scoring) -> None:
+def _tables(
+    query: torch.Tensor, plan: AttentionPlan, dialect_attention: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What keys and values are decoded by; or both of them, and what is rounded."""
+    device = query.device
+    values = sixteen_table(CACHE_BOOK, torch.bfloat16, device)
+    if dialect_attention:
+        decoded = e4m3_table(CACHE_BOOK, device) if plan.eight_bits else values
+        return decoded, book_table(CACHE_BOOK, device)
+    if query.dtype == torch.float16:
+        return sixteen_table(CACHE_BOOK, torch.float16, device), values
+    return values, values
+
+
+def warm_up(
+    cache: KvCache,
+    heads: int,
+    dtype: torch.dtype,
+    scoring: Scoring,
+    dialect_attention: bool = False,
+) -> None:
     """Compile what attention over such a cache can need, by small launches.
 
     Args:
@@ -581,6 +509,7 @@ def warm_up(cache: KvCache, heads: int, dtype: torch.dtype, scoring: Scoring) ->
         heads: query heads.
         dtype: of queries, keys and values.
         scoring: of the layer.
+        dialect_attention: as for :func:`attend`.
     """
     device, size, group = cache.slots.device, cache.head_size, heads // cache.heads
     query = torch.zeros(1, heads, size, dtype=dtype, device=device)
@@ -588,10 +517,14 @@ def warm_up(cache: KvCache, heads: int, dtype: torch.dtype, scoring: Scoring) ->
         torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in ([0, 1], [1], [[0]])
     )
     for tokens in (1, 2):
-        plan = _plan_attention(tokens, 1, cache.heads, group, size, 1)
+        plan = _plan_attention(tokens, 1, cache.heads, group, size, 1, dialect_attention)
         for splits in (1, 2):
             context = Context(start, length, table)
-            attend(cache, query, context, scoring, plan=replace(plan, splits=splits))
+            in_eight_bits = dialect_attention and splits > 1 and _multiplies_few_in_fp8(device)
+            divided = replace(plan, splits=splits, eight_bits=in_eight_bits)
+            attend(
+                cache, query, context, scoring, None, divided, dialect_attention=dialect_attention
+            )
 
 
 @lru_cache(maxsize=16)
@@ -600,3 +533,13 @@ def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@lru_cache(maxsize=16)
+def _multiplies_few_in_fp8(device: torch.device) -> bool:
+    """Whether an MMA takes 16 rows of E4M3, as that of Ada does.
+
+    Those of Hopper and of Blackwell's data center cards take 64 or more; for 16 rows Triton would
+    convert the operands to float16.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (8, 9)

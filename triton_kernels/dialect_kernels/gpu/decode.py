@@ -36,7 +36,7 @@ from ..formatbook import E4M3_WINDOW, LOWEST_EXPONENT, NAN_ROW, Formatbook
 from ..packed import PackedTensor
 from .launch import launch
 from .layout import interpreted
-from .rounding import power_of_two
+from .rounding import bytes_of_words, e4m3_values, power_of_two
 
 __all__ = [
     "decode_bf16",
@@ -44,6 +44,8 @@ __all__ = [
     "e4m3_parts",
     "e4m3_table",
     "joined_sixteen",
+    "operand_of_bytes",
+    "operand_of_words",
     "sixteen_of_words",
     "sixteen_parts",
     "sixteen_table",
@@ -54,20 +56,29 @@ _NAN_ROW = tl.constexpr(NAN_ROW)
 _ROWS = 32
 _COLUMNS = 256
 
-# Operands: two results, the word, then four copies of each table word (one for each byte of it).
-_E4M3_ASM = tl.constexpr("""{
+
+# Operands: two results, the word, then the table words, of which Triton passes a copy for every
+# element that it packs into the word.
+def _e4m3_asm(copies: int) -> tl.constexpr:
+    low, high = 3, 3 + copies
+    return tl.constexpr(f"""{{
 .reg .b32 t, u, a, b, c, d;
 and.b32 t, $2, 0x77777777;
 shr.u32 u, t, 16;
-prmt.b32 a, $3, $7, t;
-prmt.b32 b, $3, $7, u;
+prmt.b32 a, ${low}, ${high}, t;
+prmt.b32 b, ${low}, ${high}, u;
 shl.b32 u, $2, 4;
 prmt.b32 c, u, $2, 0x5140;
 prmt.b32 d, u, $2, 0x7362;
 lop3.b32 $0, c, 0x80808080, a, 0xEA;
 lop3.b32 $1, d, 0x80808080, b, 0xEA;
-}""")
+}}""")
+
+
+_E4M3_ASM = _e4m3_asm(4)
 _E4M3_CONSTRAINTS = tl.constexpr("=r,=r" + ",r" * 9)
+_E4M3_OF_WORDS_ASM = _e4m3_asm(1)
+_E4M3_OF_WORDS_CONSTRAINTS = tl.constexpr("=r,=r" + ",r" * 3)
 
 
 # Operands: four results, the word, then the four table words, of which Triton passes a copy for
@@ -385,6 +396,74 @@ def joined_sixteen(part0, part1, part2, part3, BN: tl.constexpr, BK: tl.constexp
     joined = tl.join(tl.join(part0, part2), tl.join(part1, part3))
     joined = tl.reshape(joined, (BN, BK // 8, 2, 2, 2))
     return tl.reshape(tl.permute(joined, (0, 1, 3, 4, 2)), (BN, BK))
+
+
+@triton.jit
+def operand_of_bytes(words, EIGHT: tl.constexpr, ASM: tl.constexpr):
+    """E4M3 numbers, four in each word [R, W], as an operand of a product [R, 4 W].
+
+    Args:
+        words: int32.
+        EIGHT: whether the operand is E4M3; else the same numbers in bfloat16.
+    """
+    if EIGHT and ASM:
+        pair = tl.join(words, words)
+        copies = tl.reshape(tl.join(pair, pair), (words.shape[0], words.shape[1] * 4))
+        bytes_ = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r,r,r,r", [copies], dtype=tl.uint8, is_pure=True, pack=4
+        )
+        return bytes_.to(tl.float8e4nv, bitcast=True)
+    elif EIGHT:
+        return bytes_of_words(words).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+    else:
+        return e4m3_values(bytes_of_words(words)).to(tl.bfloat16)
+
+
+@triton.jit
+def operand_of_words(b_word, b_meta, p_table, EIGHT: tl.constexpr, ASM: tl.constexpr):
+    """Decoded rows as an operand of a product, in the order of the elements: [BN, columns].
+
+    Args:
+        b_word, b_meta: as for :func:`sixteen_of_words`.
+        p_table: of :func:`e4m3_table` if EIGHT, else of :func:`sixteen_table` in bfloat16.
+        EIGHT: whether the operand is E4M3; else the same numbers in bfloat16.
+    """
+    BN: tl.constexpr = b_word.shape[0]
+    COLUMNS: tl.constexpr = b_word.shape[1] * b_word.shape[2] * 8
+    if EIGHT:
+        low, high = _load_pair(p_table, b_meta, BN)
+        if ASM:
+            part0, part1 = tl.inline_asm_elementwise(
+                _E4M3_OF_WORDS_ASM,
+                _E4M3_OF_WORDS_CONSTRAINTS,
+                [
+                    b_word,
+                    tl.broadcast_to(low, b_word.shape),
+                    tl.broadcast_to(high, b_word.shape),
+                ],
+                dtype=(tl.int32, tl.int32),
+                is_pure=True,
+                pack=1,
+            )
+        else:
+            part0 = _e4m3_word(b_word, low, high, 0)
+            part1 = _e4m3_word(b_word, low, high, 16)
+        words = tl.reshape(tl.join(part0, part1), (BN, COLUMNS // 4))
+        return operand_of_bytes(words, True, ASM)
+    else:
+        part0, part1, part2, part3 = sixteen_of_words(b_word, b_meta, p_table, ASM)
+        bits = joined_sixteen(part0, part1, part2, part3, BN, COLUMNS)
+        return bits.to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _e4m3_word(word, low, high, shift):
+    """The interpreter's way: the bytes of the four nibbles from `shift` on, in a word."""
+    result = tl.zeros(word.shape, tl.int32)
+    for i in tl.static_range(4):
+        byte, sign = _block_bytes(word, low, high, shift + 4 * i)
+        result |= (byte | sign) << (8 * i)
+    return result
 
 
 @triton.jit(do_not_specialize=["rows", "padded"])

@@ -8,7 +8,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels made for the interpreter cannot be compiled", allow_module_level=True)
 
 from benchmarks.lib.machine_code import MMA, compile_kernel, faults
-from dialect_kernels.gpu import cache_attention, cache_store
+from dialect_kernels.gpu import cache_attention, cache_store, dialect_attention
 from dialect_kernels.gpu.cache_attention import _padded_head, _plan_attention
 
 pytestmark = pytest.mark.slow
@@ -49,6 +49,25 @@ def compiled(capability, sizes, head_size, group=GROUP):
     return plan, compile_kernel(kernel, capability, constants, pointers, plan.num_warps)
 
 
+def compiled_with_rounding(capability, sizes, head_size, eight_bits):
+    plan = _plan_attention(*sizes, HEADS, GROUP, head_size, 132, dialect_attention=True)
+    absent = ("p_causal", "p_slopes", "p_sinks", "p_key_mean", "p_value_mean")
+    if plan.splits == 1:
+        absent += ("p_partial", "p_extremes")
+    constants = {
+        "SCALE": head_size**-0.5, "SOFT_CAP": 0.0, "CAUSAL": 1, "BLOCK_TOKENS": 16, "D": head_size,
+        "DP": _padded_head(head_size), "GROUP": GROUP, "BM": plan.rows, "SPLIT": plan.splits > 1,
+        "ROTATED": True, "EIGHT": eight_bits, "ASM": True, **dict.fromkeys(absent),
+    }  # fmt: skip
+    pointers = {
+        "p_query": "*bf16", "p_cache": "*u8", "p_table": "*i64", "p_book": "*i32",
+        "p_start": "*i32", "p_lengths": "*i32", "p_blocks": "*i32", "p_out": "*bf16",
+        "p_extremes": "*fp32",
+    }  # fmt: skip
+    kernel = dialect_attention.attend_kernel
+    return compile_kernel(kernel, capability, constants, pointers, plan.num_warps)
+
+
 @pytest.mark.parametrize(("capability", "sizes", "head_size"), CASES)
 def test_rows_are_decoded_in_registers(capability, sizes, head_size):
     plan, code = compiled(capability, sizes, head_size)
@@ -57,6 +76,20 @@ def test_rows_are_decoded_in_registers(capability, sizes, head_size):
     if plan.rows == 16:
         elements = 2 * plan.tile * head_size / (32 * plan.num_warps)
         assert len(code.main_loop()) / elements <= MOST
+
+
+@pytest.mark.parametrize(
+    ("capability", "sizes", "head_size"),
+    [
+        *((capability, DECODING, size) for capability in (80, 89, 90, 100) for size in (64, 128)),
+        *((capability, CHUNK, 128) for capability in (80, 90)),
+    ],
+)
+def test_queries_and_probabilities_are_rounded_in_registers(capability, sizes, head_size):
+    eight_bits = capability == 89
+    code = compiled_with_rounding(capability, sizes, head_size, eight_bits)
+    mma = MMA[True][capability] if eight_bits else OF_FEW_ROWS
+    assert faults(code, capability, mma) == []
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
