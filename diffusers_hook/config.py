@@ -81,7 +81,8 @@ class SemanticDialectConfig(BaseModel):
         selection: which tokens by received attention: ``"top"``, or the controls ``"bottom"`` and
             ``"random"``.
         seda: whether tokens of one semantic group share a sub-formatbook (SemanticDialect);
-            semantic_32 only. Off by default: on the shipped model it does not help (ours).
+            semantic_32 only. Experimental and off by default: on the shipped model it does not help
+            (ours).
         seda_window: frames, rows and columns of tokens per window (ours).
         seda_threshold: correlation, relative to the window's largest, from which a token joins its
             anchor's group, 0..1 (ours).
