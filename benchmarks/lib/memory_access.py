@@ -247,7 +247,8 @@ def accesses(ttgir: str) -> list[Access]:
 def scattered_words(ttgir: str) -> list[str]:
     """Inline assembly that is given words of elements which are not neighbours in a row.
 
-    Triton packs so many registers of a thread as the assembly asks for, whatever is in them.
+    Triton packs so many registers of a thread as the assembly asks for, whatever is in them. A
+    number of 32 bits is a word of its own.
 
     Returns:
         For each, how many elements of which tensor.
@@ -255,14 +256,14 @@ def scattered_words(ttgir: str) -> list[str]:
     layouts = dict(re.findall(r"^(#\w+) = #ttg\.(\w+<\{.*\}>)", ttgir, re.MULTILINE))
     found = []
     for line in ttgir.splitlines():
-        match = re.search(r"packed_element = (\d+).*? : tensor<([\dx]+)x\w+, (#\w+)>", line)
-        if match is None or match[1] == "1":
+        match = re.search(r"packed_element = (\d+).*? : tensor<([\dx]+)x(\w+), (#\w+)>", line)
+        if match is None or match[1] == "1" or _BITS[match[3]] >= 32:
             continue
         packed, sizes = int(match[1]), tuple(int(size) for size in match[2].split("x"))
-        threads = _threads(layouts.get(match[3], ""), sizes)
+        threads = _threads(layouts.get(match[4], ""), sizes)
         wanted = [_unit(len(sizes) - 1, 1 << bit, len(sizes)) for bit in range(packed.bit_length())]
         if threads is None or threads.register[: len(wanted) - 1] != tuple(wanted[:-1]):
-            found.append(f"{packed} of {match[2]} in {match[3]}")
+            found.append(f"{packed} of {match[2]} in {match[4]}")
     return found
 
 

@@ -111,22 +111,23 @@ def test_reading_intermediate_code():
 
 
 @pytest.mark.parametrize(
-    ("size", "pack", "found"),
+    ("size", "pack", "kind", "found"),
     [
-        ("[1, 1, 4]", 4, []),
-        ("[1, 1, 4]", 2, []),
-        ("[1, 1, 1]", 1, []),
-        ("[1, 1, 1]", 2, ["2 of 8x4x8 in #mine"]),
-        ("[1, 2, 1]", 2, ["2 of 8x4x8 in #mine"]),
-        ("[1, 1, 2]", 4, ["4 of 8x4x8 in #mine"]),
+        ("[1, 1, 4]", 4, "i16", []),
+        ("[1, 1, 4]", 2, "i16", []),
+        ("[1, 1, 1]", 1, "i16", []),
+        ("[1, 1, 1]", 2, "i16", ["2 of 8x4x8 in #mine"]),
+        ("[1, 2, 1]", 2, "i16", ["2 of 8x4x8 in #mine"]),
+        ("[1, 1, 2]", 4, "i8", ["4 of 8x4x8 in #mine"]),
+        ("[1, 1, 1]", 4, "f32", []),  # each is a word
     ],
 )
-def test_words_of_elements_that_are_no_neighbours(size, pack, found):
+def test_words_of_elements_that_are_no_neighbours(size, pack, kind, found):
     code = f"""
 #mine = #ttg.blocked<{{sizePerThread = {size}, threadsPerWarp = [1, 4, 8], warpsPerCTA = [4, 1, 1],\
  order = [2, 1, 0]}}>
   %y:2 = tt.elementwise_inline_asm "{{\\0Aand.b32 t, $2, 7;\\0A}}" {{constraints = "=r,=r,r",\
- packed_element = {pack} : i32, pure = true}} %x : tensor<8x4x8xi16, #mine> ->\
+ packed_element = {pack} : i32, pure = true}} %x : tensor<8x4x8x{kind}, #mine> ->\
  tensor<8x4x8xi16, #mine>, tensor<8x4x8xi16, #mine> loc(#loc1)
 """
     assert scattered_words(code) == found
