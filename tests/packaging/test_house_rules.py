@@ -24,6 +24,8 @@ LONGEST_FUNCTION = 60
 LONG_FUNCTIONS = {
     "triton_kernels/dialect_kernels/gpu/cache_attention.py:_attend_kernel": "a Triton kernel with "
     "38 arguments",
+    "triton_kernels/dialect_kernels/gpu/dialect_attention.py:attend_kernel": "a Triton kernel with "
+    "37 arguments",
     "triton_kernels/dialect_kernels/gpu/gemm.py:sixteen_bit_kernel": "a Triton kernel with 29 "
     "arguments",
     "triton_kernels/dialect_kernels/gpu/quantize_activations.py:_quantize_activation_kernel": "a "

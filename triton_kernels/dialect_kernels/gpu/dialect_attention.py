@@ -55,7 +55,7 @@ from .rounding import (
     select_online,
 )
 
-__all__ = ["attend_kernel", "rounded_rows"]
+__all__ = ["attend_kernel"]
 
 _CHUNK = tl.constexpr(PROBABILITY_CHUNK)
 _PARTS = tl.constexpr(PROBABILITY_CHUNK // CACHE_BLOCK)
@@ -69,7 +69,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def rounded_rows(x, p_book, ASM: tl.constexpr):
+def _rounded_rows(x, p_book, ASM: tl.constexpr):
     """Rows [R, K] rounded in blocks of 32, rule ``lut``, window 13.
 
     Returns:
@@ -159,7 +159,7 @@ def _values_exponent(exponent, seen):
     return tl.maximum(tl.max(stored, axis=1), _LOWEST_EXPONENT), is_nan
 
 
-# Longer than other functions by its 40 arguments, one a line.
+# Longer than other functions by its 37 arguments, one a line.
 @triton.jit(
     do_not_specialize=[
         "sequences", "query_token", "query_head", "out_token", "out_head", "block_stride",
@@ -232,7 +232,7 @@ def attend_kernel(
     shift = mean_score(query, p_key_mean, i_head * D + o_column, o_column < D) * SCALE
     if ROTATED:
         query = butterfly(query) * _GROUP_SCALE
-    query_words, query_scale = rounded_rows(query, p_book, ASM)
+    query_words, query_scale = _rounded_rows(query, p_book, ASM)
     query = operand_of_bytes(query_words, EIGHT, ASM)
     query_scale *= SCALE
 
@@ -284,7 +284,7 @@ def attend_kernel(
         share *= _power((exponent[None, :] - most[:, None]).to(tl.float32))
         # NaN is in the sum of weights already, and has no cell
         share = tl.where(seen & (share == share), share, 0.0)
-        share_words, share_scale = rounded_rows(share, p_book, ASM)
+        share_words, share_scale = _rounded_rows(share, p_book, ASM)
         words = tl.reshape(share_words, (BM, _PARTS, _BLOCK // 4))
         product = tl.zeros((BM, DP), tl.float32)
         for i_part in range(_PARTS):

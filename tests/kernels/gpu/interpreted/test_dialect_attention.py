@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from dialect_kernels.gpu.cache_attention import AttentionPlan, attend
-from dialect_kernels.gpu.dialect_attention import rounded_rows
+from dialect_kernels.gpu.dialect_attention import _rounded_rows
 from dialect_kernels.gpu.rounding import book_table
 
 TOLERANCE = {torch.float32: 2.0**-9, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-8}
@@ -34,7 +34,7 @@ TOLERANCE = {torch.float32: 2.0**-9, torch.bfloat16: 2.0**-7, torch.float16: 2.0
 def _round_kernel(p_x, p_book, p_words, p_scale, R: tl.constexpr, K: tl.constexpr):
     o_row = tl.arange(0, R)
     x = tl.load(p_x + o_row[:, None] * K + tl.arange(0, K)[None, :])
-    words, scale = rounded_rows(x, p_book, False)
+    words, scale = _rounded_rows(x, p_book, False)
     tl.store(p_words + o_row[:, None] * (K // 4) + tl.arange(0, K // 4)[None, :], words)
     tl.store(p_scale + o_row, scale)
 
