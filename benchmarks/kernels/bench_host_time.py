@@ -1,4 +1,4 @@
-"""What a linear layer on a GPU takes of the host, on a GPU that is not there.
+"""What a linear layer and a layer of experts take of the host, on a GPU that is not there.
 
 Kernels are compiled for an H200, but the driver launches nothing, and tensors lie on the CPU, where
 fresh memory takes about as long as from PyTorch's allocator on a GPU. The time of PyTorch's own
@@ -11,6 +11,7 @@ of their results are, although a GPU would make them.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,12 +19,14 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from dialect_kernels import PackedTensor, quantize
-from dialect_kernels.gpu import library, linear
+from dialect_kernels import PackedExperts, PackedTensor, quantize
+from dialect_kernels.gpu import grouped, library, linear
 
 FEATURES = COLUMNS = 4096
 TOKENS = (1, 64, 600)
 FORMATS = ("dialect", "fp8", "none")
+EXPERTS = 8
+SALIENT = 16
 _REPEATS = 50
 _CALLS = 20
 
@@ -33,15 +36,18 @@ def main() -> None:
     _without_gpu()
     torch.set_num_threads(1)
     stored = quantize(torch.randn(FEATURES, COLUMNS))
-    print("| tokens | " + " | ".join(FORMATS) + " |")
-    print("|---|" + "---|" * len(FORMATS))
+    experts = PackedExperts(quantize(torch.randn(FEATURES, COLUMNS)), EXPERTS)
+    columns = (*FORMATS, f"{SALIENT} tokens decomposed", f"{EXPERTS} experts")
+    print("| tokens | " + " | ".join(columns) + " |")
+    print("|---|" + "---|" * len(columns))
     for tokens in TOKENS:
         x = torch.randn(tokens, COLUMNS).to(torch.bfloat16)
-        times = [_microseconds(x, stored, activation_format) for activation_format in FORMATS]
-        print(f"| {tokens} | " + " | ".join(f"{each:.0f}" for each in times) + " |", flush=True)
+        calls = [_product(x, stored, activation_format) for activation_format in FORMATS]
+        calls += [_decomposed(x, stored), _of_experts(x, experts)]
+        print(f"| {tokens} | " + " | ".join(f"{_microseconds(call):.0f}" for call in calls) + " |")
 
 
-def _microseconds(x: torch.Tensor, stored: PackedTensor, activation_format: str) -> float:
+def _product(x: torch.Tensor, stored: PackedTensor, activation_format: str) -> Callable[[], None]:
     arguments = (*stored.tensors, COLUMNS, stored.book.name, stored.block_size)
 
     def call() -> None:
@@ -49,6 +55,38 @@ def _microseconds(x: torch.Tensor, stored: PackedTensor, activation_format: str)
         linear.covers(x, p, activation_format, "default")
         linear.dialect_linear(x, p, None, activation_format, "default")
 
+    return call
+
+
+def _decomposed(x: torch.Tensor, stored: PackedTensor) -> Callable[[], None]:
+    arguments = (*stored.tensors, COLUMNS, stored.book.name, stored.block_size)
+    rows = torch.full((SALIENT,), -1)
+    rows[0] = 0
+
+    def call() -> None:
+        p = PackedTensor.from_op(*arguments)
+        linear.covers(x, p, "dialect", "default")
+        linear.semantic_linear(x, p, None, rows, None)
+
+    return call
+
+
+def _of_experts(x: torch.Tensor, stored: PackedExperts) -> Callable[[], None]:
+    arguments = (*stored.tensors, COLUMNS, stored.together.book.name, stored.together.block_size)
+    rows = torch.arange(2 * len(x)) % len(x)
+    offsets = torch.arange(EXPERTS + 1) * len(rows) // EXPERTS
+
+    def call() -> None:
+        experts = PackedExperts.from_op(*arguments)
+        linear.covers(x, experts.together, "dialect", "default")
+        grouped.grouped_linear(x, rows, offsets, experts, None, "dialect", "default")
+
+    return call
+
+
+def _microseconds(call: Callable[[], None]) -> float:
+    """Of one call, the best of many runs; the first two calls compile and bind."""
+    call()
     call()
     best = float("inf")
     for _ in range(_REPEATS):

@@ -17,16 +17,18 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
-from dialect_kernels import SEMANTIC_32, PackedTensor
-from dialect_kernels.device_tables import tables_on
+from dialect_kernels import SEMANTIC_32, PackedExperts, PackedTensor
+from dialect_kernels.device_tables import is_kept, tables_on
 from dialect_kernels.gpu import (
     bound,
     decode,
     gemm,
+    grouped,
     library,
     linear,
     quantize_activations,
     quantize_fp8,
+    rotation,
 )
 from dialect_kernels.gpu import launch as launches
 from dialect_kernels.gpu.launch import launch
@@ -44,7 +46,7 @@ def copy_kernel(p_x, p_y, p_none, count, BLOCK: tl.constexpr, ADD: tl.constexpr)
 
 def forget():
     """Have Triton forget what it has compiled, and with it the launchers of a test's driver."""
-    for module in (decode, gemm, quantize_activations, quantize_fp8):
+    for module in (decode, gemm, grouped, quantize_activations, quantize_fp8, rotation):
         for kernel in vars(module).values():
             if isinstance(kernel, triton.JITFunction):
                 kernel.device_caches.clear()
@@ -67,7 +69,7 @@ def seen(monkeypatch):
         ),
     )
     monkeypatch.setattr(launches, "_compiled", {})
-    monkeypatch.setattr(bound, "_products", {})
+    monkeypatch.setattr(bound, "_bound", {})
     triton.runtime.driver.set_active(driver)
     yield given
     triton.runtime.driver._active = None
@@ -188,6 +190,113 @@ def test_a_bound_product_makes_the_same_launches(seen, monkeypatch, activation_f
             assert all(not a.any() for a in counters)
 
 
+def semantic(tokens, salient, grouped_tokens=True):
+    """A decomposed product of few or of many tokens, each time with other memory."""
+    p = weight()
+    label = torch.zeros(tokens, dtype=torch.int32) if grouped_tokens else None
+    rows = torch.full((salient,), -1) if salient else None
+    x, bias = torch.zeros(tokens, 512, dtype=torch.bfloat16), torch.zeros(128)
+    return lambda: linear.semantic_linear(x, p, bias, rows, label)
+
+
+def shared(tokens):
+    """Products of the same tokens with two weights."""
+    x, weights = torch.zeros(tokens, 512, dtype=torch.bfloat16), [(weight(), None)] * 2
+    return lambda: linear.linears(x, weights, "dialect", None, None)[1]
+
+
+def mixture(activation_format, named, rotation="none"):
+    together = PackedTensor.empty((4 * 128, 512), SEMANTIC_32, 32, rotation=rotation)
+    x = torch.zeros(6, 512, dtype=torch.bfloat16)
+    rows = torch.zeros(6, dtype=torch.int64) if named else None
+    offsets, bias = torch.tensor([0, 2, 3, 3, 5]), torch.zeros(4, 128)
+    arguments = (x, rows, offsets, PackedExperts(together, 4), bias, activation_format, "default")
+    return lambda: grouped.grouped_linear(*arguments)
+
+
+def without_library(x, scale, weight, *_):
+    return torch.empty(len(x), len(weight))
+
+
+OTHERS = {
+    "decomposed": (lambda: semantic(3, 2), 3, (3, 128)),
+    "grouped": (lambda: semantic(3, 0), 3, (3, 128)),
+    "decomposed, many": (lambda: semantic(2000, 4), 3, (2000, 128)),
+    "not semantic": (lambda: semantic(3, 0, grouped_tokens=False), 2, (3, 128)),
+    "several weights": (lambda: shared(3), 3, (3, 128)),
+    "experts": (lambda: mixture("dialect", named=True), 3, (6, 128)),
+    "experts, fp8": (lambda: mixture("fp8", named=False), 3, (6, 128)),
+    "experts, 16 bits": (lambda: mixture("none", named=True), 2, (6, 128)),
+    "experts, rotated": (lambda: mixture("none", named=True, rotation="hadamard_32"), 3, (6, 128)),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_products_are_bound(seen, monkeypatch, kind):
+    """Zeros that the launches count on are new ones: errors of groups, rows of no expert."""
+    monkeypatch.setattr(linear, "_device", lambda device: FACTS)
+    monkeypatch.setattr(library, "_scaled_product", without_library)
+    make, launched, shape = OTHERS[kind]
+    first = make()
+    assert first().shape == shape  # compiles
+    seen.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(bound, "recording", lambda: True)  # nothing is bound now
+        result = first()
+    want = seen[:]
+    for module in (linear, grouped):  # the ordinary way is not taken
+        monkeypatch.setattr(module, "quantize_tokens", None)
+        monkeypatch.setattr(module, "launch_sixteen_bits", None)
+    zeros, make_zeros = [], torch.zeros
+
+    def noted(*sizes, **options):
+        zeros.append(make_zeros(*sizes, **options))
+        return zeros[-1]
+
+    monkeypatch.setattr(bound.torch, "zeros", noted)
+    seen.clear()
+    again = first()
+    assert len(seen) == len(want) == launched
+    fresh = {result.data_ptr(): again.data_ptr()}
+    for got, expected in zip(seen, want, strict=True):
+        same_launch(expected, got, fresh)
+    assert (again.shape, again.dtype) == (result.shape, result.dtype)
+    kinds = [(z.dtype, z.shape[-1]) for z in zeros]
+    if "grouped" in kind or "decomposed" in kind:
+        assert kinds == [(torch.int32, 3)]
+    elif "experts" in kind:
+        assert kinds == [(torch.bfloat16, 128)]
+        assert zeros[0].data_ptr() == again.data_ptr()
+    else:
+        assert not kinds
+
+
+@pytest.mark.parametrize("kind", ["decomposed", "decomposed, many", "experts"])
+def test_other_bound_products_read_what_they_are_given(seen, monkeypatch, kind):
+    """A reloaded weight and other tokens, rows and offsets; nothing of the first call is kept."""
+    monkeypatch.setattr(linear, "_device", lambda device: FACTS)
+    monkeypatch.setattr(library, "_scaled_product", without_library)
+    make = OTHERS[kind][0]
+    first = make()
+    for _ in range(2):
+        first()
+    before = [a for each in seen for a in each[9:] if isinstance(a, torch.Tensor)]
+    old = {a.data_ptr() for a in before if not is_kept(a)}
+    seen.clear()
+    other = make()
+    other()
+    assert seen
+    read = [a for each in seen for a in each[9:] if isinstance(a, torch.Tensor)]
+    given = [c.cell_contents for c in other.__closure__]
+    given = [g for c in given for g in (c if isinstance(c, tuple) else (c,))]
+    tensors = [t for g in given for t in getattr(g, "tensors", [g])]
+    for tensor in tensors:
+        of_torch = kind != "experts" and getattr(tensor, "dtype", None) == torch.float32  # a bias
+        if isinstance(tensor, torch.Tensor) and not of_torch:
+            assert any(tensor.data_ptr() == a.data_ptr() for a in read)
+    assert not old & {a.data_ptr() for a in read if not is_kept(a)}
+
+
 def test_a_bound_product_reads_what_it_is_given(seen, monkeypatch):
     """Nothing of the first product's weight is left: a reloaded one lies elsewhere."""
     monkeypatch.setattr(linear, "_device", lambda device: FACTS)
@@ -279,21 +388,23 @@ def test_another_way_of_launching_is_noticed(seen, monkeypatch, launched_otherwi
 
     x, p = torch.zeros(2, 512, dtype=torch.bfloat16), weight()
     linear.dialect_linear(x, p, None, "dialect", "default")
-    assert all(bound._products.values())
-    bound._products.clear()
+    assert all(bound._bound.values())
+    bound._bound.clear()
     monkeypatch.setattr(kind, "__getitem__", way)
     linear.dialect_linear(x, p, None, "dialect", "default")
-    assert list(bound._products.values()) == [None]
+    assert list(bound._bound.values()) == [None]
     linear.dialect_linear(x, p, None, "dialect", "default")
 
 
-def test_products_of_a_library_are_not_bound(seen, monkeypatch):
+def test_of_a_product_of_a_library_its_operands_are_bound(seen, monkeypatch):
     monkeypatch.setattr(linear, "_device", lambda device: FACTS)
     monkeypatch.setattr(library, "_scaled_product", lambda x, *_: torch.zeros(len(x), 128))
     x, p = torch.zeros(2000, 512, dtype=torch.bfloat16), weight()
     for _ in range(2):
         assert linear.dialect_linear(x, p, None, "dialect", "default").shape == (2000, 128)
-    assert list(bound._products.values()) == [None]
+    whole, operands = bound._bound.values()
+    assert whole is None
+    assert operands is not None
 
 
 @pytest.mark.parametrize("activation_format", ["dialect", "fp8", "none"])

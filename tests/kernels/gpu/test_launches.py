@@ -158,7 +158,7 @@ def test_experts_are_warm_too_and_one_launch_multiplies_with_all(
                     x, named, offsets, experts, bias, activation_format, "default"
                 )
                 assert set(launches) <= compiled
-                assert len(launches) == (1 if activation_format == "none" else 2)
+                assert len(launches) == (2 if activation_format == "none" else 3)
 
 
 def test_tiles_of_tokens_that_share_weights_are_neighbours():

@@ -1,6 +1,6 @@
-"""Products whose launches are bound: of the same shapes again, only memory and streams are new.
+"""Computations whose launches are bound: of the same shapes again, only memory and streams are new.
 
-The first product of a kind is computed as any other, and its launches are noted. The next one takes
+The first computation of a kind runs as any other, and its launches are noted. The next one takes
 fresh memory for whatever was not given to it, and hands the compiled kernels the noted arguments
 with the new tensors in their places::
 
@@ -14,93 +14,99 @@ Where Triton's own launch differs from what is written here nothing is bound. (O
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 
 from ..device_tables import is_kept
 from ..packed import PackedTensor
-from .launch import MISALIGNED, BoundLaunch, Launched, bind, current_stream, recorded, watched
+from .launch import (
+    MISALIGNED,
+    BoundLaunch,
+    Launched,
+    Record,
+    bind,
+    current_stream,
+    recorded,
+    recording,
+    watched,
+)
 
-__all__ = ["product"]
+__all__ = ["results"]
 
 _MOST = 4096
-"""Kinds of products that are remembered."""
+"""Kinds of computations that are remembered."""
 
-_Compute = Callable[[], torch.Tensor]
-_products: dict[tuple[object, ...], _BoundProduct | None] = {}
+_Given = tuple[torch.Tensor | None, ...]
+_Results = tuple[torch.Tensor, ...]
+_bound: dict[tuple[Hashable, ...], _Bound | None] = {}
 
 
-def product(
-    tokens: torch.Tensor,
-    p: PackedTensor,
-    bias: torch.Tensor | None,
-    activation_format: str,
-    compute: _Compute,
-) -> torch.Tensor:
-    """``tokens @ p.T + bias`` as `compute` gives it, by bound launches where that is possible.
+def results(
+    p: PackedTensor, given: _Given, facts: tuple[Hashable, ...], compute: Callable[[], _Results]
+) -> _Results:
+    """What `compute` returns, by bound launches where that is possible.
 
     Args:
-        tokens: [T, K], T > 0.
-        p: packed weight [N, K], N > 0.
-        bias: [N] or None.
-        activation_format: as for :func:`~.linear.dialect_linear`.
-        compute: the ordinary way, which depends on nothing but shapes, dtypes, device and format.
+        p: a packed weight [N, K], N > 0.
+        given: all other tensors that are read; None for those that are not there.
+        facts: what is computed, and the numbers that it depends on.
+        compute: the ordinary way. It depends on nothing but the facts, on shapes, dtypes and
+            device, and does nothing but launch kernels of ours, on memory that was given, is a
+            table or is new; `zeroed` where it has to hold zeros. What a library computes is
+            noticed and not bound.
     """
     codes, meta, row_exponent = p.tensors
-    addresses = tokens.data_ptr() | codes.data_ptr() | meta.data_ptr() | row_exponent.data_ptr()
-    readable = tokens.is_contiguous()
-    if bias is not None:
-        addresses |= bias.data_ptr()
-        readable = readable and bias.is_contiguous()
-    if not readable or addresses & MISALIGNED or watched():
+    addresses = codes.data_ptr() | meta.data_ptr() | row_exponent.data_ptr()
+    key = [*facts, codes.device, p.shape, p.book.name, p.block_size, p.rotation]
+    for tensor in given:
+        if tensor is None:
+            key.append(None)
+            continue
+        if not tensor.is_contiguous():
+            return compute()
+        addresses |= tensor.data_ptr()
+        key += (tensor.shape, tensor.dtype)
+    if addresses & MISALIGNED or watched() or recording():
         return compute()
-    key = (
-        tokens.shape,
-        tokens.dtype,
-        tokens.device,
-        p.shape,
-        p.book.name,
-        p.block_size,
-        p.rotation,
-        activation_format,
-        None if bias is None else bias.dtype,
-    )
-    given = (tokens, codes, meta, row_exponent, bias)
-    if key in _products:
-        bound = _products[key]
-        return compute() if bound is None else bound(given)
-    with recorded() as launches:
-        y = compute()
-    if launches:  # there are none in Triton's interpreter, nor where a library multiplies alone
-        if len(_products) >= _MOST:
-            _products.clear()
-        _products[key] = _bound(launches, given, y)
-    return y
+    kind = tuple(key)
+    if kind in _bound:
+        bound = _bound[kind]
+        return compute() if bound is None else bound((codes, meta, row_exponent, *given))
+    with recorded() as record:
+        made = compute()
+    if record.launches:  # there are none in Triton's interpreter, nor where a library works alone
+        if len(_bound) >= _MOST:
+            _bound.clear()
+        _bound[kind] = _bind(record, (codes, meta, row_exponent, *given), made)
+    return made
 
 
-class _BoundProduct:
-    """A product of a kind that was computed before."""
+class _Bound:
+    """A computation of a kind that was done before."""
 
     def __init__(
         self,
         launches: list[BoundLaunch],
         fresh: list[tuple[torch.Size, torch.dtype, bool]],
+        returned: int,
         device: torch.device,
     ) -> None:
-        """Launches that take what a product is given, then fresh memory, the result the first.
+        """Launches that take what a computation is given, then fresh memory.
 
         Args:
             launches: in their order.
             fresh: shape and dtype, and whether it must hold zeros.
+            returned: how many of them, the first ones, are the results.
             device: of all tensors.
         """
         self._launches = launches
         self._fresh = fresh
+        self._returned = returned
         self._device = device
 
-    def __call__(self, given: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
-        """The product."""
+    def __call__(self, given: _Given) -> _Results:
+        """The results."""
         device = self._device
         fresh = [
             torch.zeros(shape, dtype=dtype, device=device)
@@ -112,33 +118,32 @@ class _BoundProduct:
         stream = current_stream(device)
         for launch in self._launches:
             launch(stream, tensors)
-        return fresh[0]
+        return tuple(fresh[: self._returned])
 
 
-def _bound(
-    launches: list[Launched], given: tuple[torch.Tensor | None, ...], y: torch.Tensor
-) -> _BoundProduct | None:
-    """What a product has launched, bound; None if not all of it can be.
+def _bind(record: Record, given: _Given, made: _Results) -> _Bound | None:
+    """What a computation has launched, bound; None if not all of it can be.
 
     Memory is recognized by its address: operands are written as bytes and read as numbers.
     """
     places = {t.data_ptr(): index for index, t in enumerate(given) if t is not None}
-    fresh = [y]
-    places[y.data_ptr()] = len(given)
-    for launched in launches:
-        for argument in launched.arguments:
-            if not isinstance(argument, torch.Tensor) or is_kept(argument):
-                continue
-            if argument.data_ptr() not in places:
-                places[argument.data_ptr()] = len(given) + len(fresh)
-                fresh.append(argument)
-    bound = [bind(launched, places) for launched in launches]
-    if None in bound or not any(y.data_ptr() == a for a in _addresses(launches[-1])):
+    fresh: list[torch.Tensor] = []
+    written = {a.data_ptr() for launched in record.launches for a in _tensors(launched)}
+    for tensor in (*made, *(a for launched in record.launches for a in _tensors(launched))):
+        if tensor.data_ptr() not in places and not is_kept(tensor):
+            places[tensor.data_ptr()] = len(given) + len(fresh)
+            fresh.append(tensor)
+    bound = [bind(launched, places) for launched in record.launches]
+    if None in bound or any(tensor.data_ptr() not in written for tensor in made):
         return None
-    # counters are integers; a quantizer, which is a launch before the product, clears them
-    made = [(t.shape, t.dtype, t.dtype == torch.int32 and len(bound) == 1) for t in fresh]
-    return _BoundProduct([each for each in bound if each is not None], made, y.device)
+    zeros = {tensor.data_ptr() for tensor in record.zeros}
+    return _Bound(
+        [each for each in bound if each is not None],
+        [(t.shape, t.dtype, t.data_ptr() in zeros) for t in fresh],
+        len(made),
+        made[0].device,
+    )
 
 
-def _addresses(launched: Launched) -> list[int]:
-    return [a.data_ptr() for a in launched.arguments if isinstance(a, torch.Tensor)]
+def _tensors(launched: Launched) -> list[torch.Tensor]:
+    return [a for a in launched.arguments if isinstance(a, torch.Tensor)]

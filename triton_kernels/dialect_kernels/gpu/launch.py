@@ -22,11 +22,14 @@ __all__ = [
     "MISALIGNED",
     "BoundLaunch",
     "Launched",
+    "Record",
     "bind",
     "current_stream",
     "launch",
     "recorded",
+    "recording",
     "watched",
+    "zeroed",
 ]
 
 _WIDE = 31
@@ -46,6 +49,15 @@ class Launched(NamedTuple):
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     """All of them, those that are compiled in too."""
+
+
+class Record(NamedTuple):
+    """What a thread has done."""
+
+    launches: list[Launched]
+    """In their order."""
+    zeros: list[torch.Tensor]
+    """Memory that had to hold zeros before."""
 
 
 def launch(
@@ -90,20 +102,36 @@ def launch(
         compiled, names = known
         arguments = (*arguments, *[constants[name] for name in names])
         compiled[(*grid, 1, 1)[:3]](*arguments)
-    launches: list[Launched] | None = getattr(_thread, "launches", None)
-    if launches is not None:
-        launches.append(Launched(compiled, (*grid, 1, 1)[:3], arguments))
+    record = _record()
+    if record is not None:
+        record.launches.append(Launched(compiled, (*grid, 1, 1)[:3], arguments))
+
+
+def zeroed(x: torch.Tensor) -> torch.Tensor:
+    """`x`, filled with the zeros that a launch to come counts on."""
+    record = _record()
+    if record is not None:
+        record.zeros.append(x)
+    return x.zero_()
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launched]]:
-    """All launches that this thread makes in the `with` block; blocks are not nested."""
-    launches: list[Launched] = []
-    _thread.launches = launches
+def recorded() -> Iterator[Record]:
+    """What this thread does in the `with` block; blocks are not nested."""
+    _thread.record = Record([], [])
     try:
-        yield launches
+        yield _thread.record
     finally:
-        _thread.launches = None
+        _thread.record = None
+
+
+def recording() -> bool:
+    """Whether this thread is in a block of :func:`recorded`."""
+    return _record() is not None
+
+
+def _record() -> Record | None:
+    return getattr(_thread, "record", None)
 
 
 def watched() -> bool:

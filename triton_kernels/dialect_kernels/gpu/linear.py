@@ -14,6 +14,7 @@ from ..backend import Decoded, Weights
 from ..packed import PackedTensor
 from . import bound
 from .gemm import arrivals, launch_eight_bits, launch_sixteen_bits
+from .launch import zeroed
 from .layout import interpreted, readable, readable_rows
 from .library import Library, added_residuals, decode_weight, library_product
 from .quantize_activations import quantize_activation
@@ -149,14 +150,13 @@ def dialect_linear(
     if tokens.shape[0] == 0 or p.shape[0] == 0:
         return tokens.new_empty(tokens.shape[0], p.shape[0])
 
-    def compute() -> torch.Tensor:
-        return _dialect_linear(tokens, p, bias, activation_format, accumulation, decoded)
+    def compute() -> tuple[torch.Tensor]:
+        return (_dialect_linear(tokens, p, bias, activation_format, accumulation, decoded),)
 
-    if decoded is not None and tokens.shape[0] >= FROM_DECODED:  # a library's, never bound
-        return compute()
-    if accumulation == "exact" or (activation_format == "none" and p.rotation != "none"):
-        return compute()
-    return bound.product(tokens, p, bias, activation_format, compute)
+    from_library = decoded is not None and tokens.shape[0] >= FROM_DECODED
+    if accumulation == "exact" or from_library:
+        return compute()[0]
+    return bound.results(p, (tokens, bias), ("product", activation_format), compute)[0]
 
 
 def _dialect_linear(
@@ -181,9 +181,12 @@ def _dialect_linear(
         if p.rotation != "none":
             tokens = rotate_tokens(tokens)
         return multiply(readable_rows(tokens), None, p, bias, tokens.dtype, how, decoded=decoded)
+    if how.decodes_to_memory:
+        q, scale = _operands(tokens, p, activation_format, how)
+        return multiply(q, scale, p, bias, tokens.dtype, how, decoded=decoded)
     zeros = arrivals(tokens.shape[0], p.shape[0], how.plan, tokens.device)
     q, scale = quantize_tokens(tokens, p, activation_format, how, zeros=zeros)
-    return multiply(q, scale, p, bias, tokens.dtype, how, arrived=zeros, decoded=decoded)
+    return multiply(q, scale, p, bias, tokens.dtype, how, arrived=zeros)
 
 
 def semantic_linear(
@@ -211,9 +214,20 @@ def semantic_linear(
         return tokens.new_empty(count, p.shape[0])
     all_rows = count + (0 if rows is None else rows.shape[0])
     how = route(all_rows, p.shape, "dialect", tokens.dtype, tokens.device)
-    zeros = arrivals(all_rows, p.shape[0], how.plan, tokens.device)
-    q, scale = quantize_tokens(tokens, p, "dialect", how, salient=rows, group=group, zeros=zeros)
-    return _with_residuals(q, scale, p, bias, tokens.dtype, how, rows, zeros)
+    if how.decodes_to_memory:
+        q, scale = _operands(tokens, p, "dialect", how, rows, group)
+        return _with_residuals(q, scale, p, bias, tokens.dtype, how, rows)
+
+    def compute() -> tuple[torch.Tensor]:
+        zeros = arrivals(all_rows, p.shape[0], how.plan, tokens.device)
+        q, scale = quantize_tokens(tokens, p, "dialect", how, rows, group, zeros)
+        if rows is None:
+            return (multiply(q, scale, p, bias, tokens.dtype, how, arrived=zeros),)
+        return (multiply(q, scale, p, None, torch.float32, how, arrived=zeros),)
+
+    added = bias if rows is None else None
+    (y,) = bound.results(p, (tokens, added, rows, group), ("semantic", how), compute)
+    return y if rows is None else _added_up(y, bias, tokens.dtype, rows)
 
 
 def linears(
@@ -228,25 +242,39 @@ def linears(
     Operands do not depend on the weight's rows, nor on the plan: one quantizer serves all weights,
     whose products are those that each of them would have alone.
     """
-    semantic = rows is not None or group is not None
     count = tokens.shape[0]
     if count == 0 or activation_format == "none":
         return [dialect_linear(tokens, p, b, activation_format, "default") for p, b in weights]
     all_rows = count + (0 if rows is None else rows.shape[0])
     first = weights[0][0]
     how = route(all_rows, first.shape, activation_format, tokens.dtype, tokens.device)
-    q, scale = quantize_tokens(tokens, first, activation_format, how, salient=rows, group=group)
+    q, scale = _operands(tokens, first, activation_format, how, rows, group)
     products = []
     for p, bias in weights:
         if p.shape[0] == 0:
             products.append(tokens.new_empty(count, 0))
             continue
         how = route(all_rows, p.shape, activation_format, tokens.dtype, tokens.device)
-        if semantic:
-            products.append(_with_residuals(q, scale, p, bias, tokens.dtype, how, rows))
-        else:
-            products.append(multiply(q, scale, p, bias, tokens.dtype, how))
+        products.append(_with_residuals(q, scale, p, bias, tokens.dtype, how, rows))
     return products
+
+
+def _operands(
+    tokens: torch.Tensor,
+    p: PackedTensor,
+    activation_format: str,
+    how: Route,
+    rows: torch.Tensor | None = None,
+    group: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`quantize_tokens`, by bound launches."""
+    q, scale = bound.results(
+        p,
+        (tokens, rows, group),
+        ("operands", activation_format, how.eight_bits),
+        lambda: quantize_tokens(tokens, p, activation_format, how, rows, group),
+    )
+    return q, scale
 
 
 def _with_residuals(
@@ -257,13 +285,25 @@ def _with_residuals(
     dtype: torch.dtype,
     how: Route,
     rows: torch.Tensor | None,
-    arrived: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Products of tokens and of the residuals of some rows, added up: [T, N]."""
     if how.decodes_to_memory:
         library = _library(q.device, how.eight_bits)
         return library_product(q, scale, p, bias, dtype, library, rows)
-    y = multiply(q, scale, p, None, torch.float32, how, arrived=arrived)
+    added, wide = (bias, dtype) if rows is None else (None, torch.float32)
+    (y,) = bound.results(
+        p,
+        (q, scale, added),
+        ("of operands", how, wide),
+        lambda: (multiply(q, scale, p, added, wide, how),),
+    )
+    return y if rows is None else _added_up(y, bias, dtype, rows)
+
+
+def _added_up(
+    y: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, rows: torch.Tensor
+) -> torch.Tensor:
+    """Products [T + S, N] in float32 with residuals and bias added, rounded once: [T, N]."""
     y = added_residuals(y, rows)
     if bias is not None:
         y = y + bias.to(torch.float32)
@@ -394,7 +434,7 @@ def multiply(
         return library_product(x, scale, p, bias, dtype, library, decoded=decoded)
     if arrived is None:
         arrived = arrivals(x.shape[0], p.shape[0], how.plan, x.device)
-        arrived = None if arrived is None else arrived.zero_()
+        arrived = None if arrived is None else zeroed(arrived)
     y = torch.empty(x.shape[0], p.shape[0], dtype=dtype, device=x.device)
     if how.eight_bits:
         assert scale is not None, "8-bit tokens have scales"

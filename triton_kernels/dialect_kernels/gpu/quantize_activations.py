@@ -25,7 +25,7 @@ from ..arithmetic import padded_columns
 from ..formatbook import DIALECT_FP4, E4M3_WINDOW, Formatbook, Rotation
 from ..packed import check_block_size
 from ..rotation import check_rotation
-from .launch import launch
+from .launch import launch, zeroed
 from .layout import (
     RowConfig,
     aligned,
@@ -322,7 +322,7 @@ def _launch_quantize_activation(
     totals = None
     if group is not None:
         blocks = q.shape[1] // block_size
-        totals = torch.zeros(tokens, blocks, 3, dtype=torch.int32, device=x.device)
+        totals = zeroed(torch.empty(tokens, blocks, 3, dtype=torch.int32, device=x.device))
         launch(
             _group_errors_kernel,
             (tokens,),

@@ -112,7 +112,9 @@ def test_the_schedule_holds_every_row_once(tile):
     for counts in (COUNTS, (0, 0), (5,), (0, 64, 1, 16), (1, 1, 1, 1)):
         offsets = torch.tensor([2, *counts]).cumsum(0)
         total = int(offsets[-1]) + 1
-        table = grouped._row_tiles(offsets, total, tile)
+        tokens = torch.randint(9, (total,), generator=torch.Generator().manual_seed(tile))
+        scale = torch.arange(1.0, 10.0)
+        table, of_rows = grouped._row_tiles(offsets, total, tile, tokens, scale)
         assert len(table) <= min(total, (total + len(counts) * (tile - 1)) // tile)
         owner = {}
         for expert, first, last in table.tolist():
@@ -121,6 +123,9 @@ def test_the_schedule_holds_every_row_once(tile):
                 owner[row] = expert
         assert sorted(owner) == list(range(2, total - 1))
         assert all(offsets[e] <= row < offsets[e + 1] for row, e in owner.items())
+        assert torch.equal(of_rows[2 : total - 1], scale[tokens[2 : total - 1]])
+        assert grouped._row_tiles(offsets, total, tile, None, scale)[1] is scale
+        assert grouped._row_tiles(offsets, total, tile, tokens, None)[1] is None
 
 
 def test_nothing_to_compute():
