@@ -87,6 +87,25 @@ def test_every_edge_is_within_the_bound(block_size, activation_format):
             assert_close(got, x[:count], p, activation_format, bias)
 
 
+@pytest.mark.skipif("avx512" not in INSTRUCTIONS, reason="needs AVX-512")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_avx512_has_the_bits_of_avx2(dtype):
+    """Both add columns in their order and scale in float64; tiles have every ragged edge."""
+    for rows, columns, tokens in [(1, 32, 40), (17, 80, 33), (130, 1040, 95), (33, 64, 70)]:
+        p = reference.quantize(random(rows, columns, seed=rows))
+        x = random(tokens, columns, seed=tokens)
+        x[2, 3], x[7, 0], x[9, 1] = torch.nan, torch.inf, -torch.inf
+        x[5] *= 2.0**10 if dtype == torch.float16 else 2.0**100
+        x[6] *= 2.0**-14  # float16 has subnormal results, too
+        x, biases = x.to(dtype), (None, random(1, rows, seed=1)[0])
+        for bias, activation_format in product(biases, ("fp8", "none")):
+            want, got = (
+                calls.linear(x, p, bias, activation_format, "default", instructions=instructions)
+                for instructions in ("avx2", "avx512")
+            )
+            assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
+
+
 @by_format
 def test_more_tokens_than_a_tile_and_more_rows_than_a_panel(activation_format):
     p = reference.quantize(random(300, 96, seed=1))

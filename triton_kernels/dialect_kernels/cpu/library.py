@@ -29,7 +29,7 @@ __all__ = [
     "why_not",
 ]
 
-INSTRUCTIONS = ("scalar", "avx2", "avx512_vnni", "amx_int8")
+INSTRUCTIONS = ("scalar", "avx2", "avx512", "avx512_vnni", "amx_int8")
 """Instruction sets the kernel can run with; the position is the set's number in C++."""
 
 _log = logging.getLogger(__name__)

@@ -85,7 +85,7 @@ INLINE void tile_sums(const __m256i (*weights)[2], const int8_t* tokens,
 
 // The first NT tokens of a group of 16 with the blocks start..end-1 of a panel of signed weights.
 template <int B, int Digits, int NT>
-AVX512 void add_tiles(const Panel<B>& panel, const Rounded& x, int64_t group, int64_t b0,
+AVX512_INTEGER void add_tiles(const Panel<B>& panel, const Rounded& x, int64_t group, int64_t b0,
                       int start, int end, float (*sums)[16]) {
     const int64_t at = group * x.blocks + b0;
     const int8_t* tokens = x.tiles.get() + (at + start) * Digits * 16 * B;

@@ -40,7 +40,7 @@ void interleave(const Rounded& x, int64_t count, int64_t group) {
 // The tokens number at..at+NT-1, which lie in one group of 16, with the blocks start..end-1 of a
 // panel that starts at block b0. Like add_blocks of avx2.h.
 template <int B, int Digits, int NT>
-AVX512 void add_blocks_512(const Panel<B>& panel, const Rounded& x, int64_t at, int64_t b0,
+AVX512_INTEGER void add_blocks_512(const Panel<B>& panel, const Rounded& x, int64_t at, int64_t b0,
                            int start, int end, float (*sums)[16]) {
     const int64_t group = at / 16, slot = at % 16, digit = x.padded / 4 * 16;
     const int32_t* fours =

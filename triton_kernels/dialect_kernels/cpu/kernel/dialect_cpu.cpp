@@ -34,6 +34,7 @@
 //     amx.h        the integer product with AMX
 //     operand.h    tokens side by side, for the product of panels
 //     panel_decode.h  rows of a weight, decoded for the product of panels
+//     tile_output.h  from tiles of sums to the result
 //     panels.h     the product of many tokens, panel by panel
 //     linear.h     the linear layer
 //     grouped.h    the linear layers of a mixture of experts
@@ -121,8 +122,10 @@ int32_t dialect_features() {
 #if DIALECT_X86
     static const Features best = [] {
         if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return SCALAR;
-        if (!__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("avx512vl"))
+        if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
+            !__builtin_cpu_supports("avx512vl"))
             return AVX2_FMA;
+        if (!__builtin_cpu_supports("avx512vnni")) return AVX512_FLOAT;
 #if DIALECT_AMX
         if (may_use_amx()) return AMX_INT8;
 #endif

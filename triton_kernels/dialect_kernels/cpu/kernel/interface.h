@@ -29,7 +29,13 @@ struct Book {
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Rule : int32_t { EXACT_ERROR = 0, ONLINE = 1 };
 enum Format : int32_t { DIALECT = 0, FP8 = 1, NONE = 2 };
-enum Features : int32_t { SCALAR = 0, AVX2_FMA = 1, AVX512_VNNI = 2, AMX_INT8 = 3 };
+enum Features : int32_t {
+    SCALAR = 0,
+    AVX2_FMA = 1,
+    AVX512_FLOAT = 2,
+    AVX512_VNNI = 3,
+    AMX_INT8 = 4
+};
 
 // A packed weight [rows, columns], stored with `padded` columns: the next multiple of the block
 // size. codes [rows, padded / 2], meta [rows, padded / block], row_exponent [rows].

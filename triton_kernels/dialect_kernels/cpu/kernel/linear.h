@@ -119,8 +119,9 @@ void multiply(Rounded& rounded, const std::vector<Share>& shares, int threads, i
 bool takes_panels(Format format, int64_t tokens, bool exact, int features) {
     // By format and instruction set: with fewer tokens, integers are faster.
     constexpr int64_t kNever = INT64_MAX;
-    constexpr int64_t kFewest[3][4] = {
-        {kNever, kNever, kNever, 4}, {kNever, 32, 16, 2}, {kNever, 32, 16, 2}};
+    constexpr int64_t kFewest[3][5] = {{kNever, kNever, kNever, kNever, 4},
+                                       {kNever, 32, 32, 16, 2},
+                                       {kNever, 32, 16, 16, 2}};
     return !exact && tokens >= kFewest[format][features];
 }
 

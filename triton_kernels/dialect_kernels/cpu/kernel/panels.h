@@ -17,9 +17,9 @@
 #include "amx.h"
 #include "interface.h"
 #include "operand.h"
-#include "output.h"
 #include "panel_decode.h"
 #include "tasks.h"
+#include "tile_output.h"
 #include "weights.h"
 
 #if DIALECT_X86
@@ -146,91 +146,6 @@ void add_products_amx(const char* rows, int64_t rows_apart, const char* tokens,
 }
 #endif
 
-// Eight rows of a tile of sums, [8 rows, 8 of its tokens], as [tokens, rows].
-AVX2_INLINE void transpose_sums(const float* sums, __m256* out) {
-    __m256 a[8], b[8];
-    for (int i = 0; i < 8; i += 2) {
-        const __m256 first = _mm256_load_ps(sums + kSixteen * i);
-        const __m256 second = _mm256_load_ps(sums + kSixteen * (i + 1));
-        a[i] = _mm256_unpacklo_ps(first, second);
-        a[i + 1] = _mm256_unpackhi_ps(first, second);
-    }
-    for (int i = 0; i < 8; i += 4)
-        for (int h = 0; h < 2; h++) {
-            b[i + 2 * h] = _mm256_shuffle_ps(a[i + h], a[i + h + 2], 0x44);
-            b[i + 2 * h + 1] = _mm256_shuffle_ps(a[i + h], a[i + h + 2], 0xee);
-        }
-    for (int i = 0; i < 4; i++) {
-        out[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
-        out[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
-    }
-}
-
-// Eight numbers rounded to bfloat16; NaN stays NaN.
-AVX2_INLINE __m128i to_bfloat16_8(__m256 x) {
-    const __m256i bits = _mm256_castps_si256(x);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_srli_epi32(
-        _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
-    const __m256i quiet =
-        _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-    const __m256i chosen = _mm256_blendv_epi8(rounded, quiet, nan);
-    return _mm_packus_epi32(_mm256_castsi256_si128(chosen), _mm256_extracti128_si256(chosen, 1));
-}
-
-// The row scales of eight rows; 0 for rows that do not exist.
-struct EightScales {
-    EightScales(const Output& out, int64_t row) {
-        for (int i = 0; i < 8; i++) scale[i] = row + i < out.rows ? out.row_scale(row + i) : 0.0;
-    }
-    alignas(32) double scale[8];
-};
-
-// Eight sums of a token times its value of 1 and the scales of the rows, rounded once.
-AVX2_INLINE __m256 scaled_sums(__m256 sums, double value_of_1, const EightScales& rows) {
-    const __m256d value = _mm256_set1_pd(value_of_1);
-    const __m256d low = _mm256_mul_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(sums)),
-                                      _mm256_mul_pd(value, _mm256_load_pd(rows.scale)));
-    const __m256d high = _mm256_mul_pd(_mm256_cvtps_pd(_mm256_extractf128_ps(sums, 1)),
-                                       _mm256_mul_pd(value, _mm256_load_pd(rows.scale + 4)));
-    return _mm256_set_m128(_mm256_cvtpd_ps(high), _mm256_cvtpd_ps(low));
-}
-
-// Writes eight values of a token, of the rows row..row+7 as far as they exist.
-AVX2_INLINE void put_eight(const Output& out, int64_t token, int64_t row, __m256 y) {
-    const int64_t at = token * out.rows + row;
-    if (row + 8 <= out.rows && out.dtype != FLOAT16) {
-        if (out.bias) y = _mm256_add_ps(y, _mm256_loadu_ps(out.bias + row));
-        if (out.dtype == FLOAT32)
-            _mm256_storeu_ps(static_cast<float*>(out.y) + at, y);
-        else
-            _mm_storeu_si128((__m128i*)(static_cast<uint16_t*>(out.y) + at), to_bfloat16_8(y));
-        return;
-    }
-    alignas(32) float values[8];
-    _mm256_store_ps(values, y);
-    for (int i = 0; i < 8 && row + i < out.rows; i++) out.put(token, row + i, values[i]);
-}
-
-// Writes a tile of sums: the products number first..first+15, as far as they come before `end`, with
-// the rows row..row+15.
-AVX2 void put_tile(const float* sums, const Operand& x, int64_t first, int64_t end,
-                   const Output& out, int64_t row) {
-    for (int half = 0; half < kSixteen && row + half < out.rows; half += 8) {
-        const EightScales scales(out, row + half);
-        for (int64_t eight = 0; eight < kSixteen; eight += 8) {
-            __m256 by_token[8];
-            transpose_sums(sums + kSixteen * half + eight, by_token);
-            for (int64_t t = 0; t < 8 && first + eight + t < end; t++) {
-                const int64_t i = first + eight + t;
-                const __m256 y = scaled_sums(by_token[t], x.value_of_1.get()[i], scales);
-                put_eight(out, x.place.get()[i], row + half, y);
-            }
-        }
-    }
-}
-
 // The products number first..end-1, at most kTokenTile, with all rows of a weight; `first` is a
 // multiple of 16.
 struct Panels {
@@ -263,7 +178,7 @@ struct Panels {
                 decode_floats<B>(r, std::min(kSixteen * start + i, r.w.rows - 1), step, steps,
                                  reinterpret_cast<float*>(panel + i * row_bytes));
             const Chunk chunk = {panel, sums, count, step, steps};
-            if (features >= AVX512_VNNI)
+            if (features >= AVX512_FLOAT)
                 multiply_512(chunk);
             else
                 multiply_256(chunk);
@@ -295,10 +210,11 @@ struct Panels {
 
     // Writes the results of the groups of rows start..start+count-1.
     void put_sums_of(const float* sums, int64_t start, int64_t count) const {
+        const auto put = features >= AVX512_FLOAT ? put_tile_512 : put_tile_256;
         for (int64_t group = 0; group < groups; group++)
             for (int64_t i = 0; i < count; i++)
-                put_tile(sums + (group * count + i) * kTileSums, x, first + kSixteen * group, end,
-                         out, kSixteen * (start + i));
+                put(sums + (group * count + i) * kTileSums, x, first + kSixteen * group, end, out,
+                    kSixteen * (start + i));
     }
 
     // Rows of the groups start..start+count-1 as the rows first..end-1 of a panel whose groups have
@@ -352,8 +268,8 @@ struct Panels {
             TILE_STORE(2, sums + 2 * kTileSums);
             TILE_STORE(3, sums + 3 * kTileSums);
             for (int64_t i = 0; i < kRows * Groups; i++)
-                put_tile(sums + i * kTileSums, x, first + i / kRows * kSixteen, end, out,
-                         kSixteen * (at + i % kRows));
+                put_tile_512(sums + i * kTileSums, x, first + i / kRows * kSixteen, end, out,
+                             kSixteen * (at + i % kRows));
         }
     }
 
