@@ -115,8 +115,8 @@ def test_options_of_an_engine():
     def options(**given):
         return engine_options(SimpleNamespace(additional_config={"blockdialect": given}))
 
-    assert engine_options(None) == options() == EngineOptions(None, False)
-    assert options(keep_decoded=True) == EngineOptions(None, True)
+    assert engine_options(None) == options() == EngineOptions(keep_decoded=False)
+    assert options(keep_decoded=True) == EngineOptions(keep_decoded=True)
     for wrong in (1, "true", None):
         with pytest.raises(SchemeError, match=r"keep_decoded of .*; allowed are False and True"):
             options(keep_decoded=wrong)
